@@ -1,0 +1,207 @@
+"""Candidate edges: the pairs of nodes that may become edges, as dense blocks over one flat vector of weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dnw_graph.errors import InputError
+
+
+@dataclass(frozen=True)
+class Block:
+    """All pairs of a range of source nodes and a range of target nodes: a dense (targets × sources) matrix.
+
+    Attributes:
+        sources: The source nodes, consecutive.
+        targets: The target nodes, consecutive.
+        offset: Position of the block's first weight in the flat vector.
+    """
+
+    sources: range
+    targets: range
+    offset: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of targets, number of sources."""
+        return len(self.targets), len(self.sources)
+
+    @property
+    def flat(self) -> slice:
+        """The block's part of the flat vector."""
+        return slice(self.offset, self.offset + len(self.targets) * len(self.sources))
+
+
+class CandidateEdges(nn.Module):
+    """The candidate edges of one graph and their weights.
+
+    The weights are one flat parameter in the order block, target, source, so that selection ranks one vector, the
+    optimiser sees one parameter per graph, and every block is a view. The flat index of a pair (u, v) and the pair of
+    a flat index are arithmetic on the blocks' bounds; no table of pairs is ever built.
+
+    Every weight starts i.i.d. uniform in ±1/√S, where S is the number of nodes that can be a source (line 2 of the
+    paper's Algorithm 1): the bound is one for the whole graph because the ranking compares weights across blocks.
+
+    Args:
+        blocks: Pairs ``(sources, targets)`` of node ranges. No pair of nodes may occur twice.
+        num_nodes: Number of nodes of the graph. Default: one more than the largest node named.
+
+    Shapes:
+        - ``weight``: ``[num_candidates]``
+
+    Raises:
+        InputError: If there is no candidate, a range is empty, has a step, leaves the nodes, or two blocks overlap.
+
+    Example:
+        >>> candidates = CandidateEdges.static((2, 3, 1))
+        >>> candidates.num_candidates, candidates.num_nodes
+        (11, 6)
+    """
+
+    def __init__(self, blocks: Iterable[tuple[range, range]], num_nodes: int | None = None) -> None:
+        super().__init__()
+        ranges = [(sources, targets) for sources, targets in blocks]
+        if not ranges:
+            raise InputError("a graph needs at least one block of candidate edges; none was given")
+        largest = max(max(sources.stop, targets.stop) for sources, targets in ranges)
+        self.num_nodes = largest if num_nodes is None else num_nodes
+        for sources, targets in ranges:
+            for nodes in (sources, targets):
+                if nodes.step != 1 or not 0 <= nodes.start < nodes.stop <= self.num_nodes:
+                    raise InputError(
+                        f"block {sources} → {targets}: expected non-empty ranges of step 1 "
+                        f"within the {self.num_nodes} nodes"
+                    )
+        _refuse_overlap(ranges)
+        sizes = [len(sources) * len(targets) for sources, targets in ranges]
+        offsets = [0, *accumulate(sizes)]
+        self.blocks = tuple(Block(s, t, offset) for (s, t), offset in zip(ranges, offsets, strict=False))
+        self.num_candidates = offsets[-1]
+        self.weight = nn.Parameter(torch.empty(self.num_candidates))
+        self.reset_parameters()
+
+    @classmethod
+    def static(cls, sizes: Sequence[int]) -> CandidateEdges:
+        """Acyclic: nodes lie in groups of the given sizes, edges lead from any earlier group to any later one.
+
+        Section 2.4 of the paper. One block per group but the first; its sources are all nodes before the group.
+        """
+        bounds = group_bounds(sizes)
+        return cls((range(start), range(start, stop)) for start, stop in pairwise(bounds[1:]))
+
+    @classmethod
+    def adjacent(cls, sizes: Sequence[int]) -> CandidateEdges:
+        """Layers: edges lead from each group of nodes to the next one only, as in a network of pointwise products."""
+        bounds = group_bounds(sizes)
+        return cls((range(a, b), range(b, c)) for a, b, c in zip(bounds, bounds[1:], bounds[2:], strict=False))
+
+    @classmethod
+    def dynamic(cls, num_nodes: int) -> CandidateEdges:
+        """All-to-all: every ordered pair of nodes, cycles and self-loops included, in one block."""
+        if num_nodes < 1:
+            raise InputError(f"a dynamic graph needs at least one node; num_nodes is {num_nodes}")
+        return cls([(range(num_nodes), range(num_nodes))])
+
+    @classmethod
+    def bipartite(cls, num_sources: int, num_targets: int) -> CandidateEdges:
+        """A linear layer or 1×1 convolution: every source (nodes 0 … S-1) to every target (nodes S … S+T-1)."""
+        return cls.static((num_sources, num_targets))
+
+    @property
+    def num_sources(self) -> int:
+        """Number of nodes that can be the source of an edge."""
+        return sum(len(nodes) for nodes in _union(block.sources for block in self.blocks))
+
+    def reset_parameters(self) -> None:
+        """Draw every weight anew from the uniform distribution on ±1/√num_sources."""
+        bound = 1 / math.sqrt(self.num_sources)
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def block_weight(self, block: Block, weight: Tensor | None = None) -> Float[Tensor, "targets sources"]:
+        """View of a block's weights, or of the same part of another flat vector."""
+        weight = self.weight if weight is None else weight
+        return weight[block.flat].view(block.shape)
+
+    def pairs(self, index: Int[Tensor, " edges"]) -> Int[Tensor, "2 edges"]:
+        """Return the nodes (u, v) of flat indices: row 0 the sources, row 1 the targets.
+
+        Raises:
+            InputError: If an index lies outside ``0 … num_candidates - 1``.
+        """
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.num_candidates:
+            raise InputError(
+                f"flat indices must lie in 0 … {self.num_candidates - 1}; got {int(index.min())} … {int(index.max())}"
+            )
+        bounds = torch.tensor([block.offset for block in self.blocks[1:]], device=index.device)
+        which = torch.bucketize(index, bounds, right=True)
+        offset, source, target, width = (
+            torch.tensor(values, device=index.device)[which]
+            for values in zip(
+                *((b.offset, b.sources.start, b.targets.start, len(b.sources)) for b in self.blocks),
+                strict=True,
+            )
+        )
+        local = index - offset
+        return torch.stack([source + local % width, target + local // width])
+
+    def flat_index(self, edge_index: Int[Tensor, "2 edges"]) -> Int[Tensor, " edges"]:
+        """Return the flat indices of pairs (u, v): the inverse of :meth:`pairs`.
+
+        Raises:
+            InputError: If a pair is no candidate; the first such pair is named.
+        """
+        u, v = edge_index
+        index = torch.full_like(u, -1)
+        for block in self.blocks:
+            inside = (u >= block.sources.start) & (u < block.sources.stop)
+            inside &= (v >= block.targets.start) & (v < block.targets.stop)
+            flat = block.offset + (v - block.targets.start) * len(block.sources) + (u - block.sources.start)
+            index = torch.where(inside, flat, index)
+        if index.numel() and int(index.min()) < 0:
+            first = int(torch.nonzero(index < 0)[0])
+            raise InputError(f"({int(u[first])}, {int(v[first])}) is not a candidate edge of this graph")
+        return index
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``repr``."""
+        return f"nodes={self.num_nodes}, candidates={self.num_candidates:,}, blocks={len(self.blocks)}"
+
+
+def group_bounds(sizes: Sequence[int]) -> list[int]:
+    """Return the first node of each group of nodes, and the number of nodes at the end.
+
+    Raises:
+        InputError: If there are fewer than two groups or one is empty.
+    """
+    if len(sizes) < 2 or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise InputError(f"blocks must be two or more positive whole numbers of nodes; got {tuple(sizes)}")
+    return [0, *accumulate(sizes)]
+
+
+def _union(ranges: Iterable[range]) -> list[range]:
+    """Merge ranges of step 1 that touch or overlap."""
+    merged: list[range] = []
+    for nodes in sorted(ranges, key=lambda nodes: nodes.start):
+        if merged and nodes.start <= merged[-1].stop:
+            merged[-1] = range(merged[-1].start, max(merged[-1].stop, nodes.stop))
+        else:
+            merged.append(nodes)
+    return merged
+
+
+def _refuse_overlap(ranges: list[tuple[range, range]]) -> None:
+    for i, (sources, targets) in enumerate(ranges):
+        for other_sources, other_targets in ranges[:i]:
+            common_source = max(sources.start, other_sources.start) < min(sources.stop, other_sources.stop)
+            common_target = max(targets.start, other_targets.start) < min(targets.stop, other_targets.stop)
+            if common_source and common_target:
+                raise InputError(
+                    f"blocks {other_sources} → {other_targets} and {sources} → {targets} share candidate edges"
+                )

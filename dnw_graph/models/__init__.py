@@ -1,0 +1,57 @@
+"""The models of the paper, by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from dnw_graph.errors import unknown_name
+from dnw_graph.models.mobilenet import STAGES, GraphClassifier, MobileNetV1, MobileNetV1DNW, edges_at_width
+
+__all__ = [
+    "MODELS",
+    "STAGES",
+    "GraphClassifier",
+    "MobileNetV1",
+    "MobileNetV1DNW",
+    "create_model",
+    "edges_at_width",
+    "mobilenet_v1",
+    "mobilenet_v1_dnw",
+    "model_names",
+]
+
+mobilenet_v1 = MobileNetV1
+mobilenet_v1_dnw = MobileNetV1DNW
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mobilenet_v1": mobilenet_v1,
+    "mobilenet_v1_dnw": mobilenet_v1_dnw,
+}
+
+
+def model_names() -> list[str]:
+    """Return the names that :func:`create_model` knows."""
+    return sorted(MODELS)
+
+
+def create_model(name: str, **options: Any) -> nn.Module:
+    """Return a model by name.
+
+    Args:
+        name: One of :func:`model_names`.
+        options: Arguments of the model.
+
+    Raises:
+        InputError: If the name or an option is unknown.
+    """
+    if name not in MODELS:
+        raise unknown_name("model", name, MODELS)
+    known = inspect.signature(MODELS[name]).parameters
+    for option in options:
+        if option not in known:
+            raise unknown_name(f"option of {name}", option, known)
+    return MODELS[name](**options)

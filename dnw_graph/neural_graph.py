@@ -1,0 +1,245 @@
+"""NeuralGraph: candidates, wiring, node functions, dynamics and propagation as one PyG module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from dnw_graph.candidates import CandidateEdges, group_bounds
+from dnw_graph.dynamics import Dynamics, make_dynamics
+from dnw_graph.errors import InputError
+from dnw_graph.node_functions import NodeFunction
+from dnw_graph.propagation import Propagation, RealEdges, make_propagation
+from dnw_graph.wirings import Wiring, make_wiring
+
+
+class NeuralGraph(nn.Module):
+    r"""A graph of single channels that learns its own edges.
+
+    Each node holds one feature map per image. In the static case, nodes lie in blocks and
+
+    .. math:: Z_v = f_{\theta_v}\Big(\sum_{(u,v) \in E} w_{uv} Z_u\Big)
+
+    block by block (Equation 1 of the paper), where the real edges E are chosen by the wiring among all candidates:
+    for ``"dnw"`` the ``num_edges`` of largest :math:`|w_{uv}|`, and every candidate gets the gradient
+    :math:`\langle Z_u, \partial L / \partial I_v \rangle` (Algorithm 1).
+
+    In training the real edges are chosen once per forward pass. In evaluation they are chosen after a switch from
+    training, after ``load_state_dict``, and when object, storage or version of the weights changed; what escapes that
+    (weights changed by a fused optimiser or through ``.data`` without a switch) needs :meth:`update_wiring`.
+
+    Args:
+        blocks: Number of nodes of each block; the first are the inputs, the last the outputs.
+        num_edges: Number of real edges k.
+        wiring: Rule that chooses the real edges: a name (``"dnw"``, ``"random_graph"``) or a
+            :class:`~dnw_graph.wirings.Wiring`, which is copied.
+        node_function: What a node does with its input: a name, a module or a factory ``(num_nodes, stride)``; see
+            :mod:`dnw_graph.node_functions`.
+        dynamics: How states follow from one another: a name (``"static"``) or a
+            :class:`~dnw_graph.dynamics.Dynamics`, which is copied.
+        propagation: How I is computed: ``"auto"``, ``"block"``, ``"message_passing"`` or a
+            :class:`~dnw_graph.propagation.Propagation`.
+        stride: Stride of the node function at the inputs.
+        input_function: Whether the node function is applied at the inputs.
+        output_function: Whether the node function is applied at the outputs.
+        candidates: The candidate edges, if not all that the dynamics allows.
+        name: Name of the graph in messages.
+
+    Shapes:
+        - input: ``[batch, inputs, height, width]``, or ``[batch, inputs]`` with a node function for vectors
+        - output: ``[batch, outputs, ⌈height / stride⌉, ⌈width / stride⌉]``
+
+    Raises:
+        InputError: If ``num_edges`` is not in 1 … number of candidates, a name is unknown, the blocks are no graph, or
+            an input has another shape than the graph expects.
+
+    Example:
+        >>> graph = NeuralGraph(blocks=(64, 128, 128), num_edges=1244)
+        >>> graph(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 128, 8, 8])
+        >>> graph.edge_index.shape
+        torch.Size([2, 1244])
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        num_edges: int,
+        *,
+        wiring: str | Wiring = "dnw",
+        node_function: NodeFunction = "norm_relu_conv",
+        dynamics: str | Dynamics = "static",
+        propagation: str | Propagation = "auto",
+        stride: int = 1,
+        input_function: bool = True,
+        output_function: bool = False,
+        candidates: CandidateEdges | None = None,
+        name: str = "graph",
+    ) -> None:
+        super().__init__()
+        self.blocks = tuple(blocks)
+        self.name = name
+        self._bounds = group_bounds(self.blocks)
+        self.dynamics = make_dynamics(dynamics)
+        self.candidates = self.dynamics.setup(
+            self.blocks, candidates, node_function, stride, input_function, output_function
+        )
+        if isinstance(num_edges, bool) or not isinstance(num_edges, int) or num_edges < 1:
+            raise InputError(f"{name}: num_edges must be a whole number from 1 up; got {num_edges!r}")
+        if num_edges > self.num_candidates:
+            raise InputError(
+                f"{name}: num_edges = {num_edges:,} is more than the {self.num_candidates:,} candidate edges of "
+                f"blocks {self.blocks}; ask for fewer edges or more nodes"
+            )
+        self._num_edges = num_edges
+        self.wiring = make_wiring(wiring)
+        self.wiring.setup(self.candidates, num_edges, name)
+        self.propagation = make_propagation(propagation)
+        self._chosen: tuple[Tensor, int, int, Tensor] | None = None
+        self.register_load_state_dict_post_hook(_forget_wiring)
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes."""
+        return self._bounds[-1]
+
+    @property
+    def num_inputs(self) -> int:
+        """Number of input nodes, the first ones."""
+        return self.blocks[0]
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of output nodes, the last ones."""
+        return self.blocks[-1]
+
+    @property
+    def num_candidates(self) -> int:
+        """Number of candidate edges."""
+        return self.candidates.num_candidates
+
+    @property
+    def num_edges(self) -> int:
+        """Number of real edges, k."""
+        return self._num_edges
+
+    @property
+    def real_index(self) -> Int[Tensor, " edges"]:
+        """Flat indices of the real edges among the candidates, ascending, for the weights as they are now."""
+        if self.training:
+            return self.wiring.choose(self.candidates.weight, self.num_edges, self.name)
+        return self._real_edges()
+
+    @property
+    def edge_index(self) -> Int[Tensor, "2 edges"]:
+        """The real edges now: row 0 the sources, row 1 the targets."""
+        return self.candidates.pairs(self.real_index)
+
+    @property
+    def edge_weight(self) -> Float[Tensor, " edges"]:
+        """The weights of the real edges now, in the order of :attr:`edge_index`."""
+        return self.candidates.weight.detach()[self.real_index]
+
+    def forward(self, x: Float[Tensor, "batch inputs *space"]) -> Float[Tensor, "batch outputs *space2"]:
+        """Return the states of the output nodes."""
+        if x.dim() < 2 or x.size(1) != self.num_inputs:
+            raise InputError(
+                f"{self.name}: expected an input of shape [batch, {self.num_inputs}, …], one map per input node; "
+                f"got {list(x.shape)}"
+            )
+        edges = RealEdges(self.candidates, self._real_edges(), self.wiring.updates_hallucinated)
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.dynamics(x, self.propagation(edges))
+
+    def update_wiring(self) -> None:
+        """Choose the real edges anew from the weights as they are now."""
+        weight = self.candidates.weight
+        index = self.wiring.choose(weight, self.num_edges, self.name)
+        self._chosen = (weight, weight.data_ptr(), weight._version, index)
+
+    def _real_edges(self) -> Tensor:
+        """Return the flat indices for this forward pass, chosen anew where they have to be."""
+        weight = self.candidates.weight
+        if self._chosen is not None:
+            if self.training:
+                # Inside a backward pass a training forward is a recomputation: it must see the same edges.
+                fresh = torch._C._current_graph_task_id() != -1
+            else:
+                chosen_for, pointer, version, _ = self._chosen
+                fresh = chosen_for is weight and pointer == weight.data_ptr() and version == weight._version
+            if fresh:
+                return self._chosen[3]
+        self.update_wiring()
+        assert self._chosen is not None
+        return self._chosen[3]
+
+    def train(self, mode: bool = True) -> NeuralGraph:
+        """Switch between training and evaluation; a switch to evaluation chooses the real edges anew."""
+        if self.training and not mode:
+            self._chosen = None
+        super().train(mode)
+        return self
+
+    def reset_parameters(self) -> None:
+        """Draw the candidate weights, and what the wiring made of them, anew."""
+        self.candidates.reset_parameters()
+        self.wiring.setup(self.candidates, self.num_edges, self.name)
+        self._chosen = None
+
+    def live_nodes(self, live_outputs: Bool[Tensor, " outputs"] | None = None) -> Bool[Tensor, " nodes"]:
+        """Return which nodes reach an output over real edges; the others are dead.
+
+        Args:
+            live_outputs: Which outputs count, for a graph whose outputs feed another one. Default: all.
+        """
+        live = torch.zeros(self.num_nodes, dtype=torch.bool, device=self.candidates.weight.device)
+        live[-self.num_outputs :] = True if live_outputs is None else live_outputs
+        source, target = self.edge_index
+        count = -1
+        while (now := int(live.sum())) != count:
+            count = now
+            live[source[live[target]]] = True
+        return live
+
+    def to_data(self) -> Data:
+        """Return the wiring as a PyG graph.
+
+        The :class:`~torch_geometric.data.Data` holds ``edge_index [2, k]``, ``edge_weight [k]``, and for every node its
+        ``block``, its position ``pos [nodes, 2]`` (x the block, y the place within it, both in 0 … 1), and whether it
+        is an input (``input_mask``), an output (``output_mask``) and live (``live_mask``: a path of real edges leads to
+        an output of this graph). All on the CPU.
+        """
+        sizes = torch.tensor(self.blocks)
+        block = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        place = torch.cat([(torch.arange(size) + 0.5) / size for size in self.blocks])
+        return Data(
+            edge_index=self.edge_index.cpu(),
+            edge_weight=self.edge_weight.cpu(),
+            num_nodes=self.num_nodes,
+            block=block,
+            pos=torch.stack([block / (len(sizes) - 1), place], dim=1),
+            input_mask=block == 0,
+            output_mask=block == len(sizes) - 1,
+            live_mask=self.live_nodes().cpu(),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_chosen": None}
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(name={self.name!r}, blocks={self.blocks}, nodes={self.num_nodes:,}, "
+            f"candidates={self.num_candidates:,}, k={self.num_edges:,}, wiring={self.wiring!r}, "
+            f"dynamics={type(self.dynamics).__name__}, propagation={self.propagation!r})"
+        )
+
+
+def _forget_wiring(graph: NeuralGraph, _: Any) -> None:
+    """Have a graph choose its edges anew, after its state was loaded."""
+    graph._chosen = None

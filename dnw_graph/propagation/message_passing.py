@@ -1,0 +1,204 @@
+"""Propagation as PyG message passing: the reference formulation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch_geometric.typing
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch_geometric.nn import MessagePassing
+from torch_geometric.utils import spmm
+
+from dnw_graph.candidates import Block
+from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.propagation.base import Propagate, Propagation, RealEdges
+
+ADJACENCIES = ("edge_index", "csr", "torch_sparse")
+
+
+class WeightedSum(MessagePassing):
+    r"""The message passing of a neural graph, :math:`I_v = \sum_{(u,v) \in E} w_{uv} Z_u`.
+
+    Shapes:
+        - states: node-major ``[sources, features]``, for images ``features = batch · height · width``
+        - edges: ``edge_index [2, k]`` with ``edge_weight [k]``, or a sparse (targets × sources) adjacency
+        - output: ``[targets, features]``
+    """
+
+    def __init__(self) -> None:
+        super().__init__(aggr="sum", node_dim=0)
+
+    def forward(
+        self, z: Tensor, edge_index: Any, edge_weight: Tensor | None = None, num_targets: int | None = None
+    ) -> Tensor:
+        """Send the states over the edges."""
+        size = None if num_targets is None else (z.size(0), num_targets)
+        return self.propagate(edge_index, x=(z, None), edge_weight=edge_weight, size=size)
+
+    def message(self, x_j: Tensor, edge_weight: Tensor) -> Tensor:
+        """Return w_uv Z_u for every edge."""
+        return edge_weight.view(-1, 1) * x_j
+
+    def message_and_aggregate(self, adj_t: Any, x: tuple[Tensor, None]) -> Tensor:
+        """Return the sparse product of the adjacency with the states."""
+        return spmm(adj_t, x[0], reduce=self.aggr)
+
+
+class MessagePassingPropagation(Propagation):
+    """Propagation on an explicit sparse graph with PyG.
+
+    Args:
+        adjacency: How the edges are given to PyG. ``"edge_index"``: an edge list, one message per edge (``message`` and
+            ``aggregate``). ``"csr"``: a sparse PyTorch matrix (``message_and_aggregate``). ``"torch_sparse"``: a
+            ``torch_sparse.SparseTensor`` (``message_and_aggregate``); needs the extension packages.
+        max_message_bytes: With ``"edge_index"``, the largest tensor of messages that may be built.
+
+    Raises:
+        InputError: If the adjacency is unknown or its package is not installed; in the forward pass, if the messages
+            would be larger than ``max_message_bytes``.
+    """
+
+    def __init__(self, adjacency: str = "edge_index", max_message_bytes: int = 2**31) -> None:
+        super().__init__()
+        if adjacency not in ADJACENCIES:
+            raise unknown_name("adjacency", adjacency, ADJACENCIES)
+        if adjacency == "torch_sparse" and not torch_geometric.typing.WITH_TORCH_SPARSE:
+            raise InputError(
+                "adjacency 'torch_sparse' needs torch-sparse, which is not installed; "
+                "use 'csr', or install the extra dnw-graph[pyg-ext]"
+            )
+        self.adjacency = adjacency
+        self.max_message_bytes = max_message_bytes
+        self.weighted_sum = WeightedSum()
+
+    def forward(self, edges: RealEdges) -> Propagate:
+        """Cut the ascending flat indices into the blocks' own edge lists."""
+        blocks = edges.candidates.blocks
+        weights = edges.split(_restricted(edges))
+        starts = torch.tensor([block.offset for block in blocks], device=edges.index.device)
+        cuts = torch.searchsorted(edges.index, starts[1:]).tolist()
+        parts = edges.index.tensor_split(cuts)
+        local = [part - block.offset for part, block in zip(parts, blocks, strict=True)]
+
+        def propagate(number: int, z: Tensor) -> Tensor:
+            features = z.transpose(0, 1).flatten(1)
+            received = self._send(features, blocks[number], local[number], weights[number])
+            # [targets, batch · space] back to [batch, targets, *space]
+            received = received.view(-1, z.size(0), *z.shape[2:]).transpose(0, 1)
+            return _CandidateGradient.apply(received, z.detach(), weights[number])
+
+        return propagate
+
+    def _send(
+        self,
+        z: Float[Tensor, "sources features"],
+        block: Block,
+        local: Int[Tensor, " edges"],
+        weight: Float[Tensor, "targets sources"],
+    ) -> Float[Tensor, "targets features"]:
+        num_targets, num_sources = block.shape
+        targets, sources = local // num_sources, local % num_sources
+        # The candidates get their gradient from _CandidateGradient; here it flows to the states only.
+        values = weight.detach().flatten()[local].to(z.dtype)
+        if self.adjacency == "edge_index":
+            size = len(local) * z.size(1) * z.element_size()
+            if size > self.max_message_bytes:
+                raise InputError(
+                    f"{len(local)} messages of {z.size(1)} values each would take {size / 2**30:.1f} GiB, more than "
+                    f"max_message_bytes = {self.max_message_bytes / 2**30:.1f} GiB; use propagation='block' or "
+                    "MessagePassingPropagation(adjacency='csr')"
+                )
+            return self.weighted_sum(z, torch.stack([sources, targets]), values, num_targets)
+        # The flat order is target by target, which is the order of CSR.
+        rowptr = torch.searchsorted(targets, torch.arange(num_targets + 1, device=targets.device))
+        if self.adjacency == "csr":
+            return _SparseProduct.apply(self.weighted_sum, z, rowptr, targets, sources, values)
+        from torch_sparse import SparseTensor
+
+        adj_t = SparseTensor(
+            rowptr=rowptr,
+            col=sources,
+            value=values,
+            sparse_sizes=block.shape,
+            is_sorted=True,
+            trust_data=True,
+        )
+        return self.weighted_sum(z, adj_t)
+
+    def extra_repr(self) -> str:
+        """Options, for ``repr``."""
+        return f"adjacency={self.adjacency!r}"
+
+
+def _restricted(edges: RealEdges) -> Tensor:
+    """Return the flat weights, with a gradient for the candidates that the wiring names."""
+    weight = edges.candidates.weight
+    return weight if edges.updates_hallucinated else _Restrict.apply(weight, edges)
+
+
+class _Restrict(torch.autograd.Function):
+    """The identity; its gradient is kept for the real edges only."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, edges: RealEdges) -> Tensor:
+        ctx.edges = edges
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.edges.restrict(grads[0]), None
+
+
+class _CandidateGradient(torch.autograd.Function):
+    """The identity on I; in the backward pass every pair (u, v) of the block gets ⟨Z_u, ∂L/∂I_v⟩."""
+
+    @staticmethod
+    def forward(ctx: Any, received: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return received.view_as(received)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        (z,) = ctx.saved_tensors
+        weight_grad = None
+        if ctx.needs_input_grad[2]:
+            weight_grad = grads[0].movedim(1, 0).flatten(1) @ z.movedim(1, -1).flatten(0, -2)
+        return grads[0], None, weight_grad
+
+
+class _SparseProduct(torch.autograd.Function):
+    """Message passing over a CSR adjacency; the gradient of the states is the product with its transpose.
+
+    PyTorch's own derivative of a CSR product converts the matrix anew in each backward pass and accumulates in CSC.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weighted_sum: WeightedSum,
+        z: Tensor,
+        rowptr: Tensor,
+        targets: Tensor,
+        sources: Tensor,
+        values: Tensor,
+    ) -> Tensor:
+        ctx.weighted_sum = weighted_sum
+        ctx.num_sources = z.size(0)
+        ctx.save_for_backward(targets, sources, values)
+        return weighted_sum(z, _csr(rowptr, sources, values, z.size(0)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        targets, sources, values = ctx.saved_tensors
+        order = torch.argsort(sources, stable=True)
+        steps = torch.arange(ctx.num_sources + 1, device=sources.device)
+        rowptr = torch.searchsorted(sources[order], steps)
+        transposed = _csr(rowptr, targets[order], values[order], grads[0].size(0))
+        return None, ctx.weighted_sum(grads[0].contiguous(), transposed), None, None, None, None
+
+
+def _csr(rowptr: Tensor, columns: Tensor, values: Tensor, num_columns: int) -> Tensor:
+    size = (rowptr.numel() - 1, num_columns)
+    return torch.sparse_csr_tensor(rowptr, columns, values, size, check_invariants=False)

@@ -1,0 +1,57 @@
+"""Finds broken image files before training starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL import Image
+
+from dnw_graph.errors import InputError
+from dnw_graph.training.images import UNREADABLE
+
+# The last bytes of a whole file, by Pillow's name of the format.
+ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+
+def image_fault(path: str) -> str | None:
+    """Return what is wrong with an image file, or None.
+
+    Reads the header and looks at the last bytes. A file that does not end as its format should (cut off, or with
+    something appended, or of a format without a known ending) is decoded in full, and that decides.
+    """
+    try:
+        with open(path, "rb") as file, Image.open(file) as image:
+            ending = ENDINGS.get(image.format or "")
+            if ending:
+                position = file.tell()
+                file.seek(-len(ending), os.SEEK_END)
+                if file.read() == ending:
+                    return None
+                file.seek(position)
+            image.load()
+    except UNREADABLE as error:
+        return str(error)
+    return None
+
+
+def check_images(paths: Sequence[str], threads: int = 16) -> None:
+    """Look at every file, several at a time.
+
+    Args:
+        paths: Image files.
+        threads: Files looked at in parallel; reading waits for the disk more than for the processor.
+
+    Raises:
+        InputError: If any file is broken; the message names the first ones.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        faults = list(pool.map(image_fault, paths))
+    broken = [(path, fault) for path, fault in zip(paths, faults, strict=True) if fault is not None]
+    if broken:
+        shown = "; ".join(f"{path} ({fault})" for path, fault in broken[:3])
+        raise InputError(
+            f"{len(broken)} of {len(paths)} image files cannot be read: {shown}{'; ...' if len(broken) > 3 else ''}. "
+            "Replace or remove them"
+        )

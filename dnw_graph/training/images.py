@@ -1,0 +1,240 @@
+"""Images with class labels: digits, CIFAR-10, or folders in ImageNet's layout."""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from dnw_graph.errors import InputError
+from dnw_graph.training.order import Purpose, mix
+
+# What Pillow raises for files that are no images, or are cut off or damaged.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+NUM_TEST_DIGITS = 360
+
+
+class Images(ABC):
+    """A sequence of images with labels.
+
+    Attributes:
+        labels: Class of every image, ``[num_images]``.
+    """
+
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    @abstractmethod
+    def load(self, index: int) -> Image.Image:
+        """Return one image, in RGB."""
+
+
+class ArrayImages(Images):
+    """Images held in memory.
+
+    Args:
+        pixels: ``[num_images, height, width, 3]``, 0 to 255.
+        labels: ``[num_images]``.
+    """
+
+    def __init__(self, pixels: NDArray[np.uint8], labels: Sequence[int] | NDArray[np.int64]) -> None:
+        self.pixels = pixels
+        self.labels = np.asarray(labels, dtype=np.int64)
+
+    def load(self, index: int) -> Image.Image:
+        """Return one image, in RGB."""
+        return Image.fromarray(self.pixels[index])
+
+
+class FileImages(Images):
+    """Images in ``root/<class>/``, at any depth.
+
+    Args:
+        root: The folder with one folder per class.
+        classes: The classes, in the order of their labels. Folders of other names are an error; a class without a
+            folder is not, unless ``classes`` was read from this very folder.
+
+    Raises:
+        InputError: For a class folder without images, or one whose name is not in ``classes``.
+    """
+
+    def __init__(self, root: Path, classes: Sequence[str]) -> None:
+        here = class_names(root)
+        if unknown := sorted(set(here) - set(classes)):
+            raise InputError(
+                f"{root} has {len(unknown)} class folders that the training folder lacks, such as "
+                f"{unknown[0]!r}: expected the same class names in both"
+            )
+        samples = make_dataset(
+            str(root), {name: classes.index(name) for name in here}, IMG_EXTENSIONS, allow_empty=True
+        )
+        self.paths = [path for path, _ in samples]
+        self.labels = np.array([label for _, label in samples], dtype=np.int64)
+        filled = {classes[label] for label in np.unique(self.labels)}
+        if empty := sorted(set(here) - filled):
+            raise InputError(
+                f"{root / empty[0]} holds no image ({', '.join(IMG_EXTENSIONS)}): "
+                "add images or remove the folder of this class"
+            )
+
+    def load(self, index: int) -> Image.Image:
+        """Return one image, in RGB."""
+        path = self.paths[index]
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except UNREADABLE as error:
+            raise InputError(f"cannot read image {path} ({error}): replace or remove it") from error
+
+
+def class_names(root: Path) -> list[str]:
+    """Return the names of the class folders in ``root``, sorted."""
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Training and test images with the names of their classes.
+
+    Attributes:
+        name: ``digits``, ``cifar10`` or ``folder``.
+        train: Images to learn from.
+        test: Images to evaluate on.
+        classes: Class names, in the order of their labels.
+    """
+
+    name: str
+    train: Images
+    test: Images
+    classes: list[str]
+
+
+def digits() -> ImageData:
+    """Return scikit-learn's digits: 1,797 grey 8×8 images, brought to RGB; the last 360 are the test images.
+
+    The last images were written by other people than the first, so the test asks for more than a random split would.
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    grey = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    rgb = np.repeat(grey[..., None], 3, axis=-1)
+    train, test = slice(None, -NUM_TEST_DIGITS), slice(-NUM_TEST_DIGITS, None)
+    return ImageData(
+        "digits",
+        ArrayImages(rgb[train], labels[train]),
+        ArrayImages(rgb[test], labels[test]),
+        [str(d) for d in range(10)],
+    )
+
+
+def cifar10(root: Path = Path("data")) -> ImageData:
+    """Return CIFAR-10, downloaded by torchvision into ``root`` unless it is there.
+
+    Raises:
+        InputError: If it can neither be found nor downloaded.
+    """
+    try:
+        train, test = (CIFAR10(root, train=train, download=True) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"CIFAR-10 is not in {root.resolve()} and could not be downloaded ({error}): check the connection, "
+            "or give a folder with train/<class>/ and test/<class>/ with --data"
+        ) from error
+    return ImageData(
+        "cifar10", ArrayImages(train.data, train.targets), ArrayImages(test.data, test.targets), train.classes
+    )
+
+
+def folder(root: Path) -> ImageData:
+    """Return the images of a folder in ImageNet's layout: ``train/<class>/`` and ``val/<class>/`` or ``test/<class>/``.
+
+    Raises:
+        InputError: If a folder is missing, a class is empty, or classes do not match.
+    """
+    if not root.is_dir():
+        raise InputError(
+            f"data folder {str(root)!r} does not exist: give 'digits', 'cifar10' or a folder with train/<class>/ and "
+            "val/<class>/ with --data"
+        )
+    train = root / "train"
+    test = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    missing = "train/" if not train.is_dir() else "val/ (or test/)" if test is None else None
+    if missing or test is None:
+        raise InputError(f"{root} has no {missing}: expected train/<class>/ and val/<class>/ or test/<class>/")
+    for part in (train, test):
+        if not class_names(part):
+            raise InputError(f"{part} has no class folders: expected {part}/<class>/ with images")
+    classes = class_names(train)
+    return ImageData("folder", FileImages(train, classes), FileImages(test, classes), classes)
+
+
+def load_images(data: str) -> ImageData:
+    """Return the images that ``--data`` names: ``digits``, ``cifar10`` or a folder.
+
+    Raises:
+        InputError: If there are none, or they cannot be used.
+    """
+    if data == "digits":
+        return digits()
+    return cifar10() if data == "cifar10" else folder(Path(data))
+
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+class TrainSamples(Dataset[tuple[Tensor, int]]):
+    """Augmented images. Sample (epoch, index) is a pure function of the seed, the epoch and the index.
+
+    Args:
+        images: The images.
+        transform: Turns an image into a tensor ``[3, height, width]``; draws only from PyTorch's CPU generator.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, images: Images, transform: Transform, seed: int) -> None:
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        """Return the tensor and the label of (epoch, index)."""
+        epoch, index = key
+        image = self.images.load(index)
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(mix(self.seed, Purpose.AUGMENTATION, epoch, index))
+        try:
+            return self.transform(image), int(self.images.labels[index])
+        finally:
+            torch.set_rng_state(state)
+
+
+class EvaluationSamples(Dataset[tuple[Tensor, int]]):
+    """Images as they are evaluated, without randomness.
+
+    Args:
+        images: The images.
+        transform: Turns an image into a tensor ``[3, height, width]``.
+    """
+
+    def __init__(self, images: Images, transform: Transform) -> None:
+        self.images = images
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return the tensor and the label of an image."""
+        return self.transform(self.images.load(index)), int(self.images.labels[index])

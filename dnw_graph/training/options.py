@@ -1,0 +1,109 @@
+"""The options that every training run has, whatever its model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from dnw_graph.errors import InputError, unknown_name
+
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true")
+ACCELERATORS = ("auto", "cpu", "gpu")
+
+
+def option(default: Any, description: str, *, fixed: bool = False) -> Any:
+    """Declare a dataclass field that is also a command-line option.
+
+    Args:
+        default: Its default value.
+        description: What ``--help`` says about it.
+        fixed: Whether a resumed run must have the same value as the run that it continues.
+    """
+    return field(default=default, metadata={"help": description, "fixed": fixed})
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of a field: ``batch_size`` gives ``--batch-size``."""
+    return "--" + name.replace("_", "-")
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise InputError(f"{flag(name)} is {value!r}: expected {expected}")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Data, schedule, machine and files of one run.
+
+    Every field is a command-line option; its description is in its metadata, where ``--help`` finds it.
+
+    Raises:
+        InputError: If a value is out of range or an unknown name.
+    """
+
+    data: str = option(
+        "digits",
+        "'digits' (scikit-learn's 8x8 digits, the last 360 of 1,797 are the test images), 'cifar10' (downloaded "
+        "by torchvision into ./data), or a folder with train/<class>/ and val/<class>/ or test/<class>/",
+    )
+    image_size: int | None = option(
+        None,
+        "height and width in pixels. From 64 up images get the ImageNet augmentation, below 64 the CIFAR one. "
+        "Default: 16 for digits, 32 for cifar10, 224 for a folder",
+        fixed=True,
+    )
+    check_images: bool = option(
+        True,
+        "before training, open every image file of a folder and look for broken ones, so that none stops the run "
+        "later. Takes about a minute per 500,000 files on a local disk",
+    )
+    epochs: int = option(20, "passes over the training images", fixed=True)
+    batch_size: int = option(64, "images per step over all devices together", fixed=True)
+    lr: float = option(0.1, "learning rate of the first step; follows a cosine to 0 over all steps", fixed=True)
+    momentum: float = option(0.9, "momentum of SGD", fixed=True)
+    weight_decay: float = option(5e-5, "weight decay of SGD, on all parameters", fixed=True)
+    precision: str = option("32-true", f"number format: one of {', '.join(PRECISIONS)}", fixed=True)
+    seed: int = option(0, "decides initial weights, order of images and augmentation", fixed=True)
+    accelerator: str = option("auto", "'cpu', 'gpu' or 'auto' (a GPU if there is one)")
+    devices: int = option(1, "devices per machine: GPUs, or processes on a CPU")
+    num_nodes: int = option(1, "machines; start the same command on each, as for any Lightning run")
+    workers: int | None = option(
+        None, "processes per device that load images. Default: 0 for digits, else one per CPU core, at most 8"
+    )
+    output: str | None = option(
+        None,
+        "folder for checkpoints, logs and the summary. Default: a new numbered folder under ./runs, or the "
+        "checkpoint's folder with --resume",
+    )
+    save_every: int = option(
+        0, "also write last.ckpt every so many steps; 0: at the end of every epoch only, and when interrupted"
+    )
+    resume: str | None = option(None, "checkpoint to continue from, to the same numbers as an unbroken run")
+    evaluate: str | None = option(None, "checkpoint to evaluate; nothing is trained")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "devices", "num_nodes"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("weight_decay", "seed", "save_every"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.lr > 0, "lr", self.lr, "a number above 0")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "a number from 0 to below 1")
+        _require(self.image_size is None or self.image_size >= 8, "image_size", self.image_size, "8 or more")
+        _require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
+        if self.precision not in PRECISIONS:
+            raise unknown_name("precision", self.precision, PRECISIONS)
+        if self.accelerator not in ACCELERATORS:
+            raise unknown_name("accelerator", self.accelerator, ACCELERATORS)
+        processes = self.devices * self.num_nodes
+        if self.batch_size % processes:
+            raise InputError(
+                f"--batch-size {self.batch_size} cannot be split evenly over {processes} devices: "
+                f"expected a multiple of {processes}"
+            )
+        if self.resume and self.evaluate:
+            raise InputError("--resume and --evaluate cannot go together: give one of them")
+
+    def fixed(self) -> dict[str, Any]:
+        """Return the options that a resumed run must share with the run that it continues."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["fixed"]}
