@@ -87,6 +87,8 @@ class MessagePassingPropagation(Propagation):
             received = self._send(features, blocks[number], local[number], weights[number])
             # [targets, batch · space] back to [batch, targets, *space]
             received = received.view(-1, z.size(0), *z.shape[2:]).transpose(0, 1)
+            if received.dim() == 4:
+                received = received.contiguous(memory_format=torch.channels_last)
             return _CandidateGradient.apply(received, z.detach(), weights[number])
 
         return propagate
@@ -164,7 +166,8 @@ class _CandidateGradient(torch.autograd.Function):
         (z,) = ctx.saved_tensors
         weight_grad = None
         if ctx.needs_input_grad[2]:
-            weight_grad = grads[0].movedim(1, 0).flatten(1) @ z.movedim(1, -1).flatten(0, -2)
+            # Nodes last: no copy for channels-last maps.
+            weight_grad = grads[0].movedim(1, -1).flatten(0, -2).t() @ z.movedim(1, -1).flatten(0, -2)
         return grads[0], None, weight_grad
 
 

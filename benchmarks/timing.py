@@ -1,0 +1,82 @@
+"""What every benchmark shares: interleaved timing, a table, JSON, and what the machine is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_geometric
+
+
+def median_times(ways: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Return the median wall time of each way, in milliseconds.
+
+    The ways take turns, so that a slow spell of a shared machine meets all of them alike.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, way in ways.items():
+            _wait(device)
+            start = time.perf_counter()
+            way()
+            _wait(device)
+            if turn:  # The first turn warms up.
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Return what the figures were measured on."""
+    name = platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").exists():
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = models[0].split(":")[1].strip() if models else name
+    return {
+        "device": f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name,
+        "torch": torch.__version__,
+        "torch_geometric": torch_geometric.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--json", type=Path, default=None, help="write the figures to this file as well")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed turns, of which the median is shown")
+    return parser
+
+
+def report(title: str, rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
+    """Print rows as a Markdown table and write them as JSON if asked to."""
+    where = machine(options.device)
+    print(f"{title}\n{', '.join(f'{key} {value}' for key, value in where.items())}\n")
+    columns = list(rows[0])
+    table = [columns, *([_text(row[column]) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    table.insert(1, ["-" * width for width in widths])
+    for line in table:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+    if options.json is not None:
+        options.json.write_text(json.dumps({"title": title, "machine": where, "rows": list(rows)}, indent=1) + "\n")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
