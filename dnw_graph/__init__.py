@@ -1,9 +1,21 @@
 """Discovering neural wirings: graphs of single channels that learn which channels connect to which."""
 
 from dnw_graph.candidates import CandidateEdges
+from dnw_graph.dynamics import Continuous, Discrete, Static
 from dnw_graph.errors import InputError
 from dnw_graph.neural_graph import NeuralGraph
-from dnw_graph.wirings import DNW, RandomGraph, Wiring
+from dnw_graph.wirings import DNW, Fixed, RandomGraph, Wiring
 
-__all__ = ["DNW", "CandidateEdges", "InputError", "NeuralGraph", "RandomGraph", "Wiring"]
+__all__ = [
+    "DNW",
+    "CandidateEdges",
+    "Continuous",
+    "Discrete",
+    "Fixed",
+    "InputError",
+    "NeuralGraph",
+    "RandomGraph",
+    "Static",
+    "Wiring",
+]
 __version__ = "0.1.0"

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dnw_graph.errors import InputError
+from dnw_graph.nodes import Nodes
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,13 @@ class CandidateEdges(nn.Module):
 
         Section 2.4 of the paper. One block per group but the first; its sources are all nodes before the group.
         """
-        bounds = group_bounds(sizes)
-        return cls((range(start), range(start, stop)) for start, stop in pairwise(bounds[1:]))
+        groups = Nodes.in_blocks(sizes).block_ranges
+        return cls((range(group.start), group) for group in groups[1:])
 
     @classmethod
     def adjacent(cls, sizes: Sequence[int]) -> CandidateEdges:
         """Layers: edges lead from each group of nodes to the next one only, as in a network of pointwise products."""
-        bounds = group_bounds(sizes)
-        return cls((range(a, b), range(b, c)) for a, b, c in zip(bounds, bounds[1:], bounds[2:], strict=False))
+        return cls(pairwise(Nodes.in_blocks(sizes).block_ranges))
 
     @classmethod
     def dynamic(cls, num_nodes: int) -> CandidateEdges:
@@ -172,17 +172,6 @@ class CandidateEdges(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for ``repr``."""
         return f"nodes={self.num_nodes}, candidates={self.num_candidates:,}, blocks={len(self.blocks)}"
-
-
-def group_bounds(sizes: Sequence[int]) -> list[int]:
-    """Return the first node of each group of nodes, and the number of nodes at the end.
-
-    Raises:
-        InputError: If there are fewer than two groups or one is empty.
-    """
-    if len(sizes) < 2 or any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise InputError(f"blocks must be two or more positive whole numbers of nodes; got {tuple(sizes)}")
-    return [0, *accumulate(sizes)]
 
 
 def _union(ranges: Iterable[range]) -> list[range]:

@@ -10,10 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from dnw_graph.candidates import CandidateEdges, group_bounds
+from dnw_graph.candidates import CandidateEdges
 from dnw_graph.dynamics import Dynamics, make_dynamics
 from dnw_graph.errors import InputError
 from dnw_graph.node_functions import NodeFunction
+from dnw_graph.nodes import Nodes
 from dnw_graph.propagation import Propagation, RealEdges, make_propagation
 from dnw_graph.wirings import Wiring, make_wiring
 
@@ -21,41 +22,45 @@ from dnw_graph.wirings import Wiring, make_wiring
 class NeuralGraph(nn.Module):
     r"""A graph of single channels that learns its own edges.
 
-    Each node holds one feature map per image. In the static case, nodes lie in blocks and
+    Each node holds one feature map per image and each edge carries a weight:
 
-    .. math:: Z_v = f_{\theta_v}\Big(\sum_{(u,v) \in E} w_{uv} Z_u\Big)
+    .. math:: I_v = \sum_{(u,v) \in E} w_{uv} Z_u, \qquad Z_v = f_{\theta_v}(I_v)
 
-    block by block (Equation 1 of the paper), where the real edges E are chosen by the wiring among all candidates:
-    for ``"dnw"`` the ``num_edges`` of largest :math:`|w_{uv}|`, and every candidate gets the gradient
-    :math:`\langle Z_u, \partial L / \partial I_v \rangle` (Algorithm 1).
+    (Equations 1 and 2 of the paper). The wiring chooses the real edges E among all candidates: for ``"dnw"`` the
+    ``num_edges`` of largest :math:`|w_{uv}|`, and every candidate gets the gradient
+    :math:`\langle Z_u, \partial L / \partial I_v \rangle` (Algorithm 1). The dynamics says how states follow from one
+    another: block by block (static), step by step (discrete), or as an ODE (continuous).
 
     In training the real edges are chosen once per forward pass. In evaluation they are chosen after a switch from
     training, after ``load_state_dict``, and when object, storage or version of the weights changed; what escapes that
     (weights changed by a fused optimiser or through ``.data`` without a switch) needs :meth:`update_wiring`.
 
     Args:
-        blocks: Number of nodes of each block; the first are the inputs, the last the outputs.
-        num_edges: Number of real edges k.
+        blocks: Static graphs: number of nodes of each block; the first are the inputs, the last the outputs.
+        num_edges: Number of real edges k. Default: all candidates.
+        num_nodes: Dynamic graphs: number of nodes.
+        num_inputs: Dynamic graphs: number of input nodes, the first ones.
+        num_outputs: Dynamic graphs: number of output nodes, the last ones.
         wiring: Rule that chooses the real edges: a name (``"dnw"``, ``"random_graph"``) or a
             :class:`~dnw_graph.wirings.Wiring`, which is copied.
         node_function: What a node does with its input: a name, a module or a factory ``(num_nodes, stride)``; see
             :mod:`dnw_graph.node_functions`.
-        dynamics: How states follow from one another: a name (``"static"``) or a
-            :class:`~dnw_graph.dynamics.Dynamics`, which is copied.
+        dynamics: How states follow from one another: ``"static"``, ``"continuous"`` or a
+            :class:`~dnw_graph.dynamics.Dynamics` such as ``Discrete(steps=5)``, which is copied.
         propagation: How I is computed: ``"auto"``, ``"block"``, ``"message_passing"`` or a
             :class:`~dnw_graph.propagation.Propagation`.
-        stride: Stride of the node function at the inputs.
-        input_function: Whether the node function is applied at the inputs.
-        output_function: Whether the node function is applied at the outputs.
+        stride: Stride of the node function: at the inputs of a static graph, at every node of a dynamic one.
+        input_function: Static graphs: whether the node function is applied at the inputs.
+        output_function: Static graphs: whether the node function is applied at the outputs.
         candidates: The candidate edges, if not all that the dynamics allows.
         name: Name of the graph in messages.
 
     Shapes:
         - input: ``[batch, inputs, height, width]``, or ``[batch, inputs]`` with a node function for vectors
-        - output: ``[batch, outputs, ⌈height / stride⌉, ⌈width / stride⌉]``
+        - output: ``[batch, outputs, ⌈height / stride⌉, ⌈width / stride⌉]``; dynamic graphs keep the resolution
 
     Raises:
-        InputError: If ``num_edges`` is not in 1 … number of candidates, a name is unknown, the blocks are no graph, or
+        InputError: If ``num_edges`` is not in 1 … number of candidates, a name is unknown, the nodes are no graph, or
             an input has another shape than the graph expects.
 
     Example:
@@ -68,9 +73,12 @@ class NeuralGraph(nn.Module):
 
     def __init__(
         self,
-        blocks: Sequence[int],
-        num_edges: int,
+        blocks: Sequence[int] | None = None,
+        num_edges: int | None = None,
         *,
+        num_nodes: int | None = None,
+        num_inputs: int | None = None,
+        num_outputs: int | None = None,
         wiring: str | Wiring = "dnw",
         node_function: NodeFunction = "norm_relu_conv",
         dynamics: str | Dynamics = "static",
@@ -82,13 +90,15 @@ class NeuralGraph(nn.Module):
         name: str = "graph",
     ) -> None:
         super().__init__()
-        self.blocks = tuple(blocks)
         self.name = name
-        self._bounds = group_bounds(self.blocks)
         self.dynamics = make_dynamics(dynamics)
+        self.dynamics.name = name
+        self.nodes = _make_nodes(self.dynamics, blocks, num_nodes, num_inputs, num_outputs)
         self.candidates = self.dynamics.setup(
-            self.blocks, candidates, node_function, stride, input_function, output_function
+            self.nodes, candidates, node_function, stride, input_function, output_function
         )
+        if num_edges is None:
+            num_edges = self.num_candidates
         if isinstance(num_edges, bool) or not isinstance(num_edges, int) or num_edges < 1:
             raise InputError(f"{name}: num_edges must be a whole number from 1 up; got {num_edges!r}")
         if num_edges > self.num_candidates:
@@ -104,19 +114,24 @@ class NeuralGraph(nn.Module):
         self.register_load_state_dict_post_hook(_forget_wiring)
 
     @property
+    def blocks(self) -> tuple[int, ...]:
+        """Number of nodes of each block; in a dynamic graph the blocks are inputs, inner nodes and outputs."""
+        return self.nodes.blocks
+
+    @property
     def num_nodes(self) -> int:
         """Number of nodes."""
-        return self._bounds[-1]
+        return self.nodes.num_nodes
 
     @property
     def num_inputs(self) -> int:
         """Number of input nodes, the first ones."""
-        return self.blocks[0]
+        return self.nodes.num_inputs
 
     @property
     def num_outputs(self) -> int:
         """Number of output nodes, the last ones."""
-        return self.blocks[-1]
+        return self.nodes.num_outputs
 
     @property
     def num_candidates(self) -> int:
@@ -145,17 +160,24 @@ class NeuralGraph(nn.Module):
         """The weights of the real edges now, in the order of :attr:`edge_index`."""
         return self.candidates.weight.detach()[self.real_index]
 
-    def forward(self, x: Float[Tensor, "batch inputs *space"]) -> Float[Tensor, "batch outputs *space2"]:
-        """Return the states of the output nodes."""
-        if x.dim() < 2 or x.size(1) != self.num_inputs:
+    def forward(self, x: Float[Tensor, "batch ..."], **options: Any) -> Float[Tensor, "batch ..."]:
+        """Return the states of the output nodes.
+
+        Args:
+            x: What flows into the input nodes.
+            options: What else the dynamics can be asked for: ``return_states=True`` of a discrete graph, ``times=…`` of
+                a continuous one.
+        """
+        dim = self.dynamics.node_dim
+        if x.dim() <= dim or x.size(dim) != self.num_inputs:
             raise InputError(
-                f"{self.name}: expected an input of shape [batch, {self.num_inputs}, …], one map per input node; "
-                f"got {list(x.shape)}"
+                f"{self.name}: expected an input of shape [batch, {'time, ' if dim == 2 else ''}{self.num_inputs}, …], "
+                f"one map or value per input node; got {list(x.shape)}"
             )
         edges = RealEdges(self.candidates, self._real_edges(), self.wiring.updates_hallucinated)
-        if x.dim() == 4:
+        if x.dim() == 4 and dim == 1:
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.dynamics(x, self.propagation(edges))
+        return self.dynamics(x, self.propagation(edges), **options)
 
     def update_wiring(self) -> None:
         """Choose the real edges anew from the weights as they are now."""
@@ -218,14 +240,15 @@ class NeuralGraph(nn.Module):
         sizes = torch.tensor(self.blocks)
         block = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         place = torch.cat([(torch.arange(size) + 0.5) / size for size in self.blocks])
+        node = torch.arange(self.num_nodes)
         return Data(
             edge_index=self.edge_index.cpu(),
             edge_weight=self.edge_weight.cpu(),
             num_nodes=self.num_nodes,
             block=block,
-            pos=torch.stack([block / (len(sizes) - 1), place], dim=1),
-            input_mask=block == 0,
-            output_mask=block == len(sizes) - 1,
+            pos=torch.stack([block / max(1, len(sizes) - 1), place], dim=1),
+            input_mask=node < self.num_inputs,
+            output_mask=node >= self.num_nodes - self.num_outputs,
             live_mask=self.live_nodes().cpu(),
         )
 
@@ -236,8 +259,25 @@ class NeuralGraph(nn.Module):
         return (
             f"{type(self).__name__}(name={self.name!r}, blocks={self.blocks}, nodes={self.num_nodes:,}, "
             f"candidates={self.num_candidates:,}, k={self.num_edges:,}, wiring={self.wiring!r}, "
-            f"dynamics={type(self.dynamics).__name__}, propagation={self.propagation!r})"
+            f"dynamics={type(self.dynamics).__name__}({self.dynamics.extra_repr()}), propagation={self.propagation!r})"
         )
+
+
+def _make_nodes(
+    dynamics: Dynamics,
+    blocks: Sequence[int] | None,
+    num_nodes: int | None,
+    num_inputs: int | None,
+    num_outputs: int | None,
+) -> Nodes:
+    counts = (num_nodes, num_inputs, num_outputs)
+    if dynamics.in_blocks and (blocks is None or counts != (None, None, None)):
+        raise InputError("a static graph is given by blocks=(inputs, …, outputs) alone, without num_nodes and the like")
+    if dynamics.in_blocks and blocks is not None:
+        return Nodes.in_blocks(blocks)
+    if blocks is not None or num_nodes is None or num_inputs is None or num_outputs is None:
+        raise InputError("a dynamic graph is given by num_nodes, num_inputs and num_outputs, without blocks")
+    return Nodes.flat(num_nodes, num_inputs, num_outputs)
 
 
 def _forget_wiring(graph: NeuralGraph, _: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -52,12 +54,30 @@ class NormReluConv(nn.Module):
         if kernel_size % 2 == 0:
             raise InputError(f"kernel_size must be odd, so that stride 1 keeps the resolution; got {kernel_size}")
         self.norm = make_norm(norm, num_nodes)
-        self.relu = nn.ReLU(inplace=True)
         self.conv = nn.Conv2d(num_nodes, num_nodes, kernel_size, stride, kernel_size // 2, groups=num_nodes, bias=False)
 
-    def forward(self, z: Float[Tensor, "batch nodes height width"]) -> Float[Tensor, "batch nodes h w"]:
-        """Apply f_θ to the input of every node."""
-        return self.conv(self.relu(self.norm(z)))
+    @property
+    def node_wise(self) -> bool:
+        """Whether the function can be applied to some nodes only, without a trace at the others."""
+        return isinstance(self.norm, nn.InstanceNorm2d)
+
+    def forward(
+        self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
+    ) -> Float[Tensor, "batch nodes h w"]:
+        """Apply f_θ to the input of every node, or of the given ones if ``node_wise``."""
+        return self._convolve(F.relu(self._normalise(z, nodes), inplace=True), nodes)
+
+    def _normalise(self, z: Tensor, nodes: range | None) -> Tensor:
+        if nodes is None:
+            return self.norm(z)
+        part = slice(nodes.start, nodes.stop)
+        return F.instance_norm(z, weight=self.norm.weight[part], bias=self.norm.bias[part], eps=self.norm.eps)
+
+    def _convolve(self, z: Tensor, nodes: range | None) -> Tensor:
+        if nodes is None:
+            return self.conv(z)
+        weight = self.conv.weight[nodes.start : nodes.stop]
+        return F.conv2d(z, weight, None, self.conv.stride, self.conv.padding, groups=len(nodes))
 
 
 class NormReluConvNormRelu(NormReluConv):
@@ -71,9 +91,54 @@ class NormReluConvNormRelu(NormReluConv):
         super().__init__(num_nodes, stride, norm, kernel_size)
         self.norm2 = make_norm(norm, num_nodes)
 
+    node_wise = False
+
     def forward(self, z: Float[Tensor, "batch nodes height width"]) -> Float[Tensor, "batch nodes h w"]:
         """Apply f_θ to the input of every node."""
-        return self.relu(self.norm2(super().forward(z)))
+        return F.relu(self.norm2(self.conv(F.relu(self.norm(z), inplace=True))), inplace=True)
+
+
+class ReluConvSendNorm(NormReluConv):
+    """ReLU → single-channel convolution before a state is sent, normalisation of what is received.
+
+    The order of the paper's tiny discrete-time classifier: one step is Z ← norm(A conv(relu(Z))), so that the input
+    nodes start without a norm and the output nodes end with one. A dynamics calls :meth:`send` on the states before it
+    propagates them and the module itself on what arrives. Arguments, shapes and errors as for :class:`NormReluConv`.
+    """
+
+    def send(
+        self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
+    ) -> Float[Tensor, "batch nodes h w"]:
+        """Return what the nodes send, or the given ones; zero for a state of zero."""
+        return self._convolve(F.relu(z), nodes)
+
+    def forward(
+        self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
+    ) -> Float[Tensor, "batch nodes height width"]:
+        """Return the states that follow from what the nodes receive, or the given ones if ``node_wise``."""
+        return self._normalise(z, nodes)
+
+
+class Blockwise(nn.Module):
+    """Another module for each block of nodes, in one module over all nodes.
+
+    Args:
+        functions: One module per block.
+        sizes: Number of nodes of each block.
+
+    Shapes:
+        - input and output: ``[batch, nodes, *space]``
+    """
+
+    def __init__(self, functions: list[nn.Module], sizes: list[int]) -> None:
+        super().__init__()
+        self.functions = nn.ModuleList(functions)
+        self.sizes = sizes
+
+    def forward(self, z: Float[Tensor, "batch nodes *space"]) -> Float[Tensor, "batch nodes *space2"]:
+        """Apply each function to its own block."""
+        parts = z.split(self.sizes, dim=1)
+        return torch.cat([function(part) for function, part in zip(self.functions, parts, strict=True)], dim=1)
 
 
 NodeFunction = str | nn.Module | Callable[..., nn.Module]
@@ -82,6 +147,7 @@ NodeFunction = str | nn.Module | Callable[..., nn.Module]
 NODE_FUNCTIONS: dict[str, Callable[..., nn.Module]] = {
     "norm_relu_conv": NormReluConv,
     "norm_relu_conv_norm_relu": NormReluConvNormRelu,
+    "relu_conv_send_norm": ReluConvSendNorm,
 }
 
 
@@ -95,7 +161,7 @@ def make_node_function(node_function: NodeFunction, num_nodes: int, stride: int 
         stride: Stride that the module must have.
 
     Raises:
-        InputError: If the name is unknown, or a stride is asked of a ready module.
+        InputError: If the name is unknown, a stride is asked of a ready module, or a factory returns no module.
     """
     if isinstance(node_function, str):
         if node_function not in NODE_FUNCTIONS:

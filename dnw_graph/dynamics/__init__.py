@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 
 from dnw_graph.dynamics.base import Dynamics
+from dnw_graph.dynamics.continuous import Continuous
+from dnw_graph.dynamics.discrete import Discrete
+from dnw_graph.dynamics.recurrent import Recurrent
 from dnw_graph.dynamics.static import Static
 from dnw_graph.errors import InputError, unknown_name
 
-__all__ = ["DYNAMICS", "Dynamics", "Static", "make_dynamics"]
+__all__ = ["DYNAMICS", "Continuous", "Discrete", "Dynamics", "Recurrent", "Static", "make_dynamics"]
 
-DYNAMICS: dict[str, type[Dynamics]] = {"static": Static}
+DYNAMICS: dict[str, type[Dynamics]] = {"static": Static, "discrete": Discrete, "continuous": Continuous}
 
 
 def make_dynamics(dynamics: str | Dynamics) -> Dynamics:

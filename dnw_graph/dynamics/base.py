@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.node_functions import NodeFunction
+from dnw_graph.nodes import Nodes
 from dnw_graph.propagation import Propagate
 
 
@@ -16,24 +17,33 @@ class Dynamics(nn.Module):
     """How the states of all nodes follow from the inputs, given propagation and node functions.
 
     One object serves one graph: it owns the graph's node functions.
+
+    Attributes:
+        name: Name of the graph, for messages; set by the graph.
+        node_dim: The dimension of an input that counts the input nodes.
+        in_blocks: Whether the graph is given by blocks of nodes, or by the numbers of nodes, inputs and outputs.
     """
+
+    name: str = "graph"
+    node_dim: int = 1
+    in_blocks: ClassVar[bool]
 
     def setup(
         self,
-        sizes: Sequence[int],
+        nodes: Nodes,
         candidates: CandidateEdges | None,
         node_function: NodeFunction,
         stride: int,
         input_function: bool,
         output_function: bool,
     ) -> CandidateEdges:
-        """Build the node functions for groups of nodes and return the candidate edges.
+        """Build the node functions and return the candidate edges.
 
         Args:
-            sizes: Number of nodes of each group; the first group are the inputs, the last the outputs.
+            nodes: The nodes of the graph.
             candidates: The candidates that the user asks for, or None for all that the dynamics allows.
             node_function: What a node does with its input.
-            stride: Stride of the inputs' node function.
+            stride: Stride of the node function.
             input_function: Whether f_θ is applied at the input nodes.
             output_function: Whether f_θ is applied at the output nodes.
         """
@@ -43,13 +53,44 @@ class Dynamics(nn.Module):
         """Return the node functions, each with the nodes whose function it is."""
         raise NotImplementedError
 
-    def forward(
-        self, x: Float[Tensor, "batch inputs *space"], propagate: Propagate
-    ) -> Float[Tensor, "batch outputs *space2"]:
+    def forward(self, x: Tensor, propagate: Propagate, **options: Any) -> Any:
         """Return the states of the output nodes.
 
         Args:
-            x: What flows into the input nodes.
-            propagate: ``propagate(number, z)``, see :data:`dnw_graph.propagation.Propagate`.
+            x: What flows into the input nodes, ``[batch, inputs, *space]``.
+            propagate: The product Z → I over the real edges of this forward pass.
+            options: What else the dynamics can be asked for.
         """
         raise NotImplementedError
+
+    def receive(
+        self, propagate: Propagate, z: Float[Tensor, "batch have *space"], have: range, want: range
+    ) -> Float[Tensor, "batch want *space"]:
+        """Return what some nodes receive from others, over all blocks of candidates.
+
+        Args:
+            propagate: The product of this forward pass.
+            z: States of the nodes ``have``; all others must have the state zero.
+            have: The nodes of z.
+            want: The nodes asked for.
+        """
+        total: Tensor | None = None
+        for number, block in enumerate(propagate.blocks):
+            sources, targets = _common(block.sources, have), _common(block.targets, want)
+            if not sources or not targets:
+                continue
+            part = z if sources == have else z[:, sources.start - have.start : sources.stop - have.start]
+            received = propagate(number, part, sources, targets)
+            if total is None and targets == want:
+                total = received
+                continue
+            if total is None:
+                total = received.new_zeros(z.size(0), len(want), *z.shape[2:])
+            # Out of place: a product's result may be needed as it is in its own backward pass.
+            padding = (*[0, 0] * (z.dim() - 2), targets.start - want.start, want.stop - targets.stop)
+            total = total + nn.functional.pad(received, padding)
+        return z.new_zeros(z.size(0), len(want), *z.shape[2:]) if total is None else total
+
+
+def _common(a: range, b: range) -> range:
+    return range(max(a.start, b.start), min(a.stop, b.stop))

@@ -2,81 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dnw_graph.candidates import CandidateEdges, group_bounds
+from dnw_graph.candidates import CandidateEdges
 from dnw_graph.dynamics.base import Dynamics
 from dnw_graph.errors import InputError
 from dnw_graph.node_functions import NodeFunction, make_node_function
+from dnw_graph.nodes import Nodes
 from dnw_graph.propagation import Propagate
 
 
 class Static(Dynamics):
-    """Every node has one state, computed after those of all earlier groups (Equation 1 and Section 2.4 of the paper).
+    """Every node has one state, computed after those of all earlier blocks (Equation 1 and Section 2.4 of the paper).
 
-    Z_v = f_θv(Σ w_uv Z_u) group by group; the inputs are Z_v = f_θv(x_v), or x_v with ``input_function=False``.
+    Z_v = f_θv(Σ w_uv Z_u) block by block; the inputs are Z_v = f_θv(x_v), or x_v with ``input_function=False``.
     """
+
+    in_blocks = True
 
     def setup(
         self,
-        sizes: Sequence[int],
+        nodes: Nodes,
         candidates: CandidateEdges | None,
         node_function: NodeFunction,
         stride: int,
         input_function: bool,
         output_function: bool,
     ) -> CandidateEdges:
-        """Build one node function per group and match the candidates' blocks with the groups.
+        """Build one node function per block of nodes and match the blocks of candidates with them.
 
         Raises:
             InputError: If a stride is asked for without a function at the inputs, or the given candidates do not have
-                one block per group after the first, fed by whole earlier groups.
+                one block per block of nodes after the first, fed by whole earlier blocks of nodes.
         """
         if stride != 1 and not input_function:
             raise InputError(f"stride {stride} belongs to the inputs' node function; set input_function=True")
-        last = len(sizes) - 1
+        last = len(nodes.blocks) - 1
         self.node_functions = nn.ModuleList(
-            make_node_function(node_function, size, stride if group == 0 else 1)
-            if (group > 0 or input_function) and (group < last or output_function)
+            make_node_function(node_function, size, stride if place == 0 else 1)
+            if (place > 0 or input_function) and (place < last or output_function)
             else nn.Identity()
-            for group, size in enumerate(sizes)
+            for place, size in enumerate(nodes.blocks)
         )
+        self.nodes = nodes
         if candidates is None:
-            candidates = CandidateEdges.static(sizes)
-        bounds = group_bounds(sizes)
-        self._nodes = [range(start, stop) for start, stop in pairwise(bounds)]
-        self._source_groups = [self._groups_of(candidates, sizes, number) for number in range(len(candidates.blocks))]
+            candidates = CandidateEdges.static(nodes.blocks)
         if len(candidates.blocks) != last:
-            raise InputError(f"{last} blocks of candidates are needed for {len(sizes)} groups of nodes")
+            raise InputError(f"{last} blocks of candidates are needed for {last + 1} blocks of nodes")
+        self._feeding = [_feeding_blocks(candidates, nodes, number) for number in range(last)]
         return candidates
 
-    @staticmethod
-    def _groups_of(candidates: CandidateEdges, sizes: Sequence[int], number: int) -> slice:
-        """Return which groups feed block ``number``, whose targets must be group ``number + 1``."""
-        bounds = group_bounds(sizes)
-        block = candidates.blocks[number]
-        targets = range(*bounds[number + 1 : number + 3])
-        earlier = bounds[: number + 2]
-        if block.targets != targets or block.sources.start not in earlier or block.sources.stop not in earlier:
-            raise InputError(
-                f"candidates {block.sources} → {block.targets} do not fit groups of {tuple(sizes)} nodes: block "
-                f"{number} must lead from whole earlier groups to the nodes {targets}"
-            )
-        return slice(earlier.index(block.sources.start), earlier.index(block.sources.stop))
-
     def functions(self) -> list[tuple[nn.Module, range]]:
-        """Return one node function per group."""
-        return list(zip(self.node_functions, self._nodes, strict=True))
+        """Return one node function per block."""
+        return list(zip(self.node_functions, self.nodes.block_ranges, strict=True))
 
-    def forward(self, x: Tensor, propagate: Propagate) -> Tensor:
-        """Compute the groups in order and return the last one's states."""
+    def forward(self, x: Tensor, propagate: Propagate, **options: Any) -> Tensor:
+        """Compute the blocks in order and return the last one's states."""
+        if options:
+            raise InputError(f"{self.name}: a static graph takes no options; got {', '.join(options)}")
         states = [self.node_functions[0](x)]
-        for number, groups in enumerate(self._source_groups):
-            sources = states[groups]
+        for number, feeding in enumerate(self._feeding):
+            sources = states[feeding]
             z = sources[0] if len(sources) == 1 else torch.cat(sources, dim=1)
             states.append(self.node_functions[number + 1](propagate(number, z)))
         return states[-1]
+
+
+def _feeding_blocks(candidates: CandidateEdges, nodes: Nodes, number: int) -> slice:
+    """Return which blocks of nodes feed block ``number`` of the candidates, whose targets are the next block."""
+    ranges = nodes.block_ranges
+    block = candidates.blocks[number]
+    bounds = [nodes.start for nodes in ranges[: number + 2]]
+    if block.targets != ranges[number + 1] or {block.sources.start, block.sources.stop} - set(bounds):
+        raise InputError(
+            f"candidates {block.sources} → {block.targets} do not fit blocks of {nodes.blocks} nodes: block {number} "
+            f"must lead from whole earlier blocks to the nodes {ranges[number + 1]}"
+        )
+    return slice(bounds.index(block.sources.start), bounds.index(block.sources.stop))

@@ -11,10 +11,6 @@ from torch import Tensor, nn
 
 from dnw_graph.candidates import Block, CandidateEdges
 
-Propagate = Callable[[int, Tensor], Tensor]
-"""``propagate(number, z)``: from the states of the sources of candidate block ``number``, ``[batch, sources, *space]``,
-to what its targets receive, ``[batch, targets, *space]``."""
-
 
 @dataclass(frozen=True)
 class RealEdges:
@@ -41,6 +37,46 @@ class RealEdges:
         blocks: tuple[Block, ...] = self.candidates.blocks
         sizes = [block.flat.stop - block.flat.start for block in blocks]
         return [part.view(block.shape) for part, block in zip(flat.split(sizes), blocks, strict=True)]
+
+
+@dataclass(frozen=True)
+class Propagate:
+    """The product Z → I over the real edges of one forward pass, block by block.
+
+    Attributes:
+        blocks: The blocks of candidates.
+        weights: Their (targets × sources) matrices. Every gradient of a candidate passes through them, so that a solver
+            that differentiates by hand knows what to differentiate.
+        product: ``product(number, z, rows, columns)``: from the states of the sources in ``columns`` of a block to what
+            its targets in ``rows`` receive over its real edges.
+    """
+
+    blocks: tuple[Block, ...]
+    weights: list[Float[Tensor, "targets sources"]]
+    product: Callable[[int, Tensor, slice, slice], Tensor]
+
+    def __call__(
+        self,
+        number: int,
+        z: Float[Tensor, "batch sources *space"],
+        sources: range | None = None,
+        targets: range | None = None,
+    ) -> Float[Tensor, "batch targets *space"]:
+        """Return what the targets of a block receive.
+
+        Args:
+            number: Number of the block.
+            z: States of the sources.
+            sources: The sources that z holds, if not all of the block; those left out must have the state zero.
+            targets: The targets asked for, if not all of the block.
+        """
+        block = self.blocks[number]
+        return self.product(number, z, _within(targets, block.targets), _within(sources, block.sources))
+
+
+def _within(part: range | None, whole: range) -> slice:
+    part = whole if part is None else part
+    return slice(part.start - whole.start, part.stop - whole.start)
 
 
 class Propagation(nn.Module):

@@ -23,12 +23,12 @@ class BlockPropagation(Propagation):
 
     def forward(self, edges: RealEdges) -> Propagate:
         """Scatter the real weights into dense blocks."""
-        blocks = edges.split(_RealWeights.apply(edges.candidates.weight, edges))
+        weights = edges.split(_RealWeights.apply(edges.candidates.weight, edges))
 
-        def propagate(number: int, z: Tensor) -> Tensor:
-            return F.linear(z.movedim(1, -1), blocks[number]).movedim(-1, 1)
+        def product(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
+            return F.linear(z.movedim(1, -1), weights[number][rows, columns]).movedim(-1, 1)
 
-        return propagate
+        return Propagate(edges.candidates.blocks, weights, product)
 
 
 class _RealWeights(torch.autograd.Function):

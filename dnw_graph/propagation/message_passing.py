@@ -16,6 +16,7 @@ from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.propagation.base import Propagate, Propagation, RealEdges
 
 ADJACENCIES = ("edge_index", "csr", "torch_sparse")
+TILE = 1024
 
 
 class WeightedSum(MessagePassing):
@@ -82,33 +83,34 @@ class MessagePassingPropagation(Propagation):
         parts = edges.index.tensor_split(cuts)
         local = [part - block.offset for part, block in zip(parts, blocks, strict=True)]
 
-        def propagate(number: int, z: Tensor) -> Tensor:
+        def product(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
+            targets, sources = _within(local[number], blocks[number], rows, columns)
+            weight = weights[number][rows, columns]
+            # The candidates get their gradient from _CandidateGradient; here it flows to the states only.
+            values = weight.detach()[targets, sources].to(z.dtype)
             features = z.transpose(0, 1).flatten(1)
-            received = self._send(features, blocks[number], local[number], weights[number])
+            received = self._send(features, targets, sources, values, weight.size(0))
             # [targets, batch · space] back to [batch, targets, *space]
             received = received.view(-1, z.size(0), *z.shape[2:]).transpose(0, 1)
             if received.dim() == 4:
                 received = received.contiguous(memory_format=torch.channels_last)
-            return _CandidateGradient.apply(received, z.detach(), weights[number])
+            return _CandidateGradient.apply(received, z.detach(), weight)
 
-        return propagate
+        return Propagate(blocks, weights, product)
 
     def _send(
         self,
         z: Float[Tensor, "sources features"],
-        block: Block,
-        local: Int[Tensor, " edges"],
-        weight: Float[Tensor, "targets sources"],
+        targets: Int[Tensor, " edges"],
+        sources: Int[Tensor, " edges"],
+        values: Float[Tensor, " edges"],
+        num_targets: int,
     ) -> Float[Tensor, "targets features"]:
-        num_targets, num_sources = block.shape
-        targets, sources = local // num_sources, local % num_sources
-        # The candidates get their gradient from _CandidateGradient; here it flows to the states only.
-        values = weight.detach().flatten()[local].to(z.dtype)
         if self.adjacency == "edge_index":
-            size = len(local) * z.size(1) * z.element_size()
+            size = len(values) * z.size(1) * z.element_size()
             if size > self.max_message_bytes:
                 raise InputError(
-                    f"{len(local)} messages of {z.size(1)} values each would take {size / 2**30:.1f} GiB, more than "
+                    f"{len(values)} messages of {z.size(1)} values each would take {size / 2**30:.1f} GiB, more than "
                     f"max_message_bytes = {self.max_message_bytes / 2**30:.1f} GiB; use propagation='block' or "
                     "MessagePassingPropagation(adjacency='csr')"
                 )
@@ -123,7 +125,7 @@ class MessagePassingPropagation(Propagation):
             rowptr=rowptr,
             col=sources,
             value=values,
-            sparse_sizes=block.shape,
+            sparse_sizes=(num_targets, z.size(0)),
             is_sorted=True,
             trust_data=True,
         )
@@ -132,6 +134,18 @@ class MessagePassingPropagation(Propagation):
     def extra_repr(self) -> str:
         """Options, for ``repr``."""
         return f"adjacency={self.adjacency!r}"
+
+
+def _within(
+    local: Int[Tensor, " edges"], block: Block, rows: slice, columns: slice
+) -> tuple[Int[Tensor, " part"], Int[Tensor, " part"]]:
+    """Return targets and sources of the edges in a part of a block, counted from the part's corner."""
+    targets, sources = local // block.shape[1], local % block.shape[1]
+    if (rows.stop - rows.start, columns.stop - columns.start) != block.shape:
+        inside = (targets >= rows.start) & (targets < rows.stop)
+        inside &= (sources >= columns.start) & (sources < columns.stop)
+        targets, sources = targets[inside] - rows.start, sources[inside] - columns.start
+    return targets, sources
 
 
 def _restricted(edges: RealEdges) -> Tensor:
@@ -190,7 +204,7 @@ class _SparseProduct(torch.autograd.Function):
         ctx.weighted_sum = weighted_sum
         ctx.num_sources = z.size(0)
         ctx.save_for_backward(targets, sources, values)
-        return weighted_sum(z, _csr(rowptr, sources, values, z.size(0)))
+        return _in_tiles(weighted_sum, z, _csr(rowptr, sources, values, z.size(0)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -199,7 +213,14 @@ class _SparseProduct(torch.autograd.Function):
         steps = torch.arange(ctx.num_sources + 1, device=sources.device)
         rowptr = torch.searchsorted(sources[order], steps)
         transposed = _csr(rowptr, targets[order], values[order], grads[0].size(0))
-        return None, ctx.weighted_sum(grads[0].contiguous(), transposed), None, None, None, None
+        return None, _in_tiles(ctx.weighted_sum, grads[0].contiguous(), transposed), None, None, None, None
+
+
+def _in_tiles(weighted_sum: WeightedSum, z: Tensor, adjacency: Tensor) -> Tensor:
+    """Send the states a thousand columns at a time, so that the rows of one tile stay in cache."""
+    if z.size(1) <= TILE:
+        return weighted_sum(z, adjacency)
+    return torch.cat([weighted_sum(tile, adjacency) for tile in z.split(TILE, dim=1)], dim=1)
 
 
 def _csr(rowptr: Tensor, columns: Tensor, values: Tensor, num_columns: int) -> Tensor:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dnw_graph.errors import InputError
 from dnw_graph.training.images import UNREADABLE
@@ -31,6 +31,8 @@ def image_fault(path: str) -> str | None:
                     return None
                 file.seek(position)
             image.load()
+    except UnidentifiedImageError:
+        return "not an image"
     except UNREADABLE as error:
         return str(error)
     return None

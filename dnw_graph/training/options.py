@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from torch import nn
 
 from dnw_graph.errors import InputError, unknown_name
 
@@ -30,6 +33,15 @@ def flag(name: str) -> str:
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         raise InputError(f"{flag(name)} is {value!r}: expected {expected}")
+
+
+@dataclass(frozen=True)
+class ModelOptions(ABC):
+    """The options that are an example's own: fields made by :func:`option`, and the model that they describe."""
+
+    @abstractmethod
+    def create(self, num_classes: int, image_size: int) -> nn.Module:
+        """Return the model, which maps images ``[B, 3, H, W]`` to scores ``[B, num_classes]``."""
 
 
 @dataclass(frozen=True)

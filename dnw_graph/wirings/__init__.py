@@ -7,9 +7,10 @@ import copy
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.wirings.base import Wiring
 from dnw_graph.wirings.dnw import DNW
+from dnw_graph.wirings.fixed import Fixed
 from dnw_graph.wirings.random_graph import RandomGraph
 
-__all__ = ["DNW", "WIRINGS", "RandomGraph", "Wiring", "make_wiring"]
+__all__ = ["DNW", "WIRINGS", "Fixed", "RandomGraph", "Wiring", "make_wiring"]
 
 WIRINGS: dict[str, type[Wiring]] = {"dnw": DNW, "random_graph": RandomGraph}
 

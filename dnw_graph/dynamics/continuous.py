@@ -1,0 +1,151 @@
+"""Continuous-time dynamics: a neural ODE on a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchdiffeq import odeint, odeint_adjoint
+from torchdiffeq._impl.odeint import SOLVERS
+
+from dnw_graph.dynamics.recurrent import Recurrent
+from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.propagation import Propagate
+
+
+class Continuous(Recurrent):
+    r"""The solution of :math:`\dot Z(t) = f_\theta(A Z(t), t)`, Equation 13 of the paper.
+
+    Solved with torchdiffeq (Chen et al. 2018). With fewer inputs than nodes this is an Augmented Neural ODE (Dupont et
+    al. 2019): the other nodes start at zero. The edges are chosen once per forward pass, not per evaluation.
+
+    Args:
+        method: Name of a torchdiffeq solver.
+        rtol: Relative tolerance of an adaptive solver.
+        atol: Absolute tolerance of an adaptive solver.
+        options: Further options of the solver, such as ``{"step_size": 0.1}``.
+        t_span: Start and end of time.
+        adjoint: Solve the adjoint equation backwards instead of backpropagating through the solver: memory does not
+            grow with the number of steps, but the gradient is that of the exact solution, which differs much from
+            that of the computed one where the node function is not smooth (norm → ReLU).
+        adjoint_options: Further arguments of ``torchdiffeq.odeint_adjoint``, such as ``{"adjoint_rtol": 1e-6}``.
+
+    Attributes:
+        num_evaluations: Evaluations of f_θ(A Z, t) in the last forward pass.
+        num_backward_evaluations: Those in the backward pass that followed, with ``adjoint=True``.
+
+    Shapes:
+        - input: ``[batch, inputs, *space]``
+        - output: ``[batch, outputs, *space]``; with ``times=…``, ``[batch, times, outputs, *space]``
+
+    Raises:
+        InputError: If the solver is unknown, or cannot give a gradient that is asked for; if the solution leaves the
+            finite numbers.
+    """
+
+    def __init__(
+        self,
+        method: str = "dopri5",
+        *,
+        rtol: float = 1e-3,
+        atol: float = 1e-3,
+        options: Mapping[str, Any] | None = None,
+        t_span: Sequence[float] = (0.0, 1.0),
+        adjoint: bool = False,
+        adjoint_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if method not in SOLVERS:
+            raise unknown_name("solver", method, SOLVERS)
+        if len(t_span) != 2 or t_span[0] == t_span[1]:
+            raise InputError(f"t_span must be two different times, start and end; got {tuple(t_span)}")
+        self.method = method
+        self.rtol = rtol
+        self.atol = atol
+        self.options = dict(options or {})
+        self.t_span = (float(t_span[0]), float(t_span[1]))
+        self.adjoint = adjoint
+        self.adjoint_options = dict(adjoint_options or {})
+        self.num_evaluations = 0
+        self.num_backward_evaluations = 0
+
+    def forward(
+        self, x: Tensor, propagate: Propagate, *, times: Sequence[float] | Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """Solve from the inputs and return the outputs at the end, or at the given times.
+
+        Args:
+            x: Inputs at the start, ``t_span[0]``.
+            propagate: The product of this forward pass.
+            times: Increasing (or decreasing, as ``t_span`` is) times after the start at which outputs are asked for.
+            options: None are known.
+        """
+        if options:
+            raise InputError(f"{self.name}: unknown options {', '.join(options)}; known is times")
+        if self.method == "scipy_solver" and not self.adjoint and torch.is_grad_enabled() and self.training:
+            raise InputError(
+                f"{self.name}: scipy_solver computes outside PyTorch and yields no gradient; "
+                "train with adjoint=True or another solver"
+            )
+        ends = self.t_span[1:] if times is None else [float(time) for time in times]
+        grid = torch.tensor([self.t_span[0], *ends], dtype=torch.float64, device=x.device).to(x.dtype)
+        z = F.pad(x, (*[0, 0] * (x.dim() - 2), 0, self.nodes.num_nodes - x.size(1)))
+        states = self._solve(_Field(self, propagate), z, grid)
+        outputs = states[:, :, self.nodes.outputs.start :]
+        return outputs[0] if times is None else outputs.transpose(0, 1)
+
+    def _solve(self, field: _Field, z: Tensor, grid: Tensor) -> Tensor:
+        """Return the states of all nodes at the times of the grid but the first."""
+        solver: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": self.options}
+        self.num_evaluations = self.num_backward_evaluations = 0
+        try:
+            if self.adjoint and torch.is_grad_enabled():
+                # torchdiffeq gives no gradient to tensors that the field merely closes over: name them all.
+                params = (*field.propagate.weights, *self.node_function.parameters())
+                solver |= {"adjoint_params": tuple(p for p in params if p.requires_grad), **self.adjoint_options}
+                states = odeint_adjoint(field, z, grid, **solver)[1:]
+            else:
+                states = odeint(field, z, grid, **solver)[1:]
+        except AssertionError as error:
+            # torchdiffeq asserts, among others, that its step stays above zero and its state finite.
+            raise InputError(self._diverged(field.time, str(error).split(":")[0])) from error
+        finally:
+            field.forward_done = True
+        for time, state in zip(grid[1:].tolist(), states, strict=True):
+            if not torch.isfinite(state).all():
+                raise InputError(self._diverged(time, "the state is not finite"))
+        return states
+
+    def _diverged(self, time: float, reason: str) -> str:
+        return (
+            f"{self.name}: {self.method} failed at t = {time:.4g} ({reason}); lower the learning rate, bound the node "
+            "function (a norm, tanh), loosen rtol and atol, or use smaller steps"
+        )
+
+    def extra_repr(self) -> str:
+        """Options, for ``repr``."""
+        return f"method={self.method!r}, rtol={self.rtol}, atol={self.atol}, adjoint={self.adjoint}"
+
+
+class _Field(torch.nn.Module):
+    """The right-hand side f_θ(A Z, t) of one forward pass; counts its evaluations."""
+
+    def __init__(self, dynamics: Continuous, propagate: Propagate) -> None:
+        super().__init__()
+        # Kept out of the submodules: the adjoint's parameters are named one by one.
+        object.__setattr__(self, "dynamics", dynamics)
+        self.propagate = propagate
+        self.time = dynamics.t_span[0]
+        self.forward_done = False
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        dynamics = self.dynamics
+        self.time = float(t)
+        if self.forward_done:
+            dynamics.num_backward_evaluations += 1
+        else:
+            dynamics.num_evaluations += 1
+        return dynamics.step(self.propagate, dynamics.node_function, z, t)

@@ -1,0 +1,118 @@
+"""Discrete-time dynamics: a recurrent graph, computed step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnw_graph.dynamics.recurrent import Recurrent
+from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.node_functions import NodeFunction, make_node_function
+from dnw_graph.propagation import Propagate
+
+INPUT_MODES = ("initial", "hold", "sequence")
+
+
+class Discrete(Recurrent):
+    r"""L steps of :math:`Z(\ell + 1) = f_\theta(A Z(\ell), \ell)`, Equations 11 and 12 of the paper.
+
+    At step 0 only the inputs are non-zero, and after the last step only the outputs are needed: where the node function
+    can be applied to part of the nodes, nothing else is computed.
+
+    Args:
+        steps: Number of steps L; with ``input_mode="sequence"`` it is the length of the sequence instead.
+        input_mode: ``"initial"``: the inputs are the state of the input nodes at step 0 (Equation 10). ``"hold"``: at
+            every step. ``"sequence"``: at step ℓ it is the ℓ-th element of a sequence.
+        function_per_step: Have a node function of its own, with its own parameters, for every step.
+
+    Shapes:
+        - input: ``[batch, inputs, *space]``, or ``[batch, time, inputs, *space]`` for a sequence
+        - output: the outputs after the last step, ``[batch, outputs, *space]``; with ``return_states=True`` the states
+          of all nodes at steps 0 … L, ``[batch, L + 1, nodes, *space]``
+
+    Raises:
+        InputError: If steps or input_mode are no such thing.
+    """
+
+    def __init__(
+        self, steps: int | None = None, *, input_mode: str = "initial", function_per_step: bool = False
+    ) -> None:
+        super().__init__()
+        if input_mode not in INPUT_MODES:
+            raise unknown_name("input mode", input_mode, INPUT_MODES)
+        sequence = input_mode == "sequence"
+        if sequence and (steps is not None or function_per_step):
+            raise InputError(
+                "the steps of input_mode='sequence' are those of the input; give no steps and one function"
+            )
+        if not sequence and (not isinstance(steps, int) or steps < 1):
+            raise InputError(f"steps must be a whole number from 1 up; got {steps!r}")
+        self.steps = steps
+        self.input_mode = input_mode
+        self.function_per_step = function_per_step
+        self.node_dim = 2 if sequence else 1
+
+    def build(self, node_function: NodeFunction, stride: int) -> None:
+        """Build one node function, or one per step."""
+        count = self.steps if self.function_per_step and self.steps else 1
+        if count > 1 and isinstance(node_function, nn.Module):
+            raise InputError("function_per_step needs a name or a factory as node_function; got a ready module")
+        self.node_functions = nn.ModuleList(
+            make_node_function(node_function, self.nodes.num_nodes, stride) for _ in range(count)
+        )
+
+    def functions(self) -> list[tuple[nn.Module, range]]:
+        """Return the node functions, all of which act at all nodes."""
+        return [(function, self.nodes.all) for function in self.node_functions]
+
+    def forward(self, x: Tensor, propagate: Propagate, *, return_states: bool = False, **options: Any) -> Tensor:
+        """Run the steps and return the outputs, or all states."""
+        if options:
+            raise InputError(f"{self.name}: unknown options {', '.join(options)}; known is return_states")
+        steps = self.steps or x.size(1)
+        if steps < 1:
+            raise InputError(f"{self.name}: the sequence has no elements: {list(x.shape)}")
+        first = x[:, 0] if self.input_mode == "sequence" else x
+        # Until the first step is done, z holds the states of the inputs alone; all others are zero.
+        z = first
+        states = [self._with_inputs(first, None)] if return_states else []
+        for step in range(steps):
+            function = self.node_functions[step % len(self.node_functions)]
+            part: dict[str, range] = {}
+            if step == 0 and (node_wise(function) or not hasattr(function, "send")):
+                part["have"] = self.nodes.inputs
+            elif step == 0:
+                z = self._with_inputs(first, None)
+            if step == steps - 1 and node_wise(function) and not return_states:
+                return self.step(propagate, function, z, step, want=self.nodes.outputs, **part)
+            z = self.step(propagate, function, z, step, **part)
+            if step < steps - 1:
+                z = self._after(z, x, step + 1)
+            if return_states:
+                states.append(z)
+        if return_states:
+            return torch.stack(states, dim=1)
+        return z[:, self.nodes.outputs.start :]
+
+    def _after(self, z: Tensor, x: Tensor, step: int) -> Tensor:
+        """Let the inputs of a step flow into states."""
+        if self.input_mode == "initial":
+            return z
+        return self._with_inputs(x if self.input_mode == "hold" else x[:, step], z)
+
+    def _with_inputs(self, x: Tensor, z: Tensor | None) -> Tensor:
+        """Put x in the place of the input nodes of z, or of zeros."""
+        if z is None:
+            z = x.new_zeros(x.size(0), self.nodes.num_nodes, *x.shape[2:])
+        return torch.cat([x, z[:, x.size(1) :]], dim=1)
+
+    def extra_repr(self) -> str:
+        """Options, for ``repr``."""
+        return f"steps={self.steps}, input_mode={self.input_mode!r}, function_per_step={self.function_per_step}"
+
+
+def node_wise(function: nn.Module) -> bool:
+    """Return whether a node function can be applied to some nodes only."""
+    return bool(getattr(function, "node_wise", False))

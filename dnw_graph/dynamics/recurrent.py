@@ -1,0 +1,107 @@
+"""What discrete-time and continuous-time dynamics share: one state per node that changes with time."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dnw_graph.candidates import CandidateEdges
+from dnw_graph.dynamics.base import Dynamics
+from dnw_graph.errors import InputError
+from dnw_graph.node_functions import NodeFunction, make_node_function
+from dnw_graph.nodes import Nodes
+from dnw_graph.propagation import Propagate
+
+
+class Recurrent(Dynamics):
+    """Dynamic neural graph (Section 2.3 of the paper): states Z_v(t), started at the inputs, zero elsewhere.
+
+    The node function works on all nodes at once, inputs and outputs included, at every time. If its ``forward`` takes a
+    second argument, it is given the time. If it has a method ``send``, states pass through that before they are
+    propagated. A strided node function keeps the resolution (Figure 2 of the paper): its result lies in the upper left
+    corner of the map, zeros fill the rows below and the columns to the right.
+    """
+
+    in_blocks = False
+
+    def setup(
+        self,
+        nodes: Nodes,
+        candidates: CandidateEdges | None,
+        node_function: NodeFunction,
+        stride: int,
+        input_function: bool,
+        output_function: bool,
+    ) -> CandidateEdges:
+        """Build the node function; all pairs of nodes are candidates if none are given.
+
+        Raises:
+            InputError: If the candidates do not fit the nodes, or ends are asked for that only a static graph has.
+        """
+        if not input_function or output_function:
+            raise InputError("input_function and output_function belong to static graphs; here f_θ acts at every node")
+        if candidates is None:
+            candidates = CandidateEdges.dynamic(nodes.num_nodes)
+        if candidates.num_nodes != nodes.num_nodes:
+            raise InputError(f"candidates over {candidates.num_nodes} nodes do not fit {nodes.num_nodes} nodes")
+        self.nodes = nodes
+        self.build(node_function, stride)
+        return candidates
+
+    def build(self, node_function: NodeFunction, stride: int) -> None:
+        """Build the node function of all nodes."""
+        self.node_function = make_node_function(node_function, self.nodes.num_nodes, stride)
+
+    def functions(self) -> list[tuple[nn.Module, range]]:
+        """Return the node function."""
+        return [(self.node_function, self.nodes.all)]
+
+    def step(
+        self,
+        propagate: Propagate,
+        function: nn.Module,
+        z: Float[Tensor, "batch have *space"],
+        time: Any,
+        have: range | None = None,
+        want: range | None = None,
+    ) -> Float[Tensor, "batch want *space"]:
+        """Return f_θ(A Z, t).
+
+        Args:
+            propagate: The product of this forward pass.
+            function: The node function.
+            z: States of the nodes ``have``.
+            time: t.
+            have: The nodes of z, the others having the state zero. Default: all.
+            want: The nodes asked for. Default: all.
+        """
+        sent = z
+        if hasattr(function, "send"):
+            sent = _keep_size(function.send(z, have) if have else function.send(z), z)
+        received = self.receive(propagate, sent, have or self.nodes.all, want or self.nodes.all)
+        if want:
+            return _keep_size(function(received, nodes=want), received)
+        return _keep_size(function(received, time) if takes_time(function) else function(received), received)
+
+
+def takes_time(function: nn.Module) -> bool:
+    """Return whether a node function's ``forward`` has a second argument without a default: the time."""
+    parameters = inspect.signature(function.forward).parameters.values()
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 1
+
+
+def _keep_size(result: Tensor, like: Tensor) -> Tensor:
+    """Pad maps that a strided node function made smaller, below and to the right."""
+    if result.shape == like.shape:
+        return result
+    if result.shape[:2] != like.shape[:2] or any(a > b for a, b in zip(result.shape, like.shape, strict=False)):
+        raise InputError(
+            f"a node function must keep batch and nodes and not enlarge maps; it made {list(result.shape)} "
+            f"of {list(like.shape)}"
+        )
+    missing = [want - got for want, got in zip(like.shape[2:], result.shape[2:], strict=True)]
+    return F.pad(result, [side for amount in reversed(missing) for side in (0, amount)])

@@ -1,0 +1,74 @@
+"""The nodes of a graph: how many, and which are inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from dnw_graph.errors import InputError
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Nodes in blocks of consecutive numbers; the first are the inputs, the last the outputs.
+
+    Attributes:
+        blocks: Number of nodes of each block.
+        num_inputs: Number of input nodes.
+        num_outputs: Number of output nodes.
+    """
+
+    blocks: tuple[int, ...]
+    num_inputs: int
+    num_outputs: int
+
+    @classmethod
+    def in_blocks(cls, blocks: Sequence[int]) -> Nodes:
+        """Nodes whose first block are the inputs and whose last block are the outputs.
+
+        Raises:
+            InputError: If there are fewer than two blocks or one is empty.
+        """
+        if len(blocks) < 2 or any(not isinstance(size, int) or size < 1 for size in blocks):
+            raise InputError(f"blocks must be two or more positive whole numbers of nodes; got {tuple(blocks)}")
+        return cls(tuple(blocks), blocks[0], blocks[-1])
+
+    @classmethod
+    def flat(cls, num_nodes: int, num_inputs: int, num_outputs: int) -> Nodes:
+        """Nodes of a dynamic graph. Inputs and outputs may overlap, as in a neural ODE without further nodes.
+
+        Raises:
+            InputError: If there are no inputs or outputs, or more of them than nodes.
+        """
+        for kind, number in (("num_inputs", num_inputs), ("num_outputs", num_outputs)):
+            if not 1 <= number <= num_nodes:
+                raise InputError(f"{kind} must lie in 1 … num_nodes = {num_nodes}; got {number}")
+        inner = num_nodes - num_inputs - num_outputs
+        blocks = (num_nodes,) if inner < 0 else tuple(n for n in (num_inputs, inner, num_outputs) if n)
+        return cls(blocks, num_inputs, num_outputs)
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes."""
+        return sum(self.blocks)
+
+    @property
+    def all(self) -> range:
+        """All nodes."""
+        return range(self.num_nodes)
+
+    @property
+    def inputs(self) -> range:
+        """The input nodes."""
+        return range(self.num_inputs)
+
+    @property
+    def outputs(self) -> range:
+        """The output nodes."""
+        return range(self.num_nodes - self.num_outputs, self.num_nodes)
+
+    @property
+    def block_ranges(self) -> list[range]:
+        """The nodes of each block."""
+        return [range(start, stop) for start, stop in pairwise([0, *accumulate(self.blocks)])]

@@ -1,0 +1,29 @@
+"""Training of classifiers with Lightning: what the examples share. A training loop of your own needs none of it."""
+
+from dnw_graph.training.checkpoint_io import read_checkpoint
+from dnw_graph.training.checkpoints import Checkpoints
+from dnw_graph.training.classifier import Classifier, cosine
+from dnw_graph.training.command_line import main
+from dnw_graph.training.data_module import DataModule
+from dnw_graph.training.images import ImageData, load_images
+from dnw_graph.training.options import ModelOptions, RunOptions, option
+from dnw_graph.training.run import run
+from dnw_graph.training.summary import Summary
+from dnw_graph.training.wiring_monitor import WiringMonitor
+
+__all__ = [
+    "Checkpoints",
+    "Classifier",
+    "DataModule",
+    "ImageData",
+    "ModelOptions",
+    "RunOptions",
+    "Summary",
+    "WiringMonitor",
+    "cosine",
+    "load_images",
+    "main",
+    "option",
+    "read_checkpoint",
+    "run",
+]

@@ -1,0 +1,44 @@
+"""What is done to images on their way into the model."""
+
+from __future__ import annotations
+
+import torch
+from torchvision.transforms import v2
+
+# Images of this many pixels and more are treated as ImageNet's, smaller ones as CIFAR's.
+LARGE = 64
+
+# Mean and standard deviation per channel, on a scale from 0 to 1.
+STATISTICS = {
+    "digits": ((0.305,) * 3, (0.376,) * 3),
+    "cifar10": ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def transforms(data: str, size: int) -> tuple[v2.Compose, v2.Compose]:
+    """Return the transforms for training and for testing, from an RGB image to a tensor ``[3, size, size]``.
+
+    - From 64 pixels up: a random crop of random area and aspect ratio, scaled to ``size``, and horizontal flips; for
+      testing the shorter side is scaled to ``size`` · 256 / 224 and the centre is cut out. ImageNet's mean and
+      standard deviation. (At 224 the paper's Table 3.)
+    - Below 64 pixels: scaled to ``size``, then a random crop after padding by ``size`` / 8, and horizontal flips; for
+      testing scaled only. CIFAR's mean and standard deviation. (At 32 the paper's Tables 1 and 2.)
+    - Digits are never flipped and never cropped to a part: they get the random crop after padding at every size.
+
+    Args:
+        data: ``digits``, ``cifar10`` or ``folder``.
+        size: Height and width of the result.
+    """
+    small = data == "digits" or size < LARGE
+    statistics = STATISTICS["digits" if data == "digits" else "cifar10" if small else "imagenet"]
+    to_tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*statistics)]
+    flip = [] if data == "digits" else [v2.RandomHorizontalFlip()]
+    if small:
+        resize = [v2.Resize(size), v2.CenterCrop(size)]
+        return v2.Compose([*resize, v2.RandomCrop(size, padding=size // 8), *flip, *to_tensor]), v2.Compose(
+            [*resize, *to_tensor]
+        )
+    train = [v2.RandomResizedCrop(size), *flip, *to_tensor]
+    test = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *to_tensor]
+    return v2.Compose(train), v2.Compose(test)

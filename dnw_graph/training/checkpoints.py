@@ -1,0 +1,167 @@
+"""When checkpoints are written, and what makes a resumed run continue exactly."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from dnw_graph.training.checkpoint_io import FORMAT, SECTION
+
+
+class Checkpoints(Checkpoint):
+    """Writes ``last.ckpt`` at the end of every epoch, every so many steps and when a run is stopped; and ``best.ckpt``.
+
+    ``best.ckpt`` is the checkpoint of the epoch with the highest top-1 accuracy. Both can be resumed from.
+
+    Checkpoints are taken between steps only, where weights, optimiser and schedule belong together. A run on one
+    device that fails or is stopped (Ctrl-C, SIGTERM) saves its last complete step on the way out; Ctrl-C lets the step
+    in progress end first, a second Ctrl-C does not.
+
+    Args:
+        folder: Folder of the checkpoints.
+        save_every: Steps between checkpoints within an epoch; 0 for none.
+        identity: Options of the run, saved so that a resumed run can be compared.
+
+    Attributes:
+        best_top1: Highest top-1 accuracy so far, or None.
+        best_epoch: The epoch it was reached in, counted from 1.
+        seconds: Time spent in training, over all parts of a resumed run.
+    """
+
+    def __init__(self, folder: Path, save_every: int, identity: dict[str, Any]) -> None:
+        self.folder = folder
+        self.save_every = save_every
+        self.identity = identity
+        self.best_top1: float | None = None
+        self.best_epoch = 0
+        self._seconds_before = 0.0
+        self._started = time.monotonic()
+        self._in_step = False
+        self._epoch_complete = True
+        self._sigint: Any = None
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint."""
+        return self.folder / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint of the best epoch."""
+        return self.folder / "best.ckpt"
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training, over all parts of a resumed run."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock and take over Ctrl-C, which Lightning gives back at the end."""
+        self._started = time.monotonic()
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._sigint = signal.signal(signal.SIGINT, self._stop)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, self._sigint)
+        print("\nstopping after this step; Ctrl-C again to stop at once", file=sys.stderr)
+        signal.raise_signal(signal.SIGTERM)  # Lightning ends the step, then the run
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note that a step is in progress."""
+        self._in_step = True
+        self._epoch_complete = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save every so many steps."""
+        self._in_step = False
+        if self.save_every and trainer.global_step % self.save_every == 0:
+            trainer.save_checkpoint(self.last)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save at the end of an epoch, after validation."""
+        self._epoch_complete = True
+        top1 = float(trainer.callback_metrics["val/top1"])
+        if self.best_top1 is None or top1 > self.best_top1:
+            self.best_top1, self.best_epoch = top1, trainer.current_epoch + 1
+            trainer.save_checkpoint(self.best)
+        trainer.save_checkpoint(self.last)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save the last complete step of a run on one device."""
+        # With several devices the others may not be at the same step, and saving would wait for them.
+        if trainer.world_size == 1 and not self._in_step and trainer.global_step:
+            trainer.save_checkpoint(self.last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best result, the time, and whether the epoch has been evaluated."""
+        return {
+            "best_top1": self.best_top1,
+            "best_epoch": self.best_epoch,
+            "seconds": self.seconds,
+            "epoch_complete": self._epoch_complete,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take all of it from a checkpoint."""
+        self.best_top1 = state_dict["best_top1"]
+        self.best_epoch = state_dict["best_epoch"]
+        self._seconds_before = state_dict["seconds"]
+        self._epoch_complete = state_dict["epoch_complete"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the options of the run, and say where in the run this checkpoint stands."""
+        checkpoint[SECTION] = {"format": FORMAT, "options": self.identity}
+        checkpoint["loops"]["fit_loop"].update(
+            loop_state(trainer.global_step, int(trainer.num_training_batches), self._epoch_complete)
+        )
+
+
+def loop_state(steps: int, steps_per_epoch: int, epoch_complete: bool) -> dict[str, Any]:
+    """Return the state of Lightning's loops after so many steps.
+
+    What Lightning records depends on the hook that saves: from a checkpoint taken at the end of a step it may repeat or
+    lose that step's epoch. The position is a function of the number of steps, so it is written from that:
+
+    - within an epoch: go on with the next step of the epoch;
+    - after an epoch's last step: evaluate, then go on with the next epoch;
+    - after that evaluation: go on with the next epoch.
+
+    Args:
+        steps: Optimiser steps done.
+        steps_per_epoch: Steps of one epoch.
+        epoch_complete: Whether the epoch that step ``steps`` belongs to has been evaluated.
+    """
+    epochs, within = divmod(steps, steps_per_epoch)
+    validating = within == 0 and not epoch_complete
+    if validating:
+        epochs, within = epochs - 1, steps_per_epoch
+    unfinished = 1 if within else 0
+    epoch = _counts(epochs + unfinished, epochs)
+    return {
+        "epoch_progress": {"total": epoch, "current": epoch},
+        "epoch_loop.state_dict": {"_batches_that_stepped": steps - validating},
+        "epoch_loop.batch_progress": {
+            "total": _counts(steps, steps),
+            "current": _counts(within, within),
+            "is_last_batch": validating,
+        },
+        "epoch_loop.val_loop.batch_progress": {
+            "total": _counts(int(validating), 0),
+            "current": _counts(0, 0),
+            "is_last_batch": False,
+        },
+    }
+
+
+def _counts(begun: int, done: int) -> dict[str, int]:
+    return {"ready": begun, "started": begun, "processed": done, "completed": done}

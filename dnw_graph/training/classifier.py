@@ -1,0 +1,93 @@
+"""The training and evaluation step of an image classifier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from dnw_graph.training.order import Purpose, mix
+
+
+def cosine(num_steps: int) -> Callable[[int], float]:
+    """Return the schedule (1 + cos(π t / T)) / 2 over T = ``num_steps`` steps: 1 at the first step, 0 after the last.
+
+    Args:
+        num_steps: Optimiser steps of the whole run.
+    """
+    return lambda step: (1 + math.cos(math.pi * step / num_steps)) / 2
+
+
+class Classifier(LightningModule):
+    """Cross-entropy, SGD and a learning rate that changes with every step.
+
+    Args:
+        model: Maps images ``[B, 3, H, W]`` to scores ``[B, num_classes]``.
+        num_classes: Number of classes.
+        schedule: Factor of the learning rate at a step, for example ``cosine(num_steps)``.
+        lr: Learning rate.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD, on all parameters.
+        seed: Seed of the run. Random numbers that the model draws are a function of (seed, step, rank).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        schedule: Callable[[int], float],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.schedule = schedule
+        self.lr = lr
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.seed = seed
+        self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
+        self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
+        self.loss = MeanMetric()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the scores ``[B, num_classes]`` of images ``[B, 3, H, W]``."""
+        return self.model(x)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the generators, so that a resumed run draws what an unbroken one would."""
+        torch.manual_seed(mix(self.seed, Purpose.STEP, self.global_step, self.global_rank))
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/lr", self.lr * self.schedule(self.global_step))
+        return loss
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Add one batch to the metrics."""
+        images, labels = batch
+        scores = self(images)
+        self.top1.update(scores, labels)
+        self.top5.update(scores, labels)
+        self.loss.update(F.cross_entropy(scores, labels), weight=len(labels))
+        self.log("val/top1", self.top1, prog_bar=True)
+        self.log("val/top5", self.top5)
+        self.log("val/loss", self.loss)
+
+    def configure_optimizers(self) -> Any:
+        """Return SGD and the schedule, applied after every step."""
+        optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

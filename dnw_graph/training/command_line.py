@@ -1,0 +1,87 @@
+"""From the command line to a run: options, configuration files, and errors in one line."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from typing import Any, get_type_hints
+
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentError, ArgumentParser
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from dnw_graph.errors import InputError
+from dnw_graph.training.options import ModelOptions, RunOptions, flag
+from dnw_graph.training.run import run
+
+BAD_INPUT = 2
+STOPPED = 143
+
+# Said by Lightning where it does not apply here, or is of no use to whoever runs an example.
+NOISE = (
+    "The '.*_dataloader' does not have many workers",
+    "You're resuming from a checkpoint that ended before the epoch ended",
+    "It is recommended to use .* when logging on epoch level in distributed",
+    "Experiment logs directory .* exists and is not empty",
+    "Detected call of `lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`",
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+)
+
+
+def main(description: str, models: type[ModelOptions], defaults: RunOptions, argv: Sequence[str] | None = None) -> int:
+    """Run an example from its command line.
+
+    Args:
+        description: What the example does, for ``--help``.
+        models: The options that are the example's own, and how they make a model.
+        defaults: Default values of the options that all examples share.
+        argv: Arguments, if not those of the process.
+
+    Returns:
+        The exit status: 0, or 2 after one line on stderr for input that cannot be used.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+    try:
+        values = vars(_parser(description, models, defaults).parse_args(argv))
+        model_options = models(**{f.name: values[f.name] for f in fields(models)})
+        options = RunOptions(**{f.name: values[f.name] for f in fields(RunOptions)})
+        run(model_options.create, asdict(model_options), options)
+    except (InputError, ArgumentError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    except SIGTERMException:
+        print("stopped; continue with --resume and the last.ckpt of the run", file=sys.stderr)
+        return STOPPED
+    return 0
+
+
+def _parser(description: str, models: type[ModelOptions], defaults: RunOptions) -> ArgumentParser:
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options; later ones win")
+    for group, options, default in (("model", models, models()), ("run", RunOptions, defaults)):
+        arguments = parser.add_argument_group(group)
+        types = get_type_hints(options)
+        for f in fields(options):
+            kind: dict[str, Any] = {"type": types[f.name]}
+            if types[f.name] is bool:
+                kind = {"action": ActionYesNo(yes_prefix="", no_prefix="no-")}
+            arguments.add_argument(flag(f.name), default=getattr(default, f.name), help=f.metadata["help"], **kind)
+    return parser
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error in one line.
+
+    An error from a worker process of a DataLoader comes wrapped in its traceback; the last line is the message.
+    """
+    text = str(error).strip()
+    if isinstance(error, InputError):
+        return text.splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")
+    # jsonargparse: 'Parser key "batch_size":\n  Expected a <class 'int'>. Got value: x'
+    text = re.sub(r'Parser key "(\w+)":', lambda match: f"{flag(match[1])}:", text)
+    return " ".join(re.sub(r"<class '(\w+)'>", r"\1", text).split())

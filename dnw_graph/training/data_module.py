@@ -1,0 +1,94 @@
+"""Loads images for Lightning, in an order that does not depend on workers or restarts."""
+
+from __future__ import annotations
+
+import os
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dnw_graph.errors import InputError
+from dnw_graph.training.augmentation import transforms
+from dnw_graph.training.images import EvaluationSamples, ImageData, TrainSamples
+from dnw_graph.training.options import RunOptions
+from dnw_graph.training.order import EvaluationOrder, TrainOrder
+
+DEFAULT_SIZES = {"digits": 16, "cifar10": 32, "folder": 224}
+MAX_DEFAULT_WORKERS = 8
+
+
+class DataModule(LightningDataModule):
+    """Training and test loaders of one run.
+
+    Args:
+        images: The images.
+        options: Image size, batch size, seed, devices and workers.
+
+    Attributes:
+        image_size: Height and width of the images that the loaders give.
+        steps_per_epoch: Optimiser steps in one pass over the training images.
+
+    Raises:
+        InputError: If a batch holds more images than there are, or there are fewer test images than devices.
+    """
+
+    def __init__(self, images: ImageData, options: RunOptions) -> None:
+        super().__init__()
+        self.images = images
+        self.batch_size = options.batch_size
+        self.seed = options.seed
+        self.image_size = options.image_size or DEFAULT_SIZES[images.name]
+        self.steps_per_epoch = len(images.train) // options.batch_size
+        if not self.steps_per_epoch:
+            raise InputError(
+                f"--batch-size {options.batch_size} is larger than the data set: "
+                f"expected at most its {len(images.train)} training images"
+            )
+        processes = options.devices * options.num_nodes
+        if len(images.test) < processes:
+            raise InputError(
+                f"{len(images.test)} test images cannot be split over {processes} devices: use fewer --devices"
+            )
+        default_workers = 0
+        if images.name != "digits":
+            default_workers = min(MAX_DEFAULT_WORKERS, (os.cpu_count() or 1) // options.devices)
+        self.workers = default_workers if options.workers is None else options.workers
+        self.train_transform, self.test_transform = transforms(images.name, self.image_size)
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
+        """Return the loader of this rank's training batches."""
+        trainer = self.trainer
+        assert trainer is not None
+        order = TrainOrder(
+            len(self.images.train),
+            self.batch_size,
+            self.seed,
+            lambda: trainer.global_step,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+        return self._loader(TrainSamples(self.images.train, self.train_transform, self.seed), order)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
+        """Return the loader of this rank's test batches."""
+        assert self.trainer is not None
+        order = EvaluationOrder(
+            len(self.images.test),
+            self.batch_size // self.trainer.world_size,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+        )
+        return self._loader(EvaluationSamples(self.images.test, self.test_transform), order)
+
+    def _loader(
+        self, samples: TrainSamples | EvaluationSamples, order: TrainOrder | EvaluationOrder
+    ) -> DataLoader[tuple[Tensor, int]]:
+        assert self.trainer is not None
+        return DataLoader(
+            samples,
+            batch_sampler=order,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        )

@@ -1,0 +1,159 @@
+"""One run from its options to its summary."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from torch import nn
+
+from dnw_graph.errors import InputError
+from dnw_graph.training.checkpoint_io import SECTION, WholeFileIO, read_checkpoint
+from dnw_graph.training.checkpoints import Checkpoints
+from dnw_graph.training.checks import check_files, check_hardware, check_same_run, make_writable, output_folder
+from dnw_graph.training.classifier import Classifier, cosine
+from dnw_graph.training.data_module import DataModule
+from dnw_graph.training.images import ImageData, load_images
+from dnw_graph.training.loggers import make_loggers
+from dnw_graph.training.options import RunOptions
+from dnw_graph.training.summary import Summary, summarize, write_files
+from dnw_graph.training.wiring_monitor import WiringMonitor
+
+
+def run(
+    create: Callable[[int, int], nn.Module],
+    model_options: dict[str, Any],
+    options: RunOptions,
+    images: ImageData | None = None,
+) -> Summary:
+    """Train, continue or evaluate a model, print the summary and write the files of the run.
+
+    Args:
+        create: Returns the model for ``(num_classes, image_size)``.
+        model_options: What identifies the model; saved in checkpoints, and compared when one is loaded.
+        options: Everything else.
+        images: The images, if not those that ``options.data`` names.
+
+    Returns:
+        The summary. On several devices all processes return it; the first one prints and writes.
+
+    Raises:
+        InputError: If anything that the user gave cannot be used; found before training starts wherever possible.
+    """
+    check_hardware(options)
+    path = options.resume or options.evaluate
+    checkpoint = read_checkpoint(path) if path else None
+    images = images or load_images(options.data)
+    data = DataModule(images, options)
+    torch.manual_seed(options.seed)
+    model = create(len(images.classes), data.image_size)
+    identity = {
+        **model_options,
+        **options.fixed(),
+        "image_size": data.image_size,
+        "classes": images.classes,
+        "train_images": len(images.train),
+    }
+    if path and checkpoint:
+        names = [*model_options, "image_size", "classes"] if options.evaluate else list(identity)
+        check_same_run(path, checkpoint[SECTION]["options"], identity, names)
+    module = Classifier(
+        model,
+        len(images.classes),
+        cosine(options.epochs * data.steps_per_epoch),
+        options.lr,
+        options.momentum,
+        options.weight_decay,
+        options.seed,
+    )
+    if options.evaluate and checkpoint:
+        return _evaluate(module, data, options, identity, checkpoint)
+    return _train(module, data, options, identity, int(checkpoint["global_step"]) if checkpoint else 0)
+
+
+def _train(module: Classifier, data: DataModule, options: RunOptions, identity: dict[str, Any], steps: int) -> Summary:
+    folder = output_folder(options)
+    if options.check_images:
+        check_files(data.images.train, data.images.test)
+    monitor = WiringMonitor(module.model)
+    checkpoints = Checkpoints(folder, options.save_every, identity)
+    trainer = _trainer(options, data, [monitor, checkpoints], make_loggers(folder, steps))
+    try:
+        trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)
+    except InputError:
+        # The other processes wait for this one.
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        raise
+    if "val/top1" not in trainer.callback_metrics:  # resumed where it had ended
+        trainer.validate(module, data, verbose=False)
+    summary = summarize(
+        module.model,
+        data.image_size,
+        trainer.callback_metrics,
+        {**identity, "data": options.data},
+        initial=monitor.initial,
+        best=(checkpoints.best_top1, checkpoints.best_epoch),
+        seconds=checkpoints.seconds,
+    )
+    if trainer.is_global_zero:
+        print("\n".join(["", *summary.lines()]))
+        written = [*write_files(summary, module.model, folder), "last.ckpt", "best.ckpt", "metrics.csv", "tensorboard/"]
+        print(f"written to {folder}: {', '.join(written)}")
+    return summary
+
+
+def _evaluate(
+    module: Classifier,
+    data: DataModule,
+    options: RunOptions,
+    identity: dict[str, Any],
+    checkpoint: dict[str, Any],
+) -> Summary:
+    folder = Path(options.output) if options.output else None
+    if folder:
+        make_writable(folder)
+    if options.check_images:
+        check_files(data.images.test)
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise InputError(
+            f"the weights in {options.evaluate} do not fit the model: give a checkpoint of this model"
+        ) from error
+    trainer = _trainer(options, data)
+    trainer.validate(module, data, verbose=False)
+    summary = summarize(module.model, data.image_size, trainer.callback_metrics, {**identity, "data": options.data})
+    if trainer.is_global_zero:
+        print("\n".join(["", *summary.lines()]))
+        if folder:
+            print(f"written to {folder}: {', '.join(write_files(summary, module.model, folder))}")
+    return summary
+
+
+def _trainer(
+    options: RunOptions,
+    data: DataModule,
+    callbacks: list[Callback] | None = None,
+    loggers: list[Logger] | None = None,
+) -> Trainer:
+    return Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        precision=options.precision,  # type: ignore[arg-type]  # checked by RunOptions
+        max_epochs=options.epochs,
+        logger=loggers or False,
+        callbacks=callbacks,
+        plugins=[WholeFileIO()],
+        enable_checkpointing=callbacks is not None,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,  # images have been checked, and a resumed run must not evaluate twice
+        use_distributed_sampler=False,  # the order of images is ours
+        log_every_n_steps=min(50, data.steps_per_epoch),
+    )

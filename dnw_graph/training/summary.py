@@ -1,0 +1,147 @@
+"""What came out of a run: a few lines to read, and files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnw_graph.cost import cost, live_nodes, neural_graphs
+from dnw_graph.training.wiring_monitor import edges_swapped, real_edges
+
+
+@dataclass(frozen=True)
+class GraphSummary:
+    """One neural graph.
+
+    Attributes:
+        nodes: Number of nodes.
+        real_edges: Number of real edges.
+        edges_swapped: Real edges that were hallucinated when training started; None if nothing was trained.
+        dead_nodes: Nodes from which no path of real edges leads to an output of the model.
+    """
+
+    nodes: int
+    real_edges: int
+    edges_swapped: int | None
+    dead_nodes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Result of a run.
+
+    Attributes:
+        top1: Share of test images whose class has the highest score, 0 to 1, for the weights at the end.
+        top5: Share of test images whose class is among the five highest scores.
+        best_top1: Highest top-1 after any epoch, or None if nothing was trained.
+        best_epoch: The epoch of ``best_top1``, counted from 1, or None.
+        parameters: Parameters of live nodes, real edges and all other layers.
+        multiply_adds: Multiply-adds for one image, live nodes and real edges only.
+        seconds: Time spent in training, or None.
+        graphs: The neural graphs by name; empty for a model without any.
+        options: Options of the run.
+    """
+
+    top1: float
+    top5: float
+    best_top1: float | None
+    best_epoch: int | None
+    parameters: int
+    multiply_adds: int
+    seconds: float | None
+    graphs: dict[str, GraphSummary]
+    options: dict[str, Any]
+
+    def lines(self) -> list[str]:
+        """Return the summary as lines to print."""
+        best = f"   (best {self.best_top1:.2%} after epoch {self.best_epoch})" if self.best_top1 is not None else ""
+        rows = [("top-1", f"{self.top1:.2%}{best}"), ("top-5", f"{self.top5:.2%}")]
+        if graphs := self.graphs.values():
+            rows.append(("real edges", f"{sum(g.real_edges for g in graphs):,}"))
+            swapped = [g.edges_swapped for g in graphs if g.edges_swapped is not None]
+            if swapped:
+                rows.append(("edges swapped", f"{sum(swapped):,} since the start"))
+            rows.append(("dead nodes", f"{sum(g.dead_nodes for g in graphs):,} of {sum(g.nodes for g in graphs):,}"))
+        rows += [("parameters", f"{self.parameters:,}"), ("multiply-adds", f"{self.multiply_adds:,} per image")]
+        if self.seconds is not None:
+            minutes, seconds = divmod(round(self.seconds), 60)
+            rows.append(("wall time", f"{minutes} min {seconds} s"))
+        return [f"{name:15}{value}" for name, value in rows]
+
+
+def summarize(
+    model: nn.Module,
+    image_size: int,
+    metrics: dict[str, Any],
+    options: dict[str, Any],
+    initial: dict[str, Tensor] | None = None,
+    best: tuple[float | None, int] = (None, 0),
+    seconds: float | None = None,
+) -> Summary:
+    """Collect the summary of a run.
+
+    Args:
+        model: The model with its final weights; left in evaluation mode.
+        image_size: Height and width of the images.
+        metrics: Holds ``val/top1`` and ``val/top5``.
+        options: Options of the run.
+        initial: Real edges per graph when training started, if anything was trained.
+        best: Highest top-1 and its epoch.
+        seconds: Time spent in training.
+    """
+    model.eval()
+    live = live_nodes(model)
+    swapped = edges_swapped(initial, real_edges(model)) if initial else {}
+    graphs = {
+        name: GraphSummary(graph.num_nodes, graph.num_edges, swapped.get(name), graph.num_nodes - int(live[name].sum()))
+        for name, graph in neural_graphs(model).items()
+    }
+    costs = cost(model, (3, image_size, image_size))
+    return Summary(
+        top1=float(metrics["val/top1"]),
+        top5=float(metrics["val/top5"]),
+        best_top1=best[0],
+        best_epoch=best[1] or None,
+        parameters=costs.parameters,
+        multiply_adds=costs.multiply_adds,
+        seconds=seconds,
+        graphs=graphs,
+        options=options,
+    )
+
+
+def write_files(summary: Summary, model: nn.Module, folder: Path) -> list[str]:
+    """Write ``summary.json`` and, per graph, ``wiring/<name>.png`` and ``wiring/<name>.pt``.
+
+    The ``.pt`` file holds the graph as :class:`torch_geometric.data.Data`. After ``import torch_geometric`` it loads
+    with ``torch.load(path, weights_only=True)``.
+
+    Args:
+        summary: The summary.
+        model: The model that it describes.
+        folder: Folder of the run.
+
+    Returns:
+        What was written, relative to ``folder``.
+    """
+    (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    written = ["summary.json"]
+    if graphs := neural_graphs(model):
+        from matplotlib.figure import Figure
+
+        from dnw_graph.visualize import plot_adjacency
+
+        wiring = folder / "wiring"
+        wiring.mkdir(exist_ok=True)
+        for name, graph in graphs.items():
+            figure = Figure(figsize=(7.5, 6.5), layout="constrained")
+            plot_adjacency(graph, ax=figure.subplots())
+            figure.savefig(wiring / f"{name}.png", dpi=150)
+            torch.save(graph.to_data(), wiring / f"{name}.pt")
+        written += ["wiring/*.png", "wiring/*.pt"]
+    return written

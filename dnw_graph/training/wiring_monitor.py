@@ -1,0 +1,81 @@
+"""Watches how the wiring of a model changes while it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from dnw_graph.cost import live_nodes, neural_graphs
+
+
+def real_edges(model: nn.Module) -> dict[str, Tensor]:
+    """Return, per graph, which candidates are real now: ascending flat indices ``[num_edges]``, on the CPU."""
+    return {name: graph.real_index.to("cpu", torch.int32) for name, graph in neural_graphs(model).items()}
+
+
+def edges_swapped(before: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, int]:
+    """Return, per graph, how many real edges were hallucinated before."""
+    return {name: int(torch.isin(now[name], before[name], invert=True).sum()) for name in now}
+
+
+class WiringMonitor(Callback):
+    """Logs, per graph and in all, the edges swapped in each epoch and the share of live nodes at its end.
+
+    An edge counts as swapped if it is real at the end of the epoch and was not at its start. A node is live if a
+    path of real edges leads from it to an output of the model. The sets of real edges at the start of the run and of
+    the epoch are part of the checkpoint, so a resumed run counts as an unbroken one does.
+
+    Args:
+        model: The model that is trained, as it is within the LightningModule.
+
+    Attributes:
+        initial: Real edges per graph when training started.
+        epoch_start: Real edges per graph when the epoch started.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.initial: dict[str, Tensor] = {}
+        self.epoch_start: dict[str, Tensor] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the wiring that training starts from, unless a checkpoint brought it."""
+        self.initial = self.initial or real_edges(self.model)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the wiring that the epoch starts from."""
+        self.epoch_start = real_edges(self.model)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what changed."""
+        now = real_edges(self.model)
+        if not now:
+            return
+        swapped = edges_swapped(self.epoch_start, now)
+        live = live_nodes(self.model)
+        swapped_in_all = sum(swapped.values())
+        live_in_all = torch.cat(list(live.values())).float().mean().item()
+        values: dict[str, float] = {
+            "wiring/edges_swapped": swapped_in_all,
+            "wiring/live_nodes": live_in_all,
+            **{f"wiring/edges_swapped/{name}": count for name, count in swapped.items()},
+            **{f"wiring/live_nodes/{name}": nodes.float().mean().item() for name, nodes in live.items()},
+        }
+        # Straight to the loggers: what Lightning collects for the end of the epoch it writes only after the epoch's
+        # checkpoint, and a run that stops in between would lack it.
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step - 1)
+        pl_module.log("swapped", swapped_in_all, prog_bar=True, logger=False)
+        pl_module.log("live", live_in_all, prog_bar=True, logger=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return both sets of real edges."""
+        return {"initial": self.initial, "epoch_start": self.epoch_start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take both sets of real edges from a checkpoint."""
+        self.initial = state_dict["initial"]
+        self.epoch_start = state_dict["epoch_start"]

@@ -1,0 +1,50 @@
+"""Edges that are given and stay."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dnw_graph.candidates import CandidateEdges
+from dnw_graph.errors import InputError
+from dnw_graph.wirings.base import Wiring
+
+
+class Fixed(Wiring):
+    """Given edges, never changed; only they get a gradient.
+
+    For a wiring that was found elsewhere or follows from a construction. The edges are a persistent buffer: they are
+    not a function of the weights.
+
+    Args:
+        edge_index: The edges, row 0 the sources, row 1 the targets, without repetition, in any order.
+
+    Shapes:
+        - ``index``: ``[num_edges]``, flat indices, ascending
+
+    Raises:
+        InputError: If an edge occurs twice, is no candidate of the graph, or their number is not the graph's
+            ``num_edges``.
+    """
+
+    updates_hallucinated = False
+    index: Tensor
+
+    def __init__(self, edge_index: Int[Tensor, "2 edges"]) -> None:
+        super().__init__()
+        self.edge_index = edge_index
+        self.register_buffer("index", torch.empty(0, dtype=torch.long))
+
+    def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
+        """Find the edges among the candidates."""
+        index = candidates.flat_index(self.edge_index.to(candidates.weight.device)).unique()
+        if index.numel() != self.edge_index.size(1):
+            raise InputError(f"{name}: {self.edge_index.size(1) - index.numel()} of the fixed edges are repeated")
+        if index.numel() != num_edges:
+            raise InputError(f"{name}: {index.numel()} fixed edges were given for num_edges = {num_edges}")
+        self.index = index
+
+    def choose(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
+        """Return the given edges."""
+        return self.index

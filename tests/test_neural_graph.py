@@ -1,0 +1,222 @@
+import math
+
+import networkx as nx
+import pytest
+import torch
+from reference import candidate_gradient, plain_forward, relative_error, static_pairs, top_k
+from torch import nn
+from torch.func import functional_call
+from torch_geometric.utils import to_networkx
+
+from dnw_graph import CandidateEdges, InputError, NeuralGraph
+
+SIZES = (3, 4, 4, 2)
+PAIRS = static_pairs(SIZES)
+K = 15
+PROPAGATIONS = ["block", "message_passing"]
+
+
+def make_graph(**options):
+    return NeuralGraph(SIZES, K, **options).double()
+
+
+def real_mask(graph):
+    mask = torch.zeros(graph.num_candidates, dtype=torch.bool)
+    mask[graph.real_index] = True
+    return mask
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_states_and_real_edges_are_numerically_right(propagation, training):
+    graph = make_graph(propagation=propagation).train(training)
+    real = graph.real_index
+    weight = graph.candidates.weight.detach()
+    threshold = weight.abs()[real].min()
+    assert weight.abs()[~real_mask(graph)].max() < threshold - 1e-4  # a small step changes no edge
+
+    def run(x, real_weight):
+        return functional_call(graph, {"candidates.weight": weight.index_copy(0, real, real_weight)}, (x,))
+
+    x = torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (x, weight[real].requires_grad_()))
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+def test_hallucinated_gradient_worked_by_hand(propagation):
+    # Inputs a, b; one node m; outputs p, q. Real: a→m (2), m→p (3), b→q (-4). Hallucinated: all others.
+    graph = NeuralGraph((2, 1, 2), 3, node_function=nn.Identity(), propagation=propagation).double()
+    order = [(0, 2), (1, 2), (0, 3), (1, 3), (2, 3), (0, 4), (1, 4), (2, 4)]
+    assert graph.candidates.pairs(torch.arange(8)).T.tolist() == [list(pair) for pair in order]
+    graph.candidates.weight.data = torch.tensor([2, 0.5, 0.1, -0.2, 3, 0.3, -4, 1], dtype=torch.float64)
+    a, b = 5.0, 7.0
+    x = torch.tensor([[a, b]], dtype=torch.float64, requires_grad=True)
+    p, q = graph(x)[0]
+    assert (p.item(), q.item()) == (3 * 2 * a, -4 * b)
+    (10 * p + q).backward()
+    dp, dq, dm = 10, 1, 10 * 3  # ∂L/∂I at p, at q, and at m through the real edge m→p alone
+    m = 2 * a
+    by_hand = {(0, 2): a * dm, (1, 2): b * dm, (0, 3): a * dp, (1, 3): b * dp, (2, 3): m * dp}
+    by_hand |= {(0, 4): a * dq, (1, 4): b * dq, (2, 4): m * dq}
+    assert graph.candidates.weight.grad.tolist() == [by_hand[pair] for pair in order]
+    assert x.grad.tolist() == [[2 * dm, -4 * dq]]
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+def test_every_candidate_gets_the_gradient_of_the_update_rule(propagation):
+    graph = make_graph(propagation=propagation, node_function=nn.Tanh())
+    x = torch.randn(2, 3, 3, 4, dtype=torch.float64)
+    (graph(x) ** 3).sum().backward()
+    weights = graph.candidates.weight.tolist()
+    edges = {PAIRS[i]: weights[i] for i in top_k(weights, K)}
+    last = sum(SIZES[:-1])
+    states, offsets = plain_forward(x, SIZES, edges, lambda v, received: received if v >= last else received.tanh())
+    (torch.stack(states[last:]) ** 3).sum().backward()
+    by_hand = [candidate_gradient(states, offsets, u, v) for u, v in PAIRS]
+    assert relative_error(graph.candidates.weight.grad, torch.tensor(by_hand, dtype=torch.float64)) < 1e-10
+    assert any(gradient != 0 for i, gradient in enumerate(by_hand) if not real_mask(graph)[i])
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+def test_nothing_flows_through_hallucinated_edges(propagation):
+    graph = make_graph(propagation=propagation)
+    hallucinated = ~real_mask(graph)
+    results = []
+    for factor in (1.0, -0.5, 0.0):  # other hallucinated weights, down to none at all
+        graph.zero_grad()
+        with torch.no_grad():
+            graph.candidates.weight[hallucinated] *= factor
+        x = torch.linspace(-1, 1, 96, dtype=torch.float64).view(2, 3, 4, 4).requires_grad_()
+        out = graph(x)
+        (out**2).sum().backward()
+        results.append((out, x.grad, [p.grad for p in graph.parameters()]))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
+
+
+def test_gradient_of_states_is_that_of_the_network_without_hallucinated_edges():
+    graph = make_graph(node_function=nn.Identity())
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    out = graph(x)
+    # Without node functions the states solve z = A z + x, where A holds the real edges alone.
+    adjacency = torch.zeros(13, 13, dtype=torch.float64)
+    for (u, v), w in zip(graph.edge_index.T.tolist(), graph.edge_weight.tolist(), strict=True):
+        adjacency[v, u] = w
+    response = torch.linalg.inv(torch.eye(13, dtype=torch.float64) - adjacency)[-2:, :3]
+    torch.testing.assert_close(out, x @ response.T, rtol=1e-12, atol=1e-12)
+    g = torch.randn_like(out)
+    out.backward(g)
+    torch.testing.assert_close(x.grad, g @ response, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("height_width", [(8, 8), (7, 5), (1, 1)])
+def test_shape_of_the_output(stride, height_width):
+    graph = NeuralGraph((3, 4, 2), 9, stride=stride)
+    expected = [math.ceil(size / stride) for size in height_width]
+    assert graph(torch.randn(2, 3, *height_width)).shape == (2, 2, *expected)
+
+
+def test_candidate_weights_are_one_flat_entry_of_the_state_dict():
+    graph = make_graph(node_function=nn.Tanh())
+    assert list(graph.state_dict()) == ["candidates.weight"]
+    assert graph.state_dict()["candidates.weight"].shape == (len(PAIRS),)
+    assert [name for name, _ in graph.named_parameters()] == ["candidates.weight"]
+
+
+def test_sizes_are_readable():
+    graph = make_graph()
+    assert (graph.num_nodes, graph.num_inputs, graph.num_outputs) == (13, 3, 2)
+    assert (graph.num_candidates, graph.num_edges, graph.blocks) == (len(PAIRS), K, SIZES)
+    assert not graph.edge_weight.requires_grad
+
+
+def build_and_train(seed):
+    torch.manual_seed(seed)
+    graph = make_graph()
+    optimiser = torch.optim.SGD(graph.parameters(), lr=0.5, momentum=0.9)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    for _ in range(3):
+        optimiser.zero_grad()
+        graph(x).square().mean().backward()
+        optimiser.step()
+    return [graph.edge_index, graph(x), *graph.state_dict().values()]
+
+
+def test_same_seed_same_wiring_and_numbers():
+    first, second, other = build_and_train(1), build_and_train(1), build_and_train(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], other[0])
+
+
+def test_evaluation_equals_training_where_no_norm_tells_them_apart():
+    graph = make_graph(node_function=nn.Tanh())
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    assert torch.equal(graph(x), graph.eval()(x))
+
+
+def test_to_data_is_a_valid_pyg_graph():
+    graph = make_graph()
+    data = graph.to_data()
+    assert data.validate()
+    assert data.num_nodes == 13
+    assert torch.equal(data.edge_index, graph.edge_index)
+    assert torch.equal(data.edge_weight, graph.edge_weight)
+    assert data.block.tolist() == [0] * 3 + [1] * 4 + [2] * 4 + [3] * 2
+    assert data.input_mask.nonzero().flatten().tolist() == [0, 1, 2]
+    assert data.output_mask.nonzero().flatten().tolist() == [11, 12]
+    assert data.pos.shape == (13, 2)
+    assert data.pos.min() >= 0
+    assert data.pos.max() <= 1
+    assert len({tuple(place) for place in data.pos.tolist()}) == 13
+    network = to_networkx(data)
+    reach = {v: bool({11, 12} & {v, *nx.descendants(network, v)}) for v in network}
+    assert data.live_mask.tolist() == [reach[v] for v in range(13)]
+
+
+def test_live_nodes_may_count_some_outputs_only():
+    # 0→2→4, 1→3→5, and 3→4 is hallucinated.
+    graph = NeuralGraph((2, 2, 2), 4, node_function=nn.Identity())
+    weight = graph.candidates.flat_index(torch.tensor([[0, 1, 2, 3], [2, 3, 4, 5]]))
+    graph.candidates.weight.data.mul_(0.01)[weight] = 1.0
+    assert graph.live_nodes().all()
+    live = graph.live_nodes(torch.tensor([True, False]))
+    assert live.tolist() == [True, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("k", [0, -3, True])
+def test_numbers_of_edges_below_one_are_refused(k):
+    with pytest.raises(InputError, match="stage2: num_edges must be a whole number from 1 up"):
+        NeuralGraph((3, 4), k, name="stage2")
+
+
+@pytest.mark.parametrize("k", [2.0, 2.5, "3", None])
+def test_numbers_of_edges_that_are_no_whole_numbers_are_refused(k, unchecked):
+    with pytest.raises(InputError, match="num_edges must be a whole number"):
+        NeuralGraph((3, 4), k)
+
+
+def test_more_edges_than_candidates_are_refused():
+    NeuralGraph((30, 40), 1_200)
+    with pytest.raises(InputError, match=r"1,201 is more than the 1,200 candidate edges"):
+        NeuralGraph((30, 40), 1_201)
+
+
+@pytest.mark.parametrize("blocks", [(), (3,), (3, 0), (3, -1, 2)])
+def test_blocks_that_are_no_graph_are_refused(blocks):
+    with pytest.raises(InputError, match="blocks must be two or more positive whole numbers"):
+        NeuralGraph(blocks, 1)
+
+
+@pytest.mark.parametrize("shape", [(3,), (), (2, 4, 5, 5), (2, 5, 5, 3), (3, 5, 5)])
+def test_inputs_of_another_shape_are_refused(shape, unchecked):
+    with pytest.raises(InputError, match=r"graph: expected an input of shape \[batch, 3, …\]"):
+        NeuralGraph((3, 4), 2)(torch.zeros(shape))
+
+
+def test_given_candidates_are_used():
+    candidates = CandidateEdges.adjacent(SIZES)
+    graph = NeuralGraph(SIZES, K, candidates=candidates)
+    assert graph.candidates is candidates
+    with pytest.raises(InputError, match="more than the 36 candidate"):
+        NeuralGraph(SIZES, 37, candidates=candidates)

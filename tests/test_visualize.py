@@ -1,0 +1,295 @@
+"""Pictures show what they should; PyG and networkx read the wiring as it is."""
+
+import subprocess
+import sys
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import networkx as nx
+import numpy as np
+import pytest
+import torch
+import torch_geometric.transforms as T
+from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.colors import to_rgb
+from torch_geometric.data import Data
+from torch_geometric.utils import contains_isolated_nodes, from_networkx, to_dense_adj
+from torch_geometric.visualization import visualize_graph
+
+from dnw_graph import CandidateEdges, InputError, NeuralGraph
+from dnw_graph.visualize import ADDED, KEPT, NEGATIVE, POSITIVE, REMOVED, plot, plot_adjacency, plot_change, to_networkx
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def graph():
+    return NeuralGraph((3, 4, 4, 2), 24)
+
+
+def lines(ax):
+    return [c for c in ax.collections if isinstance(c, LineCollection)]
+
+
+def dots(ax, name):
+    return next(c for c in ax.collections if isinstance(c, PathCollection) and c.get_label().startswith(name))
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def edges_of(data):
+    """Pairs (u, v) and their weights, as plain Python."""
+    return dict(zip(map(tuple, data.edge_index.T.tolist()), data.edge_weight.tolist(), strict=True))
+
+
+def drawn_edges(ax, data):
+    """Pairs (u, v) of the curves of a picture, found by the positions of their ends."""
+    at = {tuple(position): node for node, position in enumerate(data.pos.tolist())}
+    curves = lines(ax)[0].get_segments()
+    return [(at[tuple(curve[0])], at[tuple(curve[-1])]) for curve in curves]
+
+
+@pytest.mark.parametrize("top", [1, 7, 24, 1000])
+def test_the_strongest_edges_are_drawn_with_the_strongest_on_top(graph, top):
+    data = graph.to_data()
+    edges = edges_of(data)
+    drawn = drawn_edges(plot(graph, top=top), data)
+    assert drawn == sorted(edges, key=lambda pair: abs(edges[pair]))[-top:]
+
+
+def test_colour_is_sign_and_opacity_is_magnitude(graph):
+    data = graph.to_data()
+    ax = plot(data)
+    weights = [edges_of(data)[pair] for pair in drawn_edges(ax, data)]
+    colours = lines(ax)[0].get_colors()
+    for weight, colour in zip(weights, colours, strict=True):
+        assert tuple(colour[:3]) == to_rgb(POSITIVE if weight > 0 else NEGATIVE)
+        assert colour[3] == pytest.approx((abs(weight) / max(map(abs, weights))) ** 0.5)
+    assert len({tuple(colour[:3]) for colour in colours}) == 2
+
+
+def test_nodes_stand_at_their_positions_live_or_hollow(graph):
+    data = graph.to_data()
+    data.live_mask[1] = False
+    ax = plot(data)
+    live, dead = dots(ax, "live"), dots(ax, "dead")
+    np.testing.assert_array_equal(live.get_offsets(), data.pos[data.live_mask])
+    np.testing.assert_array_equal(dead.get_offsets(), data.pos[~data.live_mask])
+    assert (dead.get_facecolors()[:, :3] == 1).all()
+    assert (live.get_facecolors()[:, :3] < 0.5).all()
+
+
+def test_title_and_legend_give_the_counts(graph):
+    with torch.no_grad():
+        graph.candidates.weight.fill_(0.1)
+        graph.candidates.weight[:5] = -1.0
+    ax = plot(graph, top=6)
+    # Ties go to the lower index: block 0 → 1 in full, then block 2's inputs from the first two blocks.
+    live = int(graph.to_data().live_mask.sum())
+    assert ax.get_title() == "13 nodes, 24 real edges, the 6 of largest |w| drawn"
+    assert legend(ax) == [
+        "edges with w > 0: 19",
+        "edges with w < 0: 5",
+        f"live nodes: {live}",
+        f"dead nodes: {13 - live}",
+    ]
+    assert [label.get_text() for label in ax.get_xticklabels()] == [
+        "inputs\n3 nodes",
+        "block 1\n4 nodes",
+        "block 2\n4 nodes",
+        "outputs\n2 nodes",
+    ]
+
+
+def test_an_edge_that_skips_blocks_passes_between_their_nodes():
+    graph = NeuralGraph((4, 4, 4, 4), 96)
+    data = graph.to_data()
+    ax = plot(graph)
+    for (u, v), curve in zip(drawn_edges(ax, data), lines(ax)[0].get_segments(), strict=True):
+        skipped = data.pos[(data.block > data.block[u]) & (data.block < data.block[v])]
+        distance = torch.cdist(torch.tensor(curve, dtype=torch.float32), skipped)
+        assert distance.numel() == 0 or distance.min() > 0.1
+
+
+def test_edges_within_a_block_are_drawn_beside_it():
+    """As in graphs with cycles: a pair, a self-loop and an edge that leads back."""
+    data = Data(
+        edge_index=torch.tensor([[1, 2, 4], [3, 2, 0]]),
+        edge_weight=torch.tensor([0.5, 1.0, 2.0]),
+        num_nodes=5,
+        block=torch.tensor([0, 1, 1, 1, 2]),
+        pos=torch.tensor([[0, 0.5], [0.5, 1 / 6], [0.5, 0.5], [0.5, 5 / 6], [1, 0.5]]),
+        live_mask=torch.ones(5, dtype=torch.bool),
+    )
+    ax = plot(data)
+    assert drawn_edges(ax, data) in ([(1, 3), (2, 2), (4, 0)], [(1, 3), (2, 2), (0, 4)])
+    pair, loop, _ = lines(ax)[0].get_segments()
+    assert pair[:, 0].max() > loop[:, 0].max() > 0.51
+    assert min(pair[:, 0].min(), loop[:, 0].min()) == 0.5
+
+
+def test_large_graphs_are_drawn_with_ticks_in_the_given_axes():
+    _, ax = plt.subplots()
+    graph = NeuralGraph((64, 128, 128), 1244)
+    assert plot(graph, ax=ax) is ax
+    assert len(lines(ax)[0].get_segments()) == 1000
+    assert dots(ax, "live").get_linewidths().max() < 3
+
+
+def test_all_weights_zero_can_be_drawn(graph):
+    torch.nn.init.zeros_(graph.candidates.weight)
+    ax = plot(graph)
+    assert (lines(ax)[0].get_colors()[:, 3] == 0).all()
+
+
+def test_change_is_the_difference_of_the_edge_sets(graph):
+    before = graph.to_data()
+    torch.nn.init.uniform_(graph.candidates.weight, -1, 1)
+    after = graph.to_data()
+    old, new = set(edges_of(before)), set(edges_of(after))
+    assert 0 < len(old & new) < len(new)
+    ax = plot_change(before, after)
+    found = {tuple(c.get_colors()[0][:3]): len(c.get_segments()) for c in lines(ax)}
+    assert found == {to_rgb(KEPT): len(old & new), to_rgb(REMOVED): len(old - new), to_rgb(ADDED): len(new - old)}
+    assert legend(ax)[:3] == [
+        f"edges kept: {len(old & new)}",
+        f"edges removed: {len(old - new)}",
+        f"edges added: {len(new - old)}",
+    ]
+    assert [len(c.get_segments()) for c in lines(plot_change(before, after, top=2))] == [2, 2, 2]
+
+
+def test_no_change_is_all_kept(graph):
+    assert legend(plot_change(graph.to_data(), graph.to_data()))[:3] == [
+        "edges kept: 24",
+        "edges removed: 0",
+        "edges added: 0",
+    ]
+
+
+@pytest.mark.parametrize("layered", [False, True])
+def test_adjacency_shows_weights_and_impossible_pairs(layered):
+    sizes = (3, 4, 2)
+    graph = NeuralGraph(sizes, 9, candidates=CandidateEdges.adjacent(sizes) if layered else None)
+    ax = plot_adjacency(graph)
+    impossible, cells = (np.ma.filled(image.get_array(), np.nan) for image in ax.images)
+    block = [number for number, size in enumerate(sizes) for _ in range(size)]
+    edges = edges_of(graph.to_data())
+    for v in range(9):
+        for u in range(9):
+            possible = block[v] - block[u] == 1 if layered else block[u] < block[v]
+            assert np.isnan(impossible[v, u]) == possible
+            assert cells[v, u] == pytest.approx(edges.get((u, v), np.nan), nan_ok=True)
+    # Sources of blocks 0 and 1 across, targets of blocks 1 and 2 downwards.
+    assert ax.get_xlim() == (0, 7)
+    assert ax.get_ylim() == (9, 3)
+    assert ax.get_title() == f"9 of {20 if layered else 26} candidate edges are real"
+
+
+def test_the_weakest_real_edge_differs_from_white():
+    graph = NeuralGraph((2, 2), 4, input_function=False)
+    with torch.no_grad():
+        graph.candidates.weight.copy_(torch.tensor([1.0, -1e-6, 1e-6, -1.0]))
+    image = plot_adjacency(graph).images[1]
+    _, negative, positive, _ = image.to_rgba(image.get_array())[2:, :2, :3].reshape(4, 3)
+    assert negative.min() < 0.9
+    assert positive.min() < 0.9
+    assert np.argmax(negative) == np.argmax(to_rgb(NEGATIVE))
+    assert np.argmax(positive) == np.argmax(to_rgb(POSITIVE))
+
+
+def test_adjacency_of_a_large_graph_shows_the_real_share_of_candidates():
+    sizes = (60, 170, 200)
+    graph = NeuralGraph(sizes, 3000)
+    ax = plot_adjacency(graph)
+    impossible, cells = (np.ma.filled(image.get_array(), np.nan) for image in ax.images)
+    side = 4
+    assert cells.shape == (108, 108)
+    real, possible = np.zeros((432, 432)), np.zeros((432, 432))
+    real[tuple(graph.edge_index.flip(0).numpy())] = 1
+    possible[60:230, :60] = possible[230:430, :230] = 1
+    in_cells = [matrix.reshape(108, side, 108, side).sum((1, 3)) for matrix in (real, possible)]
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_allclose(cells, in_cells[0] / in_cells[1], rtol=1e-6)
+    np.testing.assert_array_equal(np.isnan(impossible), in_cells[1] > 0)
+    assert "4 × 4 pairs" in ax.figure.axes[1].get_ylabel()
+
+
+def test_networkx_holds_the_same_wiring(graph):
+    data = graph.to_data()
+    network = to_networkx(graph)
+    assert {(u, v): w for u, v, w in network.edges(data="edge_weight")} == edges_of(data)
+    assert [block for _, block in network.nodes(data="block")] == data.block.tolist()
+    assert nx.is_directed_acyclic_graph(network)
+    assert nx.dag_longest_path_length(network, weight=None) <= 3
+    outputs = [node for node, is_output in network.nodes(data="output_mask") if is_output]
+    live = set(outputs).union(*(nx.ancestors(network, node) for node in outputs))
+    assert {node for node, is_live in network.nodes(data="live_mask") if is_live} == live
+    back = from_networkx(network)
+    assert edges_of(back) == edges_of(data)
+    for key in ("block", "pos", "input_mask", "output_mask", "live_mask"):
+        assert torch.equal(back[key], data[key]), key
+
+
+def test_pyg_utilities_and_transforms_take_the_wiring():
+    graph = NeuralGraph((6, 20, 4), 25)
+    data = graph.to_data()
+    data.validate(raise_on_error=True)
+    touched = set(data.edge_index.flatten().tolist())
+    assert 0 < len(touched) < 30
+    assert data.has_isolated_nodes()
+    assert contains_isolated_nodes(data.edge_index, data.num_nodes)
+    dense = torch.zeros(30, 30)
+    for (u, v), weight in edges_of(data).items():
+        dense[u, v] = weight
+    torch.testing.assert_close(to_dense_adj(data.edge_index, edge_attr=data.edge_weight, max_num_nodes=30)[0], dense)
+    without = T.RemoveIsolatedNodes()(data)
+    assert without.num_nodes == len(touched)
+    assert without.block.tolist() == [int(data.block[node]) for node in sorted(touched)]
+    both_ways = T.ToUndirected()(data)
+    assert both_ways.num_edges == 50
+    distances = T.Cartesian(norm=False)(data).edge_attr
+    assert (distances[:, 0] <= -0.5).all() or (distances[:, 0] >= 0.5).all()
+
+
+def test_pyg_draws_the_wiring_by_magnitude(graph, tmp_path):
+    data = graph.to_data()
+    path = tmp_path / "wiring.png"
+    visualize_graph(data.edge_index, data.edge_weight.abs(), path=str(path), backend="networkx")
+    picture = plt.imread(path)
+    assert picture[..., :3].min() < 0.1 < 0.9 < picture[..., :3].max()
+
+
+@pytest.mark.parametrize("draw", [plot, lambda graph, top: plot_change(graph.to_data(), graph.to_data(), top)])
+def test_no_edges_to_draw_is_refused(graph, draw):
+    with pytest.raises(InputError, match="1 or more; got 0"):
+        draw(graph, 0)
+
+
+def test_change_between_different_graphs_is_refused(graph):
+    with pytest.raises(InputError, match=r"one graph at two moments.*\[3, 4, 4, 2\] and \[3, 4\]"):
+        plot_change(graph.to_data(), NeuralGraph((3, 4), 2).to_data())
+
+
+@pytest.mark.parametrize(("package", "call"), [("matplotlib", plot), ("networkx", to_networkx)])
+def test_a_missing_package_is_named_with_the_extra(graph, monkeypatch, package, call):
+    for name in [*sys.modules]:
+        if name.split(".")[0] == package:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=rf"{package}.*dnw-graph\[train\]"):
+        call(graph)
+
+
+def test_importing_the_module_imports_neither_matplotlib_nor_networkx():
+    code = "import sys, dnw_graph.visualize; assert not {'matplotlib', 'networkx', 'lightning'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -1,0 +1,200 @@
+"""A resumed run gives the same numbers as an unbroken one."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dnw_graph.training import Summary, read_checkpoint, run
+from dnw_graph.training.checkpoints import loop_state
+from dnw_graph.training.classifier import Classifier
+from dnw_graph.training.images import ImageData
+from dnw_graph.training.options import RunOptions
+
+Create = Callable[[int, int], nn.Module]
+STEPS, EPOCHS = 4, 3
+
+
+class CrashError(Exception):
+    pass
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The loss of every training step, as they happen."""
+    seen: list[float] = []
+    step = Classifier.training_step
+
+    def record(self: Classifier, batch: Any, batch_idx: int) -> Tensor:
+        loss = step(self, batch, batch_idx)
+        seen.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(Classifier, "training_step", record)
+    return seen
+
+
+def crash_at(create: Create, training: bool, call: int, action: Callable[[], None]) -> Create:
+    """Make the model act in its so-many-th forward pass of training, or of evaluation."""
+
+    def wrapped(num_classes: int, image_size: int) -> nn.Module:
+        model = create(num_classes, image_size)
+        calls = 0
+
+        def hook(module: nn.Module, args: object) -> None:
+            nonlocal calls
+            if module.training is training:
+                if calls == call:
+                    action()
+                calls += 1
+
+        model.register_forward_pre_hook(hook)
+        return model
+
+    return wrapped
+
+
+def crash() -> None:
+    raise CrashError
+
+
+def without_time(summary: Summary) -> Summary:
+    return replace(summary, seconds=None)
+
+
+def assert_equal_states(a: Path, b: Path) -> None:
+    one, other = read_checkpoint(a), read_checkpoint(b)
+    assert one["global_step"] == other["global_step"] == STEPS * EPOCHS
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    for key, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][key]), key
+    momenta = [[state["momentum_buffer"] for state in c["optimizer_states"][0]["state"].values()] for c in (one, other)]
+    assert all(torch.equal(x, y) for x, y in zip(*momenta, strict=True))
+    assert one["lr_schedulers"] == other["lr_schedulers"]
+
+
+# What stops the run: (training pass?, number of the pass), and the step of the checkpoint that is left.
+# Evaluation takes 2 forward passes per epoch.
+PLACES = {
+    "mid-epoch": ({"save_every": 3}, True, 7, 6),
+    "last batch of an epoch": ({}, False, 3, 8),
+    "between epochs": ({}, True, 8, 8),
+    "in the first epoch": ({"save_every": 1}, True, 1, 1),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("place", PLACES)
+def test_resume_is_exact(
+    place: str,
+    workers: int,
+    create: Create,
+    small_digits: ImageData,
+    options: Callable[..., RunOptions],
+    losses: list[float],
+    tmp_path: Path,
+) -> None:
+    unbroken = run(create, {}, options(output=str(tmp_path / "unbroken")), small_digits)
+    expected = losses.copy()
+    assert len(expected) == STEPS * EPOCHS
+    assert unbroken.graphs["tiny"].edges_swapped
+    changes, training, call, saved = PLACES[place]
+    chosen = options(workers=workers, **changes)
+    losses.clear()
+    with pytest.raises(CrashError):
+        run(crash_at(create, training, call, crash), {}, chosen, small_digits)
+    last = Path(chosen.output or "") / "last.ckpt"
+    assert read_checkpoint(last)["global_step"] == saved
+    assert losses[:saved] == expected[:saved]
+    losses.clear()
+    resumed = run(create, {}, replace(chosen, resume=str(last)), small_digits)
+    assert losses == expected[saved:]
+    assert without_time(resumed) == without_time(unbroken)
+    assert_equal_states(last, tmp_path / "unbroken" / "last.ckpt")
+    rows = [(folder / "metrics.csv").read_text() for folder in (last.parent, tmp_path / "unbroken")]
+    assert rows[0] == rows[1]
+
+
+def test_resume_twice_in_a_row_while_evaluating(
+    create: Create, small_digits: ImageData, options: Callable[..., RunOptions], losses: list[float], tmp_path: Path
+) -> None:
+    unbroken = run(create, {}, options(output=str(tmp_path / "unbroken")), small_digits)
+    expected = losses.copy()
+    chosen = options()
+    last = str(Path(chosen.output or "") / "last.ckpt")
+    losses.clear()
+    for resume, call in ((None, 3), (last, 0), (last, 1)):
+        with pytest.raises(CrashError):
+            run(crash_at(create, False, call, crash), {}, replace(chosen, resume=resume), small_digits)
+    resumed = run(create, {}, replace(chosen, resume=last), small_digits)
+    assert losses == expected
+    assert without_time(resumed) == without_time(unbroken)
+
+
+def test_resume_of_a_finished_run_reports_it_again(
+    create: Create, small_digits: ImageData, options: Callable[..., RunOptions], losses: list[float]
+) -> None:
+    chosen = options(epochs=1)
+    first = run(create, {}, chosen, small_digits)
+    losses.clear()
+    again = run(create, {}, replace(chosen, resume=f"{chosen.output}/last.ckpt"), small_digits)
+    assert losses == []
+    assert without_time(again) == without_time(first)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_keeps_its_last_step(
+    number: signal.Signals,
+    create: Create,
+    small_digits: ImageData,
+    options: Callable[..., RunOptions],
+    losses: list[float],
+) -> None:
+    before = signal.getsignal(number)
+    chosen = options()
+    with pytest.raises(SystemExit):
+        run(crash_at(create, True, 5, lambda: os.kill(os.getpid(), number)), {}, chosen, small_digits)
+    assert len(losses) == 6  # the step in progress was finished
+    assert read_checkpoint(f"{chosen.output}/last.ckpt")["global_step"] == 6
+    assert signal.getsignal(number) == before
+
+
+def test_best_is_the_epoch_of_highest_top1(
+    create: Create, small_digits: ImageData, options: Callable[..., RunOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = options()
+    summary = run(create, {}, chosen, small_digits)
+    best = read_checkpoint(f"{chosen.output}/best.ckpt")
+    assert best["global_step"] == STEPS * (summary.best_epoch or 0)
+    evaluated = run(create, {}, options(evaluate=f"{chosen.output}/best.ckpt", output=None), small_digits)
+    assert evaluated.top1 == summary.best_top1
+
+
+@pytest.mark.parametrize("steps", range(13))
+@pytest.mark.parametrize("epoch_complete", [False, True])
+def test_loop_state_counts(steps: int, epoch_complete: bool) -> None:
+    if steps == 0 and not epoch_complete:
+        pytest.skip("an epoch without steps is never evaluated")
+    state = loop_state(steps, 4, epoch_complete)
+    epoch = state["epoch_progress"]["current"]
+    evaluated = steps // 4 - (steps % 4 == 0 and not epoch_complete)
+    assert epoch["completed"] == epoch["processed"] == evaluated
+    assert epoch["ready"] == epoch["started"] == -(-steps // 4)
+    batches = state["epoch_loop.batch_progress"]
+    assert batches["total"]["completed"] == steps
+    assert 4 * evaluated + batches["current"]["completed"] == steps
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    import logging
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

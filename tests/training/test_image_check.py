@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dnw_graph import InputError
+from dnw_graph.training.image_check import check_images, image_fault
+
+
+@pytest.fixture(params=["jpg", "png", "bmp", "webp"])
+def image_file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = tmp_path / f"image.{request.param}"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+def test_whole_image_passes(image_file: Path):
+    assert image_fault(str(image_file)) is None
+
+
+def test_bytes_after_the_end_are_accepted(image_file: Path):
+    image_file.write_bytes(image_file.read_bytes() + b"something appended")
+    assert image_fault(str(image_file)) is None
+
+
+@pytest.mark.parametrize("share", [0.99, 0.5, 0.02])
+def test_truncated_image_is_found(image_file: Path, share: float):
+    content = image_file.read_bytes()
+    image_file.write_bytes(content[: int(len(content) * share)])
+    assert image_fault(str(image_file))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image at all"])
+def test_other_files_are_found(tmp_path: Path, content: bytes):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(content)
+    assert image_fault(str(path)) == "not an image"
+
+
+def test_message_names_the_first_files_and_their_number(image_folder: Path):
+    paths = sorted(str(path) for path in image_folder.rglob("*.png"))
+    check_images(paths)
+    for path in paths[2:7]:
+        Path(path).write_bytes(b"broken")
+    with pytest.raises(InputError, match=f"5 of 24 image files cannot be read: {paths[2]} \\(not an image\\)") as error:
+        check_images(paths)
+    assert "\n" not in str(error.value)
+    assert paths[5] not in str(error.value)

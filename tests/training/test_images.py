@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from dnw_graph import InputError
+from dnw_graph.training import load_images
+from dnw_graph.training.augmentation import transforms
+from dnw_graph.training.images import ArrayImages, TrainSamples
+
+
+def test_digits_are_split_at_the_last_360_and_keep_their_values():
+    data = load_images("digits")
+    pixels, labels = load_digits(return_X_y=True)
+    assert (len(data.train), len(data.test)) == (1437, 360)
+    assert np.concatenate([data.train.labels, data.test.labels]).tolist() == labels.tolist()
+    assert min(Counter(data.test.labels.tolist()).values()) >= 30
+    image = np.asarray(data.test.load(7))
+    assert image.shape == (8, 8, 3)
+    assert (image == image[..., :1]).all()
+    np.testing.assert_allclose(image[..., 0].ravel() * (16 / 255), pixels[1437 + 7], atol=0.04)
+
+
+def test_folder_gives_each_image_the_label_of_its_folder(image_folder: Path):
+    data = load_images(str(image_folder))
+    assert data.classes == ["one", "zero"]
+    assert data.train.labels.tolist() == [0] * 6 + [1] * 6
+    assert data.test.labels.tolist() == [0] * 6 + [1] * 6
+    assert data.train.load(0).mode == "RGB"
+    first = min((image_folder / "train" / "one").iterdir())
+    assert np.array_equal(np.asarray(data.train.load(0)), np.asarray(Image.open(first)))
+
+
+def test_test_folder_may_be_called_test(image_folder: Path):
+    (image_folder / "val").rename(image_folder / "test")
+    assert len(load_images(str(image_folder)).test) == 12
+
+
+def test_a_class_may_be_absent_from_the_test_images(image_folder: Path):
+    for file in (image_folder / "val" / "one").iterdir():
+        file.unlink()
+    (image_folder / "val" / "one").rmdir()
+    assert load_images(str(image_folder)).test.labels.tolist() == [1] * 6
+
+
+def test_other_modes_become_rgb(image_folder: Path):
+    for index, mode in enumerate(("L", "RGBA", "P", "CMYK", "1")):
+        Image.new(mode, (9, 9)).save(image_folder / "train" / "one" / f"aa{index}.{'jpg' if mode == 'CMYK' else 'png'}")
+    data = load_images(str(image_folder))
+    assert {data.train.load(index).mode for index in range(5)} == {"RGB"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: root.rename(root.with_name("gone")), "does not exist: give 'digits'"),
+        (lambda root: (root / "train").rename(root / "training"), "has no train/: expected"),
+        (lambda root: (root / "val").rename(root / "validation"), r"has no val/ \(or test/\)"),
+        (
+            lambda root: (root / "val" / "one").rename(root / "val" / "won"),
+            "that the training folder lacks, such as 'won'",
+        ),
+        (lambda root: (root / "train" / "two").mkdir(), "two holds no image"),
+        (lambda root: [f.unlink() for f in (root / "val" / "zero").iterdir()], "zero holds no image"),
+        (lambda root: (root / "train").rename(root / "val" / "x") and (root / "train").mkdir(), "no class folders"),
+    ],
+)
+def test_unusable_folders_are_refused(image_folder: Path, change, message: str):
+    change(image_folder)
+    with pytest.raises(InputError, match=message) as error:
+        load_images(str(image_folder))
+    assert "\n" not in str(error.value)
+
+
+def test_cifar10_that_cannot_be_downloaded_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    with pytest.raises(InputError, match=r"could not be downloaded \(no network\)"):
+        load_images("cifar10")
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone():
+    data = load_images("digits")
+    train, _ = transforms("digits", 16)
+    samples = TrainSamples(data.train, train, seed=3)
+    before = torch.get_rng_state()
+    first = samples[0, 5][0]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    _ = samples[0, 6]
+    assert torch.equal(samples[0, 5][0], first)
+    assert any(not torch.equal(samples[epoch, 5][0], first) for epoch in range(1, 5))
+    other = TrainSamples(data.train, train, seed=4)
+    assert any(not torch.equal(other[e, 5][0], samples[e, 5][0]) for e in range(5))
+
+
+def test_equal_images_are_augmented_differently():
+    one = load_images("digits").train.load(0)
+    images = ArrayImages(np.stack([np.asarray(one)] * 8), [0] * 8)
+    samples = TrainSamples(images, transforms("digits", 16)[0], seed=0)
+    assert len({samples[0, index][0].sum().item() for index in range(8)}) > 1

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+
+from dnw_graph import InputError
+from dnw_graph.training import RunOptions
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("devices", 0),
+        ("num_nodes", 0),
+        ("lr", 0.0),
+        ("lr", -1.0),
+        ("lr", float("nan")),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
+        ("weight_decay", -1e-4),
+        ("image_size", 7),
+        ("workers", -1),
+        ("seed", -1),
+        ("save_every", -1),
+    ],
+)
+def test_values_out_of_range_are_named(name: str, value: float):
+    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} is {value}: expected"):
+        RunOptions(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "near"), [("precision", "bf16", "bf16-mixed"), ("accelerator", "cuda", "cpu")]
+)
+def test_unknown_names_get_the_known_ones(name: str, value: str, near: str):
+    with pytest.raises(InputError, match=f"unknown {name} '{value}'.*'{near}'"):
+        RunOptions(**{name: value})
+
+
+def test_a_batch_must_split_over_the_devices():
+    with pytest.raises(
+        InputError, match="--batch-size 64 cannot be split evenly over 6 devices: expected a multiple of 6"
+    ):
+        RunOptions(devices=3, num_nodes=2)
+
+
+def test_resume_and_evaluate_exclude_each_other():
+    with pytest.raises(InputError, match="--resume and --evaluate cannot go together"):
+        RunOptions(resume="a.ckpt", evaluate="b.ckpt")
+
+
+def test_what_a_resumed_run_must_share():
+    assert set(RunOptions().fixed()) == {
+        "image_size",
+        "epochs",
+        "batch_size",
+        "lr",
+        "momentum",
+        "weight_decay",
+        "precision",
+        "seed",
+    }

@@ -1,0 +1,249 @@
+"""When the real edges are chosen anew, and when they must not be."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from reference import top_k
+from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.checkpoint import checkpoint
+
+from dnw_graph import DNW, NeuralGraph, Wiring
+
+X = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+
+
+class CountingDNW(DNW):
+    """Counts how often edges are chosen."""
+
+    calls = 0
+
+    def choose(self, weight, num_edges, name):
+        self.calls += 1
+        return super().choose(weight, num_edges, name)
+
+
+class Restless(Wiring):
+    """Other edges at every choice."""
+
+    updates_hallucinated = True
+
+    def choose(self, weight, num_edges, name):
+        return torch.randperm(len(weight))[:num_edges].sort().values
+
+
+def make_graph(wiring=None, **options):
+    return NeuralGraph((3, 4, 4, 2), 12, wiring=wiring or CountingDNW(), **options)
+
+
+def choices(graph, run):
+    """How often ``run`` has the graph choose its edges."""
+    before = graph.wiring.calls
+    run()
+    return graph.wiring.calls - before
+
+
+def assert_edges_fit_weights(graph, x=X):
+    """The edges in use are the k of largest |w| of the weights as they are, and the output is made with them."""
+    assert graph.real_index.tolist() == top_k(graph.candidates.weight.tolist(), graph.num_edges)
+    fresh = NeuralGraph(graph.blocks, graph.num_edges).train(graph.training)
+    fresh.load_state_dict(graph.state_dict())
+    assert torch.equal(graph(x), fresh(x))
+
+
+def swap_order(weight):
+    """Weights of which other ones are the largest."""
+    return 1 / (0.1 + weight.detach().abs())
+
+
+@pytest.mark.parametrize("propagation", ["block", "message_passing"])
+def test_once_per_forward_pass_in_training(propagation):
+    graph = make_graph(propagation=propagation)
+    for _ in range(3):
+        assert choices(graph, lambda: graph(X).sum().backward()) == 1
+
+
+def test_training_follows_the_optimiser():
+    graph = make_graph()
+    optimiser = torch.optim.SGD(graph.parameters(), lr=0.5)
+    seen = set()
+    for _ in range(5):
+        expected = top_k(graph.candidates.weight.tolist(), 12)
+        optimiser.zero_grad()
+        assert choices(graph, lambda: (graph(X) ** 2).mean().backward()) == 1
+        assert graph.real_index.tolist() == expected
+        optimiser.step()
+        seen.add(tuple(expected))
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputation_does_not_choose_again(use_reentrant):
+    graph = make_graph()
+    x = X.clone().requires_grad_()
+    assert choices(graph, lambda: checkpoint(graph, x, use_reentrant=use_reentrant).sum().backward()) == 1
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputation_uses_the_edges_of_its_forward_pass(use_reentrant):
+    graph = make_graph(Restless())
+    gradients = []
+    for through in (lambda x: graph(x), lambda x: checkpoint(graph, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(5)
+        graph.zero_grad()
+        x = X.clone().requires_grad_()
+        (through(x) ** 2).sum().backward()
+        gradients.append((x.grad, graph.candidates.weight.grad))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputation_of_a_whole_model_chooses_once_per_graph(use_reentrant):
+    first, second = make_graph(), NeuralGraph((2, 3), 4, wiring=CountingDNW())
+    model = nn.Sequential(first, nn.ReLU(), second)
+    x = X.clone().requires_grad_()
+    for _ in range(2):
+        checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+    assert (first.wiring.calls, second.wiring.calls) == (2, 2)
+
+
+def test_once_in_evaluation_and_never_again_for_unchanged_weights():
+    graph = make_graph()
+    graph(X)
+    graph.eval()
+    assert choices(graph, lambda: graph(X)) == 1
+    assert choices(graph, lambda: [graph(X), graph(X), graph.edge_index, graph.edge_weight, graph.eval()(X)]) == 0
+    assert_edges_fit_weights(graph)
+
+
+def test_anew_after_each_switch_to_evaluation():
+    graph = make_graph().eval()
+    graph(X)
+    assert choices(graph, lambda: graph.train().eval()(X)) == 1
+
+
+def test_anew_after_a_switch_of_a_parent_module():
+    graph = make_graph()
+    model = nn.Sequential(nn.Sequential(graph), nn.ReLU()).eval()
+    model(X)
+    graph.candidates.weight.data.copy_(swap_order(graph.candidates.weight))  # escapes object, storage and version
+    model.train()
+    model.eval()
+    assert_edges_fit_weights(graph)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_anew_after_load_state_dict(assign, nested):
+    graph = make_graph().eval()
+    model = nn.Sequential(graph) if nested else graph
+    model(X)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    key = "0.candidates.weight" if nested else "candidates.weight"
+    state[key] = swap_order(state[key])
+    model.load_state_dict(state, assign=assign)
+    assert choices(graph, lambda: graph(X)) == 1
+    assert_edges_fit_weights(graph)
+
+
+def change_in_place(graph):
+    with torch.no_grad():
+        graph.candidates.weight.copy_(swap_order(graph.candidates.weight))
+
+
+def change_storage(graph):
+    graph.candidates.weight.data = swap_order(graph.candidates.weight)
+
+
+def replace_object(graph):
+    graph.candidates.weight = nn.Parameter(swap_order(graph.candidates.weight))
+
+
+def change_by_vector(graph):
+    vector = parameters_to_vector(graph.parameters())
+    vector_to_parameters(swap_order(vector), graph.parameters())
+
+
+def change_dtype(graph):
+    graph.to(torch.float16).to(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_in_place, change_storage, replace_object, change_by_vector, change_dtype, NeuralGraph.reset_parameters],
+)
+def test_anew_in_evaluation_after_a_change_of(change):
+    graph = make_graph().eval()
+    graph(X)
+    change(graph)
+    assert choices(graph, lambda: graph(X)) == 1
+    assert_edges_fit_weights(graph)
+    assert choices(graph, lambda: graph(X)) == 0
+
+
+def test_anew_with_weights_passed_by_functional_call():
+    graph = make_graph().eval()
+    usual = graph(X)
+    other = {"candidates.weight": swap_order(graph.candidates.weight)}
+    changed = functional_call(graph, other, (X,))
+    reference = copy.deepcopy(graph)
+    reference.load_state_dict(other, strict=False)
+    assert torch.equal(changed, reference(X))
+    assert torch.equal(graph(X), usual)
+
+
+def step_fused(graph):
+    graph.candidates.weight.grad = graph.candidates.weight.detach() - swap_order(graph.candidates.weight)
+    torch.optim.SGD([graph.candidates.weight], lr=1.0, fused=True).step()
+
+
+def copy_data(graph):
+    graph.candidates.weight.data.copy_(swap_order(graph.candidates.weight))
+
+
+@pytest.mark.parametrize("change", [step_fused, copy_data])
+def test_update_wiring_covers_changes_that_leave_no_trace(change):
+    graph = make_graph().eval()
+    graph(X)
+    before = graph.real_index
+    change(graph)
+    graph.update_wiring()
+    assert not torch.equal(graph.real_index, before)
+    assert_edges_fit_weights(graph)
+    assert choices(graph, lambda: graph(X)) == 0
+
+
+@pytest.mark.parametrize("change", [step_fused, copy_data])
+def test_changes_that_leave_no_trace_are_seen_in_training_and_at_the_switch(change):
+    graph = make_graph()
+    graph(X)
+    change(graph)
+    assert_edges_fit_weights(graph)
+    change(graph)
+    graph.eval()
+    assert_edges_fit_weights(graph)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda graph: pickle.loads(pickle.dumps(graph))])
+@pytest.mark.parametrize("nested", [False, True])
+def test_copies_have_a_wiring_of_their_own(duplicate, nested):
+    graph = make_graph().eval()
+    expected = graph(X)
+    twin = duplicate(nn.Sequential(graph))[0] if nested else duplicate(graph)
+    assert torch.equal(twin(X), expected)
+    change_in_place(twin)
+    assert_edges_fit_weights(twin)
+    twin.load_state_dict(graph.state_dict())
+    assert torch.equal(twin(X), expected)
+    assert choices(graph, lambda: graph(X)) == 0
+    assert torch.equal(graph(X), expected)
+
+
+def test_a_wiring_object_serves_several_graphs():
+    wiring = CountingDNW()
+    first, second = make_graph(wiring), make_graph(wiring)
+    first(X)
+    assert (first.wiring.calls, second.wiring.calls, wiring.calls) == (1, 0, 0)
