@@ -65,13 +65,7 @@ class NormReluConv(nn.Module):
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes h w"]:
         """Apply f_θ to the input of every node, or of the given ones if ``node_wise``."""
-        return self._convolve(F.relu(self._normalise(z, nodes), inplace=True), nodes)
-
-    def _normalise(self, z: Tensor, nodes: range | None) -> Tensor:
-        if nodes is None:
-            return self.norm(z)
-        part = slice(nodes.start, nodes.stop)
-        return F.instance_norm(z, weight=self.norm.weight[part], bias=self.norm.bias[part], eps=self.norm.eps)
+        return self._convolve(F.relu(_normalise(self.norm, z, nodes), inplace=True), nodes)
 
     def _convolve(self, z: Tensor, nodes: range | None) -> Tensor:
         if nodes is None:
@@ -91,11 +85,11 @@ class NormReluConvNormRelu(NormReluConv):
         super().__init__(num_nodes, stride, norm, kernel_size)
         self.norm2 = make_norm(norm, num_nodes)
 
-    node_wise = False
-
-    def forward(self, z: Float[Tensor, "batch nodes height width"]) -> Float[Tensor, "batch nodes h w"]:
-        """Apply f_θ to the input of every node."""
-        return F.relu(self.norm2(self.conv(F.relu(self.norm(z), inplace=True))), inplace=True)
+    def forward(
+        self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
+    ) -> Float[Tensor, "batch nodes h w"]:
+        """Apply f_θ to the input of every node, or of the given ones if ``node_wise``."""
+        return F.relu(_normalise(self.norm2, super().forward(z, nodes), nodes), inplace=True)
 
 
 class ReluConvSendNorm(NormReluConv):
@@ -116,7 +110,7 @@ class ReluConvSendNorm(NormReluConv):
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes height width"]:
         """Return the states that follow from what the nodes receive, or the given ones if ``node_wise``."""
-        return self._normalise(z, nodes)
+        return _normalise(self.norm, z, nodes)
 
 
 class Blockwise(nn.Module):
@@ -139,6 +133,15 @@ class Blockwise(nn.Module):
         """Apply each function to its own block."""
         parts = z.split(self.sizes, dim=1)
         return torch.cat([function(part) for function, part in zip(self.functions, parts, strict=True)], dim=1)
+
+
+def _normalise(norm: nn.Module, z: Tensor, nodes: range | None) -> Tensor:
+    if nodes is None:
+        return norm(z)
+    if not isinstance(norm, nn.InstanceNorm2d):
+        raise InputError(f"only an instance norm can be applied to some nodes; got {norm}")
+    part = slice(nodes.start, nodes.stop)
+    return F.instance_norm(z, weight=norm.weight[part], bias=norm.bias[part], eps=norm.eps)
 
 
 NodeFunction = str | nn.Module | Callable[..., nn.Module]

@@ -133,6 +133,8 @@ class Continuous(Recurrent):
 class _Field(torch.nn.Module):
     """The right-hand side f_θ(A Z, t) of one forward pass; counts its evaluations."""
 
+    dynamics: Continuous
+
     def __init__(self, dynamics: Continuous, propagate: Propagate) -> None:
         super().__init__()
         # Kept out of the submodules: the adjoint's parameters are named one by one.

@@ -80,8 +80,9 @@ class Recurrent(Dynamics):
             want: The nodes asked for. Default: all.
         """
         sent = z
-        if hasattr(function, "send"):
-            sent = _keep_size(function.send(z, have) if have else function.send(z), z)
+        send = getattr(function, "send", None)
+        if send is not None:
+            sent = _keep_size(send(z, have) if have else send(z), z)
         received = self.receive(propagate, sent, have or self.nodes.all, want or self.nodes.all)
         if want:
             return _keep_size(function(received, nodes=want), received)

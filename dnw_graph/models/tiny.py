@@ -72,7 +72,10 @@ class TinyClassifier(nn.Module):
         elif dynamics == "discrete":
             options |= {"dynamics": Discrete(steps=5), "node_function": partial(ReluConvSendNorm, norm="instance")}
         else:
-            options |= {"dynamics": Continuous(adjoint=adjoint), "node_function": partial(NormReluConv, norm="instance")}
+            options |= {
+                "dynamics": Continuous(adjoint=adjoint),
+                "node_function": partial(NormReluConv, norm="instance"),
+            }
         self.graph = NeuralGraph(
             num_edges=NUM_EDGES, wiring=wiring, propagation=propagation, name=f"{dynamics}_graph", **options
         )

@@ -118,8 +118,8 @@ def summarize(
 def write_files(summary: Summary, model: nn.Module, folder: Path) -> list[str]:
     """Write ``summary.json`` and, per graph, ``wiring/<name>.png`` and ``wiring/<name>.pt``.
 
-    The ``.pt`` file holds the graph as :class:`torch_geometric.data.Data`. After ``import torch_geometric`` it loads
-    with ``torch.load(path, weights_only=True)``.
+    ``Data.from_dict(torch.load(path, weights_only=True))`` gives the graph of a ``.pt`` file as PyG's
+    :class:`~torch_geometric.data.Data`. (A pickled ``Data`` would not load with ``weights_only=True``.)
 
     Args:
         summary: The summary.
@@ -142,6 +142,6 @@ def write_files(summary: Summary, model: nn.Module, folder: Path) -> list[str]:
             figure = Figure(figsize=(7.5, 6.5), layout="constrained")
             plot_adjacency(graph, ax=figure.subplots())
             figure.savefig(wiring / f"{name}.png", dpi=150)
-            torch.save(graph.to_data(), wiring / f"{name}.pt")
+            torch.save(graph.to_data().to_dict(), wiring / f"{name}.pt")
         written += ["wiring/*.png", "wiring/*.pt"]
     return written

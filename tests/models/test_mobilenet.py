@@ -87,7 +87,7 @@ def test_mobilenet_v1_is_recovered_weight_for_weight(training, digits):
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in dense.parameters())
 
     images, labels = digits
-    x = F.interpolate(images[:24].view(8, 3, 8, 8), size=(32, 32), mode="bilinear")
+    x = F.interpolate(images[:24].view(8, 3, 8, 8), size=(16, 16), mode="bilinear")
     outputs, input_gradients = [], []
     for network in (dense, model):
         network_x = x.clone().requires_grad_()

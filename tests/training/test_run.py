@@ -29,8 +29,16 @@ def trained(create: Create, small_digits: ImageData, options: Callable[..., RunO
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("epochs", 2), ("batch_size", 8), ("lr", 0.5), ("momentum", 0.5), ("weight_decay", 0.0), ("seed", 1)]
-    + [("image_size", 16), ("precision", "bf16-mixed")],
+    [
+        ("epochs", 2),
+        ("batch_size", 8),
+        ("lr", 0.5),
+        ("momentum", 0.5),
+        ("weight_decay", 0.0),
+        ("seed", 1),
+        ("image_size", 16),
+        ("precision", "bf16-mixed"),
+    ],
 )
 def test_resume_with_another_option_is_refused(
     name: str, value: float, trained: RunOptions, create: Create, small_digits: ImageData
@@ -62,7 +70,7 @@ def test_resume_with_other_training_images_is_refused(trained: RunOptions, creat
     train = small_digits.train
     assert isinstance(train, ArrayImages)
     fewer = replace(small_digits, train=ArrayImages(train.pixels[:69], train.labels[:69]))
-    with pytest.raises(InputError, match="--data is 69 training images, but .* was trained with 70 training images"):
+    with pytest.raises(InputError, match=r"--data is 69 training images, but .* was trained with 70 training images"):
         run(create, MODEL, trained, fewer)
 
 
@@ -94,7 +102,7 @@ def test_output_that_cannot_be_a_folder_is_refused(
     tmp_path: Path, create: Create, small_digits: ImageData, options: Callable[..., RunOptions]
 ):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot write to output folder .*give another one with --output"):
+    with pytest.raises(InputError, match=r"cannot write to output folder .*give another one with --output"):
         run(create, MODEL, options(output=str(tmp_path / "file" / "run")), small_digits)
 
 

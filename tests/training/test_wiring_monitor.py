@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_logged_swaps_and_live_nodes_against_sets_of_pairs(
     summary = run(create, {}, chosen, small_digits)
     with open(Path(chosen.output or "") / "metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["wiring/edges_swapped"]]
-    swapped = [len(now - before) for before, now in zip(wirings, wirings[1:], strict=False)]
+    swapped = [len(now - before) for before, now in pairwise(wirings)]
     assert sum(swapped) > 0
     assert [int(float(row["wiring/edges_swapped"])) for row in rows] == swapped
     assert [int(float(row["wiring/edges_swapped/tiny"])) for row in rows] == swapped

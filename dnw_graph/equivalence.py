@@ -1,0 +1,266 @@
+"""Networks rewritten as discrete-time neural graphs: perceptrons, static graphs and LSTMs (Section 2.3 of the paper).
+
+The weights of the network become edge weights of the graph, one edge each; what remains (biases, activations, gates,
+norms) becomes the node function.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dnw_graph.candidates import CandidateEdges
+from dnw_graph.dynamics import Discrete, Static
+from dnw_graph.errors import InputError
+from dnw_graph.neural_graph import NeuralGraph
+from dnw_graph.node_functions import Blockwise
+from dnw_graph.wirings import Fixed
+
+
+class Biased(nn.Module):
+    """A bias per node, then an activation.
+
+    Args:
+        bias: Bias per node, or None.
+        activation: What follows.
+
+    Shapes:
+        - input and output: ``[batch, nodes]``
+    """
+
+    def __init__(self, bias: Tensor | None, activation: nn.Module) -> None:
+        super().__init__()
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.activation = activation
+
+    def forward(self, z: Float[Tensor, "batch nodes"]) -> Float[Tensor, "batch nodes"]:
+        """Add the bias and apply the activation."""
+        return self.activation(z if self.bias is None else z + self.bias)
+
+
+def mlp_to_discrete(mlp: nn.Sequential) -> NeuralGraph:
+    """Return the discrete graph that equals a multi-layer perceptron (Figure 1 of the paper).
+
+    The units of all layers are nodes, a perceptron of L linear layers takes L steps, and the weights of layer ℓ are the
+    edges from the units of layer ℓ to those of layer ℓ + 1.
+
+    Args:
+        mlp: ``nn.Linear`` layers, each followed by any element-wise modules.
+
+    Raises:
+        InputError: If the module does not begin with a linear layer or the sizes of two layers do not fit.
+    """
+    layers: list[nn.Linear] = []
+    activations: list[list[nn.Module]] = []
+    for module in mlp:
+        if isinstance(module, nn.Linear):
+            layers.append(module)
+            activations.append([])
+        elif not layers:
+            raise InputError(f"a perceptron begins with nn.Linear; this one begins with {module}")
+        else:
+            activations[-1].append(copy.deepcopy(module))
+    if not layers:
+        raise InputError("the perceptron has no nn.Linear layer")
+    for first, second in pairwise(layers):
+        if first.out_features != second.in_features:
+            raise InputError(f"{second} cannot follow {first}")
+    sizes = [layers[0].in_features, *(layer.out_features for layer in layers)]
+    functions: list[nn.Module] = [nn.Identity()]
+    functions += [Biased(m.bias, nn.Sequential(*after)) for m, after in zip(layers, activations, strict=True)]
+    graph = NeuralGraph(
+        num_nodes=sum(sizes),
+        num_inputs=sizes[0],
+        num_outputs=sizes[-1],
+        dynamics=Discrete(steps=len(layers)),
+        candidates=CandidateEdges.adjacent(sizes),
+        node_function=Blockwise(functions, sizes),
+        name="perceptron",
+    )
+    return _with_weights(graph, [layer.weight for layer in layers], like=layers[0].weight)
+
+
+def static_to_discrete(graph: NeuralGraph) -> nn.Module:
+    """Return the discrete graph that equals a static one: its inputs held, one step per block after the first.
+
+    Outputs and gradients are equal in evaluation, and in training if the norms keep no running statistics (batch norms
+    see what flows through a block before its true inputs arrive). Candidates, edges, wiring and node functions are
+    those of the static graph, copied.
+
+    Args:
+        graph: A static graph. The function of its inputs, which is not part of the recurrence, comes first.
+
+    Raises:
+        InputError: If the graph is not static, or acts at its outputs with a function that changes the resolution.
+    """
+    static = graph.dynamics
+    if not isinstance(static, Static):
+        raise InputError(f"{graph.name}: only a static graph can be rewritten; this one is {type(static).__name__}")
+    static = copy.deepcopy(static)
+    blocks = list(graph.blocks)
+    functions = [nn.Identity(), *static.node_functions[1:]]
+    discrete = NeuralGraph(
+        num_nodes=graph.num_nodes,
+        num_inputs=graph.num_inputs,
+        num_outputs=graph.num_outputs,
+        num_edges=graph.num_edges,
+        dynamics=Discrete(steps=len(blocks) - 1, input_mode="hold"),
+        candidates=copy.deepcopy(graph.candidates),
+        node_function=Blockwise(functions, blocks),
+        propagation=graph.propagation,
+        name=graph.name,
+    )
+    discrete.wiring = copy.deepcopy(graph.wiring)
+    return nn.Sequential(static.node_functions[0], discrete).train(graph.training)
+
+
+class LSTMGraph(nn.Module):
+    """An LSTM as a discrete graph with input at every step; made by :func:`lstm_to_discrete`.
+
+    Nodes are the inputs and, per layer, 4H gates, H cells c and H hidden units h. The edges x → gates are W_ih, h →
+    gates are W_hh, and every cell has an edge of weight 1 to itself: the node function computes, from what gates and
+    cells receive, c ← σ(f) c + σ(i) tanh(g) and h ← σ(o) tanh(c). Layer l works one step behind layer l - 1, so that
+    a sequence of T elements takes T + layers - 1 steps.
+
+    Args:
+        graph: The discrete graph.
+        layers: Number of layers.
+        hidden: Number of hidden units H.
+        batch_first: Whether sequences are ``[batch, time, inputs]`` or ``[time, batch, inputs]``.
+
+    Shapes:
+        - input: a sequence
+        - output: as of ``torch.nn.LSTM``: the sequence of the last layer's h, and (h, c) after the last element, each
+          ``[layers, batch, H]``
+    """
+
+    def __init__(self, graph: NeuralGraph, layers: int, hidden: int, batch_first: bool) -> None:
+        super().__init__()
+        self.graph = graph
+        self.layers = layers
+        self.hidden = hidden
+        self.batch_first = batch_first
+
+    def forward(self, x: Float[Tensor, "a b inputs"]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Run the sequence from a state of zero."""
+        x = x if self.batch_first else x.transpose(0, 1)
+        length, lag = x.size(1), self.layers - 1
+        states = self.graph(nn.functional.pad(x, (0, 0, 0, lag)), return_states=True)
+        cells, hiddens = zip(
+            *((states[:, :, c.start : c.stop], states[:, :, h.start : h.stop]) for _, c, h in self._layer_nodes()),
+            strict=True,
+        )
+        output = hiddens[-1][:, lag + 1 :]
+        last = tuple(torch.stack([s[:, length + layer] for layer, s in enumerate(part)]) for part in (hiddens, cells))
+        return (output if self.batch_first else output.transpose(0, 1)), (last[0], last[1])
+
+    def _layer_nodes(self) -> list[tuple[range, range, range]]:
+        return lstm_nodes(self.graph.num_inputs, self.layers, self.hidden)
+
+
+class Gates(nn.Module):
+    """The node function of an LSTM's graph: biases and gates.
+
+    Args:
+        biases: ``[4H]`` per layer: input, forget, cell and output gates.
+        num_inputs: Number of input nodes.
+
+    Shapes:
+        - input and output: ``[batch, nodes]``
+    """
+
+    def __init__(self, biases: list[Tensor], num_inputs: int) -> None:
+        super().__init__()
+        self.biases = nn.ParameterList(nn.Parameter(bias) for bias in biases)
+        self.num_inputs = num_inputs
+
+    def forward(self, z: Float[Tensor, "batch nodes"], step: int) -> Float[Tensor, "batch nodes"]:
+        """Return the states after a step."""
+        hidden = self.biases[0].numel() // 4
+        states = [torch.zeros_like(z[:, : self.num_inputs])]
+        nodes = lstm_nodes(self.num_inputs, len(self.biases), hidden)
+        for layer, ((gates, cells, _), bias) in enumerate(zip(nodes, self.biases, strict=True)):
+            received = z[:, gates.start : gates.stop] + bias
+            i, f, g, o = received.chunk(4, dim=1)
+            c = f.sigmoid() * z[:, cells.start : cells.stop] + i.sigmoid() * g.tanh()
+            # Until the first element has come up to a layer, the layer stays at zero.
+            started = float(step >= layer)
+            states += [torch.zeros_like(received), c * started, o.sigmoid() * c.tanh() * started]
+        return torch.cat(states, dim=1)
+
+
+def lstm_nodes(num_inputs: int, layers: int, hidden: int) -> list[tuple[range, range, range]]:
+    """Return gates, cells and hidden units of every layer in the node order of an LSTM's graph."""
+    starts = [num_inputs + layer * 6 * hidden for layer in range(layers)]
+    return [
+        (range(s, s + 4 * hidden), range(s + 4 * hidden, s + 5 * hidden), range(s + 5 * hidden, s + 6 * hidden))
+        for s in starts
+    ]
+
+
+def lstm_to_discrete(lstm: nn.LSTM) -> LSTMGraph:
+    """Return the discrete graph with input at every step that equals an LSTM.
+
+    W_ih and W_hh are edge weights, one edge each; the node function holds the biases (b_ih + b_hh) and the gates.
+
+    Args:
+        lstm: One or several layers, with or without biases, in one direction.
+
+    Raises:
+        InputError: If the LSTM is bidirectional, has projections, or drops out between layers.
+    """
+    if lstm.bidirectional:
+        raise InputError(
+            "a bidirectional LSTM is two graphs, one for either direction: rewrite its directions one by one"
+        )
+    if lstm.proj_size:
+        raise InputError(f"an LSTM with projections (proj_size = {lstm.proj_size}) has no such graph; use proj_size=0")
+    if lstm.dropout and lstm.num_layers > 1:
+        raise InputError(f"dropout between layers ({lstm.dropout}) is no part of a graph; use dropout=0")
+    parameters = dict(lstm.named_parameters())
+    hidden, num_inputs, layers = lstm.hidden_size, lstm.input_size, lstm.num_layers
+    nodes = lstm_nodes(num_inputs, layers, hidden)
+    blocks: list[tuple[range, range]] = []
+    weights: list[Tensor] = []
+    below = range(num_inputs)
+    for layer, (gates, cells, hiddens) in enumerate(nodes):
+        w_ih, w_hh = parameters[f"weight_ih_l{layer}"], parameters[f"weight_hh_l{layer}"]
+        blocks += [(below, gates), (hiddens, gates), (cells, cells)]
+        weights += [w_ih, w_hh, torch.eye(hidden, dtype=w_hh.dtype, device=w_hh.device)]
+        below = hiddens
+    candidates = CandidateEdges(blocks)
+    # Of the pairs of cells only those of a cell with itself are edges.
+    real = [
+        torch.eye(hidden) if block.sources == block.targets else torch.ones(block.shape) for block in candidates.blocks
+    ]
+    index = torch.cat([part.flatten() for part in real]).nonzero().flatten()
+    weight = parameters["weight_ih_l0"]
+    zero = torch.zeros(4 * hidden, dtype=weight.dtype, device=weight.device)
+    biases = [
+        (parameters[f"bias_ih_l{n}"] + parameters[f"bias_hh_l{n}"]).detach() if lstm.bias else zero.clone()
+        for n in range(layers)
+    ]
+    graph = NeuralGraph(
+        num_nodes=candidates.num_nodes,
+        num_inputs=num_inputs,
+        num_outputs=hidden,
+        num_edges=index.numel(),
+        wiring=Fixed(candidates.pairs(index)),
+        dynamics=Discrete(input_mode="sequence"),
+        candidates=candidates,
+        node_function=Gates(biases, num_inputs),
+        name="lstm",
+    )
+    return LSTMGraph(_with_weights(graph, weights, like=weight), layers, hidden, lstm.batch_first)
+
+
+def _with_weights(graph: NeuralGraph, weights: list[Tensor], like: Tensor) -> NeuralGraph:
+    """Set the candidate weights block by block, on the device and in the precision of ``like``."""
+    graph.to(like.device, like.dtype)
+    with torch.no_grad():
+        graph.candidates.weight.copy_(torch.cat([weight.flatten() for weight in weights]))
+    return graph
