@@ -84,7 +84,7 @@ def mlp_to_discrete(mlp: nn.Sequential) -> NeuralGraph:
     return _with_weights(graph, [layer.weight for layer in layers], like=layers[0].weight)
 
 
-def static_to_discrete(graph: NeuralGraph) -> nn.Module:
+def static_to_discrete(graph: NeuralGraph) -> nn.Sequential:
     """Return the discrete graph that equals a static one: its inputs held, one step per block after the first.
 
     Outputs and gradients are equal in evaluation, and in training if the norms keep no running statistics (batch norms
@@ -108,14 +108,18 @@ def static_to_discrete(graph: NeuralGraph) -> nn.Module:
         num_inputs=graph.num_inputs,
         num_outputs=graph.num_outputs,
         num_edges=graph.num_edges,
+        wiring=graph.wiring,
         dynamics=Discrete(steps=len(blocks) - 1, input_mode="hold"),
         candidates=copy.deepcopy(graph.candidates),
         node_function=Blockwise(functions, blocks),
         propagation=graph.propagation,
         name=graph.name,
     )
-    discrete.wiring = copy.deepcopy(graph.wiring)
-    return nn.Sequential(static.node_functions[0], discrete).train(graph.training)
+    # Edges that are no function of the weights were drawn anew above.
+    discrete.wiring.load_state_dict(graph.wiring.state_dict())
+    model = nn.Sequential(static.node_functions[0], discrete)
+    model.train(graph.training)
+    return model
 
 
 class LSTMGraph(nn.Module):

@@ -90,6 +90,7 @@ class NeuralGraph(nn.Module):
         name: str = "graph",
     ) -> None:
         super().__init__()
+        self._chosen: tuple[Tensor, int, int, Tensor] | None = None
         self.name = name
         self.dynamics = make_dynamics(dynamics)
         self.dynamics.name = name
@@ -97,20 +98,8 @@ class NeuralGraph(nn.Module):
         self.candidates = self.dynamics.setup(
             self.nodes, candidates, node_function, stride, input_function, output_function
         )
-        if num_edges is None:
-            num_edges = self.num_candidates
-        if isinstance(num_edges, bool) or not isinstance(num_edges, int) or num_edges < 1:
-            raise InputError(f"{name}: num_edges must be a whole number from 1 up; got {num_edges!r}")
-        if num_edges > self.num_candidates:
-            raise InputError(
-                f"{name}: num_edges = {num_edges:,} is more than the {self.num_candidates:,} candidate edges of "
-                f"blocks {self.blocks}; ask for fewer edges or more nodes"
-            )
-        self._num_edges = num_edges
-        self.wiring = make_wiring(wiring)
-        self.wiring.setup(self.candidates, num_edges, name)
+        self.rewire(wiring, self.num_candidates if num_edges is None else num_edges)
         self.propagation = make_propagation(propagation)
-        self._chosen: tuple[Tensor, int, int, Tensor] | None = None
         self.register_load_state_dict_post_hook(_forget_wiring)
 
     @property
@@ -178,6 +167,29 @@ class NeuralGraph(nn.Module):
         if x.dim() == 4 and dim == 1:
             x = x.contiguous(memory_format=torch.channels_last)
         return self.dynamics(x, self.propagation(edges), **options)
+
+    def rewire(self, wiring: str | Wiring, num_edges: int) -> None:
+        """Give the graph another wiring, or another number of edges; the candidate weights stay as they are.
+
+        Args:
+            wiring: Rule that chooses the real edges; an object is copied.
+            num_edges: Number of real edges k.
+
+        Raises:
+            InputError: If k is not in 1 … number of candidates, or the name is unknown.
+        """
+        if isinstance(num_edges, bool) or not isinstance(num_edges, int) or num_edges < 1:
+            raise InputError(f"{self.name}: num_edges must be a whole number from 1 up; got {num_edges!r}")
+        if num_edges > self.num_candidates:
+            raise InputError(
+                f"{self.name}: num_edges = {num_edges:,} is more than the {self.num_candidates:,} candidate edges of "
+                f"blocks {self.blocks}; ask for fewer edges or more nodes"
+            )
+        rule = make_wiring(wiring)
+        rule.setup(self.candidates, num_edges, self.name)
+        self.wiring = rule
+        self._num_edges = num_edges
+        self._chosen = None
 
     def update_wiring(self) -> None:
         """Choose the real edges anew from the weights as they are now."""

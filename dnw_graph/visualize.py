@@ -287,7 +287,7 @@ def _curves_within_block(data: Data, edges: Int[Tensor, " edges"]) -> Float[Tens
     start, stop = data.pos[data.edge_index[:, edges]].unsqueeze(2)
     t = torch.linspace(0, 1, 2 * _STEPS)
     way = stop - start
-    bulge = (0.02 + 0.4 * way[..., 1].abs() / max(int(data.block.max()), 1)) * 4 * t * (1 - t)
+    bulge = (0.05 + 0.4 * way[..., 1].abs() / max(int(data.block.max()), 1)) * 4 * t * (1 - t)
     line = start + way * t.unsqueeze(1)
     return torch.stack([line[..., 0] + bulge, line[..., 1]], dim=-1)
 

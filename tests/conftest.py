@@ -5,10 +5,10 @@ import jaxtyping
 # Before the first import of the package, here and in every test module.
 jaxtyping.install_import_hook("dnw_graph", "beartype.beartype")
 
-import pytest
-import torch
-from hypothesis import settings
-from sklearn.datasets import load_digits
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from sklearn.datasets import load_digits  # noqa: E402
 
 settings.register_profile("dnw_graph", max_examples=50, deadline=None, derandomize=True)
 settings.load_profile("dnw_graph")

@@ -107,7 +107,9 @@ class AllocatedBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and not any(tensor.data_ptr() == seen.data_ptr() for seen in self._seen):
+            if isinstance(tensor, torch.Tensor) and not any(
+                tensor.data_ptr() == seen.data_ptr() for seen in self._seen
+            ):
                 self.total += tensor.untyped_storage().nbytes()
                 self._seen.append(tensor)
         return out
@@ -178,7 +180,7 @@ def test_edges_per_block_start_in_proportion_to_their_candidates():
     ("make", "message"),
     [
         (lambda: CandidateEdges([]), "at least one block"),
-        (lambda: CandidateEdges([(range(0), range(0, 2))]), "non-empty"),
+        (lambda: CandidateEdges([(range(0), range(2))]), "non-empty"),
         (lambda: CandidateEdges([(range(0, 4, 2), range(4, 6))]), "step 1"),
         (lambda: CandidateEdges([(range(-1, 2), range(2, 4))]), "within the 4 nodes"),
         (lambda: CandidateEdges([(range(2), range(2, 6))], num_nodes=5), "within the 5 nodes"),

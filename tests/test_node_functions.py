@@ -108,5 +108,5 @@ def test_a_stride_cannot_be_given_to_a_ready_module():
 
 
 def test_a_factory_must_return_a_module():
-    with pytest.raises(InputError, match="must return an nn.Module"):
+    with pytest.raises(InputError, match=r"must return an nn\.Module"):
         make_node_function(lambda num_nodes: F.relu, 3)

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dnw_graph.training.checkpoint_io import FORMAT, SECTION
 
@@ -101,6 +102,9 @@ class Checkpoints(Checkpoint):
         # With several devices the others may not be at the same step, and saving would wait for them.
         if trainer.world_size == 1 and not self._in_step and trainer.global_step:
             trainer.save_checkpoint(self.last)
+            if isinstance(exception, SIGTERMException):
+                step = f"step {trainer.global_step}"
+                print(f"\nstopped after {step}: continue with --resume {self.last}", file=sys.stderr)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best result, the time, and whether the epoch has been evaluated."""

@@ -27,6 +27,7 @@ NOISE = (
     "It is recommended to use .* when logging on epoch level in distributed",
     "Experiment logs directory .* exists and is not empty",
     "Detected call of `lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`",
+    "Sparse CSR tensor support is in beta state",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated",
 )
 
@@ -41,7 +42,7 @@ def main(description: str, models: type[ModelOptions], defaults: RunOptions, arg
         argv: Arguments, if not those of the process.
 
     Returns:
-        The exit status: 0, or 2 after one line on stderr for input that cannot be used.
+        The exit status: 0; 2 after one line on stderr for input that cannot be used; 143 if the run was stopped.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in NOISE:
@@ -55,13 +56,14 @@ def main(description: str, models: type[ModelOptions], defaults: RunOptions, arg
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     except SIGTERMException:
-        print("stopped; continue with --resume and the last.ckpt of the run", file=sys.stderr)
         return STOPPED
     return 0
 
 
 def _parser(description: str, models: type[ModelOptions], defaults: RunOptions) -> ArgumentParser:
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(
+        description=description, exit_on_error=False, allow_abbrev=False, formatter_class=HelpFormatter
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options; later ones win")
     for group, options, default in (("model", models, models()), ("run", RunOptions, defaults)):
         arguments = parser.add_argument_group(group)

@@ -104,11 +104,11 @@ def test_longest_path_of_a_complete_graph(blocks):
 @pytest.mark.parametrize(
     "blocks_of_candidates",
     [
-        [(range(0, 2), range(2, 5))],  # one block of candidates is missing
-        [(range(0, 2), range(2, 5)), (range(0, 5), range(5, 8))],  # one node too few
-        [(range(0, 2), range(2, 5)), (range(1, 5), range(5, 9))],  # a part of a block feeds
-        [(range(0, 2), range(2, 5)), (range(5, 9), range(2, 5))],  # leads backwards
-        [(range(0, 5), range(5, 9)), (range(0, 2), range(2, 5))],  # out of order
+        [(range(2), range(2, 5))],  # one block of candidates is missing
+        [(range(2), range(2, 5)), (range(5), range(5, 8))],  # one node too few
+        [(range(2), range(2, 5)), (range(1, 5), range(5, 9))],  # a part of a block feeds
+        [(range(2), range(2, 5)), (range(5, 9), range(2, 5))],  # leads backwards
+        [(range(5), range(5, 9)), (range(2), range(2, 5))],  # out of order
     ],
 )
 def test_candidates_that_do_not_fit_the_blocks_are_refused(blocks_of_candidates):

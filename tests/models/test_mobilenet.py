@@ -23,9 +23,10 @@ def test_a_node_of_mobilenet_has_one_norm_fewer_unless_asked_for():
     dense = MobileNetV1(num_classes=10).features.modules()
     assert 2 * counts["norm_relu_conv"] == counts["norm_relu_conv_norm_relu"]
     # All its norms but the one after the last product, and with the one of the stem, which the first node holds.
-    assert counts["norm_relu_conv_norm_relu"] == sum(
-        m.num_features for m in dense if isinstance(m, nn.BatchNorm2d)
-    ) - 1024 + 32
+    assert (
+        counts["norm_relu_conv_norm_relu"]
+        == sum(m.num_features for m in dense if isinstance(m, nn.BatchNorm2d)) - 1024 + 32
+    )
 
 
 def paired_parameters(dense, graph_model):

@@ -30,7 +30,9 @@ def test_equals_the_message_passing_of_pyg(propagation):
 def test_equals_a_sparse_product():
     graph = NeuralGraph((6, 5), 11, input_function=False, propagation="message_passing").double()
     source, target = graph.edge_index
-    matrix = torch.sparse_coo_tensor(torch.stack([target - 6, source]), graph.edge_weight, (5, 6), check_invariants=True)
+    matrix = torch.sparse_coo_tensor(
+        torch.stack([target - 6, source]), graph.edge_weight, (5, 6), check_invariants=True
+    )
     z = torch.randn(6, 7, dtype=torch.float64)
     torch.testing.assert_close(graph(z.T), torch.sparse.mm(matrix, z).T, rtol=1e-12, atol=1e-12)
 

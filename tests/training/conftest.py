@@ -35,8 +35,7 @@ def create() -> Callable[[int, int], nn.Module]:
     return create_tiny
 
 
-@pytest.fixture(scope="session")
-def small_digits() -> ImageData:
+def first_digits() -> ImageData:
     """The first 70 training and 30 test images of digits."""
     whole = digits()
 
@@ -45,6 +44,11 @@ def small_digits() -> ImageData:
         return ArrayImages(images.pixels[:count], images.labels[:count])
 
     return ImageData("digits", first(whole.train, 70), first(whole.test, 30), whole.classes)
+
+
+@pytest.fixture(scope="session")
+def small_digits() -> ImageData:
+    return first_digits()
 
 
 @pytest.fixture

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import TinyModel
+from jsonargparse import ArgumentError
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from dnw_graph import InputError
+from dnw_graph.training import ModelOptions, RunOptions, main, option
+from dnw_graph.training.command_line import one_line
+
+DEFAULTS = RunOptions(image_size=8, batch_size=256, epochs=1, accelerator="cpu")
+
+
+@dataclass(frozen=True)
+class TinyOptions(ModelOptions):
+    size: float = option(1.0, "a number that is there to be compared")
+    quiet: bool = option(False, "a switch")
+
+    def create(self, num_classes: int, image_size: int) -> nn.Module:
+        if self.size <= 0:
+            raise InputError(f"--size is {self.size}: expected a number above 0")
+        return TinyModel(num_classes)
+
+
+def start(*argv: str) -> int:
+    return main("Train a tiny model.", TinyOptions, DEFAULTS, argv)
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        start("--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for name in (*RunOptions.__dataclass_fields__, *TinyOptions.__dataclass_fields__):
+        assert f"--{name.replace('_', '-')}" in text
+    assert "images per step over all devices together" in " ".join(text.split())
+
+
+def test_options_come_from_defaults_then_file_then_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr("dnw_graph.training.command_line.run", lambda *args: seen.append(args))
+    (tmp_path / "c.yaml").write_text("size: 2.5\nquiet: true\nbatch_size: 8\nlr: 0.3\nweight-decay: 1e-3\n")
+    assert start("--config", "c.yaml", "--batch-size", "32", "--save-every=5") == 0
+    create, model_options, options = seen[0]
+    assert model_options == {"size": 2.5, "quiet": True}
+    assert options == RunOptions(
+        image_size=8, batch_size=32, epochs=1, accelerator="cpu", lr=0.3, weight_decay=1e-3, save_every=5
+    )
+    assert isinstance(create(10, 8), TinyModel)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--epochs", "0"], "--epochs is 0: expected 1 or more"),
+        (["--epochs", "many"], "--epochs: Expected a int. Got value: many"),
+        (["--batch-size", "2000"], "larger than the data set: expected at most its 1437"),
+        (["--size", "0"], "--size is 0.0: expected"),
+        (["--precision", "8"], "unknown precision '8'"),
+        (["--data", "nowhere"], "data folder 'nowhere' does not exist"),
+        (["--resume", "nothing.ckpt"], "'nothing.ckpt' is not a file"),
+        (["--evaluate", "torn.ckpt"], "torn.ckpt cannot be read"),
+        (["--config", "nothing.yaml"], "nothing.yaml"),
+        (["--config", "unknown.yaml"], "'colour'"),
+        (["--config", "broken.yaml"], "broken.yaml"),
+        (["--output", "torn.ckpt/run"], "cannot write to output folder torn.ckpt/run"),
+        (["--colour", "red"], "--colour"),
+        (["something"], "something"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04 torn")
+    (tmp_path / "unknown.yaml").write_text("colour: red\n")
+    (tmp_path / "broken.yaml").write_text("epochs: [1\nlr: :\n")
+    assert start(*argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_other_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch):
+    def fail(*args: object) -> None:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr("dnw_graph.training.command_line.run", fail)
+    with pytest.raises(ValueError, match="a defect"):
+        start()
+
+
+class Faulty(Dataset[int]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        raise InputError("image x is broken: replace it")
+
+
+def test_an_error_from_a_worker_is_one_line():
+    with pytest.raises(InputError) as error:
+        next(iter(DataLoader(Faulty(), num_workers=1)))
+    assert "Traceback" in str(error.value)
+    assert one_line(error.value) == "image x is broken: replace it"
+
+
+def test_messages_of_jsonargparse_are_one_line():
+    error = ArgumentError(None, "Parser key \"batch_size\":\n  Expected a <class 'int'>. Got value: x")
+    assert one_line(error) == "--batch-size: Expected a int. Got value: x"
+
+
+def test_a_run_is_quiet_but_for_its_summary(capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder):
+    assert start() == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    rest = [line for line in out.splitlines() if line.strip() and "it/s" not in line and "?it" not in line]
+    assert rest[0].startswith("top-1")
+    assert rest[-1].startswith("written to runs/1: ")

@@ -1,0 +1,151 @@
+"""The example, from its command line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+
+from dnw_graph.training import Classifier, read_checkpoint
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SHORT = ("--image-size", "8", "--batch-size", "256", "--epochs", "1", "--accelerator", "cpu", "--width", "0.1")
+
+# Rows of Table 3: model, width, further options.
+TABLE_3 = {
+    "mobilenet_v1_x0.25": ("mobilenet_v1", 0.25, {}),
+    "mobilenet_v1_x0.5": ("mobilenet_v1", 0.5, {}),
+    "mobilenet_v1_rg_x0.225": ("mobilenet_v1_dnw", 0.225, {"wiring": "random_graph"}),
+    "mobilenet_v1_rg_x0.49": ("mobilenet_v1_dnw", 0.49, {"wiring": "random_graph"}),
+    "mobilenet_v1_dnw_small_x0.15": ("mobilenet_v1_dnw", 0.15, {"small": True}),
+    "mobilenet_v1_dnw_small_x0.225": ("mobilenet_v1_dnw", 0.225, {"small": True}),
+    "mobilenet_v1_dnw_x0.225": ("mobilenet_v1_dnw", 0.225, {}),
+    "mobilenet_v1_dnw_x0.3": ("mobilenet_v1_dnw", 0.3, {}),
+    "mobilenet_v1_dnw_x0.49": ("mobilenet_v1_dnw", 0.49, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("imagenet_mobilenet", EXAMPLES / "imagenet_mobilenet.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def start(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    monkeypatch.chdir(tmp_path)
+    return lambda *argv: example.run_example(argv)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    inner = Classifier.training_step
+
+    def training_step(self: Classifier, batch: Sequence[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if self.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", training_step)
+
+
+def test_training_resume_and_evaluation(
+    start: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert start(*SHORT, "--output", "unbroken") == 0
+    printed = capsys.readouterr().out
+    assert "real edges     31,393\n" in printed
+    names = [f"wiring/stage{number}.{ending}" for number in range(1, 6) for ending in ("png", "pt")]
+    for name in ("summary.json", "metrics.csv", "last.ckpt", "best.ckpt", *names):
+        assert Path("unbroken", name).is_file(), name
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert start(*SHORT, "--output", "broken") == 143
+    assert "stopped after step 3: continue with --resume broken/last.ckpt" in capsys.readouterr().err
+    assert start(*SHORT, "--resume", "broken/last.ckpt") == 0
+    summaries = [json.loads(Path(run, "summary.json").read_text()) for run in ("unbroken", "broken")]
+    assert {**summaries[0], "seconds": 0} == {**summaries[1], "seconds": 0}
+    weights = [read_checkpoint(Path(run, "last.ckpt"))["state_dict"] for run in ("unbroken", "broken")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    capsys.readouterr()
+    assert start(*SHORT, "--evaluate", "broken/last.ckpt") == 0
+    assert f"top-1          {summaries[0]['top1']:.2%}\n" in capsys.readouterr().out
+    assert start(*SHORT, "--width", "0.2", "--evaluate", "broken/last.ckpt") == 2
+    assert capsys.readouterr().err == (
+        "error: --width is 0.2, but broken/last.ckpt was trained with 0.1: give the same\n"
+    )
+
+
+def test_mobilenet_v1_trains(start: Callable[..., int], capsys: pytest.CaptureFixture[str]):
+    assert start(*SHORT, "--model", "mobilenet_v1") == 0
+    assert "edges" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--model", "mobilenet_v1_dwn"), "did you mean 'mobilenet_v1_dnw'"),
+        (("--wiring", "dnv"), "did you mean 'dnw'"),
+        (("--width", "0"), "width must be a positive number"),
+        (("--width", "nan"), "width must be a positive number"),
+        (("--model", "mobilenet_v1", "--small"), "--small"),
+        (("--model", "mobilenet_v1", "--wiring", "random_graph"), "--wiring"),
+    ],
+)
+def test_bad_models(start: Callable[..., int], capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str):
+    assert start(*argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_every_row_of_table_3_has_a_configuration():
+    assert {path.stem for path in (EXAMPLES / "configs").glob("*.yaml")} >= set(TABLE_3)
+
+
+@pytest.mark.parametrize("name", TABLE_3)
+def test_configurations_are_those_of_the_paper(
+    name: str,
+    example: ModuleType,
+    start: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    config = EXAMPLES / "configs" / f"{name}.yaml"
+    model, width, further = TABLE_3[name]
+    schedule = {"epochs": 250, "batch_size": 512, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-5, "image_size": 224}
+    assert yaml.safe_load(config.read_text()) == {
+        "model": model,
+        "width": width,
+        "data": "imagenet",
+        **schedule,
+        **further,
+    }
+    assert start("--config", str(config)) == 2
+    assert "data folder 'imagenet' does not exist" in capsys.readouterr().err
+
+    seen = []
+    monkeypatch.setattr("dnw_graph.training.command_line.run", lambda *args: seen.append(args))
+    assert start("--config", str(config), "--data", "/path/to/imagenet") == 0
+    options = seen[0][2]
+    assert {key: getattr(options, key) for key in schedule} == schedule
+    assert options.data == "/path/to/imagenet"
+
+
+def test_the_stem_keeps_the_size_of_small_images(example: ModuleType):
+    for size, stride in ((32, 1), (63, 1), (64, 2), (224, 2)):
+        model = example.MobileNetOptions(model="mobilenet_v1", width=0.1).create(10, size)
+        assert model.stem[0].stride == (stride, stride)

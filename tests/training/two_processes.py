@@ -1,0 +1,27 @@
+"""Trains the tiny model on two processes; each leaves what it has in a file. Started by test_distributed.py."""
+
+import sys
+from pathlib import Path
+
+import torch
+from conftest import TinyModel, first_digits
+
+from dnw_graph.training import RunOptions, run
+
+models = []
+
+
+def create(num_classes: int, image_size: int) -> TinyModel:
+    models.append(TinyModel(num_classes))
+    return models[-1]
+
+
+folder = Path(sys.argv[1])
+options = RunOptions(
+    image_size=8, batch_size=16, epochs=2, lr=1.0, accelerator="cpu", devices=2, workers=0, output=str(folder / "run")
+)
+summary = run(create, {}, options, first_digits())
+model = models[0]
+rank = torch.distributed.get_rank()
+state = {"real_index": model.graph.real_index, "state_dict": model.state_dict(), "top1": summary.top1}
+torch.save({**state, "loss_steps": options.epochs * 4}, folder / f"rank{rank}.pt")
