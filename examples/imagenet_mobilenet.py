@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dnw_graph import InputError
 from dnw_graph.models import create_model, model_names
 from dnw_graph.training import ModelOptions, RunOptions, main, option
 
@@ -41,6 +42,8 @@ class MobileNetOptions(ModelOptions):
             "stem_stride": 2 if image_size >= LARGE_IMAGE else 1,
         }
         if self.model == "mobilenet_v1":
+            if self.small or self.wiring != "dnw":
+                raise InputError("--small and --wiring are for mobilenet_v1_dnw: mobilenet_v1 has no edges to learn")
             return create_model(self.model, **shared)
         return create_model(self.model, **shared, small=self.small, wiring=self.wiring)
 

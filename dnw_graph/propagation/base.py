@@ -32,8 +32,8 @@ class RealEdges:
             return gradient
         return torch.zeros_like(gradient).index_copy_(0, self.index, gradient[self.index])
 
-    def split(self, flat: Float[Tensor, " candidates"]) -> list[Float[Tensor, "targets sources"]]:
-        """Split a flat vector into the blocks' matrices; its backward is one concatenation."""
+    def split(self, flat: Float[Tensor, " candidates"]) -> list[Tensor]:
+        """Split a flat vector into the blocks' matrices ``[targets, sources]``; its backward is one concatenation."""
         blocks: tuple[Block, ...] = self.candidates.blocks
         sizes = [block.flat.stop - block.flat.start for block in blocks]
         return [part.view(block.shape) for part, block in zip(flat.split(sizes), blocks, strict=True)]
@@ -45,14 +45,14 @@ class Propagate:
 
     Attributes:
         blocks: The blocks of candidates.
-        weights: Their (targets × sources) matrices. Every gradient of a candidate passes through them, so that a solver
-            that differentiates by hand knows what to differentiate.
+        weights: Their matrices, each ``[targets, sources]``. Every gradient of a candidate passes through them, so that
+            a solver that differentiates by hand knows what to differentiate.
         product: ``product(number, z, rows, columns)``: from the states of the sources in ``columns`` of a block to what
             its targets in ``rows`` receive over its real edges.
     """
 
     blocks: tuple[Block, ...]
-    weights: list[Float[Tensor, "targets sources"]]
+    weights: list[Tensor]
     product: Callable[[int, Tensor, slice, slice], Tensor]
 
     def __call__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch_geometric.utils import spmm
 from dnw_graph.candidates import Block
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.propagation.base import Propagate, Propagation, RealEdges
+
+# Said once by PyTorch when the first CSR matrix is made; nothing here depends on what may still change.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 ADJACENCIES = ("edge_index", "csr", "torch_sparse")
 TILE = 1024

@@ -73,7 +73,8 @@ def check_same_run(path: str, then: dict[str, Any], now: dict[str, Any], names: 
         else:
             given, trained = repr(now[name]), repr(then[name])
         raise InputError(
-            f"{flag(name)} is {given}, but {path} was trained with {trained}: give what it was trained with"
+            f"{flag(name)} is {given}, but {path} was trained with {trained}: "
+            "give what it was trained with, or start a new run"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import re
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any, get_type_hints
 
-from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentError, ArgumentParser
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentError, ArgumentParser, DefaultHelpFormatter
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dnw_graph.errors import InputError
@@ -30,6 +31,10 @@ NOISE = (
     "Sparse CSR tensor support is in beta state",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated",
 )
+
+
+class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description as they are."""
 
 
 def main(description: str, models: type[ModelOptions], defaults: RunOptions, argv: Sequence[str] | None = None) -> int:
@@ -86,4 +91,4 @@ def one_line(error: Exception) -> str:
         return text.splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")
     # jsonargparse: 'Parser key "batch_size":\n  Expected a <class 'int'>. Got value: x'
     text = re.sub(r'Parser key "(\w+)":', lambda match: f"{flag(match[1])}:", text)
-    return " ".join(re.sub(r"<class '(\w+)'>", r"\1", text).split())
+    return re.sub(r"Expected a <class '(\w+)'>\. Got value:", r"expected \1, got", " ".join(text.split()))

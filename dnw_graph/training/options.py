@@ -70,9 +70,9 @@ class RunOptions:
         "before training, open every image file of a folder and look for broken ones, so that none stops the run "
         "later. Takes about a minute per 500,000 files on a local disk",
     )
-    epochs: int = option(20, "passes over the training images", fixed=True)
+    epochs: int = option(15, "passes over the training images", fixed=True)
     batch_size: int = option(64, "images per step over all devices together", fixed=True)
-    lr: float = option(0.1, "learning rate of the first step; follows a cosine to 0 over all steps", fixed=True)
+    lr: float = option(0.05, "learning rate of the first step; follows a cosine to 0 over all steps", fixed=True)
     momentum: float = option(0.9, "momentum of SGD", fixed=True)
     weight_decay: float = option(5e-5, "weight decay of SGD, on all parameters", fixed=True)
     precision: str = option("32-true", f"number format: one of {', '.join(PRECISIONS)}", fixed=True)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +40,7 @@ def example() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their annotations
     spec.loader.exec_module(module)
     return module
 
@@ -85,7 +87,8 @@ def test_training_resume_and_evaluation(
     assert f"top-1          {summaries[0]['top1']:.2%}\n" in capsys.readouterr().out
     assert start(*SHORT, "--width", "0.2", "--evaluate", "broken/last.ckpt") == 2
     assert capsys.readouterr().err == (
-        "error: --width is 0.2, but broken/last.ckpt was trained with 0.1: give the same\n"
+        "error: --width is 0.2, but broken/last.ckpt was trained with 0.1: "
+        "give what it was trained with, or start a new run\n"
     )
 
 
@@ -100,7 +103,7 @@ def test_mobilenet_v1_trains(start: Callable[..., int], capsys: pytest.CaptureFi
         (("--model", "mobilenet_v1_dwn"), "did you mean 'mobilenet_v1_dnw'"),
         (("--wiring", "dnv"), "did you mean 'dnw'"),
         (("--width", "0"), "width must be a positive number"),
-        (("--width", "nan"), "width must be a positive number"),
+        (("--width", "-1"), "width must be a positive number"),
         (("--model", "mobilenet_v1", "--small"), "--small"),
         (("--model", "mobilenet_v1", "--wiring", "random_graph"), "--wiring"),
     ],

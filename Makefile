@@ -1,0 +1,52 @@
+# make help lists the targets. PYTHON is the interpreter that the virtual environment is made with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXT := .ext
+EXT_PACKAGES := "torch-scatter>=2.1.2" "torch-sparse>=0.6.18"
+
+.PHONY: help demo test test-ext lint types docs
+
+help:
+	@echo "make demo      train MobileNetV1-DNW on scikit-learn's digits"
+	@echo "make test      run the tests"
+	@echo "make test-ext  build torch-scatter and torch-sparse, run the tests that concern them"
+	@echo "make lint      check style and format"
+	@echo "make types     check types"
+	@echo "make docs      build the documentation into site/"
+	@echo "Each sets up what it needs in $(VENV). For another interpreter: make PYTHON=/path/to/python3.11 ..."
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/imagenet_mobilenet.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+# The variable silences an advertisement of Material for MkDocs.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+test-ext: $(EXT)/.built
+	PYTHONPATH=$(EXT) $(BIN)/python -m pytest -m ext
+	PYTHONPATH=$(EXT) $(BIN)/python -m pytest tests/propagation
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e ".[train,dev]"
+	touch $@
+
+# Takes about half an hour on 2 cores. After another PyTorch has been installed: rm -r .ext
+$(EXT)/.built: | $(INSTALLED)
+	$(BIN)/python -m pip install setuptools wheel
+	$(BIN)/python -m pip install --no-build-isolation --no-deps --target $(EXT) $(EXT_PACKAGES)
+	touch $@
