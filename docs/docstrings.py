@@ -7,7 +7,7 @@ from typing import Any
 
 import griffe
 
-ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`(~?)([\w.]+)`")
+ROLE = re.compile(r":(attr|class|data|func|meth|mod):`(~?)([\w.]+)`")
 FORMULA = re.compile(r":math:`([^`]*)`|\.\. math:: (.*)")
 
 SYMBOLS = {
@@ -36,8 +36,10 @@ class Docstrings(griffe.Extension):
 
 def link(role: re.Match[str]) -> str:
     """Return a cross-reference to something in this package, or code for anything else."""
-    short, path = role.groups()
+    kind, short, path = role.groups()
     title = path.rsplit(".", 1)[-1] if short else path
+    if kind == "mod":  # not every module has a page
+        return f'<autoref identifier="{path}" optional><code>{title}</code></autoref>'
     return f"`{title}`" if path.startswith("torch") else f"[`{title}`][{path}]"
 
 

@@ -10,6 +10,9 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
 
+# The tests' tensors are small: one thread is faster than two, ten times so on a busy machine.
+torch.set_num_threads(1)
+
 settings.register_profile("dnw_graph", max_examples=50, deadline=None, derandomize=True)
 settings.load_profile("dnw_graph")
 

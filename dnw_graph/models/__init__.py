@@ -10,26 +10,32 @@ from torch import nn
 
 from dnw_graph.errors import unknown_name
 from dnw_graph.models.mobilenet import STAGES, GraphClassifier, MobileNetV1, MobileNetV1DNW, edges_at_width
+from dnw_graph.models.tiny import TINY_DYNAMICS, TinyClassifier
 
 __all__ = [
     "MODELS",
     "STAGES",
+    "TINY_DYNAMICS",
     "GraphClassifier",
     "MobileNetV1",
     "MobileNetV1DNW",
+    "TinyClassifier",
     "create_model",
     "edges_at_width",
     "mobilenet_v1",
     "mobilenet_v1_dnw",
     "model_names",
+    "tiny_classifier",
 ]
 
 mobilenet_v1 = MobileNetV1
 mobilenet_v1_dnw = MobileNetV1DNW
+tiny_classifier = TinyClassifier
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v1": mobilenet_v1,
     "mobilenet_v1_dnw": mobilenet_v1_dnw,
+    "tiny_classifier": tiny_classifier,
 }
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dnw_graph.dynamics import Continuous, Discrete
-from dnw_graph.errors import unknown_name
+from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.node_functions import NormReluConv, ReluConvSendNorm
 from dnw_graph.wirings import Wiring
@@ -43,7 +43,7 @@ class TinyClassifier(nn.Module):
         - output: logits ``[batch, num_classes]``
 
     Raises:
-        InputError: If a name is unknown.
+        InputError: If a name is unknown, or an image too small.
     """
 
     def __init__(
@@ -83,5 +83,8 @@ class TinyClassifier(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
         """Return the logits."""
-        z = self.graph(self.stem(x))
+        z = self.stem(x)
+        if min(z.shape[2:]) < 4:
+            raise InputError(f"the tiny classifiers need images of 13 pixels or more; got {list(x.shape)}")
+        z = self.graph(z)
         return self.classifier(z[:, :, 2:4, 2:4].mean(dim=(2, 3)))

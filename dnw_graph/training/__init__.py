@@ -2,16 +2,18 @@
 
 from dnw_graph.training.checkpoint_io import read_checkpoint
 from dnw_graph.training.checkpoints import Checkpoints
-from dnw_graph.training.classifier import Classifier, cosine
+from dnw_graph.training.classifier import Classifier
 from dnw_graph.training.command_line import main
 from dnw_graph.training.data_module import DataModule
 from dnw_graph.training.images import ImageData, load_images
 from dnw_graph.training.options import ModelOptions, RunOptions, option
 from dnw_graph.training.run import run
+from dnw_graph.training.schedules import SCHEDULES, cosine, step
 from dnw_graph.training.summary import Summary
 from dnw_graph.training.wiring_monitor import WiringMonitor
 
 __all__ = [
+    "SCHEDULES",
     "Checkpoints",
     "Classifier",
     "DataModule",
@@ -26,4 +28,5 @@ __all__ = [
     "option",
     "read_checkpoint",
     "run",
+    "step",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,22 +15,13 @@ from torchmetrics.classification import MulticlassAccuracy
 from dnw_graph.training.order import Purpose, mix
 
 
-def cosine(num_steps: int) -> Callable[[int], float]:
-    """Return the schedule (1 + cos(π t / T)) / 2 over T = ``num_steps`` steps: 1 at the first step, 0 after the last.
-
-    Args:
-        num_steps: Optimiser steps of the whole run.
-    """
-    return lambda step: (1 + math.cos(math.pi * step / num_steps)) / 2
-
-
 class Classifier(LightningModule):
     """Cross-entropy, SGD and a learning rate that changes with every step.
 
     Args:
         model: Maps images ``[B, 3, H, W]`` to scores ``[B, num_classes]``.
         num_classes: Number of classes.
-        schedule: Factor of the learning rate at a step, for example ``cosine(num_steps)``.
+        schedule: Factor of the learning rate at a step, see :mod:`dnw_graph.training.schedules`.
         lr: Learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD, on all parameters.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -16,6 +17,13 @@ from dnw_graph.training.order import EvaluationOrder, TrainOrder
 
 DEFAULT_SIZES = {"digits": 16, "cifar10": 32, "folder": 224}
 MAX_DEFAULT_WORKERS = 8
+
+
+def _leave_stopping_to_the_parent(worker: int) -> None:
+    # Ctrl-C, and often SIGTERM, reach the whole process group. A worker that died of it would end the step in
+    # progress, which is to be finished and saved. Workers end when their parent does.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class DataModule(LightningDataModule):
@@ -89,6 +97,7 @@ class DataModule(LightningDataModule):
             samples,
             batch_sampler=order,
             num_workers=self.workers,
+            worker_init_fn=_leave_stopping_to_the_parent,
             persistent_workers=self.workers > 0,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.training.schedules import SCHEDULES
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true")
 ACCELERATORS = ("auto", "cpu", "gpu")
@@ -72,7 +73,13 @@ class RunOptions:
     )
     epochs: int = option(15, "passes over the training images", fixed=True)
     batch_size: int = option(64, "images per step over all devices together", fixed=True)
-    lr: float = option(0.05, "learning rate of the first step; follows a cosine to 0 over all steps", fixed=True)
+    lr: float = option(0.05, "learning rate of the first step", fixed=True)
+    schedule: str = option(
+        "cosine",
+        "how the learning rate falls: 'cosine' to 0 with every step, or 'step', x0.1 after half and after three "
+        "quarters of all steps",
+        fixed=True,
+    )
     momentum: float = option(0.9, "momentum of SGD", fixed=True)
     weight_decay: float = option(5e-5, "weight decay of SGD, on all parameters", fixed=True)
     precision: str = option("32-true", f"number format: one of {', '.join(PRECISIONS)}", fixed=True)
@@ -103,6 +110,8 @@ class RunOptions:
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "a number from 0 to below 1")
         _require(self.image_size is None or self.image_size >= 8, "image_size", self.image_size, "8 or more")
         _require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
+        if self.schedule not in SCHEDULES:
+            raise unknown_name("schedule", self.schedule, SCHEDULES)
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
         if self.accelerator not in ACCELERATORS:

@@ -16,11 +16,12 @@ from dnw_graph.errors import InputError
 from dnw_graph.training.checkpoint_io import SECTION, WholeFileIO, read_checkpoint
 from dnw_graph.training.checkpoints import Checkpoints
 from dnw_graph.training.checks import check_files, check_hardware, check_same_run, make_writable, output_folder
-from dnw_graph.training.classifier import Classifier, cosine
+from dnw_graph.training.classifier import Classifier
 from dnw_graph.training.data_module import DataModule
 from dnw_graph.training.images import ImageData, load_images
 from dnw_graph.training.loggers import make_loggers
 from dnw_graph.training.options import RunOptions
+from dnw_graph.training.schedules import SCHEDULES
 from dnw_graph.training.summary import Summary, summarize, write_files
 from dnw_graph.training.wiring_monitor import WiringMonitor
 
@@ -65,7 +66,7 @@ def run(
     module = Classifier(
         model,
         len(images.classes),
-        cosine(options.epochs * data.steps_per_epoch),
+        SCHEDULES[options.schedule](options.epochs * data.steps_per_epoch),
         options.lr,
         options.momentum,
         options.weight_decay,

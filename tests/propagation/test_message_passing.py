@@ -41,7 +41,7 @@ def test_messages_and_fused_product_are_one_operator():
     edge_index = torch.tensor([[0, 2, 1, 0], [0, 0, 1, 3]])
     weight = torch.randn(4)
     z = torch.randn(3, 6)
-    adj_t = torch.sparse_coo_tensor(edge_index.flip(0), weight, (4, 3)).to_sparse_csr()
+    adj_t = torch.sparse_coo_tensor(edge_index.flip(0), weight, (4, 3), check_invariants=True).to_sparse_csr()
     conv = WeightedSum()
     by_messages = conv(z, edge_index, weight, num_targets=4)
     torch.testing.assert_close(by_messages, conv(z, adj_t))

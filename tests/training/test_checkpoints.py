@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -150,18 +152,26 @@ def test_resume_of_a_finished_run_reports_it_again(
     assert without_time(again) == without_time(first)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_keeps_its_last_step(
     number: signal.Signals,
+    workers: int,
     create: Create,
     small_digits: ImageData,
     options: Callable[..., RunOptions],
     losses: list[float],
 ) -> None:
+    def stop_all() -> None:
+        for process in multiprocessing.active_children():  # a terminal, too, signals the whole group
+            os.kill(process.pid or 0, number)
+        time.sleep(0.1)
+        os.kill(os.getpid(), number)
+
     before = signal.getsignal(number)
-    chosen = options()
+    chosen = options(workers=workers)
     with pytest.raises(SystemExit):
-        run(crash_at(create, True, 5, lambda: os.kill(os.getpid(), number)), {}, chosen, small_digits)
+        run(crash_at(create, True, 5, stop_all), {}, chosen, small_digits)
     assert len(losses) == 6  # the step in progress was finished
     assert read_checkpoint(f"{chosen.output}/last.ckpt")["global_step"] == 6
     assert signal.getsignal(number) == before
