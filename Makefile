@@ -35,8 +35,8 @@ docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test-ext: $(EXT)/.built
-	PYTHONPATH=$(EXT) $(BIN)/python -m pytest -m ext
-	PYTHONPATH=$(EXT) $(BIN)/python -m pytest tests/propagation
+	PYTHONPATH=$(CURDIR)/$(EXT) $(BIN)/python -m pytest -m ext
+	PYTHONPATH=$(CURDIR)/$(EXT) $(BIN)/python -m pytest tests/propagation
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \

@@ -55,8 +55,8 @@ def cost(model: nn.Module, input_size: tuple[int, ...]) -> Cost:
     """Count the parameters and multiply-adds of a model without its dead nodes.
 
     One image of zeros is sent through the model in evaluation mode to learn the sizes of the maps. A node function
-    counts for its live nodes, and so does the layer named by the model's ``stem`` if its channels are the inputs of
-    the first graph.
+    counts for its live nodes, and so does the last layer of the model's ``stem``, whose channels are the inputs of the
+    first graph.
 
     Args:
         model: Any module of convolutions, linear layers and neural graphs.
@@ -118,5 +118,7 @@ def _live_shares(model: nn.Module, graphs: dict[str, NeuralGraph], live: dict[st
     stem = getattr(model, "stem", None)
     if graphs and isinstance(stem, nn.Module):
         name, graph = next(iter(graphs.items()))
-        note(stem, live[name][: graph.num_inputs])
+        # Only the last layer's channels are nodes; the layers before it feed live and dead ones alike.
+        for layer in [m for m in stem.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1:]:
+            note(layer, live[name][: graph.num_inputs])
     return shares

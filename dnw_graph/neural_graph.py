@@ -187,7 +187,7 @@ class NeuralGraph(nn.Module):
             )
         rule = make_wiring(wiring)
         rule.setup(self.candidates, num_edges, self.name)
-        self.wiring = rule
+        self.wiring = rule.train(self.training)
         self._num_edges = num_edges
         self._chosen = None
 

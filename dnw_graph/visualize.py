@@ -46,6 +46,9 @@ def plot(graph: NeuralGraph | Data, top: int = 1000, ax: matplotlib.axes.Axes | 
     Blue edges have a positive weight, orange ones a negative one. The opacity of an edge is √(|w| / max |w|).
     Dead nodes are hollow or, in large graphs, pale. Title and legend give the counts.
 
+    In a graph with cycles, an edge within a block bulges to the right and a self-loop is a short line. Such edges have
+    a direction that only :func:`plot_adjacency` shows.
+
     Args:
         graph: A graph, or what its :meth:`~dnw_graph.NeuralGraph.to_data` returned. For a graph within a model, set
             ``data.live_mask`` to its entry of :func:`dnw_graph.cost.live_nodes` to see the nodes that are dead there.

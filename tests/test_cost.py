@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dnw_graph import NeuralGraph
 from dnw_graph.cost import Cost, cost, live_nodes, neural_graphs
-from dnw_graph.models import STAGES, MobileNetV1, MobileNetV1DNW
+from dnw_graph.models import STAGES, MobileNetV1, MobileNetV1DNW, create_model
 
 MAPS = [112, 56, 28, 14, 7]  # map sizes of the stages at 224 pixels
 
@@ -141,6 +141,21 @@ def test_a_chain_that_ends_nowhere_is_dead_as_a_whole():
     assert live_nodes(graph)["graph"].tolist() == [True, False, True, False, True, False, True]
     # Three live edges and three live convolutions of nine weights, on maps of 16.
     assert cost(graph, (2, 4, 4)) == Cost(parameters=3 + 27, multiply_adds=16 * (3 + 27))
+
+
+def test_of_a_stem_of_several_layers_only_the_last_one_s_channels_can_be_dead():
+    model = create_model("tiny_static")
+    graph = model.graph
+    source, _ = graph.candidates.pairs(torch.arange(graph.num_candidates))
+    graph.candidates.weight.data[source < 16] = 0  # half of the 32 inputs have no real edge
+    (live,) = live_nodes(model).values()
+    assert live[:32].sum() == 16
+    source, target = graph.edge_index
+    edges, nodes = int((live[source] & live[target]).sum()), int(live[:800].sum())
+    stem = [3 * 16 * 9, 16 * 9, 16 * 16]  # convolution, depthwise, and 16 of the 32 pointwise outputs
+    result = cost(model, (3, 32, 32))
+    assert result.parameters == sum(stem) + edges + 9 * nodes + 1_010
+    assert result.multiply_adds == 16**2 * stem[0] + 8**2 * (stem[1] + stem[2] + edges + 9 * nodes) + 1_000
 
 
 def test_dead_nodes_do_not_matter_to_the_output():

@@ -105,19 +105,26 @@ def test_cost_is_the_sum_of_its_parts():
 
 
 def test_every_option_is_documented_and_every_documented_option_exists():
-    from dnw_graph.training import RunOptions
+    from dnw_graph.training import ModelOptions, RunOptions
 
-    example = runpy.run_path(str(ROOT / "examples" / "imagenet_mobilenet.py"), run_name="example")
-    known = {f.name for options in (example["MobileNetOptions"], RunOptions) for f in fields(options)} | {"config"}
-    known = {"--" + name.replace("_", "-") for name in known}
-    listed = [row[0].strip("`") for row in rows(ROOT / "docs" / "training.md", 2) if row[0].startswith("`--")]
-    assert sorted(listed) == sorted(known)
-    for page in PAGES:
-        for command in blocks(page, "bash"):
-            for line in command.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if any(word.endswith("imagenet_mobilenet.py") for word in words):
-                    assert {word for word in words if word.startswith("--")} <= known | {"--help"}, line
+    def flags(options):
+        return {"--" + f.name.replace("_", "-") for f in fields(options)}
+
+    run_options = flags(RunOptions) | {"--config"}
+    options = {}
+    for path in (ROOT / "examples").glob("*.py"):
+        for value in runpy.run_path(str(path), run_name="example").values():
+            if isinstance(value, type) and issubclass(value, ModelOptions) and value is not ModelOptions:
+                options[f"examples/{path.name}"] = flags(value) | run_options
+    assert len(options) >= 2
+    listed = {row[0].strip("`") for row in rows(ROOT / "docs" / "training.md", 2) if row[0].startswith("`--")}
+    assert listed == set().union(*options.values())
+    code = "".join(code for page in PAGES for code in blocks(page, "bash"))
+    commands = code.replace("\\\n", "").splitlines()
+    commands = [shlex.split(line, comments=True) for line in commands if "examples/" in line]
+    assert commands
+    for _, path, *words in commands:
+        assert {word for word in words if word.startswith("--")} <= options[path] | {"--help"}, words
 
 
 def test_documented_files_and_targets_exist():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,8 +62,8 @@ class Continuous(Recurrent):
         super().__init__()
         if method not in SOLVERS:
             raise unknown_name("solver", method, SOLVERS)
-        if len(t_span) != 2 or t_span[0] == t_span[1]:
-            raise InputError(f"t_span must be two different times, start and end; got {tuple(t_span)}")
+        if len(t_span) != 2 or t_span[0] == t_span[1] or not all(map(math.isfinite, t_span)):
+            raise InputError(f"t_span must be two different finite times, start and end; got {tuple(t_span)}")
         self.method = method
         self.rtol = rtol
         self.atol = atol
@@ -80,7 +82,7 @@ class Continuous(Recurrent):
         Args:
             x: Inputs at the start, ``t_span[0]``.
             propagate: The product of this forward pass.
-            times: Increasing (or decreasing, as ``t_span`` is) times after the start at which outputs are asked for.
+            times: Times at which outputs are asked for, increasing (or decreasing) from the start.
             options: None are known.
         """
         if options:
@@ -91,6 +93,11 @@ class Continuous(Recurrent):
                 "train with adjoint=True or another solver"
             )
         ends = self.t_span[1:] if times is None else [float(time) for time in times]
+        moves = [after - before for before, after in pairwise([self.t_span[0], *ends])]
+        if not (all(move > 0 for move in moves) or all(move < 0 for move in moves)):
+            raise InputError(
+                f"{self.name}: times must increase (or decrease) from the start, t = {self.t_span[0]}; got {ends}"
+            )
         grid = torch.tensor([self.t_span[0], *ends], dtype=torch.float64, device=x.device).to(x.dtype)
         z = F.pad(x, (*[0, 0] * (x.dim() - 2), 0, self.nodes.num_nodes - x.size(1)))
         states = self._solve(_Field(self, propagate), z, grid)
@@ -145,7 +152,9 @@ class _Field(torch.nn.Module):
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         dynamics = self.dynamics
-        self.time = float(t)
+        time = float(t.detach())
+        if not math.isnan(time):  # what an adaptive solver makes of a state that is no number
+            self.time = time
         if self.forward_done:
             dynamics.num_backward_evaluations += 1
         else:

@@ -84,9 +84,8 @@ class Recurrent(Dynamics):
         if send is not None:
             sent = _keep_size(send(z, have) if have else send(z), z)
         received = self.receive(propagate, sent, have or self.nodes.all, want or self.nodes.all)
-        if want:
-            return _keep_size(function(received, nodes=want), received)
-        return _keep_size(function(received, time) if takes_time(function) else function(received), received)
+        arguments = (received, time) if takes_time(function) else (received,)
+        return _keep_size(function(*arguments, nodes=want) if want else function(*arguments), received)
 
 
 def takes_time(function: nn.Module) -> bool:

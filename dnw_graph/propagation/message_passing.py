@@ -9,6 +9,7 @@ import torch
 import torch_geometric.typing
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import spmm
 
@@ -95,7 +96,7 @@ class MessagePassingPropagation(Propagation):
             features = z.transpose(0, 1).flatten(1)
             received = self._send(features, targets, sources, values, weight.size(0))
             # [targets, batch · space] back to [batch, targets, *space]
-            received = received.view(-1, z.size(0), *z.shape[2:]).transpose(0, 1)
+            received = received.view(weight.size(0), z.size(0), *z.shape[2:]).transpose(0, 1)
             if received.dim() == 4:
                 received = received.contiguous(memory_format=torch.channels_last)
             return _CandidateGradient.apply(received, z.detach(), weight)
@@ -110,7 +111,8 @@ class MessagePassingPropagation(Propagation):
         values: Float[Tensor, " edges"],
         num_targets: int,
     ) -> Float[Tensor, "targets features"]:
-        if self.adjacency == "edge_index":
+        # Without an edge the product with a SparseTensor is a constant zero, through which no gradient leads back.
+        if self.adjacency == "edge_index" or not len(values):
             size = len(values) * z.size(1) * z.element_size()
             if size > self.max_message_bytes:
                 raise InputError(
@@ -180,6 +182,7 @@ class _CandidateGradient(torch.autograd.Function):
         return received.view_as(received)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
         (z,) = ctx.saved_tensors
         weight_grad = None
@@ -211,6 +214,7 @@ class _SparseProduct(torch.autograd.Function):
         return _in_tiles(weighted_sum, z, _csr(rowptr, sources, values, z.size(0)))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         targets, sources, values = ctx.saved_tensors
         order = torch.argsort(sources, stable=True)

@@ -20,10 +20,10 @@ MAX_DEFAULT_WORKERS = 8
 
 
 def _leave_stopping_to_the_parent(worker: int) -> None:
-    # Ctrl-C, and often SIGTERM, reach the whole process group. A worker that died of it would end the step in
-    # progress, which is to be finished and saved. Workers end when their parent does.
+    # Ctrl-C, and often SIGTERM, reach the whole process group. If a worker failed of it, the step in progress, which is
+    # to be finished and saved, would fail too. SIGTERM must still end a worker: that is how its parent stops it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 
 class DataModule(LightningDataModule):

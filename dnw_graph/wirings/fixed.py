@@ -24,8 +24,8 @@ class Fixed(Wiring):
         - ``index``: ``[num_edges]``, flat indices, ascending
 
     Raises:
-        InputError: If an edge occurs twice, is no candidate of the graph, or their number is not the graph's
-            ``num_edges``.
+        InputError: If the shape is another; when a graph takes the wiring, if an edge occurs twice, is no candidate of
+            the graph, or their number is not the graph's ``num_edges``.
     """
 
     updates_hallucinated = False
@@ -33,6 +33,8 @@ class Fixed(Wiring):
 
     def __init__(self, edge_index: Int[Tensor, "2 edges"]) -> None:
         super().__init__()
+        if edge_index.dim() != 2 or edge_index.size(0) != 2:
+            raise InputError(f"edge_index must be [2, edges], sources over targets; got {list(edge_index.shape)}")
         self.edge_index = edge_index
         self.register_buffer("index", torch.empty(0, dtype=torch.long))
 

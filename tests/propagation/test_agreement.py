@@ -6,6 +6,7 @@ import pytest
 import torch
 from reference import candidate_gradient, plain_forward, relative_error, static_pairs
 from torch import nn
+from torch.func import functional_call
 
 from dnw_graph import NeuralGraph, Wiring
 from dnw_graph.propagation import MessagePassingPropagation
@@ -167,3 +168,32 @@ def test_no_gradient_is_asked_of_frozen_weights_or_inputs(way):
     graph.requires_grad_(True)
     graph(x.detach()).sum().backward()
     assert graph.candidates.weight.grad is not None
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_empty_batch_passes(way):
+    graph = NeuralGraph(SIZES, 9, node_function=nn.Tanh(), propagation=propagation(way))
+    out = graph(torch.zeros(0, 3, 5, 4))
+    out.sum().backward()
+    assert out.shape == (0, 2, 5, 4)
+    assert (graph.candidates.weight.grad == 0).all()
+
+
+def test_second_derivatives_of_the_block_path_are_numerically_right():
+    graph = NeuralGraph(SIZES, 9, node_function=nn.Tanh(), propagation="block").double()
+    real, weight = graph.real_index, graph.candidates.weight.detach()
+
+    def run(x, real_weight):
+        return functional_call(graph, {"candidates.weight": weight.index_copy(0, real, real_weight)}, (x,))
+
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(run, (x, weight[real].requires_grad_()))
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("block", "auto")])
+def test_second_derivatives_of_message_passing_are_refused(way):
+    graph = NeuralGraph(SIZES, 9, node_function=nn.Tanh(), propagation=propagation(way))
+    x = torch.randn(2, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(graph(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice|not implemented"):
+        gradient.square().sum().backward()
