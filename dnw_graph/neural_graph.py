@@ -90,7 +90,7 @@ class NeuralGraph(nn.Module):
         name: str = "graph",
     ) -> None:
         super().__init__()
-        self._chosen: tuple[Tensor, int, int, Tensor] | None = None
+        self._chosen: tuple[Tensor, Tensor, int, Tensor] | None = None
         self.name = name
         self.dynamics = make_dynamics(dynamics)
         self.dynamics.name = name
@@ -195,7 +195,8 @@ class NeuralGraph(nn.Module):
         """Choose the real edges anew from the weights as they are now."""
         weight = self.candidates.weight
         index = self.wiring.choose(weight, self.num_edges, self.name)
-        self._chosen = (weight, weight.data_ptr(), weight._version, index)
+        # The detached alias keeps the storage alive: no other storage can come to lie at the same address.
+        self._chosen = (weight, weight.detach(), weight._version, index)
 
     def _real_edges(self) -> Tensor:
         """Return the flat indices for this forward pass, chosen anew where they have to be."""
@@ -205,8 +206,9 @@ class NeuralGraph(nn.Module):
                 # Inside a backward pass a training forward is a recomputation: it must see the same edges.
                 fresh = torch._C._current_graph_task_id() != -1
             else:
-                chosen_for, pointer, version, _ = self._chosen
-                fresh = chosen_for is weight and pointer == weight.data_ptr() and version == weight._version
+                chosen_for, alias, version, _ = self._chosen
+                same_storage = alias.data_ptr() == weight.data_ptr()
+                fresh = chosen_for is weight and same_storage and version == weight._version
             if fresh:
                 return self._chosen[3]
         self.update_wiring()

@@ -90,7 +90,7 @@ def plain_norm(p, norm, z):
 
 
 class Timed(torch.nn.Module):
-    """A smooth node function that depends on time: tanh((1 + r_v t) I_v)."""
+    """A smooth node function that depends on time: tanh((1 + r_v (1 + t)) I_v)."""
 
     def __init__(self, num_nodes, stride=1):
         super().__init__()
@@ -98,12 +98,12 @@ class Timed(torch.nn.Module):
 
     def forward(self, z, t):
         rate = self.rate.view(-1, *[1] * (z.dim() - 2))
-        return torch.tanh((1 + rate * t) * z)
+        return torch.tanh((1 + rate * (1 + t)) * z)
 
 
 def plain_timed(p, z, t):
     """What :class:`Timed` does, node by node."""
-    return node_by_node(lambda v, values: torch.tanh(values + p["rate"][v] * t * values), z)
+    return node_by_node(lambda v, values: torch.tanh(values + p["rate"][v] * values * (1 + t)), z)
 
 
 def euler(field, z, t_span, steps):

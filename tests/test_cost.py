@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dnw_graph import NeuralGraph
 from dnw_graph.cost import Cost, cost, live_nodes, neural_graphs
-from dnw_graph.models import STAGES, MobileNetV1, MobileNetV1DNW, create_model
+from dnw_graph.models import STAGES, MobileNetV1, MobileNetV1DNW, TinyClassifier
 
 MAPS = [112, 56, 28, 14, 7]  # map sizes of the stages at 224 pixels
 
@@ -144,7 +144,7 @@ def test_a_chain_that_ends_nowhere_is_dead_as_a_whole():
 
 
 def test_of_a_stem_of_several_layers_only_the_last_one_s_channels_can_be_dead():
-    model = create_model("tiny_static")
+    model = TinyClassifier("static")
     graph = model.graph
     source, _ = graph.candidates.pairs(torch.arange(graph.num_candidates))
     graph.candidates.weight.data[source < 16] = 0  # half of the 32 inputs have no real edge

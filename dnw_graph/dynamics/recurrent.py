@@ -98,7 +98,8 @@ def _keep_size(result: Tensor, like: Tensor) -> Tensor:
     """Pad maps that a strided node function made smaller, below and to the right."""
     if result.shape == like.shape:
         return result
-    if result.shape[:2] != like.shape[:2] or any(a > b for a, b in zip(result.shape, like.shape, strict=False)):
+    larger = any(got > want for got, want in zip(result.shape, like.shape, strict=False))
+    if result.dim() != like.dim() or result.shape[:2] != like.shape[:2] or larger:
         raise InputError(
             f"a node function must keep batch and nodes and not enlarge maps; it made {list(result.shape)} "
             f"of {list(like.shape)}"

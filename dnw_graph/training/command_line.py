@@ -49,11 +49,12 @@ def main(description: str, models: type[ModelOptions], defaults: RunOptions, arg
     Returns:
         The exit status: 0; 2 after one line on stderr for input that cannot be used; 143 if the run was stopped.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
     try:
-        values = vars(_parser(description, models, defaults).parse_args(argv))
+        values = _values(description, models, defaults, argv)
         model_options = models(**{f.name: values[f.name] for f in fields(models)})
         options = RunOptions(**{f.name: values[f.name] for f in fields(RunOptions)})
         run(model_options.create, asdict(model_options), options)
@@ -63,6 +64,15 @@ def main(description: str, models: type[ModelOptions], defaults: RunOptions, arg
     except SIGTERMException:
         return STOPPED
     return 0
+
+
+def _values(
+    description: str, models: type[ModelOptions], defaults: RunOptions, argv: Sequence[str] | None
+) -> dict[str, Any]:
+    try:
+        return vars(_parser(description, models, defaults).parse_args(argv))
+    except UnicodeDecodeError as error:
+        raise InputError(f"the file given with --config is not text ({error}): give a YAML file") from error
 
 
 def _parser(description: str, models: type[ModelOptions], defaults: RunOptions) -> ArgumentParser:

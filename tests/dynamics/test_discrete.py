@@ -107,12 +107,8 @@ def compare_with_plain_loop(graph, function, x, input_mode="initial", steps=STEP
     if real_only:
         by_hand[[matrix[v, u] == 0 for u, v in PAIRS]] = 0
     expected = {"candidates.weight": by_hand}
-    if len(plain_parameters) == 1:
-        prefixes = [f"dynamics.{'node_functions.0.'}"]
-    else:
-        prefixes = [f"dynamics.node_functions.{step}." for step in range(len(plain_parameters))]
-    for prefix, plain in zip(prefixes, plain_parameters, strict=True):
-        expected |= {prefix + name: p.grad for name, p in plain.items()}
+    for number, plain in enumerate(plain_parameters):
+        expected |= {f"dynamics.node_functions.{number}.{name}": p.grad for name, p in plain.items()}
     assert relative_error(found_gradients[0], x.grad) < 1e-10
     names = [name for name, _ in graph.named_parameters()]
     assert set(names) == set(expected)

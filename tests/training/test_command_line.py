@@ -73,6 +73,7 @@ def test_options_come_from_defaults_then_file_then_command_line(tmp_path: Path, 
         (["--config", "nothing.yaml"], "nothing.yaml"),
         (["--config", "unknown.yaml"], "'colour'"),
         (["--config", "broken.yaml"], "Problems parsing config"),
+        (["--config", "torn.ckpt"], "--config is not text"),
         (["--output", "torn.ckpt/run"], "cannot write to output folder torn.ckpt/run"),
         (["--colour", "red"], "--colour"),
         (["something"], "something"),
@@ -81,7 +82,7 @@ def test_options_come_from_defaults_then_file_then_command_line(tmp_path: Path, 
 def test_bad_input_is_one_line_and_status_2(
     argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04 torn")
+    (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04 torn \xff")
     (tmp_path / "unknown.yaml").write_text("colour: red\n")
     (tmp_path / "broken.yaml").write_text("epochs: [1\nlr: :\n")
     assert start(*argv) == 2

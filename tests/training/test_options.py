@@ -22,11 +22,16 @@ from dnw_graph.training import RunOptions
         ("image_size", 7),
         ("workers", -1),
         ("seed", -1),
+        ("seed", 2**63),
         ("save_every", -1),
+        ("data", ""),
+        ("output", ""),
+        ("resume", ""),
+        ("evaluate", ""),
     ],
 )
 def test_values_out_of_range_are_named(name: str, value: float):
-    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} is {value}: expected"):
+    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} is {value!r}: expected"):
         RunOptions(**{name: value})
 
 
@@ -55,6 +60,7 @@ def test_what_a_resumed_run_must_share():
         "image_size",
         "epochs",
         "batch_size",
+        "schedule",
         "lr",
         "momentum",
         "weight_decay",

@@ -162,6 +162,16 @@ def replace_object(graph):
     graph.candidates.weight = nn.Parameter(swap_order(graph.candidates.weight))
 
 
+def replace_object_on_the_same_storage(graph):
+    """The other object has been changed as often as the first one: only its identity tells them apart."""
+    weight = graph.candidates.weight
+    other, swapped = nn.Parameter(weight.data), swap_order(weight)
+    with torch.no_grad():
+        while other._version < weight._version:
+            other.copy_(swapped)
+    graph.candidates.weight = other
+
+
 def change_by_vector(graph):
     vector = parameters_to_vector(graph.parameters())
     vector_to_parameters(swap_order(vector), graph.parameters())
@@ -173,7 +183,15 @@ def change_dtype(graph):
 
 @pytest.mark.parametrize(
     "change",
-    [change_in_place, change_storage, replace_object, change_by_vector, change_dtype, NeuralGraph.reset_parameters],
+    [
+        change_in_place,
+        change_storage,
+        replace_object,
+        replace_object_on_the_same_storage,
+        change_by_vector,
+        change_dtype,
+        NeuralGraph.reset_parameters,
+    ],
 )
 def test_anew_in_evaluation_after_a_change_of(change):
     graph = make_graph().eval()
@@ -182,6 +200,18 @@ def test_anew_in_evaluation_after_a_change_of(change):
     assert choices(graph, lambda: graph(X)) == 1
     assert_edges_fit_weights(graph)
     assert choices(graph, lambda: graph(X)) == 0
+
+
+def test_anew_when_a_new_storage_takes_the_place_of_the_old_one():
+    graph = NeuralGraph((20, 50), 100, wiring=CountingDNW(), input_function=False).eval()
+    weight, x = graph.candidates.weight, torch.zeros(1, 20)
+    for _ in range(30):  # the allocator offers the freed place in about every third round
+        graph(x)
+        place, other = weight.data_ptr(), torch.rand(1000)
+        weight.data = torch.zeros(1000)
+        copies = [other.clone() for _ in range(50)]
+        weight.data = next((copy for copy in copies if copy.data_ptr() == place), other)
+        assert choices(graph, lambda: graph(x)) == 1
 
 
 def test_anew_with_weights_passed_by_functional_call():

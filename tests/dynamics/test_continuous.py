@@ -1,0 +1,396 @@
+import re
+from functools import partial
+
+import pytest
+import torch
+from dynamic_reference import (
+    NORMS,
+    Timed,
+    all_pairs,
+    dense_adjacency,
+    euler,
+    plain_norm_relu_conv,
+    plain_timed,
+    product,
+    runge_kutta,
+)
+from reference import relative_error
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torchdiffeq import odeint
+from torchdiffeq._impl.odeint import SOLVERS
+
+from dnw_graph import DNW, Continuous, InputError, NeuralGraph
+from dnw_graph.node_functions import NormReluConv
+from dnw_graph.propagation import BlockPropagation, MessagePassingPropagation, Propagate
+
+N, INPUTS, OUTPUTS, K = 6, 2, 3, 20
+PAIRS = all_pairs(N)
+ADAPTIVE = ["dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver"]
+FIXED_STEP = sorted(set(SOLVERS) - set(ADAPTIVE))
+PROPAGATIONS = {
+    "block": BlockPropagation(),
+    "edge_index": MessagePassingPropagation("edge_index"),
+    "csr": MessagePassingPropagation("csr"),
+}
+
+
+def make_graph(dynamics, function=Timed, **options):
+    options = {"num_nodes": N, "num_inputs": INPUTS, "num_outputs": OUTPUTS, "num_edges": K} | options
+    graph = NeuralGraph(dynamics=dynamics, node_function=function, **options).double()
+    with torch.no_grad():
+        for p in graph.dynamics.parameters():
+            p.uniform_(-1, 1)
+    return graph
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, INPUTS, dtype=torch.float64)
+
+
+def twin(graph):
+    """The dense adjacency and the parameters of the node function, as leaves."""
+    matrix = dense_adjacency(N, PAIRS, graph.candidates.weight, graph.num_edges).requires_grad_()
+    p = {name: p.detach().clone().requires_grad_() for name, p in graph.dynamics.node_function.named_parameters()}
+    return matrix, p
+
+
+def augmented(x):
+    """Zeros for all nodes that are no inputs: Equation 10."""
+    return torch.cat([x, torch.zeros(x.size(0), N - INPUTS, *x.shape[2:], dtype=x.dtype)], dim=1)
+
+
+def compare(graph, x, plain, tolerance):
+    """Outputs and all gradients of a graph against ``plain(matrix, p, start)``, the states of all nodes at the end.
+
+    The gradient of a dense adjacency is ∫⟨Z_u, ∂L/∂I_v⟩ for every pair, those with a zero in the adjacency included.
+    """
+    matrix, p = twin(graph)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    found, expected = graph(inputs[0]), plain(matrix, p, augmented(inputs[1]))[:, -OUTPUTS:]
+    assert relative_error(found, expected) < tolerance
+    (found**3 + found).sum().backward()
+    (expected**3 + expected).sum().backward()
+    assert relative_error(inputs[0].grad, inputs[1].grad) < tolerance
+    gradients = {name: parameter.grad for name, parameter in graph.named_parameters()}
+    assert relative_error(gradients.pop("candidates.weight"), matrix.grad.flatten()) < tolerance
+    assert set(gradients) == {f"dynamics.node_function.{name}" for name in p}
+    for name, parameter in p.items():
+        assert relative_error(gradients[f"dynamics.node_function.{name}"], parameter.grad) < tolerance
+    hallucinated = matrix == 0
+    assert int(hallucinated.sum()) == N * N - K
+    assert matrix.grad[hallucinated].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+def test_equation_13_by_a_plain_loop_of_euler_steps(propagation, x):
+    dynamics = Continuous("euler", options={"step_size": 0.05}, t_span=(0.2, 1.2))
+    graph = make_graph(dynamics, propagation=PROPAGATIONS[propagation])
+
+    def plain(matrix, p, start):
+        return euler(lambda t, z: plain_timed(p, product(matrix, z), t), start, (0.2, 1.2), 20)[-1]
+
+    compare(graph, x, plain, 1e-10)
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+def test_equation_13_by_a_plain_loop_of_runge_kutta_steps(propagation, x):
+    graph = make_graph(Continuous(rtol=1e-9, atol=1e-9), propagation=PROPAGATIONS[propagation])
+
+    def plain(matrix, p, start):
+        return runge_kutta(lambda t, z: plain_timed(p, product(matrix, z), t), start, (0, 1), 60)
+
+    compare(graph, x, plain, 1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_maps_and_the_papers_node_function_by_a_plain_loop(norm, digits):
+    x = digits[0][:4].view(2, INPUTS, 8, 8)
+    graph = make_graph(Continuous("euler", options={"step_size": 0.25}), partial(NormReluConv, norm=norm))
+
+    def plain(matrix, p, start):
+        return euler(lambda t, z: plain_norm_relu_conv(p, norm, product(matrix, z)), start, (0, 1), 4)[-1]
+
+    compare(graph, x, plain, 1e-10)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "adaptive_heun", "rk4", "implicit_adams"])
+def test_the_same_solver_on_a_dense_adjacency(method, x):
+    options = {} if method in ADAPTIVE else {"step_size": 0.1}
+    graph = make_graph(Continuous(method, options=options))
+
+    def plain(matrix, p, start):
+        def field(t, z):
+            return plain_timed(p, product(matrix, z), t)
+
+        ends = torch.tensor([0, 1], dtype=torch.float64)
+        return odeint(field, start, ends, method=method, rtol=1e-3, atol=1e-3, options=options)[-1]
+
+    compare(graph, x, plain, 1e-9)
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_every_solver_on_a_linear_graph_in_closed_form(method, x):
+    # Without node functions the solution is exp(A t) Z(0), and that gives the gradient of every candidate too.
+    options = {} if method in ADAPTIVE else {"step_size": 0.02}
+    graph = make_graph(Continuous(method, rtol=1e-5, atol=1e-5, options=options), nn.Identity())
+    if method == "scipy_solver":
+        matrix, _ = twin(graph.eval())
+        expected = product(torch.matrix_exp(matrix), augmented(x))[:, -OUTPUTS:]
+        assert relative_error(graph(x), expected) < 1e-3
+    else:
+        tolerance = 2e-2 if method == "euler" else 3e-3
+        compare(graph, x, lambda matrix, p, start: product(torch.matrix_exp(matrix), start), tolerance)
+    assert graph.dynamics.num_evaluations > 0
+
+
+@pytest.mark.parametrize("t_span", [(0.0, 2.0), (1.0, -0.5), (-1.0, 0.5)])
+def test_closed_form_over_any_span(t_span, x):
+    graph = make_graph(Continuous(rtol=1e-10, atol=1e-10, t_span=t_span), nn.Identity())
+    duration = t_span[1] - t_span[0]
+    compare(graph, x, lambda matrix, p, start: product(torch.matrix_exp(duration * matrix), start), 1e-7)
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_outputs_at_several_times(adjoint, x):
+    graph = make_graph(Continuous(rtol=1e-9, atol=1e-9, adjoint=adjoint), nn.Identity())
+    matrix, _ = twin(graph)
+    for times in ([0.3, 0.5, 2.0], [-0.5, -1.0], torch.tensor([0.25])):
+        states = graph(x, times=times)
+        expected = [product(torch.matrix_exp(float(t) * matrix), augmented(x))[:, -OUTPUTS:] for t in times]
+        assert states.shape == (3, len(times), OUTPUTS)
+        assert relative_error(states, torch.stack(expected, dim=1)) < 1e-7
+    (gradient,) = torch.autograd.grad(graph(x, times=[0.3, 1.0]).sum(), [graph.candidates.weight])
+    plain = sum(product(torch.matrix_exp(t * matrix), augmented(x))[:, -OUTPUTS:].sum() for t in (0.3, 1.0))
+    (expected,) = torch.autograd.grad(plain, [matrix])
+    assert relative_error(gradient, expected.flatten()) < 1e-6
+
+
+class Watching(BlockPropagation):
+    """Keeps the states that are propagated."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = []
+
+    def forward(self, edges):
+        plain = super().forward(edges)
+
+        def product(number, z, rows, columns):
+            self.sent.append(z.detach().clone())
+            return plain.product(number, z, rows, columns)
+
+        return Propagate(plain.blocks, plain.weights, product)
+
+
+def test_nodes_other_than_the_inputs_start_at_zero(digits):
+    watching = Watching()
+    maps = digits[0][:4].view(2, INPUTS, 8, 8)
+    make_graph(Continuous(), propagation=watching)(maps)
+    assert torch.equal(watching.sent[0][:, :INPUTS], maps)
+    assert not watching.sent[0][:, INPUTS:].any()
+    assert watching.sent[-1][:, INPUTS:].any()
+
+
+def test_without_further_nodes_it_is_a_plain_neural_ode(x):
+    graph = make_graph(Continuous(rtol=1e-9, atol=1e-9), num_nodes=INPUTS, num_outputs=INPUTS, num_edges=3)
+    matrix = dense_adjacency(INPUTS, all_pairs(INPUTS), graph.candidates.weight, 3)
+    p = dict(graph.dynamics.node_function.named_parameters())
+    expected = runge_kutta(lambda t, z: plain_timed(p, product(matrix, z), t), x, (0, 1), 60)
+    assert relative_error(graph(x), expected) < 1e-7
+
+
+def count_calls(graph):
+    calls = []
+    graph.dynamics.node_function.register_forward_pre_hook(lambda module, args: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("method", ["dopri5", "euler", "rk4", "scipy_solver"])
+def test_evaluations_are_counted_per_forward_pass(method, x):
+    graph = make_graph(Continuous(method, options={} if method in ADAPTIVE else {"step_size": 0.1})).eval()
+    calls = count_calls(graph)
+    for _ in range(2):
+        calls.clear()
+        graph(x)
+        assert graph.dynamics.num_evaluations == len(calls) > 0
+        assert graph.dynamics.num_backward_evaluations == 0
+    # One evaluation per step of Euler's method, four per step of Runge and Kutta's.
+    assert {"euler": 10, "rk4": 40}.get(method, len(calls)) == len(calls)
+
+
+def test_evaluations_of_the_adjoint_are_counted_apart(x):
+    graph = make_graph(Continuous("rk4", options={"step_size": 0.1}, adjoint=True))
+    calls = count_calls(graph)
+    out = graph(x)
+    forward = len(calls)
+    assert graph.dynamics.num_evaluations == forward == 40
+    out.sum().backward()
+    assert graph.dynamics.num_evaluations == forward
+    assert graph.dynamics.num_backward_evaluations == len(calls) - forward >= 40
+    graph(x)
+    assert (graph.dynamics.num_evaluations, graph.dynamics.num_backward_evaluations) == (40, 0)
+
+
+class Counting(DNW):
+    """Counts how often edges are chosen."""
+
+    calls = 0
+
+    def choose(self, weight, num_edges, name):
+        self.calls += 1
+        return super().choose(weight, num_edges, name)
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_the_edges_are_chosen_once_per_forward_pass(adjoint, x):
+    graph = make_graph(Continuous(adjoint=adjoint), wiring=Counting())
+    for passes in (1, 2):
+        graph(x).sum().backward()
+        assert graph.dynamics.num_evaluations > 1
+        assert graph.wiring.calls == passes
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+@pytest.mark.parametrize("wiring", ["dnw", "random_graph"])
+def test_the_adjoint_gives_the_gradient_of_backpropagation(wiring, propagation, x):
+    results = []
+    for adjoint in (False, True):
+        torch.manual_seed(1)
+        dynamics = Continuous(rtol=1e-8, atol=1e-8, adjoint=adjoint)
+        graph = make_graph(dynamics, wiring=wiring, propagation=PROPAGATIONS[propagation])
+        inputs = x.clone().requires_grad_()
+        out = graph(inputs)
+        (out**3 + out).sum().backward()
+        assert (graph.dynamics.num_backward_evaluations > 0) == adjoint
+        results.append([inputs.grad, *(p.grad for p in graph.parameters())])
+    for backpropagation, adjoint in zip(*results, strict=True):
+        assert relative_error(adjoint, backpropagation) < 1e-4
+        # No candidate and no node lacks its gradient.
+        assert torch.equal(adjoint != 0, backpropagation != 0)
+    real = torch.zeros(N * N, dtype=torch.bool)
+    real[graph.real_index] = True
+    gradient = graph.candidates.weight.grad
+    assert gradient[real].all()
+    assert gradient[~real].all() if wiring == "dnw" else not gradient[~real].any()
+
+
+def test_the_adjoint_of_weights_that_are_not_trained(x):
+    graph = make_graph(Continuous(rtol=1e-9, atol=1e-9, adjoint=True), nn.Identity())
+    graph.candidates.weight.requires_grad_(False)
+    inputs = x.clone().requires_grad_()
+    graph(inputs).sum().backward()
+    matrix, _ = twin(graph)
+    expected = torch.matrix_exp(matrix)[-OUTPUTS:, :INPUTS].sum(0).expand(3, -1)
+    assert relative_error(inputs.grad, expected) < 1e-7
+    assert graph.candidates.weight.grad is None
+
+
+def test_options_of_the_adjoint_reach_its_solver(x):
+    counts = []
+    for options in ({}, {"adjoint_method": "euler", "adjoint_options": {"step_size": 0.5}}):
+        graph = make_graph(Continuous(rtol=1e-8, atol=1e-8, adjoint=True, adjoint_options=options))
+        graph(x).sum().backward()
+        counts.append(graph.dynamics.num_backward_evaluations)
+    assert counts[1] < 5 < counts[0]
+
+
+def saved_values(adjoint, step_size, x):
+    """Numbers kept for the backward pass."""
+    saved = []
+    graph = make_graph(Continuous("rk4", options={"step_size": step_size}, adjoint=adjoint))
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor):
+        graph(x)
+    return sum(saved)
+
+
+def test_the_memory_of_the_adjoint_does_not_grow_with_the_steps(x):
+    assert saved_values(True, 0.01, x) == saved_values(True, 0.1, x)
+    assert saved_values(False, 0.01, x) > 5 * saved_values(False, 0.1, x)
+
+
+def test_scipy_cannot_train_without_the_adjoint(x):
+    graph = make_graph(Continuous("scipy_solver"), name="ode")
+    with pytest.raises(InputError, match="ode: scipy_solver computes outside PyTorch and yields no gradient; train wi"):
+        graph(x)
+    with torch.no_grad():
+        graph(x)
+    graph = make_graph(Continuous("scipy_solver", rtol=1e-8, atol=1e-8, adjoint=True), nn.Identity())
+    matrix, _ = twin(graph)
+    product(torch.matrix_exp(matrix), augmented(x))[:, -OUTPUTS:].sum().backward()
+    graph(x).sum().backward()
+    assert relative_error(graph.candidates.weight.grad, matrix.grad.flatten()) < 1e-5
+
+
+def test_unknown_solvers_come_with_near_ones():
+    with pytest.raises(InputError, match="unknown solver 'dopri6': did you mean 'dopri8' or 'dopri5'"):
+        Continuous("dopri6")
+    with pytest.raises(InputError, match=r"unknown solver 'zzz': known are 'adaptive_heun', .*'scipy_solver'"):
+        Continuous("zzz")
+
+
+@pytest.mark.parametrize(
+    "t_span", [(0.0, 0.0), (0.0,), (), (0.0, 0.5, 1.0), (0.0, float("nan")), (0.0, float("inf")), (-float("inf"), 0.0)]
+)
+def test_spans_that_are_no_span_are_refused(t_span):
+    with pytest.raises(InputError, match="t_span must be two different finite times, start and end; got"):
+        Continuous(t_span=t_span)
+
+
+@pytest.mark.parametrize("times", [[0.0], [0.5, 0.5], [0.5, 0.2], [-0.5, 0.5], [0.5, float("nan")]])
+def test_times_that_do_not_move_on_are_refused(times, x):
+    graph = make_graph(Continuous(), name="ode")
+    with pytest.raises(InputError, match=r"ode: times must increase \(or decrease\) from the start, t = 0.0; got \["):
+        graph(x, times=times)
+
+
+def test_unknown_options_are_refused(x):
+    with pytest.raises(InputError, match="unknown options return_states; known is times"):
+        make_graph(Continuous())(x, return_states=True)
+
+
+class Square(nn.Module):
+    def forward(self, z):
+        return z**2
+
+
+def exploding(dynamics):
+    """One node with a self-loop of weight 3: ż = (3 z)²."""
+    graph = NeuralGraph(
+        num_nodes=1, num_inputs=1, num_outputs=1, node_function=Square(), dynamics=dynamics, name="ode"
+    ).double()
+    graph.candidates.weight.data.fill_(3.0)
+    return graph
+
+
+@pytest.mark.parametrize(("method", "adjoint"), [("dopri5", False), ("dopri5", True), ("dopri8", False)])
+def test_adaptive_solvers_report_where_the_solution_blows_up(method, adjoint):
+    # z(t) = 1 / (1/z(0) - 9 t) with z(0) = 0.5 leaves the finite numbers at t = 2/9.
+    graph = exploding(Continuous(method, adjoint=adjoint))
+    with pytest.raises(InputError) as caught:
+        graph(torch.tensor([[0.5]], dtype=torch.float64))
+    message = str(caught.value)
+    assert message.startswith(f"ode: {method} failed at t = ")
+    assert float(re.search("at t = ([0-9.e-]+)", message)[1]) == pytest.approx(2 / 9, rel=0.02)
+    assert "(underflow in dt" in message
+    assert "lower the learning rate, bound the node function (a norm, tanh), loosen rtol and atol, or" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("method", ["euler", "rk4", "explicit_adams"])
+def test_solvers_with_fixed_steps_report_that_the_solution_blew_up(method, adjoint):
+    graph = exploding(Continuous(method, options={"step_size": 0.05}, adjoint=adjoint))
+    start = torch.tensor([[0.5]], dtype=torch.float64)
+    with pytest.raises(InputError, match=rf"^ode: {method} failed at t = 2 \(the state is not finite\); .*smaller steps"):
+        graph(start, times=[0.1, 2.0, 3.0])
+    # From z(0) = 0 nothing happens.
+    assert torch.equal(graph(0 * start), 0 * start)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "euler"])
+def test_inputs_that_are_no_numbers_are_reported_with_the_time(method, x):
+    x[1, 0] = float("nan")
+    with pytest.raises(InputError, match=rf"^ode: {method} failed at t = [0-9]"):
+        make_graph(Continuous(method), name="ode")(x)
