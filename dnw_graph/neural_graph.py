@@ -196,7 +196,8 @@ class NeuralGraph(nn.Module):
         weight = self.candidates.weight
         index = self.wiring.choose(weight, self.num_edges, self.name)
         # The detached alias keeps the storage alive: no other storage can come to lie at the same address.
-        self._chosen = (weight, weight.detach(), weight._version, index)
+        version = -1 if weight.is_inference() else weight._version
+        self._chosen = (weight, weight.detach(), version, index)
 
     def _real_edges(self) -> Tensor:
         """Return the flat indices for this forward pass, chosen anew where they have to be."""
@@ -208,7 +209,9 @@ class NeuralGraph(nn.Module):
             else:
                 chosen_for, alias, version, _ = self._chosen
                 same_storage = alias.data_ptr() == weight.data_ptr()
-                fresh = chosen_for is weight and same_storage and version == weight._version
+                # Inference tensors keep no version: nothing tells whether they have changed.
+                unchanged = not weight.is_inference() and version == weight._version
+                fresh = chosen_for is weight and same_storage and unchanged
             if fresh:
                 return self._chosen[3]
         self.update_wiring()

@@ -1,45 +1,127 @@
+import copy
+
 import pytest
 import torch
+from dynamic_reference import product
+from reference import plain_forward, relative_error
 from torch import nn
 
-from dnw_graph import InputError, NeuralGraph
+from dnw_graph import Discrete, InputError, NeuralGraph
+from dnw_graph.propagation import BlockPropagation, MessagePassingPropagation
 from dnw_graph.wirings import Fixed
 
-EDGES = torch.tensor([[3, 0, 1], [5, 3, 6]])
+SIZES = (3, 4, 2)
+EDGES = torch.tensor([[0, 2, 3, 1, 6, 0], [3, 4, 7, 6, 8, 8]])
+PAIRS = [(u, v) for v in range(3, 7) for u in range(3)] + [(u, v) for v in (7, 8) for u in range(7)]
+PROPAGATIONS = {
+    "block": BlockPropagation(),
+    "edge_index": MessagePassingPropagation("edge_index"),
+    "csr": MessagePassingPropagation("csr"),
+}
 
 
-def test_given_edges_are_the_real_ones_in_any_order():
-    graph = NeuralGraph((3, 2, 2), 3, wiring=Fixed(EDGES), node_function=nn.Identity())
-    assert graph.edge_index.tolist() == [[0, 3, 1], [3, 5, 6]]
-    graph.candidates.weight.data = torch.arange(1.0, 17.0)
-    w = {
-        tuple(pair): weight
-        for pair, weight in zip(graph.edge_index.T.tolist(), graph.edge_weight.tolist(), strict=True)
-    }
-    x = torch.tensor([[2.0, 3.0, 5.0]])
-    assert graph(x).tolist() == [[2.0 * w[0, 3] * w[3, 5], 3.0 * w[1, 6]]]
+def make_graph(edges=EDGES, num_edges=6, **options):
+    return NeuralGraph(SIZES, num_edges, wiring=Fixed(edges), **{"node_function": nn.Tanh()} | options).double()
 
 
-def test_given_edges_stay_and_only_they_learn():
-    graph = NeuralGraph((3, 2, 2), 3, wiring=Fixed(EDGES), node_function=nn.Identity())
-    optimiser = torch.optim.SGD(graph.parameters(), lr=1.0)
-    graph(torch.ones(1, 3)).sum().backward()
-    assert set(graph.candidates.weight.grad.nonzero().flatten().tolist()) == set(graph.real_index.tolist())
-    optimiser.step()
-    assert graph.edge_index.tolist() == [[0, 3, 1], [3, 5, 6]]
-    other = NeuralGraph((3, 2, 2), 3, wiring=Fixed(torch.tensor([[0, 0, 0], [3, 4, 5]])))
-    other.load_state_dict(graph.state_dict(), strict=False)
-    assert torch.equal(other.edge_index, graph.edge_index)
+def edge_set(graph):
+    return {tuple(pair) for pair in graph.edge_index.T.tolist()}
 
 
-@pytest.mark.parametrize(
-    ("edges", "k", "message"),
-    [
-        ([[0, 0], [3, 3]], 2, "1 of the fixed edges are repeated"),
-        ([[0, 3], [3, 4]], 2, r"\(3, 4\) is not a candidate"),
-        ([[0, 1], [3, 3]], 3, "2 fixed edges were given for num_edges = 3"),
-    ],
-)
-def test_edges_that_do_not_fit_are_refused(edges, k, message):
-    with pytest.raises(InputError, match=message):
-        NeuralGraph((3, 2, 2), k, wiring=Fixed(torch.tensor(edges)))
+def test_the_given_edges_are_the_real_ones_in_any_order():
+    for order in (range(6), [5, 0, 3, 1, 4, 2]):
+        assert edge_set(make_graph(EDGES[:, order])) == {tuple(pair) for pair in EDGES.T.tolist()}
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+def test_only_real_edges_carry_values_and_get_gradients(propagation):
+    graph = make_graph(propagation=PROPAGATIONS[propagation])
+    weights = dict(zip(PAIRS, graph.candidates.weight.tolist(), strict=True))
+    real = {(u, v): torch.tensor(weights[u, v], requires_grad=True) for u, v in map(tuple, EDGES.T.tolist())}
+    real = {pair: weight.detach().double().requires_grad_() for pair, weight in real.items()}
+    for pair in real:
+        real[pair].data.fill_(weights[pair])
+    x = torch.randn(4, 3, dtype=torch.float64)
+    states, _ = plain_forward(x, SIZES, real, lambda v, received: received.tanh() if v < 7 else received)
+    expected = torch.stack(states[7:], dim=1)
+    found = graph(x)
+    assert relative_error(found, expected) < 1e-12
+    (expected**3 + expected).sum().backward()
+    (found**3 + found).sum().backward()
+    gradient = dict(zip(PAIRS, graph.candidates.weight.grad.tolist(), strict=True))
+    for pair, value in gradient.items():
+        assert value == (pytest.approx(real[pair].grad.item(), rel=1e-10) if pair in real else 0)
+    assert all(gradient[pair] != 0 for pair in real)
+
+
+def test_the_edges_stay_whatever_becomes_of_the_weights():
+    graph = make_graph()
+    before = graph.edge_index
+    graph.candidates.weight.data.mul_(torch.linspace(0, 1, graph.num_candidates))
+    assert torch.equal(graph.edge_index, before)
+    graph.reset_parameters()
+    assert torch.equal(graph.edge_index, before)
+
+
+def test_cycles_and_self_loops_of_a_dynamic_graph():
+    edges = torch.tensor([[0, 1, 2, 2], [1, 2, 2, 0]])
+    graph = NeuralGraph(
+        num_nodes=3,
+        num_inputs=1,
+        num_outputs=3,
+        num_edges=4,
+        wiring=Fixed(edges),
+        dynamics=Discrete(4),
+        node_function=nn.Identity(),
+    ).double()
+    matrix = torch.zeros(3, 3, dtype=torch.float64)
+    for u, v in edges.T.tolist():
+        matrix[v, u] = graph.candidates.weight[3 * v + u]
+    x = torch.tensor([[2.0]], dtype=torch.float64)
+    start = torch.tensor([[2.0, 0, 0]], dtype=torch.float64)
+    assert relative_error(graph(x), product(torch.linalg.matrix_power(matrix, 4), start)) < 1e-12
+
+
+def test_the_edges_travel_in_the_state_dict(tmp_path):
+    graph = make_graph()
+    assert set(graph.state_dict()) == {"candidates.weight", "wiring.index"}
+    torch.save(graph.state_dict(), tmp_path / "graph.pt")
+    other = make_graph(torch.tensor([[0, 0, 0, 0, 1, 1], [3, 4, 5, 6, 3, 7]]))
+    x = torch.randn(4, 3, dtype=torch.float64)
+    assert not torch.equal(other.eval()(x), graph.eval()(x))
+    other.load_state_dict(torch.load(tmp_path / "graph.pt"))
+    assert torch.equal(other(x), graph(x))
+    assert edge_set(other) == edge_set(graph)
+    assert edge_set(copy.deepcopy(graph)) == edge_set(graph)
+
+
+def test_a_state_with_another_number_of_edges_is_refused():
+    state = make_graph(EDGES[:, :5], 5).state_dict()
+    with pytest.raises(RuntimeError, match=r"size mismatch for wiring.index"):
+        make_graph().load_state_dict(state)
+
+
+def test_repeated_edges_are_refused():
+    edges = EDGES[:, [0, 1, 2, 3, 0, 1]]
+    with pytest.raises(InputError, match="stage2: 2 of the fixed edges are repeated"):
+        make_graph(edges, name="stage2")
+
+
+@pytest.mark.parametrize("pair", [(0, 1), (3, 0), (7, 8), (4, 5), (0, 9), (-1, 4)])
+def test_pairs_that_are_no_candidates_are_refused(pair):
+    edges = EDGES.clone()
+    edges[:, 2] = torch.tensor(pair)
+    with pytest.raises(InputError, match=rf"\({pair[0]}, {pair[1]}\) is not a candidate edge of this graph"):
+        make_graph(edges)
+
+
+@pytest.mark.parametrize("num_edges", [5, 7])
+def test_another_number_of_edges_than_given_is_refused(num_edges):
+    with pytest.raises(InputError, match=f"stage2: 6 fixed edges were given for num_edges = {num_edges}"):
+        make_graph(num_edges=num_edges, name="stage2")
+
+
+@pytest.mark.parametrize("edges", [EDGES.T, EDGES[0], EDGES.unsqueeze(0), torch.empty(3, 2, dtype=torch.long)])
+def test_edges_of_another_shape_are_refused(edges, unchecked):
+    with pytest.raises(InputError, match=r"edge_index must be \[2, edges\], sources over targets; got"):
+        Fixed(edges)

@@ -225,6 +225,16 @@ def test_anew_with_weights_passed_by_functional_call():
     assert torch.equal(graph(X), usual)
 
 
+def test_anew_with_weights_made_in_inference_mode():
+    graph = make_graph().eval()
+    expected = graph(X)
+    with torch.inference_mode():
+        twin = copy.deepcopy(graph)
+        assert torch.equal(twin(X), expected)
+        change_in_place(twin)  # leaves no trace: such tensors keep no version
+        assert_edges_fit_weights(twin)
+
+
 def step_fused(graph):
     graph.candidates.weight.grad = graph.candidates.weight.detach() - swap_order(graph.candidates.weight)
     torch.optim.SGD([graph.candidates.weight], lr=1.0, fused=True).step()
