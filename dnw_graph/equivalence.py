@@ -92,10 +92,11 @@ def static_to_discrete(graph: NeuralGraph) -> nn.Sequential:
     those of the static graph, copied.
 
     Args:
-        graph: A static graph. The function of its inputs, which is not part of the recurrence, comes first.
+        graph: A static graph, whose functions keep the resolution but at the inputs. The function of its inputs, which
+            is not part of the recurrence, comes first.
 
     Raises:
-        InputError: If the graph is not static, or acts at its outputs with a function that changes the resolution.
+        InputError: If the graph is not static.
     """
     static = graph.dynamics
     if not isinstance(static, Static):

@@ -64,7 +64,7 @@ def main() -> None:
 
 def distance(a: Tensor, b: Tensor) -> float:
     """Return ‖a - b‖ / ‖b‖."""
-    return float((a - b).norm() / b.norm())
+    return ((a - b).norm() / b.norm()).item()
 
 
 def compare(

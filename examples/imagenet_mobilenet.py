@@ -1,4 +1,4 @@
-"""Train and evaluate MobileNetV1, MobileNetV1-DNW and their random graphs (Table 3 of the paper).
+r"""Train and evaluate MobileNetV1, MobileNetV1-DNW and their random graphs (Table 3 of the paper).
 
 With no option, MobileNetV1-DNW x0.225 learns scikit-learn's digits in about two minutes on two CPU cores:
 
@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from dnw_graph import InputError
-from dnw_graph.models import create_model, model_names
+from dnw_graph.errors import unknown_name
+from dnw_graph.models import create_model
 from dnw_graph.training import ModelOptions, RunOptions, main, option
 
+MODELS = ("mobilenet_v1_dnw", "mobilenet_v1")
 LARGE_IMAGE = 64
 
 
@@ -29,13 +31,15 @@ LARGE_IMAGE = 64
 class MobileNetOptions(ModelOptions):
     """Which model. The first convolution has stride 2, or 1 for images smaller than 64 pixels."""
 
-    model: str = option("mobilenet_v1_dnw", f"one of {', '.join(model_names())}")
+    model: str = option("mobilenet_v1_dnw", f"one of {', '.join(MODELS)}")
     width: float = option(0.225, "width multiplier")
     small: bool = option(False, "mobilenet_v1_dnw: learn the edges of the classifier too (DNW-Small)")
     wiring: str = option("dnw", "mobilenet_v1_dnw: 'dnw' learns the wiring, 'random_graph' keeps a random one")
 
     def create(self, num_classes: int, image_size: int) -> nn.Module:
         """Return the model."""
+        if self.model not in MODELS:
+            raise unknown_name("model", self.model, MODELS)
         shared = {
             "width": self.width,
             "num_classes": num_classes,

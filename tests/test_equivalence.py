@@ -1,4 +1,5 @@
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def backward(outputs):
 
 def perceptron(sizes, activation=nn.ReLU, bias=True):
     layers = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b, bias=bias), activation()]
     return nn.Sequential(*layers[:-1]).double()
 
@@ -47,7 +48,7 @@ def test_a_perceptron_is_its_discrete_graph(sizes, activation, bias, rows):
     assert isinstance(graph.dynamics, Discrete)
     assert graph.dynamics.steps == len(sizes) - 1
     assert graph.num_nodes == sum(sizes)
-    assert graph.num_edges == sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
+    assert graph.num_edges == sum(a * b for a, b in pairwise(sizes))
     inputs = [rows.clone().requires_grad_() for _ in range(2)]
     expected, found = mlp(inputs[0]), graph(inputs[1])
     assert relative_error(found, expected) < 1e-12
@@ -102,7 +103,7 @@ def test_several_activations_and_single_precision(digits):
 @pytest.mark.parametrize(
     ("mlp", "message"),
     [
-        (nn.Sequential(nn.ReLU(), nn.Linear(2, 3)), r"a perceptron begins with nn.Linear; this one begins with ReLU\(\)"),
+        (nn.Sequential(nn.ReLU(), nn.Linear(2, 3)), r"begins with nn.Linear; this one begins with ReLU\(\)"),
         (nn.Sequential(), "the perceptron has no nn.Linear layer"),
         (nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(4, 3)), r"Linear\(in_features=4.* cannot follow Linear"),
     ],

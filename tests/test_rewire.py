@@ -5,16 +5,22 @@ from torch import nn
 from dnw_graph import DNW, Discrete, InputError, NeuralGraph, RandomGraph
 from dnw_graph.wirings import Fixed, Wiring
 
-EDGES = torch.tensor([[0, 1, 2], [3, 4, 6]])
+EDGES = torch.tensor([[0, 1, 3], [3, 4, 7]])
 
 
 def static():
-    return NeuralGraph((3, 4, 2), 10, node_function=nn.Tanh(), name="stage2").double()
+    return NeuralGraph((3, 4, 2), 20, node_function=nn.Tanh(), name="stage2").double()
 
 
 def discrete():
     return NeuralGraph(
-        num_nodes=9, num_inputs=3, num_outputs=2, num_edges=10, dynamics=Discrete(3), node_function=nn.Tanh(), name="loop"
+        num_nodes=9,
+        num_inputs=3,
+        num_outputs=2,
+        num_edges=20,
+        dynamics=Discrete(2),
+        node_function=nn.Tanh(),
+        name="loop",
     ).double()
 
 
@@ -53,7 +59,7 @@ REFUSED = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("before", ["dnw", "random_graph"])
 def test_a_refused_rewiring_changes_nothing(before, training, case, graph, x):
-    graph.rewire(before, 10)
+    graph.rewire(before, 20)
     graph.train(training)
     expected = graph(x)
     rule, edges = graph.wiring, graph.edge_index
@@ -62,7 +68,7 @@ def test_a_refused_rewiring_changes_nothing(before, training, case, graph, x):
     with pytest.raises(InputError, match=message):
         graph.rewire(wiring, num_edges)
     assert graph.wiring is rule
-    assert graph.num_edges == 10
+    assert graph.num_edges == 20
     assert torch.equal(graph.edge_index, edges)
     assert torch.equal(graph(x), expected)
     assert set(graph.state_dict()) == set(state)
@@ -80,7 +86,7 @@ def test_the_next_pass_uses_the_new_edges(training, graph, x):
     graph.rewire(Fixed(EDGES), 3)
     assert graph.edge_index.T.tolist() == EDGES.T.tolist()
     few = graph(x)
-    graph.rewire("dnw", 10)
+    graph.rewire("dnw", 20)
     assert torch.equal(graph(x), first)
     assert not torch.equal(dense, first)
     assert not torch.equal(few, first)

@@ -140,7 +140,7 @@ def test_every_solver_on_a_linear_graph_in_closed_form(method, x):
         expected = product(torch.matrix_exp(matrix), augmented(x))[:, -OUTPUTS:]
         assert relative_error(graph(x), expected) < 1e-3
     else:
-        tolerance = 2e-2 if method == "euler" else 3e-3
+        tolerance = 2e-2 if method == "euler" else 1e-2
         compare(graph, x, lambda matrix, p, start: product(torch.matrix_exp(matrix), start), tolerance)
     assert graph.dynamics.num_evaluations > 0
 
@@ -383,7 +383,7 @@ def test_adaptive_solvers_report_where_the_solution_blows_up(method, adjoint):
 def test_solvers_with_fixed_steps_report_that_the_solution_blew_up(method, adjoint):
     graph = exploding(Continuous(method, options={"step_size": 0.05}, adjoint=adjoint))
     start = torch.tensor([[0.5]], dtype=torch.float64)
-    with pytest.raises(InputError, match=rf"^ode: {method} failed at t = 2 \(the state is not finite\); .*smaller steps"):
+    with pytest.raises(InputError, match=rf"^ode: {method} failed at t = 2 \(the state is not finite\); .* smaller"):
         graph(start, times=[0.1, 2.0, 3.0])
     # From z(0) = 0 nothing happens.
     assert torch.equal(graph(0 * start), 0 * start)

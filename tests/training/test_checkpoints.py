@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dnw_graph.training import Summary, read_checkpoint, run
+from dnw_graph.training import Checkpoints, Summary, read_checkpoint, run
 from dnw_graph.training.checkpoints import loop_state
 from dnw_graph.training.classifier import Classifier
 from dnw_graph.training.images import ImageData
@@ -139,6 +139,30 @@ def test_resume_twice_in_a_row_while_evaluating(
     resumed = run(create, {}, replace(chosen, resume=last), small_digits)
     assert losses == expected
     assert without_time(resumed) == without_time(unbroken)
+
+
+def test_resume_after_a_kill_from_a_checkpoint_saved_on_the_last_batch_of_an_epoch(
+    create: Create,
+    small_digits: ImageData,
+    options: Callable[..., RunOptions],
+    losses: list[float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unbroken = run(create, {}, options(output=str(tmp_path / "unbroken")), small_digits)
+    expected = losses.copy()
+    chosen = options(save_every=STEPS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "on_exception", lambda *args: None)
+        with pytest.raises(CrashError):
+            run(crash_at(create, False, 2, crash), {}, chosen, small_digits)
+    last = f"{chosen.output}/last.ckpt"
+    assert read_checkpoint(last)["global_step"] == 2 * STEPS
+    losses.clear()
+    resumed = run(create, {}, replace(chosen, resume=last), small_digits)
+    assert losses == expected[2 * STEPS :]
+    assert without_time(resumed) == without_time(unbroken)
+    assert_equal_states(Path(last), tmp_path / "unbroken" / "last.ckpt")
 
 
 def test_resume_of_a_finished_run_reports_it_again(

@@ -11,7 +11,7 @@ from dnw_graph.propagation import BlockPropagation, MessagePassingPropagation
 from dnw_graph.wirings import Fixed
 
 SIZES = (3, 4, 2)
-EDGES = torch.tensor([[0, 2, 3, 1, 6, 0], [3, 4, 7, 6, 8, 8]])
+EDGES = torch.tensor([[0, 2, 3, 1, 6, 0], [3, 3, 7, 6, 8, 8]])
 PAIRS = [(u, v) for v in range(3, 7) for u in range(3)] + [(u, v) for v in (7, 8) for u in range(7)]
 PROPAGATIONS = {
     "block": BlockPropagation(),
@@ -37,10 +37,8 @@ def test_the_given_edges_are_the_real_ones_in_any_order():
 def test_only_real_edges_carry_values_and_get_gradients(propagation):
     graph = make_graph(propagation=PROPAGATIONS[propagation])
     weights = dict(zip(PAIRS, graph.candidates.weight.tolist(), strict=True))
-    real = {(u, v): torch.tensor(weights[u, v], requires_grad=True) for u, v in map(tuple, EDGES.T.tolist())}
-    real = {pair: weight.detach().double().requires_grad_() for pair, weight in real.items()}
-    for pair in real:
-        real[pair].data.fill_(weights[pair])
+    pairs = map(tuple, EDGES.T.tolist())
+    real = {pair: torch.tensor(weights[pair], dtype=torch.float64, requires_grad=True) for pair in pairs}
     x = torch.randn(4, 3, dtype=torch.float64)
     states, _ = plain_forward(x, SIZES, real, lambda v, received: received.tanh() if v < 7 else received)
     expected = torch.stack(states[7:], dim=1)
