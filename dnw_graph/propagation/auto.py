@@ -13,9 +13,9 @@ class AutoPropagation(Propagation):
     """The way that ``benchmarks/propagation.py`` measured as the faster one.
 
     Sparse products (:class:`MessagePassingPropagation` with ``adjacency="csr"``) on a CPU, in single or double
-    precision, where blocks are large and real edges few; the block path everywhere else. On 2 cores the sparse products
-    took 0.5 to 0.9 times as long at the bounds below and under them, and 1.3 to 2 times as long above the density or
-    below the size.
+    precision, where blocks are large and real edges few; the block path everywhere else. Within the bounds below, the
+    sparse products took 0.5 to 0.8 times as long in evaluation and 0.65 to 1 times in training, where the dense gradient
+    of the candidates is common to both; beyond them they gained little or lost.
 
     Attributes:
         MAX_DENSITY: Largest share of real edges among the candidates for sparse products.
@@ -23,7 +23,7 @@ class AutoPropagation(Propagation):
     """
 
     MAX_DENSITY = 0.06
-    MIN_BLOCK = 2**18
+    MIN_BLOCK = 2**19
 
     def __init__(self) -> None:
         super().__init__()
