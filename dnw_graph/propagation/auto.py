@@ -14,8 +14,8 @@ class AutoPropagation(Propagation):
 
     Sparse products (:class:`MessagePassingPropagation` with ``adjacency="csr"``) on a CPU, in single or double
     precision, where blocks are large and real edges few; the block path everywhere else. Within the bounds below, the
-    sparse products took 0.5 to 0.8 times as long in evaluation and 0.65 to 1 times in training, where the dense gradient
-    of the candidates is common to both; beyond them they gained little or lost.
+    sparse products took 0.5 to 0.8 times as long in evaluation and 0.65 to 1 times in training, where the dense
+    gradient of the candidates is common to both; beyond them they gained little or lost.
 
     Attributes:
         MAX_DENSITY: Largest share of real edges among the candidates for sparse products.
