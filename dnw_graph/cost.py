@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.neural_graph import NeuralGraph
+from dnw_graph.propagation import Propagate, Propagation, RealEdges
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,25 @@ def neural_graphs(model: nn.Module) -> dict[str, NeuralGraph]:
 def live_nodes(model: nn.Module) -> dict[str, Bool[Tensor, " nodes"]]:
     """Return, by graph name, which nodes reach an output of the model over real edges; the others are dead.
 
-    A model that chains its graphs knows which outputs count in a method ``live_nodes_by_graph()``; in any other
-    model, and in a graph by itself, all outputs of a graph count.
+    A model that chains its graphs knows which outputs count in a method ``live_nodes_by_graph()``; in any other graph,
+    all outputs count.
     """
-    chained = getattr(model, "live_nodes_by_graph", None)
-    if chained is not None:
-        return chained()
-    return {name: graph.live_nodes() for name, graph in neural_graphs(model).items()}
+    masks: dict[nn.Module, Tensor] = {}
+    for module in model.modules():
+        chained = getattr(module, "live_nodes_by_graph", None)
+        if chained is not None:
+            masks |= chained()
+    return {
+        name: masks[graph] if graph in masks else graph.live_nodes() for name, graph in neural_graphs(model).items()
+    }
 
 
 def cost(model: nn.Module, input_size: tuple[int, ...]) -> Cost:
     """Count the parameters and multiply-adds of a model without its dead nodes.
 
-    One image of zeros is sent through the model in evaluation mode to learn the sizes of the maps. A node function
-    counts for its live nodes, and so does the last layer of the model's ``stem``, whose channels are the inputs of the
-    first graph.
+    One image of zeros is sent through the model in evaluation mode, and what is computed is counted: live real edges at
+    every product, each step of a discrete graph and each evaluation of a continuous one; node functions at their live
+    nodes; the last layer of a ``stem``, whose channels are the inputs of the first graph beside it, at the live ones.
 
     Args:
         model: Any module of convolutions, linear layers and neural graphs.
@@ -64,61 +69,98 @@ def cost(model: nn.Module, input_size: tuple[int, ...]) -> Cost:
     """
     live = live_nodes(model)
     graphs = neural_graphs(model)
-    places = _map_sizes(model, input_size)
-    share = _live_shares(model, graphs, live)
-    parameters = multiply_adds = 0.0
+    masks = _channel_masks(model, graphs, live)
+    parameters = 0.0
     for module in model.modules():
-        own = sum(p.numel() for p in module.parameters(recurse=False))
-        if isinstance(module, nn.Conv2d | nn.Linear) and module in places:
-            multiply_adds += module.weight.numel() * places[module] * share.get(module, 1.0)
         if not isinstance(module, CandidateEdges | _NormBase):
-            parameters += own * share.get(module, 1.0)
+            own = sum(p.numel() for p in module.parameters(recurse=False))
+            parameters += own * float(masks[module].double().mean()) if module in masks else own
     for name, graph in graphs.items():
         source, target = graph.edge_index
-        edges = int((live[name][source] & live[name][target]).sum())
-        parameters += edges
-        multiply_adds += edges * places.get(graph, 0)
-    return Cost(round(parameters), round(multiply_adds))
+        parameters += int((live[name][source] & live[name][target]).sum())
+    return Cost(round(parameters), _count_multiply_adds(model, input_size, masks, graphs, live))
 
 
-def _map_sizes(model: nn.Module, input_size: tuple[int, ...]) -> dict[nn.Module, int]:
-    """Return the values per output map of every layer and graph, added up over its calls."""
-    places: dict[nn.Module, int] = {}
+def _count_multiply_adds(
+    model: nn.Module,
+    input_size: tuple[int, ...],
+    masks: dict[nn.Module, Tensor],
+    graphs: dict[str, NeuralGraph],
+    live: dict[str, Tensor],
+) -> int:
+    total = 0
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        # A linear layer is applied at every place but the last dimension, a convolution or graph at each of a map.
-        shape = output.shape[1:-1] if isinstance(module, nn.Linear) else output.shape[2:]
-        places[module] = places.get(module, 0) + math.prod(shape)
+        nonlocal total
+        linear = isinstance(module, nn.Linear)
+        # A linear layer is applied at every place but the last dimension, a convolution at every one of its map.
+        places = math.prod(output.shape[1:-1] if linear else output.shape[2:])
+        channels = output.size(-1 if linear else 1)
+        if module in masks:
+            nodes = args[1] if len(args) > 1 and args[1] is not None else range(channels)
+            channels = int(masks[module][nodes.start : nodes.stop].sum())
+        total += channels * module.get_parameter("weight")[0].numel() * places
 
-    counted = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear | NeuralGraph)]
-    handles = [module.register_forward_hook(hook) for module in counted]
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    handles = [layer.register_forward_hook(hook) for layer in layers]
     modes = {module: module.training for module in model.modules()}
+    counted = {name: _Counted(graph.propagation, live[name]) for name, graph in graphs.items()}
     reference = next(model.parameters())
     try:
+        for name, graph in graphs.items():
+            graph.propagation = counted[name]
         with torch.no_grad():
             model.eval()(torch.zeros(1, *input_size, dtype=reference.dtype, device=reference.device))
     finally:
+        for name, graph in graphs.items():
+            graph.propagation = counted[name].propagation
         for handle in handles:
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    return places
+    return total + sum(each.multiply_adds for each in counted.values())
 
 
-def _live_shares(model: nn.Module, graphs: dict[str, NeuralGraph], live: dict[str, Tensor]) -> dict[nn.Module, float]:
-    """Return the share of live channels of every layer whose channels are nodes of a graph."""
-    shares: dict[nn.Module, float] = {}
+class _Counted(Propagation):
+    """Another propagation, counting one multiply-add per live real edge and place."""
 
-    def note(function: nn.Module, mask: Tensor) -> None:
-        shares.update(dict.fromkeys(function.modules(), float(mask.double().mean())))
+    def __init__(self, propagation: Propagation, live: Tensor) -> None:
+        super().__init__()
+        self.propagation = propagation
+        self.live = live
+        self.multiply_adds = 0
 
+    def forward(self, edges: RealEdges) -> Propagate:
+        propagate = self.propagation(edges)
+        source, target = edges.candidates.pairs(edges.index)
+        alive = self.live[source] & self.live[target]
+        source, target = source[alive], target[alive]
+
+        def product(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
+            block = propagate.blocks[number]
+            sources, targets = block.sources[columns], block.targets[rows]
+            used = (source >= sources.start) & (source < sources.stop)
+            used &= (target >= targets.start) & (target < targets.stop)
+            self.multiply_adds += int(used.sum()) * math.prod(z.shape[2:])
+            return propagate.product(number, z, rows, columns)
+
+        return Propagate(propagate.blocks, propagate.weights, product)
+
+
+def _channel_masks(
+    model: nn.Module, graphs: dict[str, NeuralGraph], live: dict[str, Tensor]
+) -> dict[nn.Module, Tensor]:
+    """Return, for every layer whose channels are nodes of a graph, which of them are live."""
+    masks: dict[nn.Module, Tensor] = {}
     for name, graph in graphs.items():
         for function, nodes in graph.dynamics.functions():
-            note(function, live[name][nodes.start : nodes.stop])
-    stem = getattr(model, "stem", None)
-    if graphs and isinstance(stem, nn.Module):
-        name, graph = next(iter(graphs.items()))
-        # Only the last layer's channels are nodes; the layers before it feed live and dead ones alike.
-        for layer in [m for m in stem.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1:]:
-            note(layer, live[name][: graph.num_inputs])
-    return shares
+            masks |= dict.fromkeys(function.modules(), live[name][nodes.start : nodes.stop])
+    by_graph = {graph: live[name] for name, graph in graphs.items()}
+    for module in model.modules():
+        stem = getattr(module, "stem", None)
+        inner = [graph for graph in module.modules() if isinstance(graph, NeuralGraph)]
+        if inner and isinstance(stem, nn.Module):
+            # Only the last layer's channels are nodes; the layers before it feed live and dead ones alike.
+            for layer in [m for m in stem.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1:]:
+                masks[layer] = by_graph[inner[0]][: inner[0].num_inputs]
+    return masks

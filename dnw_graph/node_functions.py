@@ -32,6 +32,32 @@ def make_norm(norm: str, num_nodes: int) -> nn.Module:
     return NORMS[norm](num_nodes)
 
 
+class NodeConv(nn.Conv2d):
+    """A single-channel convolution for every node, without bias.
+
+    Args:
+        num_nodes: Number of nodes.
+        kernel_size: Odd size, padded so that stride 1 keeps the resolution.
+        stride: Stride.
+
+    Shapes:
+        - input: ``[batch, nodes, height, width]``
+        - output: ``[batch, nodes, ⌈height / stride⌉, ⌈width / stride⌉]``
+    """
+
+    def __init__(self, num_nodes: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__(num_nodes, num_nodes, kernel_size, stride, kernel_size // 2, groups=num_nodes, bias=False)
+
+    def forward(
+        self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
+    ) -> Float[Tensor, "batch nodes h w"]:
+        """Convolve the maps of all nodes, or of the given ones."""
+        if nodes is None:
+            return super().forward(z)
+        weight = self.weight[nodes.start : nodes.stop]
+        return F.conv2d(z, weight, None, self.stride, self.padding, groups=len(nodes))
+
+
 class NormReluConv(nn.Module):
     """Normalisation → ReLU → single-channel convolution: the paper's node function (Section 2.4).
 
@@ -54,7 +80,7 @@ class NormReluConv(nn.Module):
         if kernel_size % 2 == 0:
             raise InputError(f"kernel_size must be odd, so that stride 1 keeps the resolution; got {kernel_size}")
         self.norm = make_norm(norm, num_nodes)
-        self.conv = nn.Conv2d(num_nodes, num_nodes, kernel_size, stride, kernel_size // 2, groups=num_nodes, bias=False)
+        self.conv = NodeConv(num_nodes, kernel_size, stride)
 
     @property
     def node_wise(self) -> bool:
@@ -65,13 +91,7 @@ class NormReluConv(nn.Module):
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes h w"]:
         """Apply f_θ to the input of every node, or of the given ones if ``node_wise``."""
-        return self._convolve(F.relu(_normalise(self.norm, z, nodes), inplace=True), nodes)
-
-    def _convolve(self, z: Tensor, nodes: range | None) -> Tensor:
-        if nodes is None:
-            return self.conv(z)
-        weight = self.conv.weight[nodes.start : nodes.stop]
-        return F.conv2d(z, weight, None, self.conv.stride, self.conv.padding, groups=len(nodes))
+        return self.conv(F.relu(_normalise(self.norm, z, nodes), inplace=True), nodes)
 
 
 class NormReluConvNormRelu(NormReluConv):
@@ -104,7 +124,7 @@ class ReluConvSendNorm(NormReluConv):
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes h w"]:
         """Return what the nodes send, or the given ones; zero for a state of zero."""
-        return self._convolve(F.relu(z), nodes)
+        return self.conv(F.relu(z), nodes)
 
     def forward(
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None

@@ -1,12 +1,15 @@
+from functools import partial
+
 import networkx as nx
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dnw_graph import NeuralGraph
+from dnw_graph import Continuous, Discrete, NeuralGraph
 from dnw_graph.cost import Cost, cost, live_nodes, neural_graphs
 from dnw_graph.models import STAGES, MobileNetV1, MobileNetV1DNW, TinyClassifier
+from dnw_graph.node_functions import NormReluConv
 
 MAPS = [112, 56, 28, 14, 7]  # map sizes of the stages at 224 pixels
 
@@ -54,6 +57,9 @@ def test_mobilenet_v1_costs_what_table_3_says(width, multiply_adds, parameters):
     assert round(result.parameters / 1e6, 1) == parameters
 
 
+TWICE = nn.Conv2d(3, 3, 3, padding=1)
+
+
 @pytest.mark.parametrize(
     ("model", "input_size"),
     [
@@ -62,8 +68,9 @@ def test_mobilenet_v1_costs_what_table_3_says(width, multiply_adds, parameters):
         (nn.Sequential(nn.Conv2d(4, 6, (3, 5), (2, 1), bias=False), nn.Conv2d(6, 6, 3, groups=3)), (4, 11, 13)),
         (nn.Sequential(nn.Flatten(), nn.Linear(18, 7), nn.ReLU(), nn.Linear(7, 3)), (2, 3, 3)),
         (nn.Linear(5, 3), (4, 5)),
+        (nn.Sequential(TWICE, nn.ReLU(), TWICE), (3, 6, 6)),
     ],
-    ids=["mobilenet ×0.25", "mobilenet ×0.5", "convolutions", "linear", "linear at four places"],
+    ids=["mobilenet ×0.25", "mobilenet ×0.5", "convolutions", "linear", "linear at four places", "one layer twice"],
 )
 def test_dense_models_cost_what_pytorch_counts(model, input_size):
     result = cost(model, input_size)
@@ -129,9 +136,9 @@ def test_live_nodes_are_those_that_reach_a_logit_through_all_stages(small, width
 
 
 def chain_with_a_dead_end():
-    """Blocks (2, 2, 2, 1): 0 → 2 → 4 → 6 is live; 1 → 3 → 5 ends at 5, which has no output edge."""
-    graph = NeuralGraph((2, 2, 2, 1), 5)
-    index = graph.candidates.flat_index(torch.tensor([[0, 2, 4, 1, 3], [2, 4, 6, 3, 5]]))
+    """Blocks (2, 2, 2, 1): 0 → 2 → 4 → 6 is live; 1 → 3 → 5 and 0 → 3 end at 5, which has no output edge."""
+    graph = NeuralGraph((2, 2, 2, 1), 6)
+    index = graph.candidates.flat_index(torch.tensor([[0, 2, 4, 1, 3, 0], [2, 4, 6, 3, 5, 3]]))
     graph.candidates.weight.data.mul_(0.01)[index] = 1.0
     return graph
 
@@ -188,3 +195,18 @@ def test_graphs_are_found_by_name_or_else_by_path():
     )
     assert list(neural_graphs(model)) == ["0", "1.0", "c"]
     assert list(neural_graphs(model[0])) == ["graph"]
+
+
+@pytest.mark.parametrize("dynamics", [Discrete(steps=5), Discrete(steps=2, input_mode="hold"), Continuous("rk4")])
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_recurrent_graphs_cost_what_pytorch_counts_over_all_steps(dynamics, norm):
+    function = partial(NormReluConv, norm=norm)
+    graph = NeuralGraph(
+        num_nodes=6, num_inputs=2, num_outputs=2, dynamics=dynamics, node_function=function, propagation="block"
+    )  # all candidates are real, so the dense products do no work that is not the graph's
+    assert cost(graph, (2, 4, 4)).multiply_adds == counted_by_pytorch(graph, (2, 4, 4))
+
+
+def test_a_wrapped_model_costs_the_same():
+    model = MobileNetV1DNW(width=0.1, num_classes=10, stem_stride=1, wiring="random_graph")
+    assert cost(nn.Sequential(model), (3, 16, 16)) == cost(model, (3, 16, 16))

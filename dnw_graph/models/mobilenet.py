@@ -21,7 +21,7 @@ STAGES = ((32, 64), (64, 128, 128), (128, 256, 256), (256, *[512] * 6), (512, 10
 """Channels of each stage at width 1: what enters it, then one number per pointwise convolution."""
 
 
-def _check(width: float, num_classes: int, stem_stride: int) -> None:
+def _check(width: float | int, num_classes: int, stem_stride: int) -> None:
     if not (isinstance(width, int | float) and math.isfinite(width) and width > 0):
         raise InputError(f"width must be a positive number, such as 0.225; got {width!r}")
     if num_classes < 1:
@@ -48,7 +48,7 @@ class MobileNetV1(nn.Module):
         InputError: If an argument is out of range.
     """
 
-    def __init__(self, width: float = 1.0, num_classes: int = 1000, stem_stride: int = 2) -> None:
+    def __init__(self, width: float | int = 1.0, num_classes: int = 1000, stem_stride: int = 2) -> None:
         super().__init__()
         _check(width, num_classes, stem_stride)
         self.width = width
@@ -133,7 +133,7 @@ class MobileNetV1DNW(nn.Module):
 
     def __init__(
         self,
-        width: float = 0.225,
+        width: float | int = 0.225,
         num_classes: int = 1000,
         stem_stride: int = 2,
         *,
@@ -178,20 +178,20 @@ class MobileNetV1DNW(nn.Module):
             z = stage(z)
         return self.classifier(self.head(z))
 
-    def live_nodes_by_graph(self) -> dict[str, Bool[Tensor, " nodes"]]:
-        """Return, by graph name, which nodes reach a logit over real edges of this and all later graphs."""
+    def live_nodes_by_graph(self) -> dict[NeuralGraph, Bool[Tensor, " nodes"]]:
+        """Return for every graph which nodes reach a logit over real edges of this and all later graphs."""
         graphs = [stage for stage in self.stages if isinstance(stage, NeuralGraph)]
         if isinstance(self.classifier, GraphClassifier):
             graphs.append(self.classifier.graph)
-        live: dict[str, Tensor] = {}
+        live: dict[NeuralGraph, Tensor] = {}
         live_outputs = None
         for graph in reversed(graphs):
-            live[graph.name] = graph.live_nodes(live_outputs)
-            live_outputs = live[graph.name][: graph.num_inputs]
-        return dict(reversed(live.items()))
+            live[graph] = graph.live_nodes(live_outputs)
+            live_outputs = live[graph][: graph.num_inputs]
+        return live
 
 
-def edges_at_width(stage: Sequence[int], width: float) -> int:
+def edges_at_width(stage: Sequence[int], width: float | int) -> int:
     """Return ⌊width² · c⌋ for the c pointwise weights of a stage of MobileNetV1.
 
     Raises:

@@ -43,7 +43,9 @@ class Wiring(nn.Module):
     def choose(self, weight: Float[Tensor, " candidates"], num_edges: int, name: str) -> Int[Tensor, " edges"]:
         """Return the flat indices of the real edges, ascending.
 
-        Called once per forward pass in training, and in evaluation when the weights have changed.
+        Called once per forward pass in training, and in evaluation when the weights have changed. A recomputation in
+        the backward pass takes the edges of the last forward pass, so a rule that chooses anew without a change of the
+        weights must not be checkpointed over several forward passes.
 
         Args:
             weight: Candidate weights.
