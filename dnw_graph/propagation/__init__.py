@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.propagation.auto import AutoPropagation
 from dnw_graph.propagation.base import Propagate, Propagation, RealEdges
 from dnw_graph.propagation.block import BlockPropagation
 from dnw_graph.propagation.message_passing import MessagePassingPropagation, WeightedSum
+from dnw_graph.registry import resolve
 
 __all__ = [
     "PROPAGATIONS",
@@ -28,18 +28,5 @@ PROPAGATIONS: dict[str, type[Propagation]] = {
 
 
 def make_propagation(propagation: str | Propagation) -> Propagation:
-    """Return a propagation from a name or an object.
-
-    Args:
-        propagation: ``"auto"``, ``"block"``, ``"message_passing"`` or an object.
-
-    Raises:
-        InputError: If the name is unknown or the object is no :class:`Propagation`.
-    """
-    if isinstance(propagation, Propagation):
-        return propagation
-    if not isinstance(propagation, str):
-        raise InputError(f"a propagation is a name or a Propagation object; got {propagation!r}")
-    if propagation not in PROPAGATIONS:
-        raise unknown_name("propagation", propagation, PROPAGATIONS)
-    return PROPAGATIONS[propagation]()
+    """Return a propagation of its own for one graph, see :func:`dnw_graph.registry.resolve`."""
+    return resolve("propagation", propagation, Propagation, PROPAGATIONS)
