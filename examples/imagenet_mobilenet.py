@@ -1,6 +1,6 @@
 r"""Train and evaluate MobileNetV1, MobileNetV1-DNW and their random graphs (Table 3 of the paper).
 
-With no option, MobileNetV1-DNW x0.225 learns scikit-learn's digits in about two minutes on two CPU cores:
+With no option, MobileNetV1-DNW x0.225 learns scikit-learn's digits in about a minute and a half on two CPU cores:
 
     python examples/imagenet_mobilenet.py
 

@@ -157,6 +157,9 @@ class _Field(torch.nn.Module):
             self.time = time
         if self.forward_done:
             dynamics.num_backward_evaluations += 1
+            # The adjoint solves again from the end; nothing else looks at what it finds on its way.
+            if not torch.isfinite(z).all():
+                raise InputError(dynamics._diverged(self.time, "the state is not finite, solved backwards"))
         else:
             dynamics.num_evaluations += 1
         return dynamics.step(self.propagate, dynamics.node_function, z, t)

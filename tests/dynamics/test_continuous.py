@@ -185,12 +185,13 @@ class Watching(BlockPropagation):
 
 
 def test_nodes_other_than_the_inputs_start_at_zero(digits):
-    watching = Watching()
+    graph = make_graph(Continuous(), propagation=Watching())
     maps = digits[0][:4].view(2, INPUTS, 8, 8)
-    make_graph(Continuous(), propagation=watching)(maps)
-    assert torch.equal(watching.sent[0][:, :INPUTS], maps)
-    assert not watching.sent[0][:, INPUTS:].any()
-    assert watching.sent[-1][:, INPUTS:].any()
+    graph(maps)
+    first, last = graph.propagation.sent[0], graph.propagation.sent[-1]
+    assert torch.equal(first[:, :INPUTS], maps)
+    assert not first[:, INPUTS:].any()
+    assert last[:, INPUTS:].any()
 
 
 def test_without_further_nodes_it_is_a_plain_neural_ode(x):
@@ -394,3 +395,20 @@ def test_inputs_that_are_no_numbers_are_reported_with_the_time(method, x):
     x[1, 0] = float("nan")
     with pytest.raises(InputError, match=rf"^ode: {method} failed at t = [0-9]"):
         make_graph(Continuous(method), name="ode")(x)
+
+
+def test_a_state_that_blows_up_on_the_adjoints_way_back_is_refused_with_the_graph_and_the_time():
+    graph = NeuralGraph(
+        num_nodes=3,
+        num_inputs=3,
+        num_outputs=3,
+        num_edges=3,
+        node_function=nn.Identity(),
+        dynamics=Continuous(adjoint=True),
+        name="ode",
+    ).double()
+    with torch.no_grad():
+        graph.candidates.weight.zero_()[::4] = -800.0  # decays forwards, explodes backwards
+    loss = graph(torch.ones(1, 3, dtype=torch.float64)).sum()
+    with pytest.raises(InputError, match=r"ode: dopri5 failed at t = .*solved backwards"):
+        loss.backward()

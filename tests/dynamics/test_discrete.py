@@ -246,12 +246,12 @@ class Recording(BlockPropagation):
 
 def sizes_of(dynamics, function, x, **options):
     """Sources and targets of every product, and nodes at every call of the node function."""
-    propagation, calls = Recording(), []
-    graph = make_graph(dynamics, function, propagation=propagation)
+    calls = []
+    graph = make_graph(dynamics, function, propagation=Recording())
     for f, _ in graph.dynamics.functions():
         f.register_forward_pre_hook(lambda module, args: calls.append(args[0].size(1)))
     graph(x, **options)
-    return propagation.sizes, calls
+    return graph.propagation.sizes, calls
 
 
 @pytest.mark.parametrize("function", ["instance", "send_instance"])
