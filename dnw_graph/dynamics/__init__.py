@@ -15,5 +15,5 @@ DYNAMICS: dict[str, type[Dynamics]] = {"static": Static, "discrete": Discrete, "
 
 
 def make_dynamics(dynamics: str | Dynamics) -> Dynamics:
-    """Return a dynamics of its own for one graph, see :func:`dnw_graph.registry.resolve`."""
+    """Return a dynamics of its own for one graph, see ``dnw_graph.registry.resolve``."""
     return resolve("dynamics", dynamics, Dynamics, DYNAMICS)

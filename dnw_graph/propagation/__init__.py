@@ -28,5 +28,5 @@ PROPAGATIONS: dict[str, type[Propagation]] = {
 
 
 def make_propagation(propagation: str | Propagation) -> Propagation:
-    """Return a propagation of its own for one graph, see :func:`dnw_graph.registry.resolve`."""
+    """Return a propagation of its own for one graph, see ``dnw_graph.registry.resolve``."""
     return resolve("propagation", propagation, Propagation, PROPAGATIONS)

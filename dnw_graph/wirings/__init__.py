@@ -14,5 +14,5 @@ WIRINGS: dict[str, type[Wiring]] = {"dnw": DNW, "random_graph": RandomGraph}
 
 
 def make_wiring(wiring: str | Wiring) -> Wiring:
-    """Return a wiring of its own for one graph, see :func:`dnw_graph.registry.resolve`."""
+    """Return a wiring of its own for one graph, see ``dnw_graph.registry.resolve``."""
     return resolve("wiring", wiring, Wiring, WIRINGS)
