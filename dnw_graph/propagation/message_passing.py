@@ -197,10 +197,7 @@ class _CandidateGradient(torch.autograd.Function):
 
 
 class _SparseProduct(torch.autograd.Function):
-    """Message passing over a CSR adjacency; the gradient of the states is the product with its transpose.
-
-    PyTorch's own derivative of a CSR product converts the matrix anew in each backward pass and accumulates in CSC.
-    """
+    """Message passing over a CSR adjacency; the gradient of the states is the product with its transpose."""
 
     @staticmethod
     def forward(

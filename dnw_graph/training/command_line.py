@@ -28,7 +28,6 @@ NOISE = (
     "It is recommended to use .* when logging on epoch level in distributed",
     "Experiment logs directory .* exists and is not empty",
     "Detected call of `lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`",
-    "Sparse CSR tensor support is in beta state",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated",
 )
 
