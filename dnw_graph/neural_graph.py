@@ -41,8 +41,9 @@ class NeuralGraph(nn.Module):
         num_nodes: Dynamic graphs: number of nodes.
         num_inputs: Dynamic graphs: number of input nodes, the first ones.
         num_outputs: Dynamic graphs: number of output nodes, the last ones.
-        wiring: Rule that chooses the real edges: a name (``"dnw"``, ``"random_graph"``) or a
-            :class:`~dnw_graph.wirings.Wiring`, which is copied.
+        wiring: Rule that chooses the real edges: a name (``"dnw"``, ``"random_graph"``, ``"no_update"``,
+            ``"l1_anneal"``, ``"targeted_dropout"``, ``"complete"``, …) or a :class:`~dnw_graph.wirings.Wiring`, which
+            is copied.
         node_function: What a node does with its input: a name, a module or a factory ``(num_nodes, stride)``; see
             :mod:`dnw_graph.node_functions`.
         dynamics: How states follow from one another: ``"static"``, ``"continuous"`` or a
@@ -129,14 +130,22 @@ class NeuralGraph(nn.Module):
 
     @property
     def num_edges(self) -> int:
-        """Number of real edges, k."""
+        """Number of real edges asked for, k; some rules keep another number, see :attr:`num_real_edges`."""
         return self._num_edges
 
     @property
+    def num_real_edges(self) -> int:
+        """Number of real edges now: that of :attr:`real_index`."""
+        return self.real_index.numel()
+
+    @property
     def real_index(self) -> Int[Tensor, " edges"]:
-        """Flat indices of the real edges among the candidates, ascending, for the weights as they are now."""
+        """Flat indices of the real edges among the candidates, ascending, for the weights as they are now.
+
+        They are those that evaluation would use, in training too.
+        """
         if self.training:
-            return self.wiring.choose(self.candidates.weight, self.num_edges, self.name)
+            return self._choose()
         return self._real_edges()
 
     @property
@@ -193,8 +202,18 @@ class NeuralGraph(nn.Module):
 
     def update_wiring(self) -> None:
         """Choose the real edges anew from the weights as they are now."""
+        self._keep(self._choose())
+
+    def penalty(self) -> Float[Tensor, ""] | None:
+        """Return what the wiring adds to the loss, or None; see :func:`wiring_penalty`."""
+        return self.wiring.penalty(self.candidates.weight)
+
+    def _choose(self) -> Tensor:
+        return self.wiring.choose(self.candidates.weight, self.num_edges, self.name)
+
+    def _keep(self, index: Tensor) -> None:
+        """Remember the edges together with the weights that they were chosen for."""
         weight = self.candidates.weight
-        index = self.wiring.choose(weight, self.num_edges, self.name)
         # The detached alias keeps the storage alive: no other storage can come to lie at the same address.
         version = -1 if weight.is_inference() else weight._version
         self._chosen = (weight, weight.detach(), version, index)
@@ -214,9 +233,10 @@ class NeuralGraph(nn.Module):
                 fresh = chosen_for is weight and same_storage and unchanged
             if fresh:
                 return self._chosen[3]
-        self.update_wiring()
-        assert self._chosen is not None
-        return self._chosen[3]
+        choose = self.wiring.choose_to_train if self.training else self.wiring.choose
+        index = choose(weight, self.num_edges, self.name)
+        self._keep(index)
+        return index
 
     def train(self, mode: bool = True) -> NeuralGraph:
         """Switch between training and evaluation; a switch to evaluation chooses the real edges anew."""
@@ -300,3 +320,17 @@ def _make_nodes(
 def _forget_wiring(graph: NeuralGraph, _: Any) -> None:
     """Have a graph choose its edges anew, after its state was loaded."""
     graph._chosen = None
+
+
+def wiring_penalty(model: nn.Module) -> Float[Tensor, ""]:
+    """Return what the wirings of all graphs of a model add to the loss: zero for most rules.
+
+    :class:`~dnw_graph.wirings.L1Anneal` needs it. In a training loop of your own, after the forward pass:
+    ``loss = cross_entropy(scores, labels) + wiring_penalty(model)``.
+
+    Args:
+        model: Any module with neural graphs in it.
+    """
+    graphs = [module for module in model.modules() if isinstance(module, NeuralGraph)]
+    terms = [term for graph in graphs if (term := graph.penalty()) is not None]
+    return torch.stack(terms).sum() if terms else next(model.parameters()).new_zeros(())

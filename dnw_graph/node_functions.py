@@ -11,25 +11,29 @@ from torch import Tensor, nn
 
 from dnw_graph.errors import InputError, unknown_name
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {
+EPS = 1e-5
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {
     "batch": nn.BatchNorm2d,
-    "instance": lambda num_nodes: nn.InstanceNorm2d(num_nodes, affine=True),
+    "instance": lambda num_nodes, eps: nn.InstanceNorm2d(num_nodes, eps, affine=True),
 }
 
 
-def make_norm(norm: str, num_nodes: int) -> nn.Module:
+def make_norm(norm: str, num_nodes: int, eps: float = EPS) -> nn.Module:
     """Return a normalisation with a scale and a shift per node.
 
     Args:
         norm: ``"batch"`` (Ioffe & Szegedy 2015) or ``"instance"`` (Ulyanov et al. 2016).
         num_nodes: Number of nodes.
+        eps: What is added to the variance.
 
     Raises:
-        InputError: If the name is unknown.
+        InputError: If the name is unknown, or eps not above 0.
     """
     if norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)
-    return NORMS[norm](num_nodes)
+    if not eps > 0:
+        raise InputError(f"eps of a norm must be above 0; got {eps!r}")
+    return NORMS[norm](num_nodes, eps)
 
 
 class NodeConv(nn.Conv2d):
@@ -66,20 +70,24 @@ class NormReluConv(nn.Module):
         stride: Stride of the convolution.
         norm: ``"batch"`` or ``"instance"``.
         kernel_size: Odd size of the convolution, padded so that stride 1 keeps the resolution.
+        eps: What the norm adds to the variance. The map of a node without input edges has no variance, so that its
+            gradient is scaled by 1 / √eps.
 
     Shapes:
         - input: ``[batch, num_nodes, height, width]``
         - output: ``[batch, num_nodes, ⌈height / stride⌉, ⌈width / stride⌉]``
 
     Raises:
-        InputError: If the norm is unknown or the kernel size even.
+        InputError: If the norm is unknown, the kernel size even, or eps not above 0.
     """
 
-    def __init__(self, num_nodes: int, stride: int = 1, norm: str = "batch", kernel_size: int = 3) -> None:
+    def __init__(
+        self, num_nodes: int, stride: int = 1, norm: str = "batch", kernel_size: int = 3, eps: float = EPS
+    ) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
             raise InputError(f"kernel_size must be odd, so that stride 1 keeps the resolution; got {kernel_size}")
-        self.norm = make_norm(norm, num_nodes)
+        self.norm = make_norm(norm, num_nodes, eps)
         self.conv = NodeConv(num_nodes, kernel_size, stride)
 
     @property
@@ -101,9 +109,11 @@ class NormReluConvNormRelu(NormReluConv):
     for weight. Arguments, shapes and errors as for :class:`NormReluConv`.
     """
 
-    def __init__(self, num_nodes: int, stride: int = 1, norm: str = "batch", kernel_size: int = 3) -> None:
-        super().__init__(num_nodes, stride, norm, kernel_size)
-        self.norm2 = make_norm(norm, num_nodes)
+    def __init__(
+        self, num_nodes: int, stride: int = 1, norm: str = "batch", kernel_size: int = 3, eps: float = EPS
+    ) -> None:
+        super().__init__(num_nodes, stride, norm, kernel_size, eps)
+        self.norm2 = make_norm(norm, num_nodes, eps)
 
     def forward(
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import TypeVar
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from dnw_graph.errors import InputError, unknown_name
 
@@ -30,3 +31,27 @@ def resolve(kind: str, given: object, base: type[T], known: Mapping[str, type[T]
     if given not in known:
         raise unknown_name(kind, given, known)
     return known[given]()
+
+
+def build(kind: str, name: str, known: Mapping[str, Callable[..., T]], options: Mapping[str, Any]) -> T:
+    """Return an object by name, made with options.
+
+    Args:
+        kind: What it is, for messages.
+        name: One of ``known``.
+        known: The names that exist, and what makes their objects.
+        options: Arguments by name.
+
+    Raises:
+        InputError: If the name or an option is unknown.
+    """
+    if name not in known:
+        raise unknown_name(kind, name, known)
+    parameters = inspect.signature(known[name]).parameters.values()
+    arguments = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    for option in options:
+        if not arguments:
+            raise InputError(f"{kind} {name!r} has no options; got {option!r}")
+        if option not in arguments:
+            raise unknown_name(f"option of {kind} {name!r}", option, arguments)
+    return known[name](**options)

@@ -18,24 +18,24 @@ from dataclasses import dataclass
 from torch import nn
 
 from dnw_graph.models import TINY_DYNAMICS, create_model
-from dnw_graph.training import ModelOptions, RunOptions, main, option
+from dnw_graph.training import RunOptions, WiringOptions, main, option
+from dnw_graph.wirings import Wiring
 
 
 @dataclass(frozen=True)
-class TinyOptions(ModelOptions):
+class TinyOptions(WiringOptions):
     """Which of the tiny classifiers."""
 
     dynamics: str = option("static", f"one of {', '.join(TINY_DYNAMICS)}")
-    wiring: str = option("dnw", "'dnw' learns the wiring, 'random_graph' keeps a random one")
     adjoint: bool = option(False, "continuous: train by the adjoint equation instead of through the solver")
 
-    def create(self, num_classes: int, image_size: int) -> nn.Module:
-        """Return the model."""
+    def with_wiring(self, wiring: Wiring, num_classes: int, image_size: int) -> nn.Module:
+        """Return the model with a wiring."""
         return create_model(
             "tiny_classifier",
             dynamics=self.dynamics,
             num_classes=num_classes,
-            wiring=self.wiring,
+            wiring=wiring,
             adjoint=self.adjoint,
         )
 

@@ -21,23 +21,23 @@ from torch import nn
 from dnw_graph import InputError
 from dnw_graph.errors import unknown_name
 from dnw_graph.models import create_model
-from dnw_graph.training import ModelOptions, RunOptions, main, option
+from dnw_graph.training import RunOptions, WiringOptions, main, option
+from dnw_graph.wirings import Wiring
 
 MODELS = ("mobilenet_v1_dnw", "mobilenet_v1")
 LARGE_IMAGE = 64
 
 
 @dataclass(frozen=True)
-class MobileNetOptions(ModelOptions):
+class MobileNetOptions(WiringOptions):
     """Which model. The first convolution has stride 2, or 1 for images smaller than 64 pixels."""
 
     model: str = option("mobilenet_v1_dnw", f"one of {', '.join(MODELS)}")
     width: float = option(0.225, "width multiplier")
     small: bool = option(False, "mobilenet_v1_dnw: learn the edges of the classifier too (DNW-Small)")
-    wiring: str = option("dnw", "mobilenet_v1_dnw: 'dnw' learns the wiring, 'random_graph' keeps a random one")
 
-    def create(self, num_classes: int, image_size: int) -> nn.Module:
-        """Return the model."""
+    def with_wiring(self, wiring: Wiring, num_classes: int, image_size: int) -> nn.Module:
+        """Return the model with a wiring."""
         if self.model not in MODELS:
             raise unknown_name("model", self.model, MODELS)
         shared = {
@@ -49,7 +49,7 @@ class MobileNetOptions(ModelOptions):
             if self.small or self.wiring != "dnw":
                 raise InputError("--small and --wiring are for mobilenet_v1_dnw: mobilenet_v1 has no edges to learn")
             return create_model(self.model, **shared)
-        return create_model(self.model, **shared, small=self.small, wiring=self.wiring)
+        return create_model(self.model, **shared, small=self.small, wiring=wiring)
 
 
 def run_example(argv: Sequence[str] | None = None) -> int:

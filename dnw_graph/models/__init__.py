@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from dnw_graph.errors import unknown_name
 from dnw_graph.models.mobilenet import STAGES, GraphClassifier, MobileNetV1, MobileNetV1DNW, edges_at_width
 from dnw_graph.models.tiny import TINY_DYNAMICS, TinyClassifier
+from dnw_graph.registry import build
 
 __all__ = [
     "MODELS",
@@ -54,10 +53,4 @@ def create_model(name: str, **options: Any) -> nn.Module:
     Raises:
         InputError: If the name or an option is unknown.
     """
-    if name not in MODELS:
-        raise unknown_name("model", name, MODELS)
-    known = inspect.signature(MODELS[name]).parameters
-    for option in options:
-        if option not in known:
-            raise unknown_name(f"option of {name}", option, known)
-    return MODELS[name](**options)
+    return build("model", name, MODELS, options)

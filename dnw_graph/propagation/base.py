@@ -26,9 +26,14 @@ class RealEdges:
     index: Int[Tensor, " edges"]
     updates_hallucinated: bool
 
+    @property
+    def complete(self) -> bool:
+        """Whether all candidates are real."""
+        return self.index.numel() == self.candidates.num_candidates
+
     def restrict(self, gradient: Float[Tensor, " candidates"]) -> Float[Tensor, " candidates"]:
         """Keep the part of a gradient of all candidates that the wiring asks for."""
-        if self.updates_hallucinated:
+        if self.updates_hallucinated or self.complete:
             return gradient
         return torch.zeros_like(gradient).index_copy_(0, self.index, gradient[self.index])
 

@@ -37,6 +37,8 @@ class _RealWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, edges: RealEdges) -> Tensor:
         ctx.edges = edges
+        if edges.complete:
+            return weight.view_as(weight)
         return torch.zeros_like(weight).index_copy_(0, edges.index, weight[edges.index])
 
     @staticmethod

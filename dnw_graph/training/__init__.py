@@ -10,7 +10,9 @@ from dnw_graph.training.options import ModelOptions, RunOptions, option
 from dnw_graph.training.run import run
 from dnw_graph.training.schedules import SCHEDULES, cosine, step
 from dnw_graph.training.summary import Summary
+from dnw_graph.training.training_cost import TrainingCost
 from dnw_graph.training.wiring_monitor import WiringMonitor
+from dnw_graph.training.wiring_options import WiringOptions
 
 __all__ = [
     "SCHEDULES",
@@ -21,7 +23,9 @@ __all__ = [
     "ModelOptions",
     "RunOptions",
     "Summary",
+    "TrainingCost",
     "WiringMonitor",
+    "WiringOptions",
     "cosine",
     "load_images",
     "main",

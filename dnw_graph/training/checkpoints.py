@@ -18,9 +18,10 @@ from dnw_graph.training.checkpoint_io import FORMAT, SECTION
 
 
 class Checkpoints(Checkpoint):
-    """Writes ``last.ckpt`` at the end of every epoch, every so many steps and when a run is stopped; and ``best.ckpt``.
+    """Writes ``last.ckpt`` at the end of every epoch, every so many steps and when a run is stopped; and two others.
 
-    ``best.ckpt`` is the checkpoint of the epoch with the highest top-1 accuracy. Both can be resumed from.
+    ``first.ckpt`` is the checkpoint before the first step, ``best.ckpt`` that of the epoch with the highest top-1
+    accuracy. All can be resumed from.
 
     Checkpoints are taken between steps only, where weights, optimiser and schedule belong together. A run on one
     device that fails or is stopped (Ctrl-C, SIGTERM) saves its last complete step on the way out; Ctrl-C lets the step
@@ -55,6 +56,11 @@ class Checkpoints(Checkpoint):
         return self.folder / "last.ckpt"
 
     @property
+    def first(self) -> Path:
+        """The checkpoint before the first step."""
+        return self.folder / "first.ckpt"
+
+    @property
     def best(self) -> Path:
         """The checkpoint of the best epoch."""
         return self.folder / "best.ckpt"
@@ -65,7 +71,9 @@ class Checkpoints(Checkpoint):
         return self._seconds_before + time.monotonic() - self._started
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock and take over Ctrl-C, which Lightning gives back at the end."""
+        """Start the clock, save the start, and take over Ctrl-C, which Lightning gives back at the end."""
+        if not trainer.global_step:
+            trainer.save_checkpoint(self.first)
         self._started = time.monotonic()
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             self._sigint = signal.signal(signal.SIGINT, self._stop)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from dnw_graph.neural_graph import wiring_penalty
 from dnw_graph.training.order import Purpose, mix
 
 
 class Classifier(LightningModule):
-    """Cross-entropy, SGD and a learning rate that changes with every step.
+    """Cross-entropy with the penalty of the wirings, SGD and a learning rate that changes with every step.
 
     Args:
         model: Maps images ``[B, 3, H, W]`` to scores ``[B, num_classes]``.
@@ -63,8 +64,11 @@ class Classifier(LightningModule):
         images, labels = batch
         loss = F.cross_entropy(self(images), labels)
         self.log("train/loss", loss, prog_bar=True)
+        penalty = wiring_penalty(self.model)
+        if penalty.requires_grad:
+            self.log("train/penalty", penalty)
         self.log("train/lr", self.lr * self.schedule(self.global_step))
-        return loss
+        return loss + penalty
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Add one batch to the metrics."""

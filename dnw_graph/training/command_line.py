@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any, get_type_hints
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentError, ArgumentParser, DefaultHelpFormatter
@@ -56,7 +56,7 @@ def main(description: str, models: type[ModelOptions], defaults: RunOptions, arg
         values = _values(description, models, defaults, argv)
         model_options = models(**{f.name: values[f.name] for f in fields(models)})
         options = RunOptions(**{f.name: values[f.name] for f in fields(RunOptions)})
-        run(model_options.create, asdict(model_options), options)
+        run(model_options.create, model_options.identity(), options)
     except (InputError, ArgumentError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT

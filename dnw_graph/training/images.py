@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,10 @@ class Images(ABC):
     def load(self, index: int) -> Image.Image:
         """Return one image, in RGB."""
 
+    @abstractmethod
+    def part(self, index: NDArray[np.int64]) -> Images:
+        """Return the images at some places."""
+
 
 class ArrayImages(Images):
     """Images held in memory.
@@ -58,6 +63,10 @@ class ArrayImages(Images):
     def load(self, index: int) -> Image.Image:
         """Return one image, in RGB."""
         return Image.fromarray(self.pixels[index])
+
+    def part(self, index: NDArray[np.int64]) -> ArrayImages:
+        """Return the images at some places."""
+        return ArrayImages(self.pixels[index], self.labels[index])
 
 
 class FileImages(Images):
@@ -99,6 +108,13 @@ class FileImages(Images):
                 return image.convert("RGB")
         except UNREADABLE as error:
             raise InputError(f"cannot read image {path} ({error}): replace or remove it") from error
+
+    def part(self, index: NDArray[np.int64]) -> FileImages:
+        """Return the images at some places."""
+        part = copy.copy(self)
+        part.paths = [self.paths[place] for place in index]
+        part.labels = self.labels[index]
+        return part
 
 
 def class_names(root: Path) -> list[str]:
@@ -192,6 +208,27 @@ def load_images(data: str) -> ImageData:
     if data == "digits":
         return digits()
     return cifar10() if data == "cifar10" else folder(Path(data))
+
+
+def hold_out(images: ImageData, count: int) -> ImageData:
+    """Return the same training images without some of them, which take the place of the test images.
+
+    Which ones they are depends on the data alone.
+
+    Args:
+        images: All images.
+        count: How many to hold out; with 0 nothing changes.
+
+    Raises:
+        InputError: If none would be left to train on.
+    """
+    if not count:
+        return images
+    if count >= len(images.train):
+        raise InputError(f"--held-out is {count}: expected less than the {len(images.train)} training images")
+    order = np.random.default_rng(0).permutation(len(images.train))
+    held, rest = np.sort(order[:count]), np.sort(order[count:])
+    return replace(images, train=images.train.part(rest), test=images.train.part(held))
 
 
 Transform = Callable[[Image.Image], Tensor]

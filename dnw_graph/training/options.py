@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from torch import nn
@@ -23,7 +23,10 @@ def option(default: Any, description: str, *, fixed: bool = False) -> Any:
         description: What ``--help`` says about it.
         fixed: Whether a resumed run must have the same value as the run that it continues.
     """
-    return field(default=default, metadata={"help": description, "fixed": fixed})
+    metadata = {"help": description, "fixed": fixed}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def flag(name: str) -> str:
@@ -43,6 +46,10 @@ class ModelOptions(ABC):
     @abstractmethod
     def create(self, num_classes: int, image_size: int) -> nn.Module:
         """Return the model, which maps images ``[B, 3, H, W]`` to scores ``[B, num_classes]``."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a resumed run must share with the run that it continues."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,12 @@ class RunOptions:
         True,
         "before training, open every image file of a folder and look for broken ones, so that none stops the run "
         "later. ImageNet's 1.33 million files take 2 to 4 minutes on a local disk",
+    )
+    held_out: int = option(
+        0,
+        "evaluate on so many of the training images, which then are not trained on, instead of the test images: for "
+        "choosing options. The same ones for every seed",
+        fixed=True,
     )
     epochs: int = option(15, "passes over the training images", fixed=True)
     batch_size: int = option(64, "images per step over all devices together", fixed=True)
@@ -106,7 +119,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "devices", "num_nodes"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("weight_decay", "save_every"):
+        for name in ("weight_decay", "save_every", "held_out"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "a number from 0 to below 2^63")
         for name in ("data", "output", "resume", "evaluate"):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from enum import IntEnum
 
-import numpy as np
 import torch
 from torch.utils.data import Sampler
+
+from dnw_graph import seeding
 
 
 class Purpose(IntEnum):
@@ -20,7 +21,7 @@ class Purpose(IntEnum):
 
 def mix(seed: int, purpose: Purpose, *position: int) -> int:
     """Return a 64-bit seed for one purpose at one position, such as (epoch, sample index)."""
-    return int(np.random.SeedSequence((seed, purpose, *position)).generate_state(1, np.uint64)[0])
+    return seeding.mix(seed, purpose, *position)
 
 
 class TrainOrder(Sampler[list[tuple[int, int]]]):

@@ -12,17 +12,19 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
+from dnw_graph.cost import neural_graphs
 from dnw_graph.errors import InputError
 from dnw_graph.training.checkpoint_io import SECTION, WholeFileIO, read_checkpoint
 from dnw_graph.training.checkpoints import Checkpoints
 from dnw_graph.training.checks import check_files, check_hardware, check_same_run, make_writable, output_folder
 from dnw_graph.training.classifier import Classifier
 from dnw_graph.training.data_module import DataModule
-from dnw_graph.training.images import ImageData, load_images
+from dnw_graph.training.images import ImageData, hold_out, load_images
 from dnw_graph.training.loggers import make_loggers
 from dnw_graph.training.options import RunOptions
 from dnw_graph.training.schedules import SCHEDULES
 from dnw_graph.training.summary import Summary, summarize, write_files
+from dnw_graph.training.training_cost import TrainingCost
 from dnw_graph.training.wiring_monitor import WiringMonitor
 
 
@@ -49,7 +51,7 @@ def run(
     check_hardware(options)
     path = options.resume or options.evaluate
     checkpoint = read_checkpoint(path) if path else None
-    images = images or load_images(options.data)
+    images = hold_out(images or load_images(options.data), options.held_out)
     data = DataModule(images, options)
     torch.manual_seed(options.seed)
     model = create(len(images.classes), data.image_size)
@@ -63,10 +65,13 @@ def run(
     if path and checkpoint:
         names = [*model_options, "image_size", "classes"] if options.evaluate else list(identity)
         check_same_run(path, checkpoint[SECTION]["options"], identity, names)
+    num_steps = options.epochs * data.steps_per_epoch
+    for graph in neural_graphs(model).values():
+        graph.wiring.set_num_steps(num_steps)
     module = Classifier(
         model,
         len(images.classes),
-        SCHEDULES[options.schedule](options.epochs * data.steps_per_epoch),
+        SCHEDULES[options.schedule](num_steps),
         options.lr,
         options.momentum,
         options.weight_decay,
@@ -81,9 +86,9 @@ def _train(module: Classifier, data: DataModule, options: RunOptions, identity: 
     folder = output_folder(options)
     if options.check_images:
         check_files(data.images.train, data.images.test)
-    monitor = WiringMonitor(module.model)
+    monitor, training_cost = WiringMonitor(module.model), TrainingCost(module.model)
     checkpoints = Checkpoints(folder, options.save_every, identity)
-    trainer = _trainer(options, data, [monitor, checkpoints], make_loggers(folder, steps))
+    trainer = _trainer(options, data, [monitor, training_cost, checkpoints], make_loggers(folder, steps))
     try:
         trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)
     except InputError:
@@ -100,11 +105,13 @@ def _train(module: Classifier, data: DataModule, options: RunOptions, identity: 
         {**identity, "data": options.data},
         initial=monitor.initial,
         best=(checkpoints.best_top1, checkpoints.best_epoch),
+        training_multiply_adds=training_cost.multiply_adds,
         seconds=checkpoints.seconds,
     )
     if trainer.is_global_zero:
         print("\n".join(["", *summary.lines()]))
-        written = [*write_files(summary, module.model, folder), "last.ckpt", "best.ckpt", "metrics.csv", "tensorboard/"]
+        checkpoint_files = [path.name for path in (checkpoints.first, checkpoints.last, checkpoints.best)]
+        written = [*write_files(summary, module.model, folder), *checkpoint_files, "metrics.csv", "tensorboard/"]
         print(f"written to {folder}: {', '.join(written)}")
     return summary
 

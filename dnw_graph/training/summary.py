@@ -20,7 +20,7 @@ class GraphSummary:
 
     Attributes:
         nodes: Number of nodes.
-        real_edges: Number of real edges.
+        real_edges: Number of real edges in evaluation.
         edges_swapped: Real edges that were hallucinated when training started; None if nothing was trained.
         dead_nodes: Nodes from which no path of real edges leads to an output of the model.
     """
@@ -42,6 +42,8 @@ class Summary:
         best_epoch: The epoch of ``best_top1``, counted from 1, or None.
         parameters: Parameters of live nodes, real edges and all other layers.
         multiply_adds: Multiply-adds for one image, live nodes and real edges only.
+        training_multiply_adds: Multiply-adds of the whole training, forward and backward, see
+            :class:`~dnw_graph.training.TrainingCost`; None if nothing was trained.
         seconds: Time spent in training, or None.
         graphs: The neural graphs by name; empty for a model without any.
         options: Options of the run.
@@ -53,6 +55,7 @@ class Summary:
     best_epoch: int | None
     parameters: int
     multiply_adds: int
+    training_multiply_adds: int | None
     seconds: float | None
     graphs: dict[str, GraphSummary]
     options: dict[str, Any]
@@ -68,6 +71,8 @@ class Summary:
                 rows.append(("edges swapped", f"{sum(swapped):,} since the start"))
             rows.append(("dead nodes", f"{sum(g.dead_nodes for g in graphs):,} of {sum(g.nodes for g in graphs):,}"))
         rows += [("parameters", f"{self.parameters:,}"), ("multiply-adds", f"{self.multiply_adds:,} per image")]
+        if self.training_multiply_adds is not None:
+            rows.append(("training", f"{self.training_multiply_adds / 1e12:,.3g} T multiply-adds"))
         if self.seconds is not None:
             minutes, seconds = divmod(round(self.seconds), 60)
             rows.append(("wall time", f"{minutes} min {seconds} s"))
@@ -81,6 +86,7 @@ def summarize(
     options: dict[str, Any],
     initial: dict[str, Tensor] | None = None,
     best: tuple[float | None, int] = (None, 0),
+    training_multiply_adds: int | None = None,
     seconds: float | None = None,
 ) -> Summary:
     """Collect the summary of a run.
@@ -92,13 +98,16 @@ def summarize(
         options: Options of the run.
         initial: Real edges per graph when training started, if anything was trained.
         best: Highest top-1 and its epoch.
+        training_multiply_adds: Multiply-adds of the whole training.
         seconds: Time spent in training.
     """
     model.eval()
     live = live_nodes(model)
     swapped = edges_swapped(initial, real_edges(model)) if initial else {}
     graphs = {
-        name: GraphSummary(graph.num_nodes, graph.num_edges, swapped.get(name), graph.num_nodes - int(live[name].sum()))
+        name: GraphSummary(
+            graph.num_nodes, graph.num_real_edges, swapped.get(name), graph.num_nodes - int(live[name].sum())
+        )
         for name, graph in neural_graphs(model).items()
     }
     costs = cost(model, (3, image_size, image_size))
@@ -109,6 +118,7 @@ def summarize(
         best_epoch=best[1] or None,
         parameters=costs.parameters,
         multiply_adds=costs.multiply_adds,
+        training_multiply_adds=training_multiply_adds,
         seconds=seconds,
         graphs=graphs,
         options=options,

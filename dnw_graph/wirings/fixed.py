@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
-from dnw_graph.wirings.base import Wiring
+from dnw_graph.wirings.kept import Kept
 
 
-class Fixed(Wiring):
+class Fixed(Kept):
     """Given edges, never changed; only they get a gradient.
 
     For a wiring that was found elsewhere or follows from a construction. The edges are a persistent buffer: they are
@@ -28,15 +27,11 @@ class Fixed(Wiring):
             the graph, or their number is not the graph's ``num_edges``.
     """
 
-    updates_hallucinated = False
-    index: Tensor
-
     def __init__(self, edge_index: Int[Tensor, "2 edges"]) -> None:
         super().__init__()
         if edge_index.dim() != 2 or edge_index.size(0) != 2:
             raise InputError(f"edge_index must be [2, edges], sources over targets; got {list(edge_index.shape)}")
         self.edge_index = edge_index
-        self.register_buffer("index", torch.empty(0, dtype=torch.long))
 
     def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
         """Find the edges among the candidates."""
@@ -46,7 +41,3 @@ class Fixed(Wiring):
         if index.numel() != num_edges:
             raise InputError(f"{name}: {index.numel()} fixed edges were given for num_edges = {num_edges}")
         self.index = index
-
-    def choose(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
-        """Return the given edges."""
-        return self.index

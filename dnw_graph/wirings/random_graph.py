@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.selection import select_top_k
-from dnw_graph.wirings.base import Wiring
+from dnw_graph.wirings.kept import Kept
 
 
-class RandomGraph(Wiring):
+class RandomGraph(Kept):
     """The k edges of largest |initial weight|, fixed; only they get a gradient.
 
     Section 3 of the paper. The edges are a persistent buffer: they are not a function of the trained weights.
@@ -23,23 +22,15 @@ class RandomGraph(Wiring):
         - ``index``: ``[num_edges]``, flat indices, ascending
     """
 
-    updates_hallucinated = False
-    index: Tensor
-
     def __init__(self, separate_scores: bool = False) -> None:
         super().__init__()
         self.separate_scores = separate_scores
-        self.register_buffer("index", torch.empty(0, dtype=torch.long))
 
     def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
         """Draw the edges of a graph."""
         weight = candidates.weight.detach()
         scores = torch.rand_like(weight) if self.separate_scores else weight
         self.index = select_top_k(scores, num_edges, name)
-
-    def choose(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
-        """Return the edges drawn at the start."""
-        return self.index
 
     def extra_repr(self) -> str:
         """Options, for ``repr``."""

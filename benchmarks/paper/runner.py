@@ -1,0 +1,237 @@
+"""Runs the rows of a table of the paper: any seeds, any length of schedule, several at once, resumable row by row.
+
+Every run is one call of an example with one of ``examples/configs/``. A run that is complete is not done again, and one
+that was stopped goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import yaml
+from report import table_lines
+from rows import Row, Table
+
+from dnw_graph import InputError
+from dnw_graph.training import RunOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+BAD_INPUT = 2
+# Options of the example that are the runner's own to set.
+OWN = ("complete", "config", "evaluate", "output", "resume", "seed")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row with one seed.
+
+    Attributes:
+        row: The row.
+        seed: The seed.
+        folder: Where everything of the run is.
+        options: All options in their own words: those of the configuration and what was given beside it.
+        command: The call of the example, but for ``--resume``.
+    """
+
+    row: Row
+    seed: int
+    folder: Path
+    options: dict[str, Any]
+    command: list[str]
+
+    @property
+    def result(self) -> Path:
+        """The run's JSON file, written when it is complete."""
+        return self.folder / "result.json"
+
+    def check(self) -> None:
+        """Refuse a folder that holds a run with other options.
+
+        Raises:
+            InputError: If it does.
+        """
+        asked = self.folder / "options.json"
+        if asked.exists():
+            before = json.loads(asked.read_text())
+            for name in sorted({*before, *self.options} - machine_options()):
+                if before.get(name) != self.options.get(name):
+                    raise InputError(
+                        f"{self.folder} holds a run with {name} {before.get(name)!r}, not {self.options.get(name)!r}: "
+                        "give another --output, or remove the folder"
+                    )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write(asked, self.options)
+
+    def execute(self, threads: int) -> dict[str, Any] | None:
+        """Do the run, or what is left of it, and return its result; None if it failed or was stopped."""
+        if self.result.exists():
+            return dict(json.loads(self.result.read_text()))
+        command = self.command
+        if (last := self.folder / "last.ckpt").exists():
+            command = [*command, "--resume", str(last)]
+        start = time.monotonic()
+        with open(self.folder / "log.txt", "a") as log:
+            status = subprocess.run(
+                command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False
+            ).returncode
+        if status:
+            print(f"{self.row.label}, seed {self.seed}: status {status}, see {self.folder / 'log.txt'}", flush=True)
+            return None
+        summary = json.loads((self.folder / "summary.json").read_text())
+        result = {"row": self.row.key, "seed": self.seed, "options": self.options, "summary": summary}
+        write(self.result, result)
+        print(
+            f"{self.row.label}, seed {self.seed}: top-1 {summary['top1']:.2%}, {time.monotonic() - start:.0f} s",
+            flush=True,
+        )
+        return result
+
+
+def machine_options() -> set[str]:
+    """Return the options that may change while a run is not complete: those of the machine."""
+    return {option.name for option in fields(RunOptions) if not option.metadata["fixed"]} - {"data"}
+
+
+def write(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def main(table: Table, description: str, argv: Sequence[str] | None = None) -> int:
+    """Run a table from its command line.
+
+    Args:
+        table: The table.
+        description: What the script does, for ``--help``.
+        argv: Arguments, if not those of the process.
+
+    Returns:
+        The exit status: 0; 1 if a run failed or was stopped; 2 after one line on stderr for input that cannot be used.
+    """
+    options, further = _parser(table, description).parse_known_args(argv)
+    try:
+        rows = _chosen(table, options.rows)
+        runs = _runs(table, rows, options, _pairs(further))
+        for run in runs:
+            run.check()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    try:
+        results = _execute(runs, options.jobs)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 1
+    lines, figures = table_lines(table, rows, results)
+    if lines:
+        print("\n" + "\n".join(lines))
+        (options.output / f"{table.name}.md").write_text("\n".join(lines) + "\n")
+        for path in (options.output / f"{table.name}.json", *([options.json] if options.json else [])):
+            write(path, figures)
+    return 0 if len(results) == len(runs) else 1
+
+
+def _parser(table: Table, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"Any other option is handed to examples/{table.example} for every run, such as --epochs 10.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--quick", action="store_true", help="every row end to end on built-in digits, in minutes")
+    parser.add_argument("--rows", nargs="+", metavar="CONFIG", help="rows to run, by the names of their configurations")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds (default: 0 1 2 3 4, as in the paper; quick: 0)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
+    parser.add_argument("--configs", type=Path, default=EXAMPLES / "configs", help="folder of the configurations")
+    parser.add_argument("--output", type=Path, help="folder of all runs (default: runs/paper, quick: runs/quick)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    return parser
+
+
+def _pairs(words: list[str]) -> dict[str, str | bool]:
+    """Return ``--name value``, ``--name`` and ``--no-name`` as a mapping from the names of fields."""
+    pairs: dict[str, str | bool] = {}
+    name = None
+    parts = [word.split("=", 1) if word.startswith("--") else [word] for word in words]
+    for word in chain.from_iterable(parts):
+        if word.startswith("--"):
+            name = word.removeprefix("--").removeprefix("no-").replace("-", "_")
+            pairs[name] = not word.startswith("--no-")
+        elif name is None:
+            raise InputError(f"options for the runs are --name value; got {shlex.join(words)!r}")
+        else:
+            pairs[name], name = word, None
+    for own in OWN:
+        if own in pairs:
+            raise InputError(f"--{own} is set for every run: use --seeds, --rows, --configs and --output")
+    return pairs
+
+
+def _chosen(table: Table, keys: list[str] | None) -> list[Row]:
+    """Return the rows asked for, with those that they start from, in the order of the table."""
+    known = {row.key: row for row in table.rows}
+    for key in keys or []:
+        if key not in known:
+            raise InputError(f"{table.name} has no row {key!r}: known are {', '.join(known)}")
+    wanted = set(keys or known)
+    wanted |= {stage for key in wanted if (stage := known[key].first_stage) is not None}
+    return [row for row in table.rows if row.key in wanted]
+
+
+def _runs(table: Table, rows: list[Row], options: argparse.Namespace, given: dict[str, str | bool]) -> list[Run]:
+    if options.jobs < 1:
+        raise InputError(f"--jobs is {options.jobs}: expected 1 or more")
+    options.output = options.output or Path("runs", "quick" if options.quick else "paper")
+    seeds = dict.fromkeys(options.seeds or ([0] if options.quick else range(5)))
+    shared = {**(table.quick if options.quick else {}), **given}
+    runs = []
+    for row in rows:
+        config = options.configs / f"{row.config}.yaml"
+        if not config.is_file():
+            raise InputError(f"{config} does not exist: --configs needs a file for every row")
+        for seed in seeds:
+            folder = options.output / row.key / f"seed{seed}"
+            changed = {**shared, **row.options, "seed": str(seed)}
+            command = [sys.executable, str(EXAMPLES / table.example), "--config", str(config), "--output", str(folder)]
+            for name, value in changed.items():
+                flag = name.replace("_", "-")
+                if isinstance(value, bool):
+                    command.append(f"--{flag}" if value else f"--no-{flag}")
+                else:
+                    command.append(f"--{flag}={value}")
+            if row.first_stage:
+                command += ["--complete", str(options.output / row.first_stage / f"seed{seed}")]
+            runs.append(Run(row, seed, folder, {**yaml.safe_load(config.read_text()), **changed}, command))
+    return runs
+
+
+def _execute(runs: list[Run], jobs: int) -> list[dict[str, Any]]:
+    """Do all runs, first stages first, and return the results of those that are complete."""
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    results = []
+    for second in (False, True):
+        executor = ThreadPoolExecutor(jobs)
+        try:
+            done = executor.map(
+                lambda run: run.execute(threads), [r for r in runs if bool(r.row.first_stage) is second]
+            )
+            results += [result for result in done if result is not None]
+        finally:
+            # Ctrl-C reaches the runs as well: each saves its last step, and no other is begun.
+            executor.shutdown(cancel_futures=True)
+    return results

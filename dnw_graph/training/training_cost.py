@@ -1,0 +1,142 @@
+"""Counts what a training costs in multiply-adds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from dnw_graph.cost import neural_graphs
+from dnw_graph.propagation import Propagate, Propagation, RealEdges
+
+
+class TrainingCost(Callback):
+    """Adds up the multiply-adds of every training step, forward and backward.
+
+    A convolution or linear layer of M multiply-adds per image costs M forward, M for the gradient of its weights and M
+    for that of its input, if its input has one. A product over a graph's edges costs one multiply-add per *real* edge
+    and place forward and for the gradient of the states; for the gradient of the weights one per *candidate* if the
+    wiring updates hallucinated edges, else one per real edge. So much the method asks for; what an implementation
+    computes beyond it, such as products with zeros, is not counted.
+
+    The number of real edges is that of each step; what else a step computes is counted once per epoch (it changes for
+    adaptive solvers only). Where a product concerns a part of the nodes, the real edges are taken as evenly spread.
+
+    Args:
+        model: The model that is trained, of convolutions, linear layers and neural graphs.
+
+    Attributes:
+        multiply_adds: Of all training images of all steps so far, on all devices; part of the checkpoint.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.multiply_adds = 0
+        self.model = model
+        self._layers = 0
+        self._graphs = {name: _GraphCounter() for name in neural_graphs(model)}
+        self._in_step = False
+        self._counting: list[Any] = []
+        self._counted_epoch = -1
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen to the products of every graph."""
+        for name, graph in neural_graphs(self.model).items():
+            graph.propagation.register_forward_hook(partial(self._on_edges, self._graphs[name]))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count in full what the first step of an epoch computes."""
+        self._in_step = True
+        if self._counted_epoch != trainer.current_epoch:
+            self._counted_epoch = trainer.current_epoch
+            self._layers = 0
+            for counter in self._graphs.values():
+                counter.forget()
+            layers = [m for m in self.model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+            self._counting = [layer.register_forward_hook(self._on_layer) for layer in layers]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Sequence[Tensor], batch_idx: int
+    ) -> None:
+        """Add this step, for all images of all devices."""
+        self._in_step = False
+        for handle in self._counting:
+            handle.remove()
+        self._counting = []
+        images = len(batch[1]) * trainer.world_size
+        per_image = self._layers + sum(counter.multiply_adds() for counter in self._graphs.values())
+        self.multiply_adds += round(images * per_image)
+
+    def _on_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        linear = isinstance(layer, nn.Linear)
+        places = math.prod(output.shape[1:-1] if linear else output.shape[2:])
+        once = output.size(-1 if linear else 1) * layer.get_parameter("weight")[0].numel() * places
+        self._layers += once * passes(layer.get_parameter("weight"), args[0])
+
+    def _on_edges(
+        self, counter: _GraphCounter, propagation: Propagation, args: tuple[RealEdges], output: Propagate
+    ) -> Propagate | None:
+        if not self._in_step:
+            return None
+        counter.edges = args[0]
+        return counter.listen(output) if self._counting else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sum so far, and what was counted in this epoch."""
+        counted = {name: (each.through_edges, each.to_weights) for name, each in self._graphs.items()}
+        return {
+            "multiply_adds": self.multiply_adds,
+            "epoch": self._counted_epoch,
+            "layers": self._layers,
+            "graphs": counted,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take all of it from a checkpoint."""
+        self.multiply_adds = state_dict["multiply_adds"]
+        self._counted_epoch = state_dict["epoch"]
+        self._layers = state_dict["layers"]
+        for name, (through_edges, to_weights) in state_dict["graphs"].items():
+            self._graphs[name].through_edges, self._graphs[name].to_weights = through_edges, to_weights
+
+
+def passes(weight: Tensor, source: Tensor) -> int:
+    """Return how often a product is computed: forward, and for the gradients of its weight and of its source."""
+    if not torch.is_grad_enabled():
+        return 1
+    return 1 + weight.requires_grad + source.requires_grad
+
+
+class _GraphCounter:
+    """The products of one graph for one image: how many, if every candidate were real, along each pass."""
+
+    def __init__(self) -> None:
+        self.edges: RealEdges | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        self.through_edges = 0  # forward, and backward to the states
+        self.to_weights = 0
+
+    def listen(self, propagate: Propagate) -> Propagate:
+        product: Callable[[int, Tensor, slice, slice], Tensor] = propagate.product
+
+        def counted(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
+            weight = propagate.weights[number]
+            pairs = (rows.stop - rows.start) * (columns.stop - columns.start) * math.prod(z.shape[2:])
+            to_weights = torch.is_grad_enabled() and weight.requires_grad
+            self.to_weights += pairs * to_weights
+            self.through_edges += pairs * (passes(weight, z) - to_weights)
+            return product(number, z, rows, columns)
+
+        return Propagate(propagate.blocks, propagate.weights, counted)
+
+    def multiply_adds(self) -> float:
+        if self.edges is None:
+            return 0
+        real = self.edges.index.numel() / self.edges.candidates.num_candidates
+        return real * self.through_edges + (1 if self.edges.updates_hallucinated else real) * self.to_weights

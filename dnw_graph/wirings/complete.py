@@ -1,0 +1,22 @@
+"""The complete graph: the first stage of Lottery Ticket and Fine Tune."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dnw_graph.selection import select_top_k
+from dnw_graph.wirings.base import Wiring
+
+
+class Complete(Wiring):
+    """All candidates are real, whatever k is.
+
+    The graph remembers k: it is how many edges :func:`dnw_graph.two_stage.lottery_ticket` and
+    :func:`dnw_graph.two_stage.fine_tune` keep.
+    """
+
+    updates_hallucinated = True
+
+    def choose(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
+        """Return the flat indices of all candidates."""
+        return select_top_k(weight, weight.numel(), name)

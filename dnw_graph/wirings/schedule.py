@@ -1,0 +1,174 @@
+"""Values that change while training goes on, and the rules that have them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from dnw_graph.candidates import CandidateEdges
+from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.wirings.base import Wiring
+
+# Share of the way from `start` to `end`, at a share of the time between `begin` and `until`.
+SHAPES = {
+    "linear": lambda t: t,
+    "cubic": lambda t: 1 - (1 - t) ** 3,
+    "cosine": lambda t: (1 - math.cos(math.pi * t)) / 2,
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A value that goes from ``start`` to ``end`` between two moments of training.
+
+    A moment is a step, counted from 0, as a whole number; or a fraction of training, from 0.0 (the first step) to 1.0
+    (the last one).
+
+    Args:
+        start: Value until ``begin``.
+        end: Value from ``until`` on.
+        begin: Moment at which it starts to move.
+        until: Moment at which it has arrived.
+        shape: ``"linear"``; ``"cubic"``, fast at first: 1 - (1 - t)³ (Zhu and Gupta 2017); or ``"cosine"``.
+
+    Raises:
+        InputError: If a value is not finite, a moment is none, or the shape is unknown.
+    """
+
+    start: float
+    end: float
+    begin: int | float = 0.0
+    until: int | float = 1.0
+    shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        for value in (self.start, self.end):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError(f"a schedule goes between two finite numbers; got {value!r}")
+        for moment in (self.begin, self.until):
+            whole = isinstance(moment, int) and not isinstance(moment, bool) and moment >= 0
+            if not whole and not (isinstance(moment, float) and 0 <= moment <= 1):
+                raise InputError(
+                    f"a moment of a schedule is a step (a whole number from 0) or a fraction of training "
+                    f"(0.0 … 1.0); got {moment!r}"
+                )
+        if type(self.begin) is type(self.until) and self.begin > self.until:
+            raise InputError(f"a schedule cannot begin at {self.begin} and end before, at {self.until}")
+        if self.shape not in SHAPES:
+            raise unknown_name("shape of a schedule", self.shape, SHAPES)
+
+    @property
+    def in_fractions(self) -> bool:
+        """Whether a moment is a fraction of training, so that the number of steps must be known."""
+        return isinstance(self.begin, float) or isinstance(self.until, float)
+
+    def __str__(self) -> str:
+        if self.start == self.end:
+            return f"{self.start:g}"
+        return f"{self.start:g} to {self.end:g} from {self.begin} to {self.until}, {self.shape}"
+
+    def value(self, step: int, num_steps: int) -> float:
+        """Return the value at a step.
+
+        Args:
+            step: Step, counted from 0.
+            num_steps: Steps of the whole training; used for fractions only.
+        """
+        last = max(num_steps - 1, 1)
+        begin, until = (moment * last if isinstance(moment, float) else moment for moment in (self.begin, self.until))
+        if step >= until:
+            return self.end
+        if step <= begin:
+            return self.start
+        return self.start + (self.end - self.start) * SHAPES[self.shape]((step - begin) / (until - begin))
+
+
+def as_schedule(what: str, value: float | Schedule | Mapping[str, float | str]) -> Schedule:
+    """Return a schedule from one, from its arguments by name (as in a YAML file), or from a constant.
+
+    Args:
+        what: What the value is, for messages.
+        value: What was given.
+
+    Raises:
+        InputError: If it is none of these.
+    """
+    if isinstance(value, Schedule):
+        return value
+    if isinstance(value, Mapping):
+        known = {field.name for field in fields(Schedule)}
+        for name in value:
+            if name not in known:
+                raise unknown_name(f"argument of the schedule of {what}", str(name), known)
+        if not {"start", "end"} <= set(value):
+            raise InputError(f"the schedule of {what} needs start and end; got {dict(value)}")
+        return Schedule(**value)  # type: ignore[arg-type]  # checked by Schedule
+    return Schedule(value, value, 0, 0)
+
+
+class Scheduled(Wiring):
+    """A rule with values that depend on the step of training.
+
+    The rule counts its own steps, one per forward pass in training, in a persistent buffer: a resumed run goes on where
+    the schedule was. Schedules in fractions need the number of steps of the whole training: from ``num_steps``, or from
+    :meth:`set_num_steps`, which :func:`dnw_graph.training.run` calls.
+
+    Args:
+        num_steps: Steps of the whole training, if known.
+
+    Shapes:
+        - ``step``, ``num_steps``: scalars; ``num_steps`` is 0 as long as it is not known
+
+    Raises:
+        InputError: If ``num_steps`` is not a whole number from 1 up; in the first forward pass of training, if it is
+            not known and a schedule needs it.
+    """
+
+    step: Tensor
+    num_steps: Tensor
+
+    def __init__(self, num_steps: int | None = None) -> None:
+        super().__init__()
+        if num_steps is not None:
+            _check_num_steps(num_steps)
+        self.given_num_steps = num_steps
+        self.register_buffer("step", torch.tensor(0))
+        self.register_buffer("num_steps", torch.tensor(num_steps or 0))
+
+    def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
+        """Start to count anew."""
+        self.step.zero_()
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Take the number of steps of the whole training, unless the rule was given one of its own."""
+        _check_num_steps(num_steps)
+        if self.given_num_steps is None:
+            self.num_steps.fill_(num_steps)
+
+    def now(self, schedule: Schedule, name: str = "graph") -> float:
+        """Return a value at the step in progress: that of the last forward pass in training.
+
+        Args:
+            schedule: The value's schedule.
+            name: Name of the graph, for messages.
+        """
+        num_steps = int(self.num_steps)
+        if schedule.in_fractions and not num_steps:
+            raise InputError(
+                f"{name}: {type(self).__name__} has a schedule in fractions of training, but does not know how many "
+                "steps training has: give it num_steps=…, call graph.wiring.set_num_steps(…), or give steps"
+            )
+        return schedule.value(max(int(self.step) - 1, 0), num_steps)
+
+    def begin_step(self) -> None:
+        """Count one step of training."""
+        self.step += 1
+
+
+def _check_num_steps(num_steps: int) -> None:
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise InputError(f"num_steps must be a whole number from 1 up; got {num_steps!r}")

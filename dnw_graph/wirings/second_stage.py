@@ -1,0 +1,64 @@
+"""What Lottery Ticket and Fine Tune share: the wiring of a trained complete graph."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dnw_graph.candidates import CandidateEdges
+from dnw_graph.errors import InputError
+from dnw_graph.selection import select_top_k
+from dnw_graph.wirings.kept import Kept
+
+UNKNOWN = -1
+
+
+class SecondStage(Kept):
+    """The k edges of largest |w| of a trained complete graph, fixed; retrained from other weights.
+
+    Args:
+        trained: Candidate weights of the complete graph after its training, which decide the edges. Without them the
+            rule waits for a checkpoint that holds the edges.
+        start: Candidate weights that the graph starts from.
+
+    Shapes:
+        - ``trained``, ``start``: ``[num_candidates]``
+
+    Raises:
+        InputError: If the number of weights is not the graph's; if edges are asked for that are not known.
+    """
+
+    def __init__(
+        self, trained: Float[Tensor, " candidates"] | None, start: Float[Tensor, " candidates"] | None
+    ) -> None:
+        super().__init__()
+        for weight in (trained, start):
+            if weight is not None and not isinstance(weight, Tensor):
+                raise InputError(f"{type(self).__name__} takes candidate weights as tensors; got {weight!r}")
+        self.trained = None if trained is None else trained.detach().clone()
+        self.start = None if start is None else start.detach().clone()
+
+    def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
+        """Choose the edges and set the candidate weights."""
+        if self.trained is None or self.start is None:
+            self.index = torch.full((num_edges,), UNKNOWN, device=candidates.weight.device)
+            return
+        for weight in (self.trained, self.start):
+            if weight.shape != candidates.weight.shape:
+                raise InputError(
+                    f"{name}: {type(self).__name__} was given {list(weight.shape)} weights for "
+                    f"{candidates.num_candidates} candidates: give those of the complete graph of the same blocks"
+                )
+        self.index = select_top_k(self.trained.to(candidates.weight.device), num_edges, name)
+        with torch.no_grad():
+            candidates.weight.copy_(self.start)
+
+    def choose(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
+        """Return the edges of the trained complete graph."""
+        if self.index.numel() and int(self.index[0]) == UNKNOWN:
+            raise InputError(
+                f"{name}: {type(self).__name__} needs a trained complete graph: train one with wiring 'complete', then "
+                "use dnw_graph.two_stage or, in the examples, --complete FOLDER; or load a checkpoint"
+            )
+        return self.index

@@ -1,0 +1,268 @@
+"""The tables of the paper: rows, configurations, runs that are resumed, and what is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+
+from dnw_graph import create_wiring
+from dnw_graph.training import read_checkpoint
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "examples" / "configs"
+CIFAR = {"data": "cifar10", "image_size": 32, "epochs": 160, "batch_size": 128, "momentum": 0.9, "weight_decay": 1e-4}
+TABLES = ("table1", "table2", "table6", "weight_decay")
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, ModuleType]:
+    """The scripts of the tables."""
+    folder = str(ROOT / "benchmarks" / "paper")
+    sys.path.insert(0, folder)
+    try:
+        return {name: __import__(name) for name in TABLES}
+    finally:
+        sys.path.remove(folder)
+
+
+def results(folder: Path) -> dict[str, dict]:
+    """The results of all runs in a folder, by row, without times."""
+    found = {path.parent.parent.name: json.loads(path.read_text()) for path in folder.glob("*/seed0/result.json")}
+    for result in found.values():
+        result["summary"]["seconds"] = 0
+    return found
+
+
+# What the paper prints, by the configuration of the row.
+TABLE_2 = {
+    "cifar10_mobilenet_v1_x0.25": "86.3 ± 0.2",
+    "cifar10_rg": "87.2 ± 0.1",
+    "cifar10_no_update": "86.7 ± 0.5",
+    "cifar10_l1_anneal": "84.3 ± 0.6",
+    "cifar10_td_0.75": "87.8 ± 0.4",
+    "cifar10_td_0.9": "89.0 ± 0.2",
+    "cifar10_td_0.95": "89.2 ± 0.4",
+    "cifar10_td_0.99": "88.6 ± 0.2",
+    "cifar10_td_gamma": "88.8 ± 0.2",
+    "cifar10_complete": "",
+    "cifar10_lottery_ticket": "87.9 ± 0.3",
+    "cifar10_fine_tune_0.1": "89.4 ± 0.2",
+    "cifar10_fine_tune_0.01": "89.7 ± 0.1",
+    "cifar10_fine_tune_0.001": "88.7 ± 0.2",
+    "cifar10_dnw": "89.7 ± 0.2",
+}
+TABLE_6 = {
+    "cifar10_td_0.9": "89.0 ± 0.2",
+    "cifar10_td_0.95": "89.2 ± 0.4",
+    "cifar10_td_0.99": "88.6 ± 0.2",
+    "cifar10_td_gamma": "88.8 ± 0.2",
+    "cifar10_td_regular_0.9": "87.9 ± 0.5",
+    "cifar10_td_regular_0.95": "87.9 ± 0.2",
+    "cifar10_td_regular_0.99": "87.7 ± 0.3",
+    "cifar10_td_regular_gamma": "87.9 ± 0.2",
+}
+TABLE_1 = {
+    "tiny_static_rg": "76.1 ± 0.5",
+    "tiny_static_dnw": "80.9 ± 0.6",
+    "tiny_discrete_rg": "77.3 ± 0.7",
+    "tiny_discrete_dnw": "82.3 ± 0.6",
+    "tiny_continuous_rg": "78.5 ± 1.2",
+    "tiny_continuous_dnw": "83.1 ± 0.3",
+}
+
+
+@pytest.mark.parametrize(("name", "rows"), [("table1", TABLE_1), ("table2", TABLE_2), ("table6", TABLE_6)])
+def test_rows_are_those_of_the_paper(tables: dict[str, ModuleType], name: str, rows: dict[str, str]):
+    assert {row.config: row.paper for row in tables[name].TABLE.rows} == rows
+
+
+def expected_config(name: str) -> dict:
+    """What a row of Tables 2 and 6 needs, from its name."""
+    if name == "mobilenet_v1_x0.25":
+        return {"model": "mobilenet_v1", "width": 0.25, "lr": 0.1, **CIFAR}
+    config = {"model": "mobilenet_v1_dnw", "width": 0.225, "wiring": name, "lr": 0.1, **CIFAR}
+    rule, _, value = name.rpartition("_")
+    if name == "rg":
+        config["wiring"] = "random_graph"
+    elif rule == "fine_tune":
+        config |= {"wiring": rule, "lr": float(value)}
+    elif rule.startswith("td"):
+        options = {"rho": value if value == "gamma" else float(value)}
+        if rule == "td_regular":
+            options["variant"] = "regular"
+        config |= {"wiring": "targeted_dropout", "wiring_options": options}
+    return config
+
+
+@pytest.mark.parametrize("config", sorted(TABLE_2 | TABLE_6))
+def test_configurations_are_those_of_the_paper(config: str):
+    name = config.removeprefix("cifar10_")
+    assert yaml.safe_load((CONFIGS / f"{config}.yaml").read_text()) == expected_config(name)
+
+
+@pytest.mark.parametrize("config", sorted(TABLE_2 | TABLE_6))
+def test_configurations_name_rules_and_options_that_exist(config: str):
+    values = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
+    create_wiring(values.get("wiring", "dnw"), **values.get("wiring_options", {}))
+
+
+SMALL = {"dynamics": "static", "schedule": "cosine"}
+SMALL_CONFIGS = {
+    "rg": {**SMALL, "wiring": "random_graph"},
+    "td": {**SMALL, "wiring": "targeted_dropout", "wiring_options": {"rho": 0.9}},
+    "complete": {**SMALL, "wiring": "complete"},
+    "fine_tune": {**SMALL, "wiring": "fine_tune", "lr": 0.01},
+}
+
+
+def write_configs(folder: Path, **changes: dict) -> Path:
+    folder.mkdir(parents=True)
+    for name, values in {**SMALL_CONFIGS, **changes}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tables: dict[str, ModuleType]) -> object:
+    """A table of the tiny static classifier: a random graph, a rule with a setting, and two stages."""
+    rows = sys.modules["rows"]
+    four = (
+        rows.Row("RG", "rg", "1.0 ± 0.1"),
+        rows.Row("TD", "td"),
+        rows.Row("complete", "complete"),
+        rows.Row("FT", "fine_tune", "2.0 ± 0.2", first_stage="complete"),
+    )
+    return rows.Table("small", "A small table", "cifar10_tiny.py", four, quick={})
+
+
+SHORT = ("--data=digits", "--image-size=16", "--batch-size=512", "--epochs=1", "--workers=0", "--accelerator=cpu")
+
+
+def run_small(small: object, *argv: object) -> int:
+    return sys.modules["runner"].main(small, "", [*SHORT, "--seeds", "0", "--jobs", "2", *map(str, argv)])
+
+
+@pytest.fixture(scope="module")
+def finished(small: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all rows of the small table."""
+    folder = tmp_path_factory.mktemp("small")
+    argv = (
+        "--configs",
+        write_configs(folder / "configs"),
+        "--output",
+        folder / "runs",
+        "--json",
+        folder / "small.json",
+    )
+    assert run_small(small, *argv) == 0
+    return folder
+
+
+def test_all_rows_are_run_and_told(finished: Path):
+    found = results(finished / "runs")
+    assert set(found) == set(SMALL_CONFIGS)
+    text = (finished / "runs" / "small.md").read_text()
+    for label, name, paper in (("RG", "rg", "1.0 ± 0.1"), ("TD", "td", ""), ("FT", "fine_tune", "2.0 ± 0.2")):
+        assert f"| {label} | {paper} | {100 * found[name]['summary']['top1']:.1f} | 1 | 32,000 |" in text
+    figures = json.loads((finished / "small.json").read_text())
+    assert figures == json.loads((finished / "runs" / "small.json").read_text())
+
+
+def test_a_second_stage_starts_from_the_first_and_costs_both(finished: Path):
+    found = results(finished / "runs")
+    complete, tuned = (
+        read_checkpoint(finished / "runs" / name / "seed0" / which)["state_dict"]
+        for name, which in (("complete", "last.ckpt"), ("fine_tune", "first.ckpt"))
+    )
+    assert all(torch.equal(tuned[name], value) for name, value in complete.items())
+    rows = {row["model"]: row for row in json.loads((finished / "small.json").read_text())["rows"]}
+    stages = [found[name]["summary"]["training_multiply_adds"] for name in ("complete", "fine_tune")]
+    assert rows["FT"]["training_multiply_adds"] == sum(stages)
+    assert rows["complete"]["training_multiply_adds"] == stages[0] > 4 * stages[1]
+
+
+def test_a_changed_setting_changes_its_row_and_no_other(small: object, finished: Path, tmp_path: Path):
+    changed = {**SMALL_CONFIGS["td"], "wiring_options": {"rho": 0.5}}
+    configs = write_configs(tmp_path / "configs", td=changed)
+    assert run_small(small, "--rows", "rg", "td", "--configs", configs, "--output", tmp_path / "runs") == 0
+    one, other = results(finished / "runs"), results(tmp_path / "runs")
+    assert one["rg"] == other["rg"]
+    dropout = [each["td"]["summary"] for each in (one, other)]
+    assert [each["options"]["wiring_options"]["rho"] for each in dropout] == [0.9, 0.5]
+    # With ρ = 0.5 instead of 0.9 five times as many of the weak edges take part in training.
+    assert dropout[1]["training_multiply_adds"] > 2 * dropout[0]["training_multiply_adds"]
+
+
+def test_complete_rows_are_not_run_again_and_a_failure_is_said(
+    small: object, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / "td")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("last.ckpt")}
+    broken = {**SMALL_CONFIGS["td"], "wiring": "targeted_dropuot"}
+    configs = write_configs(tmp_path / "configs", td=broken)
+    assert run_small(small, "--configs", configs, "--output", tmp_path / "runs") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("last.ckpt")}
+    printed = capsys.readouterr().out
+    assert "TD, seed 0: status 2, see" in printed
+    assert "did you mean 'targeted_dropout'" in (tmp_path / "runs/td/seed0/log.txt").read_text()
+    assert "| RG | 1.0 ± 0.1 |" in printed
+    assert "| TD |" not in printed
+
+
+def test_a_folder_with_other_options_is_refused(small: object, finished: Path, capsys: pytest.CaptureFixture[str]):
+    argv = ("--configs", finished / "configs", "--output", finished / "runs", "--workers", "1")
+    assert run_small(small, *argv) == 0  # an option of the machine
+    assert run_small(small, *argv, "--lr", "0.3") == 2
+    assert "holds a run with lr None, not '0.3'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--rows", "cifar10_rng"), "table2 has no row 'cifar10_rng'"),
+        (("--jobs", "0"), "--jobs is 0"),
+        (("--seed", "3"), "--seed is set for every run"),
+        (("--epochs", "3", "4"), "options for the runs are --name value"),
+        (("--configs", "nowhere"), "does not exist"),
+    ],
+)
+def test_bad_input(
+    tables: dict[str, ModuleType], capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str
+):
+    assert sys.modules["runner"].main(tables["table2"].TABLE, "", argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_mean_and_standard_deviation(tables: dict[str, ModuleType]):
+    table = tables["table2"].TABLE
+    row = table.rows[1]
+    graphs = {"stage1": {"real_edges": 3, "dead_nodes": 1}}
+    options = dict.fromkeys(
+        ("train_images", "held_out", "image_size", "epochs", "batch_size", "schedule", "momentum"), 1
+    )
+
+    def result(seed: int, top1: float) -> dict:
+        summary = {
+            "top1": top1,
+            "multiply_adds": 2e6,
+            "training_multiply_adds": 10**12,
+            "seconds": 60.0,
+            "graphs": graphs,
+        }
+        return {"row": row.key, "seed": seed, "options": {"data": "x"}, "summary": {**summary, "options": options}}
+
+    lines, figures = sys.modules["report"].table_lines(table, [row], [result(0, 0.5), result(1, 0.52), result(2, 0.57)])
+    assert figures["rows"][0]["top1"] == pytest.approx(53)
+    # (9 + 1 + 16) / 2 = 13: the standard deviation of a sample.
+    assert figures["rows"][0]["top1_std"] == pytest.approx(13**0.5)
+    assert any(line.startswith("| MobileNetV1-RG (×0.225) | 87.2 ± 0.1 | 53.0 ± 3.6 | 3 | 3 | 1 |") for line in lines)
