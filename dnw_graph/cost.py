@@ -2,32 +2,72 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from dnw_graph.candidates import CandidateEdges
+from dnw_graph.errors import InputError
+from dnw_graph.live_channels import classifier_columns, live_channels
+from dnw_graph.multiply_adds import MultiplyAdds
 from dnw_graph.neural_graph import NeuralGraph
-from dnw_graph.propagation import Propagate, Propagation, RealEdges
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """Cost of one part of a model.
+
+    Attributes:
+        name: A neural graph's name, or the name of the submodule; what belongs to no submodule goes by the model's
+            class.
+        parameters: Number of parameters, see :class:`Cost`.
+        multiply_adds: Multiply-adds for one image, see :class:`Cost`.
+    """
+
+    name: str
+    parameters: int
+    multiply_adds: int
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a model.
+    """Cost of a model; ``print`` shows it as a table.
 
     Attributes:
-        parameters: Number of parameters: those of live real edges, live nodes and all other layers. Norms are not
-            counted, as in the paper's figures, since they can be folded.
-        multiply_adds: Multiply-adds of the convolutions, linear layers and edges for one image (the paper's FLOPs).
+        rows: The stages or other parts of the model that cost anything, in its order.
     """
 
-    parameters: int
-    multiply_adds: int
+    rows: tuple[CostRow, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters: those of live real edges, live nodes and all other layers.
+
+        Norms are not counted, as in the paper's figures.
+        """
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of products, convolutions and edges for one image: what the paper calls FLOPs."""
+        return sum(row.multiply_adds for row in self.rows)
+
+    def __str__(self) -> str:
+        total = CostRow("in sum", self.parameters, self.multiply_adds)
+        cells = [("part", "parameters", "multiply-adds")]
+        cells += [(row.name, f"{row.parameters:,}", f"{row.multiply_adds:,}") for row in (*self.rows, total)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return "\n".join(f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in cells)
 
 
 def neural_graphs(model: nn.Module) -> dict[str, NeuralGraph]:
@@ -56,111 +96,140 @@ def live_nodes(model: nn.Module) -> dict[str, Bool[Tensor, " nodes"]]:
     }
 
 
-def cost(model: nn.Module, input_size: tuple[int, ...]) -> Cost:
-    """Count the parameters and multiply-adds of a model without its dead nodes.
+def cost(model: nn.Module, input_size: Sequence[int], *, paper: bool = False) -> Cost:
+    """Count the parameters and multiply-adds of a model, part by part, without its dead nodes.
 
     One image of zeros is sent through the model in evaluation mode, and what is computed is counted: live real edges at
     every product, each step of a discrete graph and each evaluation of a continuous one; node functions at their live
-    nodes; the last layer of a ``stem``, whose channels are the inputs of the first graph beside it, at the live ones.
+    nodes; the last layer of a ``stem``, whose channels are the inputs of the first graph beside it, at the live ones;
+    everything else as PyTorch's ``FlopCounterMode`` counts it, two operations being one multiply-add. Activations,
+    norms and pooling are not counted. The model is left as it was: modes, hooks, wiring and random state.
+
+    With ``paper=True`` dead nodes are counted as for Table 3 of the paper, by one look at each graph: an input or inner
+    node is dead if no real edge leaves it, whether or not its targets or later stages are of use; all real edges
+    count; and where a linear ``classifier`` reads the outputs of the last graph beside it, it has no column for an
+    output at which no real edge arrives.
 
     Args:
-        model: Any module of convolutions, linear layers and neural graphs.
-        input_size: Size of one image, such as ``(3, 224, 224)``.
+        model: Any module, with or without neural graphs, such as those of torchvision and timm.
+        input_size: Size of one image without the batch, such as ``(3, 224, 224)``.
+        paper: Count dead nodes as the paper does.
+
+    Raises:
+        InputError: If the model cannot take an image of that size, has lazy or scripted modules, or computes with an
+            operator whose multiply-adds are unknown.
+
+    Example:
+        >>> print(cost(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(128, 10)), (3, 4, 4)))
+        part    parameters  multiply-adds
+        0              224          3,456
+        2            1,290          1,280
+        in sum       1,514          4,736
     """
-    live = live_nodes(model)
-    graphs = neural_graphs(model)
-    masks = _channel_masks(model, graphs, live)
-    parameters = 0.0
-    for module in model.modules():
-        if not isinstance(module, CandidateEdges | _NormBase):
-            own = sum(p.numel() for p in module.parameters(recurse=False))
-            parameters += own * float(masks[module].double().mean()) if module in masks else own
-    for name, graph in graphs.items():
-        source, target = graph.edge_index
-        parameters += int((live[name][source] & live[name][target]).sum())
-    return Cost(round(parameters), _count_multiply_adds(model, input_size, masks, graphs, live))
+    sizes = input_size if isinstance(input_size, Sequence) else ()
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise InputError(
+            f"input_size is the size of one image without the batch, such as (3, 224, 224); got {input_size!r}"
+        )
+    if any(map(is_lazy, chain(model.parameters(), model.buffers()))):
+        raise InputError(f"{type(model).__name__} has lazy modules without a shape: send one batch through it first")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise InputError(f"{type(model).__name__} has scripted modules, whose work cannot be seen: count it unscripted")
+    with _left_as_it_was(model), torch.no_grad():
+        graphs = neural_graphs(model)
+        live = _with_output_edge(graphs) if paper else {graphs[name]: mask for name, mask in live_nodes(model).items()}
+        counted_targets = {graph: torch.ones_like(mask) if paper else mask for graph, mask in live.items()}
+        channels = live_channels(model, live)
+        columns = classifier_columns(model) if paper else {}
+        rows = _rows(model)
+        parameters = _count_parameters(rows, channels, columns)
+        for graph, counted in counted_targets.items():
+            parameters[rows[graph]] += int(counted[graph.edge_index[1]].sum())
+        counter = MultiplyAdds(rows, channels | {layer: [mask] for layer, mask in columns.items()}, counted_targets)
+        _send_image(model, input_size, counter)
+    found = (CostRow(name, parameters[name], int(counter.counts[name])) for name in dict.fromkeys(rows.values()))
+    return Cost(tuple(row for row in found if row.parameters or row.multiply_adds))
 
 
-def _count_multiply_adds(
-    model: nn.Module,
-    input_size: tuple[int, ...],
-    masks: dict[nn.Module, Tensor],
-    graphs: dict[str, NeuralGraph],
-    live: dict[str, Tensor],
-) -> int:
-    total = 0
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        nonlocal total
-        linear = isinstance(module, nn.Linear)
-        # A linear layer is applied at every place but the last dimension, a convolution at every one of its map.
-        places = math.prod(output.shape[1:-1] if linear else output.shape[2:])
-        channels = output.size(-1 if linear else 1)
-        if module in masks:
-            nodes = args[1] if len(args) > 1 and args[1] is not None else range(channels)
-            channels = int(masks[module][nodes.start : nodes.stop].sum())
-        total += channels * module.get_parameter("weight")[0].numel() * places
-
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    handles = [layer.register_forward_hook(hook) for layer in layers]
-    modes = {module: module.training for module in model.modules()}
-    counted = {name: _Counted(graph.propagation, live[name]) for name, graph in graphs.items()}
-    reference = next(model.parameters())
+def _send_image(model: nn.Module, input_size: Sequence[int], counter: MultiplyAdds) -> None:
+    tensors = chain(model.parameters(), model.buffers())
+    like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+    image = torch.zeros(1, *input_size, dtype=like.dtype, device=like.device)
     try:
-        for name, graph in graphs.items():
-            graph.propagation = counted[name]
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *input_size, dtype=reference.dtype, device=reference.device))
-    finally:
-        for name, graph in graphs.items():
-            graph.propagation = counted[name].propagation
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return total + sum(each.multiply_adds for each in counted.values())
+        with counter:
+            model.eval()(image)
+    except InputError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"{type(model).__name__} cannot take one image of size {tuple(input_size)} ({type(error).__name__}: "
+            f"{reason}); give the size of one image without the batch, such as (3, 224, 224)"
+        ) from error
 
 
-class _Counted(Propagation):
-    """Another propagation, counting one multiply-add per live real edge and place."""
-
-    def __init__(self, propagation: Propagation, live: Tensor) -> None:
-        super().__init__()
-        self.propagation = propagation
-        self.live = live
-        self.multiply_adds = 0
-
-    def forward(self, edges: RealEdges) -> Propagate:
-        propagate = self.propagation(edges)
-        source, target = edges.candidates.pairs(edges.index)
-        alive = self.live[source] & self.live[target]
-        source, target = source[alive], target[alive]
-
-        def product(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
-            block = propagate.blocks[number]
-            sources, targets = block.sources[columns], block.targets[rows]
-            used = (source >= sources.start) & (source < sources.stop)
-            used &= (target >= targets.start) & (target < targets.stop)
-            self.multiply_adds += int(used.sum()) * math.prod(z.shape[2:])
-            return propagate.product(number, z, rows, columns)
-
-        return Propagate(propagate.blocks, propagate.weights, product)
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put back modes, chosen edges, what else a forward pass notes on its modules, and the random state."""
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            for module, before in attributes.items():
+                vars(module).clear()
+                vars(module).update(before)
 
 
-def _channel_masks(
-    model: nn.Module, graphs: dict[str, NeuralGraph], live: dict[str, Tensor]
-) -> dict[nn.Module, Tensor]:
-    """Return, for every layer whose channels are nodes of a graph, which of them are live."""
-    masks: dict[nn.Module, Tensor] = {}
-    for name, graph in graphs.items():
-        for function, nodes in graph.dynamics.functions():
-            masks |= dict.fromkeys(function.modules(), live[name][nodes.start : nodes.stop])
-    by_graph = {graph: live[name] for name, graph in graphs.items()}
-    for module in model.modules():
-        stem = getattr(module, "stem", None)
-        inner = [graph for graph in module.modules() if isinstance(graph, NeuralGraph)]
-        if inner and isinstance(stem, nn.Module):
-            # Only the last layer's channels are nodes; the layers before it feed live and dead ones alike.
-            for layer in [m for m in stem.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1:]:
-                masks[layer] = by_graph[inner[0]][: inner[0].num_inputs]
-    return masks
+def _with_output_edge(graphs: dict[str, NeuralGraph]) -> dict[NeuralGraph, Tensor]:
+    """Return which nodes of each graph are outputs or have a real edge to any node."""
+    live = {}
+    for graph in graphs.values():
+        source = graph.edge_index[0]
+        live[graph] = torch.zeros(graph.num_nodes, dtype=torch.bool, device=source.device)
+        live[graph][-graph.num_outputs :] = True
+        live[graph][source] = True
+    return live
+
+
+def _rows(model: nn.Module) -> dict[nn.Module, str]:
+    """Return under which name every module is counted: that of a child of the model, or of an entry of a list."""
+    graph_names: dict[nn.Module, str] = {graph: name for name, graph in neural_graphs(model).items()}
+    if model in graph_names:
+        return dict.fromkeys(model.modules(), graph_names[model])
+    own = type(model).__name__
+    rows = {model: own}
+
+    def name_children(parent: nn.Module, prefix: str) -> None:
+        for name, child in parent.named_children():
+            if type(child) in (nn.ModuleList, nn.ModuleDict):
+                rows.setdefault(child, own)
+                name_children(child, f"{prefix}{name}.")
+            else:
+                for module in child.modules():
+                    rows.setdefault(module, graph_names.get(child, prefix + name))
+
+    name_children(model, "")
+    return rows
+
+
+def _count_parameters(
+    rows: dict[nn.Module, str], channels: dict[nn.Module, list[Tensor]], columns: dict[nn.Module, Tensor]
+) -> Counter[str]:
+    """Count all parameters but those of norms and edges, the shared ones once."""
+    counts: Counter[str] = Counter()
+    counted: set[nn.Parameter] = set()
+    for module, row in rows.items():
+        if isinstance(module, (CandidateEdges, *_NORMS)):
+            continue
+        for parameter in set(module.parameters(recurse=False)) - counted:
+            counted.add(parameter)
+            number = parameter.numel()
+            masks = channels.get(module, [])
+            if masks and parameter.dim() and all(len(mask) == parameter.size(0) for mask in masks):
+                number = number // parameter.size(0) * int(torch.stack(masks).any(0).sum())
+            if module in columns and parameter.dim() == 2:
+                number = number // parameter.size(1) * int(columns[module].sum())
+            counts[row] += number
+    return counts

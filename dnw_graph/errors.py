@@ -14,7 +14,7 @@ class InputError(ValueError):
     """
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
     """Return the error for a name that is not in a registry, with the names that come near.
 
     Args:
@@ -23,6 +23,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
         known: The names that exist.
     """
     known = sorted(known)
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return InputError(f"unknown {kind} {name!r}: {hint}known are {', '.join(map(repr, known))}")

@@ -178,7 +178,10 @@ class NeuralGraph(nn.Module):
         return self.dynamics(x, self.propagation(edges), **options)
 
     def rewire(self, wiring: str | Wiring, num_edges: int) -> None:
-        """Give the graph another wiring, or another number of edges; the candidate weights stay as they are.
+        """Give the graph another wiring, or another number of edges.
+
+        The candidate weights stay as they are, unless the rule brings its own (:class:`~dnw_graph.wirings.FineTune`,
+        :class:`~dnw_graph.wirings.LotteryTicket`).
 
         Args:
             wiring: Rule that chooses the real edges; an object is copied.
@@ -333,4 +336,4 @@ def wiring_penalty(model: nn.Module) -> Float[Tensor, ""]:
     """
     graphs = [module for module in model.modules() if isinstance(module, NeuralGraph)]
     terms = [term for graph in graphs if (term := graph.penalty()) is not None]
-    return torch.stack(terms).sum() if terms else next(model.parameters()).new_zeros(())
+    return torch.stack(terms).sum() if terms else torch.zeros(())

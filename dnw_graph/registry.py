@@ -45,7 +45,7 @@ def build(kind: str, name: str, known: Mapping[str, Callable[..., T]], options: 
     Raises:
         InputError: If the name or an option is unknown.
     """
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise unknown_name(kind, name, known)
     parameters = inspect.signature(known[name]).parameters.values()
     arguments = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dnw_graph import Continuous, Discrete, NeuralGraph
-from dnw_graph.cost import Cost, cost, live_nodes, neural_graphs
+from dnw_graph import Continuous, Discrete, Fixed, InputError, NeuralGraph
+from dnw_graph.cost import Cost, CostRow, cost, live_nodes, neural_graphs
 from dnw_graph.models import STAGES, MobileNetV1, MobileNetV1DNW, TinyClassifier
-from dnw_graph.node_functions import NormReluConv
+from dnw_graph.node_functions import Blockwise, NodeConv, NormReluConv
 
 MAPS = [112, 56, 28, 14, 7]  # map sizes of the stages at 224 pixels
 
@@ -19,6 +19,10 @@ def counted_by_pytorch(model, input_size):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.zeros(1, *input_size))
     return counter.get_total_flops() // 2
+
+
+def totals(result):
+    return result.parameters, result.multiply_adds
 
 
 def live_by_networkx(model, small=False):
@@ -57,28 +61,6 @@ def test_mobilenet_v1_costs_what_table_3_says(width, multiply_adds, parameters):
     assert round(result.parameters / 1e6, 1) == parameters
 
 
-TWICE = nn.Conv2d(3, 3, 3, padding=1)
-
-
-@pytest.mark.parametrize(
-    ("model", "input_size"),
-    [
-        (MobileNetV1(0.25, num_classes=10), (3, 96, 64)),
-        (MobileNetV1(0.5, num_classes=10, stem_stride=1), (3, 32, 32)),
-        (nn.Sequential(nn.Conv2d(4, 6, (3, 5), (2, 1), bias=False), nn.Conv2d(6, 6, 3, groups=3)), (4, 11, 13)),
-        (nn.Sequential(nn.Flatten(), nn.Linear(18, 7), nn.ReLU(), nn.Linear(7, 3)), (2, 3, 3)),
-        (nn.Linear(5, 3), (4, 5)),
-        (nn.Sequential(TWICE, nn.ReLU(), TWICE), (3, 6, 6)),
-    ],
-    ids=["mobilenet ×0.25", "mobilenet ×0.5", "convolutions", "linear", "linear at four places", "one layer twice"],
-)
-def test_dense_models_cost_what_pytorch_counts(model, input_size):
-    result = cost(model, input_size)
-    assert result.multiply_adds == counted_by_pytorch(model, input_size)
-    norms = sum(p.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
-    assert result.parameters == sum(p.numel() for p in model.parameters()) - norms
-
-
 def test_a_complete_graph_costs_what_pytorch_counts():
     graph = NeuralGraph((8, 6, 4), 8 * 6 + 14 * 4, stride=2, propagation="block")
     result = cost(graph, (8, 12, 12))
@@ -90,7 +72,7 @@ def test_a_complete_graph_costs_what_pytorch_counts():
 def test_complete_layers_cost_what_mobilenet_v1_costs():
     layered = MobileNetV1DNW(width=1.0, layered=True, num_classes=10)
     dense = MobileNetV1(width=1.0, num_classes=10)
-    assert cost(layered, (3, 64, 64)) == cost(dense, (3, 64, 64))
+    assert totals(cost(layered, (3, 64, 64))) == totals(cost(dense, (3, 64, 64)))
 
 
 def test_random_graph_costs_the_edges_and_live_nodes_counted_by_hand():
@@ -147,7 +129,99 @@ def test_a_chain_that_ends_nowhere_is_dead_as_a_whole():
     graph = chain_with_a_dead_end()
     assert live_nodes(graph)["graph"].tolist() == [True, False, True, False, True, False, True]
     # Three live edges and three live convolutions of nine weights, on maps of 16.
-    assert cost(graph, (2, 4, 4)) == Cost(parameters=3 + 27, multiply_adds=16 * (3 + 27))
+    assert cost(graph, (2, 4, 4)) == Cost((CostRow("graph", 3 + 27, 16 * (3 + 27)),))
+
+
+def test_the_paper_s_count_looks_one_edge_ahead_by_hand():
+    # 5 alone has no output edge. All six edges count, and the convolutions of 0 … 4.
+    assert cost(chain_with_a_dead_end(), (2, 4, 4), paper=True) == Cost((CostRow("graph", 6 + 45, 16 * (6 + 45)),))
+
+
+def graph_with_a_dead_cycle():
+    """Nodes 0 … 4, 0 the input, 4 the output: 0 → 4 is live, the cycle 1 ⇄ 2 and the loop at 3 reach nothing."""
+    edges = torch.tensor([[0, 0, 1, 2, 3], [4, 1, 2, 1, 3]])
+    function = partial(NormReluConv, norm="instance")
+    return NeuralGraph(
+        num_nodes=5, num_inputs=1, num_outputs=1, num_edges=5, wiring=Fixed(edges), dynamics=Discrete(steps=2),
+        node_function=function,
+    )  # fmt: skip
+
+
+def test_a_cycle_that_reaches_no_output_is_dead():
+    # Step 1: 0 → 4, and f at 0 and 4. Step 2: only the output is computed: 0 → 4 again, f at 4.
+    assert cost(graph_with_a_dead_cycle(), (1, 4, 4)) == Cost((CostRow("graph", 1 + 18, 16 * (1 + 18 + 1 + 9)),))
+
+
+def test_the_paper_s_count_keeps_a_dead_cycle():
+    # Step 1: the two edges from the input, f at all five nodes. Step 2: the one edge into the output, f at it.
+    result = cost(graph_with_a_dead_cycle(), (1, 4, 4), paper=True)
+    assert result == Cost((CostRow("graph", 5 + 45, 16 * (2 + 45 + 1 + 9)),))
+
+
+class Classifier(nn.Module):
+    """Two chained graphs of two inputs and two outputs each, behind a 1×1 convolution, before a linear layer.
+
+    Real edges: 0 → 2 and 1 → 3 in the first graph, 0 → 3 in the second, with no edge at its output 2.
+    """
+
+    def __init__(self, classifier=None):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 2, 1)
+        edges = torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0], [3]])
+        self.stages = nn.ModuleList(
+            NeuralGraph((2, 2), each.size(1), wiring=Fixed(each), name=f"stage{number}")
+            for number, each in enumerate(edges, start=1)
+        )
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = classifier or nn.Linear(2, 5)
+
+    def forward(self, x):
+        return self.classifier(self.pool(self.stages[1](self.stages[0](self.stem(x)))).flatten(1))
+
+    def live_nodes_by_graph(self):
+        later = self.stages[1].live_nodes()
+        return {self.stages[1]: later, self.stages[0]: self.stages[0].live_nodes(later[:2])}
+
+
+def test_both_counts_of_chained_graphs_by_hand():
+    model = Classifier()
+    # Node 1 of the second graph has no output edge, so that 1 → 3 of the first is of no use, nor the stem's channel 1.
+    assert cost(model, (3, 4, 4)).rows == (
+        CostRow("stem", 4, 16 * 3),
+        CostRow("stage1", 1 + 9, 16 * (1 + 9)),
+        CostRow("stage2", 1 + 9, 16 * (1 + 9)),
+        CostRow("classifier", 15, 10),
+    )
+    # The paper's count of the first graph does not look at the second; output 2 of that one has no edge and no column.
+    assert cost(model, (3, 4, 4), paper=True).rows == (
+        CostRow("stem", 8, 16 * 6),
+        CostRow("stage1", 2 + 18, 16 * (2 + 18)),
+        CostRow("stage2", 1 + 9, 16 * (1 + 9)),
+        CostRow("classifier", 10, 5),
+    )
+
+
+def test_only_a_linear_layer_on_the_outputs_loses_columns():
+    model = Classifier(nn.Sequential(nn.Linear(2, 5)))
+    assert cost(model, (3, 4, 4), paper=True).rows[-1] == CostRow("classifier", 15, 10)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_the_paper_s_count_of_a_random_graph_counted_by_numpy(small):
+    model = MobileNetV1DNW(width=0.08, num_classes=7, small=small, wiring="random_graph")
+    pairs = [stage.edge_index.numpy() for stage in model.stages]
+    sending = [set(source) for source, _ in pairs]
+    expected = 27 * sum(v < 32 for v in sending[0]) * 112**2
+    expected += sum(
+        (len(source) + 9 * len(senders)) * side**2
+        for (source, _), senders, side in zip(pairs, sending, MAPS, strict=True)
+    )
+    reached = {v for v in pairs[-1][1] if v >= 1536}
+    assert len(reached) < 1024
+    expected += int(0.08 * 1024 * 7) if small else 7 * len(reached)
+    result = cost(model, (3, 224, 224), paper=True)
+    assert result.multiply_adds == expected
+    assert result.multiply_adds > cost(model, (3, 224, 224)).multiply_adds
 
 
 def test_of_a_stem_of_several_layers_only_the_last_one_s_channels_can_be_dead():
@@ -178,15 +252,106 @@ def test_an_output_without_an_edge_is_live():
     assert live_nodes(graph)["graph"].all()
 
 
-def test_counting_leaves_the_model_as_it_was():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), NeuralGraph((4, 3, 2), 9), nn.Dropout())
+def state_of(model):
+    hooks = [
+        (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._forward_hooks_with_kwargs)) for m in model.modules()
+    ]
+    attributes = [{k: v for k, v in vars(m).items() if not k.startswith("_")} for m in model.modules()]
+    return hooks, attributes, {key: value.tolist() for key, value in model.state_dict().items()}, torch.get_rng_state()
+
+
+class Noise(nn.Module):
+    """Draws random numbers, and fails where it is asked to."""
+
+    def __init__(self, fail):
+        super().__init__()
+        self.fail = fail
+
+    def forward(self, x):
+        if self.fail:
+            raise ValueError("no image of this kind")
+        return x + torch.rand_like(x)
+
+
+@pytest.mark.parametrize("paper", [False, True])
+@pytest.mark.parametrize("fail", [False, True])
+def test_counting_leaves_the_model_as_it_was(paper, fail):
+    graphs = [NeuralGraph((4, 3, 2), 9)]
+    graphs += [NeuralGraph(num_nodes=3, num_inputs=2, num_outputs=1, dynamics=Continuous("rk4"))]
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), *graphs, nn.Dropout(), Noise(fail))
+    model(torch.randn(2, 3, 5, 5)) if not fail else None
     model[1].eval()
-    modes = [m.training for m in model.modules()]
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    first = cost(model, (3, 9, 9))
-    assert [m.training for m in model.modules()] == modes
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert cost(model, (3, 9, 9)) == first
+    chosen = [graph._chosen for graph in graphs]
+    modules = list(model.modules())
+    hooks, attributes, state, random = state_of(model)
+    if fail:
+        with pytest.raises(InputError, match=r"Sequential cannot take .* \(3, 9, 9\) \(ValueError: no image of this"):
+            cost(model, (3, 9, 9), paper=paper)
+    else:
+        assert cost(model, (3, 9, 9), paper=paper) == cost(model, (3, 9, 9), paper=paper)
+    now = state_of(model)
+    assert now[:3] == (hooks, attributes, state)
+    assert torch.equal(now[3], random)
+    assert list(model.modules()) == modules
+    assert all(graph._chosen is before for graph, before in zip(graphs, chosen, strict=True))
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_rows_are_the_stages_and_their_sum():
+    model = MobileNetV1DNW(width=0.1, num_classes=10, stem_stride=1, wiring="random_graph")
+    result = cost(model, (3, 16, 16))
+    assert [row.name for row in result.rows] == ["stem", *(f"stage{n}" for n in range(1, 6)), "classifier"]
+    assert result.rows[-1] == CostRow("classifier", 10_250, 10_240)
+    lines = [line.split() for line in str(result).splitlines()]
+    assert lines[0] == ["part", "parameters", "multiply-adds"]
+    assert lines[1:-1] == [[row.name, f"{row.parameters:,}", f"{row.multiply_adds:,}"] for row in result.rows]
+    assert lines[-1] == ["in", "sum", f"{result.parameters:,}", f"{result.multiply_adds:,}"]
+    assert len({len(line) for line in str(result).splitlines()}) == 1
+
+
+def test_node_functions_of_blocks_have_their_own_dead_nodes():
+    """Blocks (2, 2, 1) in one recurrent graph, each with a convolution of its own; 1 and 3 are dead."""
+    sizes = [2, 2, 1]
+    function = Blockwise([NodeConv(2, 3), NodeConv(2, 1), NodeConv(1, 5)], sizes)
+    edges = torch.tensor([[0, 2], [2, 4]])
+    graph = NeuralGraph(
+        num_nodes=5, num_inputs=2, num_outputs=1, num_edges=2, wiring=Fixed(edges), dynamics=Discrete(steps=1),
+        node_function=function,
+    )  # fmt: skip
+    assert cost(graph, (2, 4, 4)) == Cost((CostRow("graph", 2 + 9 + 1 + 25, 16 * (1 + 9 + 1 + 25)),))
+
+
+def test_a_node_function_that_blocks_share_is_counted_where_it_is_used():
+    """Blocks (2, 2, 2) with one module for the first two; 1 and 2 are dead, so that both its channels are needed."""
+    graph = NeuralGraph((2, 2, 2), 2, wiring=Fixed(torch.tensor([[0, 3], [3, 4]])), node_function=NodeConv(2, 3))
+    assert cost(graph, (2, 4, 4)) == Cost((CostRow("graph", 2 + 18, 16 * (2 + 18)),))
+
+
+def test_products_that_no_layer_computes_are_counted_before_and_after_a_product_over_edges():
+    class Mix(nn.Module):
+        def send(self, z):
+            return torch.einsum("uv,bvhw->buhw", torch.ones(3, 3), z)
+
+        def forward(self, z):
+            return torch.einsum("uv,bvhw->buhw", torch.ones(3, 3), z)
+
+    graph = NeuralGraph(
+        num_nodes=3, num_inputs=2, num_outputs=3, num_edges=4, dynamics=Discrete(steps=2), node_function=Mix()
+    )
+    assert cost(graph, (2, 4, 4)).multiply_adds == 2 * 16 * (9 + 4 + 9)
+
+
+def test_parameters_that_all_nodes_share_do_not_die():
+    class Scale(nn.Module):
+        def __init__(self, num_nodes):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, z):
+            return self.scale * z
+
+    graph = NeuralGraph((2, 1), 1, wiring=Fixed(torch.tensor([[0], [2]])), node_function=Scale)
+    assert totals(cost(graph, (2, 4, 4))) == (1 + 1, 16)
 
 
 def test_graphs_are_found_by_name_or_else_by_path():
@@ -209,4 +374,4 @@ def test_recurrent_graphs_cost_what_pytorch_counts_over_all_steps(dynamics, norm
 
 def test_a_wrapped_model_costs_the_same():
     model = MobileNetV1DNW(width=0.1, num_classes=10, stem_stride=1, wiring="random_graph")
-    assert cost(nn.Sequential(model), (3, 16, 16)) == cost(model, (3, 16, 16))
+    assert totals(cost(nn.Sequential(model), (3, 16, 16))) == totals(cost(model, (3, 16, 16)))

@@ -57,7 +57,9 @@ def test_getting_started_trains_a_graph_and_draws_it(getting_started):
     assert (folder / "wiring.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", ["README.md", *(f"docs/{name}.md" for name in ("concepts", "extending", "models", "rules"))])
+@pytest.mark.parametrize(
+    "name", ["README.md", *(f"docs/{name}.md" for name in ("concepts", "extending", "models", "rules", "shipping"))]
+)
 def test_python_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(ROOT / name, {})
@@ -73,7 +75,16 @@ def test_python_blocks_on_looking_at_wirings_run(getting_started, tmp_path, monk
 
 
 def test_no_page_with_python_is_left_out():
-    tested = {"README.md", "concepts.md", "extending.md", "getting-started.md", "models.md", "rules.md", "wirings.md"}
+    tested = {
+        "README.md",
+        "concepts.md",
+        "extending.md",
+        "getting-started.md",
+        "models.md",
+        "rules.md",
+        "shipping.md",
+        "wirings.md",
+    }
     assert {page.name for page in PAGES if blocks(page, "python")} == tested
 
 
@@ -124,7 +135,8 @@ def test_every_option_is_documented_and_every_documented_option_exists():
     commands = [shlex.split(line, comments=True) for line in commands if "examples/" in line]
     assert commands
     for _, path, *words in commands:
-        assert {word.split(".")[0] for word in words if word.startswith("--")} <= options[path] | {"--help"}, words
+        given = {word.split(".")[0] for word in words if word.startswith("--")}
+        assert given <= options[path] | {"--help"}, words
 
 
 def test_documented_files_and_targets_exist():

@@ -21,8 +21,8 @@ from dnw_graph.propagation import MessagePassingPropagation
         (lambda: MessagePassingPropagation("cst"), "adjacency", "csr"),
         (lambda: NormReluConv(3, norm="batchnorm"), "norm", "batch"),
         (lambda: create_model("mobilenetv1_dnw"), "model", "mobilenet_v1_dnw"),
-        (lambda: create_model("mobilenet_v1_dnw", widht=0.5), "option of mobilenet_v1_dnw", "width"),
-        (lambda: create_model("mobilenet_v1", num_class=10), "option of mobilenet_v1", "num_classes"),
+        (lambda: create_model("mobilenet_v1_dnw", widht=0.5), "option of model 'mobilenet_v1_dnw'", "width"),
+        (lambda: create_model("mobilenet_v1", num_class=10), "option of model 'mobilenet_v1'", "num_classes"),
     ],
 )
 def test_near_names_are_offered(make, kind, near):

@@ -64,7 +64,7 @@ class Classifier(LightningModule):
         images, labels = batch
         loss = F.cross_entropy(self(images), labels)
         self.log("train/loss", loss, prog_bar=True)
-        penalty = wiring_penalty(self.model)
+        penalty = wiring_penalty(self.model).to(loss.device)
         if penalty.requires_grad:
             self.log("train/penalty", penalty)
         self.log("train/lr", self.lr * self.schedule(self.global_step))

@@ -115,6 +115,14 @@ class RunOptions:
         None, "checkpoint to continue from. On the same devices the numbers are those of an unbroken run"
     )
     evaluate: str | None = option(None, "checkpoint to evaluate; nothing is trained")
+    compact: bool = option(
+        False, "with --evaluate: evaluate the model without its dead nodes, with sparse products over the real edges"
+    )
+    export: str | None = option(
+        None,
+        "with --evaluate: write the model without its dead nodes to this file: .safetensors (wiring and weights), .pt2 "
+        "(torch.export) or .onnx",
+    )
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "devices", "num_nodes"):
@@ -122,7 +130,7 @@ class RunOptions:
         for name in ("weight_decay", "save_every", "held_out"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "a number from 0 to below 2^63")
-        for name in ("data", "output", "resume", "evaluate"):
+        for name in ("data", "output", "resume", "evaluate", "export"):
             _require(getattr(self, name) != "", name, "", "a path")
         _require(self.lr > 0, "lr", self.lr, "a number above 0")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "a number from 0 to below 1")
@@ -142,6 +150,8 @@ class RunOptions:
             )
         if self.resume and self.evaluate:
             raise InputError("--resume and --evaluate cannot go together: give one of them")
+        if (self.compact or self.export is not None) and not self.evaluate:
+            raise InputError("--compact and --export go with --evaluate: give the checkpoint of a trained model")
 
     def fixed(self) -> dict[str, Any]:
         """Return the options that a resumed run must share with the run that it continues."""

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
+from dnw_graph.compact import compact
 from dnw_graph.cost import neural_graphs
 from dnw_graph.errors import InputError
 from dnw_graph.training.checkpoint_io import SECTION, WholeFileIO, read_checkpoint
@@ -23,7 +24,9 @@ from dnw_graph.training.images import ImageData, hold_out, load_images
 from dnw_graph.training.loggers import make_loggers
 from dnw_graph.training.options import RunOptions
 from dnw_graph.training.schedules import SCHEDULES
+from dnw_graph.training.shipping import check_export, export
 from dnw_graph.training.summary import Summary, summarize, write_files
+from dnw_graph.training.throughput import Throughput
 from dnw_graph.training.training_cost import TrainingCost
 from dnw_graph.training.wiring_monitor import WiringMonitor
 
@@ -49,6 +52,8 @@ def run(
         InputError: If anything that the user gave cannot be used; found before training starts wherever possible.
     """
     check_hardware(options)
+    if options.export is not None:
+        check_export(Path(options.export))
     path = options.resume or options.evaluate
     checkpoint = read_checkpoint(path) if path else None
     images = hold_out(images or load_images(options.data), options.held_out)
@@ -134,11 +139,22 @@ def _evaluate(
         raise InputError(
             f"the weights in {options.evaluate} do not fit the model: give a checkpoint of this model"
         ) from error
-    trainer = _trainer(options, data)
+    model = module.model
+    # The images decide nothing: they are for counting and for tracing.
+    example = torch.zeros(2, 3, data.image_size, data.image_size)
+    throughput = Throughput()
+    trainer = _trainer(options, data, [throughput])
+    if options.compact:
+        module.model = compact(model, example=example)
     trainer.validate(module, data, verbose=False)
-    summary = summarize(module.model, data.image_size, trainer.callback_metrics, {**identity, "data": options.data})
+    summary = summarize(model, data.image_size, trainer.callback_metrics, {**identity, "data": options.data})
     if trainer.is_global_zero:
-        print("\n".join(["", *summary.lines()]))
+        print("\n".join(["", *summary.lines(), f"throughput     {throughput.images_per_second:,.0f} images/s"]))
+        if options.compact:
+            print(f"\n{module.model.report}")
+        if options.export is not None:
+            export(model, Path(options.export), example)
+            print(f"written to {options.export}")
         if folder:
             print(f"written to {folder}: {', '.join(write_files(summary, module.model, folder))}")
     return summary
@@ -159,7 +175,7 @@ def _trainer(
         logger=loggers or False,
         callbacks=callbacks,
         plugins=[WholeFileIO()],
-        enable_checkpointing=callbacks is not None,
+        enable_checkpointing=loggers is not None,
         enable_model_summary=False,
         num_sanity_val_steps=0,  # images have been checked, and a resumed run must not evaluate twice
         use_distributed_sampler=False,  # the order of images is ours

@@ -24,8 +24,9 @@ class TrainingCost(Callback):
     wiring updates hallucinated edges, else one per real edge. So much the method asks for; what an implementation
     computes beyond it, such as products with zeros, is not counted.
 
-    The number of real edges is that of each step; what else a step computes is counted once per epoch (it changes for
-    adaptive solvers only). Where a product concerns a part of the nodes, the real edges are taken as evenly spread.
+    The number of real edges is that of each step. What else a step computes is counted once per epoch: it changes for
+    adaptive solvers only, whose evaluations count in full even where they only choose the size of a step. Where a
+    product concerns a part of the nodes, the real edges are taken as evenly spread.
 
     Args:
         model: The model that is trained, of convolutions, linear layers and neural graphs.
@@ -40,13 +41,20 @@ class TrainingCost(Callback):
         self._layers = 0
         self._graphs = {name: _GraphCounter() for name in neural_graphs(model)}
         self._in_step = False
+        self._listening: list[Any] = []
         self._counting: list[Any] = []
         self._counted_epoch = -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to the products of every graph."""
         for name, graph in neural_graphs(self.model).items():
-            graph.propagation.register_forward_hook(partial(self._on_edges, self._graphs[name]))
+            hook = partial(self._on_edges, self._graphs[name])
+            self._listening.append(graph.propagation.register_forward_hook(hook))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen no more."""
+        while self._listening:
+            self._listening.pop().remove()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count in full what the first step of an epoch computes."""

@@ -65,8 +65,8 @@ class L1Anneal(Scheduled):
 
     def choose_to_train(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
         """Remove as many edges as this step asks for, and return the others."""
-        self.begin_step()
-        share = self.now(self.removal, name)
+        self.begin_step(self.strength, self.removal)
+        share = self.now(self.removal)
         weight = weight.detach()
         left = self.choose(weight, num_edges, name)
         # Never more than there are: a graph that was given to the rule half-way stays as it is until its time comes.

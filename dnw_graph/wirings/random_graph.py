@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dnw_graph.candidates import CandidateEdges
+from dnw_graph.errors import InputError
 from dnw_graph.selection import select_top_k
 from dnw_graph.wirings.kept import Kept
 
@@ -20,10 +21,15 @@ class RandomGraph(Kept):
 
     Shapes:
         - ``index``: ``[num_edges]``, flat indices, ascending
+
+    Raises:
+        InputError: If ``separate_scores`` is not a truth value.
     """
 
     def __init__(self, separate_scores: bool = False) -> None:
         super().__init__()
+        if not isinstance(separate_scores, bool):
+            raise InputError(f"separate_scores is True or False; got {separate_scores!r}")
         self.separate_scores = separate_scores
 
     def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:

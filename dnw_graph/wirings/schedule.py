@@ -58,7 +58,7 @@ class Schedule:
                 )
         if type(self.begin) is type(self.until) and self.begin > self.until:
             raise InputError(f"a schedule cannot begin at {self.begin} and end before, at {self.until}")
-        if self.shape not in SHAPES:
+        if self.shape not in tuple(SHAPES):
             raise unknown_name("shape of a schedule", self.shape, SHAPES)
 
     @property
@@ -114,8 +114,8 @@ class Scheduled(Wiring):
     """A rule with values that depend on the step of training.
 
     The rule counts its own steps, one per forward pass in training, in a persistent buffer: a resumed run goes on where
-    the schedule was. Schedules in fractions need the number of steps of the whole training: from ``num_steps``, or from
-    :meth:`set_num_steps`, which :func:`dnw_graph.training.run` calls.
+    the schedule was. Schedules in fractions need the number of steps of the whole training: from ``num_steps``, from
+    :meth:`set_num_steps`, which :func:`dnw_graph.training.run` calls, or from a checkpoint.
 
     Args:
         num_steps: Steps of the whole training, if known.
@@ -136,12 +136,14 @@ class Scheduled(Wiring):
         if num_steps is not None:
             _check_num_steps(num_steps)
         self.given_num_steps = num_steps
+        self.name = "graph"
         self.register_buffer("step", torch.tensor(0))
         self.register_buffer("num_steps", torch.tensor(num_steps or 0))
 
     def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
         """Start to count anew."""
         self.step.zero_()
+        self.name = name
 
     def set_num_steps(self, num_steps: int) -> None:
         """Take the number of steps of the whole training, unless the rule was given one of its own."""
@@ -149,23 +151,24 @@ class Scheduled(Wiring):
         if self.given_num_steps is None:
             self.num_steps.fill_(num_steps)
 
-    def now(self, schedule: Schedule, name: str = "graph") -> float:
+    def now(self, schedule: Schedule) -> float:
         """Return a value at the step in progress: that of the last forward pass in training.
 
         Args:
             schedule: The value's schedule.
-            name: Name of the graph, for messages.
         """
         num_steps = int(self.num_steps)
         if schedule.in_fractions and not num_steps:
             raise InputError(
-                f"{name}: {type(self).__name__} has a schedule in fractions of training, but does not know how many "
-                "steps training has: give it num_steps=…, call graph.wiring.set_num_steps(…), or give steps"
+                f"{self.name}: {type(self).__name__} has a schedule in fractions of training, but does not know how "
+                "many steps training has: give it num_steps=…, call graph.wiring.set_num_steps(…), or give steps"
             )
         return schedule.value(max(int(self.step) - 1, 0), num_steps)
 
-    def begin_step(self) -> None:
-        """Count one step of training."""
+    def begin_step(self, *schedules: Schedule) -> None:
+        """Count one step of training, unless one of the rule's schedules cannot be followed."""
+        for schedule in schedules:
+            self.now(schedule)
         self.step += 1
 
 

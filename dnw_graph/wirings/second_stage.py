@@ -37,7 +37,8 @@ class SecondStage(Kept):
             if weight is not None and not isinstance(weight, Tensor):
                 raise InputError(f"{type(self).__name__} takes candidate weights as tensors; got {weight!r}")
         self.trained = None if trained is None else trained.detach().clone()
-        self.start = None if start is None else start.detach().clone()
+        same = start is trained
+        self.start = self.trained if same else None if start is None else start.detach().clone()
 
     def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
         """Choose the edges and set the candidate weights."""

@@ -42,8 +42,8 @@ class TargetedDropout(Scheduled):
         - ``stream``: scalar, made of the seed and the graph's name
 
     Raises:
-        InputError: If ρ is no probability, the variant unknown, or (regular) the targets of two blocks of candidates
-            overlap without being the same.
+        InputError: If ρ is no probability, the seed none, or the variant unknown; regular only: if the targets of two
+            blocks of candidates overlap without being the same.
     """
 
     updates_hallucinated = False
@@ -63,6 +63,8 @@ class TargetedDropout(Scheduled):
         self.rho = None if isinstance(rho, str) else as_schedule("rho", rho)
         if self.rho is not None and not (0 <= self.rho.start <= 1 and 0 <= self.rho.end <= 1):
             raise InputError(f"rho is a probability, 0 … 1; got {rho!r}")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+            raise InputError(f"seed must be a whole number from 0 up; got {seed!r}")
         if variant not in VARIANTS:
             raise unknown_name("variant of targeted dropout", variant, VARIANTS)
         self.variant = variant
@@ -87,9 +89,8 @@ class TargetedDropout(Scheduled):
 
     def choose_to_train(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
         """Return what stays in this step: the strongest, and those targets that are not dropped."""
-        self.begin_step()
-        gamma = 1 - num_edges / weight.numel()
-        rho = gamma if self.rho is None else self.now(self.rho, name)
+        self.begin_step(*([] if self.rho is None else [self.rho]))
+        rho = 1 - num_edges / weight.numel() if self.rho is None else self.now(self.rho)
         generator = torch.Generator(weight.device).manual_seed(mix(int(self.stream), int(self.step)))
         stays = torch.rand(weight.numel(), generator=generator, device=weight.device) >= rho
         stays[self.choose(weight, num_edges, name)] = True

@@ -58,6 +58,7 @@ def test_resume_and_evaluate_exclude_each_other():
 def test_what_a_resumed_run_must_share():
     assert set(RunOptions().fixed()) == {
         "image_size",
+        "held_out",
         "epochs",
         "batch_size",
         "schedule",

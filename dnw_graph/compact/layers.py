@@ -1,0 +1,316 @@
+"""The layers of a compact model: plain modules over maps ``[batch, channels, *space]``, without parameters to train.
+
+A layer is made of tensors (buffers), options (plain values named in ``options``) and parts (other layers). These three
+are all that a file holds of it; a constructor refuses what does not fit together, in a file as in a program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dnw_graph.errors import InputError, unknown_name
+
+
+class Layer(nn.Module):
+    """A layer of a compact model.
+
+    Attributes:
+        options: Names of the constructor's arguments that are plain values.
+    """
+
+    options: ClassVar[tuple[str, ...]] = ()
+
+    def register(self, **tensors: Tensor | None) -> None:
+        """Make tensors buffers."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    @property
+    def num_inputs(self) -> int | None:
+        """Number of channels that the layer takes, or None for any."""
+        return None
+
+    @property
+    def num_outputs(self) -> int | None:
+        """Number of channels that the layer returns, or None for as many as it takes."""
+        return None
+
+    def cut(self, nodes: Tensor) -> Layer:
+        """Return the layer for some of its channels; only for layers that work on every channel by itself."""
+        raise NotImplementedError
+
+    def absorb(self, scale: Tensor, shift: Tensor) -> bool:
+        """Apply a scale and a shift per channel to the layer's result for good; return whether that can be done."""
+        return False
+
+    def extra_repr(self) -> str:
+        """Options and channels, for ``repr``."""
+        sizes = [] if self.num_outputs is None else [f"channels={self.num_outputs}"]
+        return ", ".join(sizes + [f"{name}={getattr(self, name)!r}" for name in self.options])
+
+
+class Chain(Layer):
+    """Layers one after the other."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        channels = None
+        for layer in layers:
+            if isinstance(layer, Layer):
+                require(
+                    channels is None or layer.num_inputs in (None, channels),
+                    f"{layer} cannot take {channels} channels",
+                )
+                channels = layer.num_outputs or channels
+            else:
+                channels = None
+        self.layers = nn.ModuleList(layers)
+
+    def cut(self, nodes: Tensor) -> Chain:
+        """Return the same layers for some channels."""
+        return Chain([layer.cut(nodes) for layer in self.layers if isinstance(layer, Layer)])
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Apply the layers."""
+        for layer in self.layers:
+            z = layer(z)
+        return z
+
+
+class Select(Layer):
+    """Some of the channels.
+
+    Args:
+        index: Which ones.
+        dim: The dimension that counts channels.
+    """
+
+    options = ("dim",)
+    index: Tensor
+
+    def __init__(self, index: Tensor, dim: int = 1) -> None:
+        super().__init__()
+        require(index.dim() == 1 and not index.is_floating_point(), "a selection needs a list of indices")
+        require(not len(index) or int(index.min()) >= 0, "a selection has a negative index")
+        self.register(index=index)
+        self.dim = dim
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of selected channels."""
+        return len(self.index)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Select the channels."""
+        return z.index_select(self.dim, self.index)
+
+
+class Activation(Layer):
+    """An element-wise function without parameters.
+
+    Args:
+        name: One of :data:`ACTIVATIONS`.
+    """
+
+    options = ("name",)
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        if name not in ACTIVATIONS:
+            raise unknown_name("activation", name, ACTIVATIONS)
+        self.name = name
+
+    def cut(self, nodes: Tensor) -> Activation:
+        """Return the same function."""
+        return self
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Apply the function."""
+        return ACTIVATIONS[self.name](z)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+class ScaleAndShift(Layer):
+    """What works with a scale and a shift per channel."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        require(scale.dim() == 1 and scale.shape == shift.shape, "scale and shift must be two vectors of one length")
+        self.register(scale=scale, shift=shift)
+
+    @property
+    def num_inputs(self) -> int:
+        """Number of channels."""
+        return len(self.scale)
+
+    def absorb(self, scale: Tensor, shift: Tensor) -> bool:
+        """Apply a further scale and shift for good."""
+        self.scale, self.shift = self.scale * scale, self.shift * scale + shift
+        return True
+
+    def forward(self, z: Float[Tensor, "batch nodes *space"]) -> Float[Tensor, "batch nodes *space"]:
+        """Scale and shift."""
+        shape = (-1, *[1] * (z.dim() - 2))
+        return z * self.scale.view(shape) + self.shift.view(shape)
+
+
+class Affine(ScaleAndShift):
+    """A scale and a shift per channel: what a batch norm is in evaluation."""
+
+    def cut(self, nodes: Tensor) -> Affine:
+        """Return scale and shift of some channels."""
+        return Affine(self.scale[nodes], self.shift[nodes])
+
+
+class InstanceNorm(ScaleAndShift):
+    """Instance norm: every map of every image by itself, then a scale and a shift per channel."""
+
+    options = ("eps",)
+
+    def __init__(self, scale: Tensor, shift: Tensor, eps: float) -> None:
+        super().__init__(scale, shift)
+        self.eps = eps
+
+    def cut(self, nodes: Tensor) -> InstanceNorm:
+        """Return the norm of some channels."""
+        return InstanceNorm(self.scale[nodes], self.shift[nodes], self.eps)
+
+    def forward(self, z: Float[Tensor, "batch nodes height width"]) -> Float[Tensor, "batch nodes height width"]:
+        """Normalise every map."""
+        return super().forward(F.layer_norm(z, z.shape[2:], eps=self.eps))
+
+
+class Conv(Layer):
+    """A 2-dimensional convolution with zero padding; with ``groups`` = channels, a single-channel one for every node.
+
+    Args:
+        weight: ``[outputs, inputs / groups, *kernel]``
+        bias: ``[outputs]``, or None.
+        stride: As in ``torch.nn.functional.conv2d``, like the rest.
+        padding: Two numbers, ``"same"`` or ``"valid"``.
+        dilation: Two numbers.
+        groups: Number of groups.
+    """
+
+    options = ("stride", "padding", "dilation", "groups")
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int] | str,
+        dilation: Sequence[int],
+        groups: int,
+    ) -> None:
+        super().__init__()
+        require(weight.dim() == 4, f"a convolution needs a weight of four dimensions; got {list(weight.shape)}")
+        require(groups >= 1 and len(weight) % groups == 0, f"{len(weight)} channels are not {groups} groups")
+        require(bias is None or bias.shape == weight.shape[:1], "a convolution's bias must have one value per channel")
+        self.register(weight=weight, bias=bias)
+        self.stride = list(stride)
+        self.padding = padding if isinstance(padding, str) else list(padding)
+        self.dilation = list(dilation)
+        self.groups = groups
+
+    @property
+    def num_inputs(self) -> int:
+        """Number of channels taken."""
+        return self.weight.size(1) * self.groups
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of channels returned."""
+        return self.weight.size(0)
+
+    @property
+    def single_channel(self) -> bool:
+        """Whether every channel has a convolution of its own."""
+        return self.groups == self.num_inputs == self.num_outputs
+
+    def cut(self, nodes: Tensor) -> Conv:
+        """Return the convolution that makes some of the channels."""
+        bias = None if self.bias is None else self.bias[nodes]
+        groups = len(nodes) if self.single_channel else self.groups
+        return Conv(self.weight[nodes], bias, self.stride, self.padding, self.dilation, groups)
+
+    def absorb(self, scale: Tensor, shift: Tensor) -> bool:
+        """Scale the kernels and shift the bias."""
+        self.weight = self.weight * scale.view(-1, 1, 1, 1)
+        self.bias = shift if self.bias is None else self.bias * scale + shift
+        return True
+
+    def forward(self, z: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs h w"]:
+        """Convolve."""
+        return F.conv2d(z, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Linear(Layer):
+    """A linear layer over the last dimension."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        require(weight.dim() == 2, f"a linear layer needs a matrix; got {list(weight.shape)}")
+        require(bias is None or bias.shape == weight.shape[:1], "a linear layer's bias must have one value per output")
+        self.register(weight=weight, bias=bias)
+
+    def forward(self, z: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
+        """Multiply and add the bias."""
+        return F.linear(z, self.weight, self.bias)
+
+
+class MapMean(Layer):
+    """The mean over the map of every channel, or over a square patch of it.
+
+    Args:
+        start: First row and column of the patch, counted from 0.
+        stop: One past the last row and column. Default: the whole map.
+    """
+
+    options = ("start", "stop")
+
+    def __init__(self, start: int = 0, stop: int | None = None) -> None:
+        super().__init__()
+        self.start = start
+        self.stop = stop
+
+    def cut(self, nodes: Tensor) -> MapMean:
+        """Return the same mean."""
+        return self
+
+    def forward(self, z: Float[Tensor, "batch nodes height width"]) -> Float[Tensor, "batch nodes"]:
+        """Average."""
+        if self.stop is not None and min(z.shape[2:]) < self.stop:
+            raise InputError(
+                f"the read-out needs maps of {self.stop} × {self.stop} or more; got {list(z.shape)}: give larger images"
+            )
+        return z[:, :, self.start : self.stop, self.start : self.stop].mean(dim=(2, 3))
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise an InputError unless the condition holds."""
+    if not condition:
+        raise InputError(message)

@@ -1,0 +1,56 @@
+"""Which channels of a model's layers are nodes of a graph, and which of them are of use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import accumulate, chain, pairwise
+
+import torch
+from torch import Tensor, nn
+
+from dnw_graph.neural_graph import NeuralGraph
+from dnw_graph.node_functions import Blockwise
+
+
+def live_channels(model: nn.Module, live: Mapping[NeuralGraph, Tensor]) -> dict[nn.Module, list[Tensor]]:
+    """Return, for every layer whose channels are nodes of a graph, which of them are live, once per use."""
+    channels: dict[nn.Module, list[Tensor]] = {}
+    for graph, mask in live.items():
+        for function, nodes in chain.from_iterable(_parts(*each) for each in graph.dynamics.functions()):
+            for module in function.modules():
+                channels.setdefault(module, []).append(mask[nodes.start : nodes.stop])
+    for module, graphs in _around_graphs(model):
+        stem = getattr(module, "stem", None)
+        if isinstance(stem, nn.Module):
+            # Only the last layer's channels are nodes; the layers before it feed live and dead ones alike.
+            for layer in [m for m in stem.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1:]:
+                channels[layer] = [live[graphs[0]][: graphs[0].num_inputs]]
+    return channels
+
+
+def classifier_columns(model: nn.Module) -> dict[nn.Module, Tensor]:
+    """Return, for every classifier that reads a graph's outputs, at which of them a real edge arrives."""
+    columns: dict[nn.Module, Tensor] = {}
+    for module, graphs in _around_graphs(model):
+        layer, last = getattr(module, "classifier", None), graphs[-1]
+        if isinstance(layer, nn.Linear) and layer.in_features == last.num_outputs:
+            target = last.edge_index[1]
+            reached = torch.zeros(last.num_nodes, dtype=torch.bool, device=target.device)
+            reached[target] = True
+            columns[layer] = reached[-last.num_outputs :]
+    return columns
+
+
+def _parts(function: nn.Module, nodes: range) -> list[tuple[nn.Module, range]]:
+    """Return the node functions of a group of nodes, each with its own nodes."""
+    if not isinstance(function, Blockwise):
+        return [(function, nodes)]
+    bounds = accumulate(function.sizes, initial=nodes.start)
+    return [(part, range(*ends)) for part, ends in zip(function.functions, pairwise(bounds), strict=True)]
+
+
+def _around_graphs(model: nn.Module) -> Iterator[tuple[nn.Module, list[NeuralGraph]]]:
+    """Yield every module that has neural graphs in it, with these."""
+    for module in model.modules():
+        if graphs := [graph for graph in module.modules() if isinstance(graph, NeuralGraph)]:
+            yield module, graphs

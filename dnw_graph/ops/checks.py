@@ -1,0 +1,62 @@
+"""What the operators refuse: tensors that do not fit together, and edges that leave their bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from dnw_graph.errors import InputError
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def check_csr(rowptr: Tensor, columns: Tensor, values: Tensor) -> None:
+    """Refuse a CSR matrix whose tensors do not fit together."""
+    if rowptr.dim() != 1 or not rowptr.size(0) or columns.dim() != 1 or columns.shape != values.shape:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (rowptr, columns, values))
+        raise InputError(f"expected rowptr [targets + 1], columns [edges] and values [edges]; got {shapes}")
+
+
+def check_types(numbers: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
+    """Refuse tensors of several types or on several devices."""
+    found = {tensor.dtype for tensor in numbers}
+    if len(found) > 1 or not found <= set(FLOATS):
+        raise InputError(f"states and weights must have one type of {_names(FLOATS)}; got {_names(found)}")
+    found = {tensor.dtype for tensor in indices}
+    if len(found) > 1 or not found <= set(INTEGERS):
+        raise InputError(f"rowptr and columns must have one type of {_names(INTEGERS)}; got {_names(found)}")
+    devices = {tensor.device for tensor in (*numbers, *indices)}
+    if len(devices) > 1:
+        raise InputError(f"all tensors must be on one device; got {_names(devices)}")
+
+
+def check_pointers(rowptr: Tensor, columns: Tensor) -> None:
+    """Refuse row pointers that do not ascend from 0 to the number of edges."""
+    if not (rowptr[0] == 0) & (rowptr[-1] == len(columns)) & (rowptr.diff() >= 0).all():
+        raise wrong_edges()
+
+
+def check_sources(columns: Tensor, lowest: int, highest: int) -> None:
+    """Refuse sources outside lowest … highest - 1."""
+    if not ((columns >= lowest) & (columns < highest)).all():
+        raise wrong_edges()
+
+
+def wrong_edges() -> InputError:
+    """Return the error for edges that leave their bounds."""
+    return InputError(
+        "rowptr must ascend from 0 to the number of edges, and columns name sources from which an edge may lead; "
+        "got other numbers"
+    )
+
+
+def is_half(tensor: Tensor) -> bool:
+    """Whether sums are formed in float32 and rounded at the end."""
+    return tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def _names(found: Iterable[object]) -> str:
+    return ", ".join(sorted(map(str, found)))

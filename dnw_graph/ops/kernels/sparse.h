@@ -1,0 +1,159 @@
+// Products with a sparse matrix in CSR. A Vector is one register of the machine that this is compiled for.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, REGISTERS = 16;  // Accumulators of one target, with as many registers left for the rest.
+#elif defined(__AVX__)
+constexpr int BYTES = 32, REGISTERS = 8;
+#else
+constexpr int BYTES = 16, REGISTERS = 8;
+#endif
+constexpr int OK = 0, WRONG_EDGES = 1, NO_MEMORY = 2;  // What an entry point returns.
+constexpr int64_t CACHE = 1 << 19;  // Bytes of source states that stay in a core's second-level cache.
+
+template <class T>
+struct Simd {
+  typedef T Vector __attribute__((vector_size(BYTES)));
+  typedef T Unaligned __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
+  static constexpr int64_t lanes = BYTES / sizeof(T);
+  static Vector load(const T *from) { return *reinterpret_cast<const Unaligned *>(from); }
+  static void store(T *to, Vector value) { *reinterpret_cast<Unaligned *>(to) = value; }
+};
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+template <class T, class Index>
+struct Edges {  // CSR
+  const Index *rowptr, *columns;
+  const T *values;
+  int64_t count;
+
+  bool pointers_valid(int64_t targets) const {
+    if (rowptr[0] != 0 || rowptr[targets] != count) return false;
+    bool ascending = true;
+    for (int64_t v = 0; v < targets; ++v) ascending &= rowptr[v] <= rowptr[v + 1];
+    return ascending;
+  }
+
+  // Whether all sources of the targets from … to - 1 lie in lowest … highest - 1.
+  bool sources_within(int64_t from, int64_t to, int64_t lowest, int64_t highest) const {
+    bool within = true;
+    for (int64_t e = rowptr[from]; e < rowptr[to]; ++e) within &= columns[e] >= lowest && columns[e] < highest;
+    return within;
+  }
+};
+
+// The weighted sum over the edges begin … end - 1, in N registers for (N - 1) · lanes < width <= N · lanes values. The
+// last register begins inside the one before it where the width asks for it: what both hold is equal.
+template <int N, class T, class Index>
+void sum_registers(
+    const Edges<T, Index> &edges, int64_t begin, int64_t end, const T *z, int64_t pitch, int64_t width, T *out) {
+  using S = Simd<T>;
+  const int64_t last = width - S::lanes;
+  typename S::Vector sum[N] = {};
+  for (int64_t e = begin; e < end; ++e) {
+    const T *row = z + edges.columns[e] * pitch;
+    const T weight = edges.values[e];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) sum[n] += weight * S::load(row + (n < N - 1 ? n * S::lanes : last));
+  }
+#pragma GCC unroll 16
+  for (int n = 0; n < N; ++n) S::store(out + (n < N - 1 ? n * S::lanes : last), sum[n]);
+}
+
+template <int N, class T, class Index>
+void sum_upto(
+    int64_t n, const Edges<T, Index> &edges, int64_t begin, int64_t end, const T *z, int64_t pitch, int64_t width,
+    T *out) {
+  if constexpr (N > 1) {
+    if (n < N) return sum_upto<N - 1>(n, edges, begin, end, z, pitch, width, out);
+  }
+  sum_registers<N>(edges, begin, end, z, pitch, width, out);
+}
+
+// What one target receives, Σ w z over its edges: at least one register of features.
+template <class T, class Index>
+void weighted_sum(
+    const Edges<T, Index> &edges, int64_t target, const T *z, int64_t pitch, int64_t features, T *out) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  const int64_t vectors = (features + lanes - 1) / lanes, passes = (vectors + REGISTERS - 1) / REGISTERS;
+  const int64_t per_pass = (vectors + passes - 1) / passes;
+  for (int64_t vector = 0; vector < vectors; vector += per_pass) {
+    const int64_t n = std::min(per_pass, vectors - vector), at = vector * lanes;
+    const int64_t width = std::min(n * lanes, features - at), shift = std::max<int64_t>(lanes - width, 0);
+    sum_upto<REGISTERS>(
+        n, edges, edges.rowptr[target], edges.rowptr[target + 1], z + at - shift, pitch, width + shift,
+        out + at - shift);
+  }
+}
+
+// Threads that are worth waking for so many multiply-adds.
+int team(int64_t threads, int64_t multiply_adds) { return multiply_adds < 1 << 17 ? 1 : int(threads); }
+
+template <class T, class Index>
+int sparse_product(
+    int64_t threads, int64_t targets, int64_t sources, int64_t features, int64_t count, const T *z, const Index *rowptr,
+    const Index *columns, const T *values, T *out) {
+  const Edges<T, Index> edges{rowptr, columns, values, count};
+  if (!edges.pointers_valid(targets) || !edges.sources_within(0, targets, 0, sources)) return WRONG_EDGES;
+  constexpr int64_t lanes = Simd<T>::lanes, group = 8;
+  if (features < lanes) {
+#pragma omp parallel for schedule(dynamic, 64) num_threads(team(threads, count * features))
+    for (int64_t v = 0; v < targets; ++v)
+      for (int64_t f = 0; f < features; ++f) {
+        T sum = 0;
+        for (int64_t e = rowptr[v]; e < rowptr[v + 1]; ++e) sum += values[e] * z[columns[e] * features + f];
+        out[v * features + f] = sum;
+      }
+    return OK;
+  }
+  // Columns in tiles, so that a tile of all sources stays in cache while the targets take turns.
+  const int64_t fitting = CACHE / int64_t(sizeof(T)) / std::max<int64_t>(sources, 1);
+  const int64_t step = REGISTERS * lanes;
+  const int64_t tile = std::max(fitting / step * step, step);
+  const int64_t tiles = (features + tile - 1) / tile;
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(team(threads, count * features))
+  for (int64_t t = 0; t < tiles; ++t)
+    for (int64_t first = 0; first < targets; first += group) {
+      const int64_t width = std::max(std::min(tile, features - t * tile), lanes);
+      const int64_t at = std::min(t * tile, features - width);
+      for (int64_t v = first; v < std::min(first + group, targets); ++v)
+        weighted_sum(edges, v, z + at, features, width, out + v * features + at);
+    }
+  return OK;
+}
+
+// For every edge (u, v) the product of the rows ⟨received_v, z_u⟩: the gradient of the edges' weights.
+template <class T, class Index>
+int sampled_product(
+    int64_t threads, int64_t targets, int64_t sources, int64_t features, int64_t count, const T *received,
+    const T *z, const Index *rowptr, const Index *columns, T *out) {
+  using S = Simd<T>;
+  const Edges<T, Index> edges{rowptr, columns, nullptr, count};
+  if (!edges.pointers_valid(targets) || !edges.sources_within(0, targets, 0, sources)) return WRONG_EDGES;
+#pragma omp parallel for schedule(dynamic, 8) num_threads(team(threads, count * features))
+  for (int64_t v = 0; v < targets; ++v)
+    for (int64_t e = rowptr[v]; e < rowptr[v + 1]; ++e) {
+      const T *x = received + v * features, *y = z + columns[e] * features;
+      constexpr int chains = 4;
+      typename S::Vector sums[chains] = {};
+      int64_t f = 0;
+      for (; f + chains * S::lanes <= features; f += chains * S::lanes)
+        for (int n = 0; n < chains; ++n)
+          sums[n] += S::load(x + f + n * S::lanes) * S::load(y + f + n * S::lanes);
+      const typename S::Vector total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      T sum = 0;
+      for (int64_t lane = 0; lane < S::lanes; ++lane) sum += total[lane];
+      for (; f < features; ++f) sum += x[f] * y[f];
+      out[e] = sum;
+    }
+  return OK;
+}
+
+}  // namespace

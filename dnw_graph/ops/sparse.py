@@ -1,0 +1,169 @@
+"""I = A z with A in CSR, as a registered operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dnw_graph.errors import InputError
+from dnw_graph.ops.build import kernels, run
+from dnw_graph.ops.checks import check_csr, check_pointers, check_sources, check_types, is_half
+
+MAX_MESSAGES = 2**24  # Values in the products of edges that are formed at a time without a kernel.
+
+
+def sparse_product(
+    z: Float[Tensor, "sources features"],
+    rowptr: Int[Tensor, " rows"],
+    columns: Int[Tensor, " edges"],
+    values: Float[Tensor, " edges"],
+) -> Float[Tensor, "targets features"]:
+    r"""Return :math:`I = A z`, the weighted sum over the edges, for a sparse A of shape (targets × sources) in CSR.
+
+    The operator ``dnw_graph::sparse_product`` of ordinary tensors. ``z`` and ``values`` get gradients, also in the
+    backward pass of a backward pass. Half precisions are summed in float32.
+
+    Args:
+        z: States, node-major; for images ``features = batch · height · width``.
+        rowptr: Where the edges of each target start, and one past the last edge: ``[targets + 1]``, from 0 up.
+        columns: Source of each edge, int32 or int64 like ``rowptr``; in any order within a target, repeated or not.
+        values: Weight of each edge.
+
+    Raises:
+        InputError: If shapes, types or devices do not fit, or an index is out of range.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> sparse_product(z, torch.tensor([0, 2, 2]), torch.tensor([0, 1]), torch.tensor([10.0, 1.0]))
+        tensor([[13., 24.],
+                [ 0.,  0.]])
+    """
+    return _sparse_product(z, rowptr, columns, values)
+
+
+@torch.library.custom_op(
+    "dnw_graph::sparse_product",
+    mutates_args=(),
+    schema="(Tensor z, Tensor rowptr, Tensor columns, Tensor values) -> Tensor",
+)
+def _sparse_product(z: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    _check(z, rowptr, columns, values)
+    check_types((z, values), (rowptr, columns))
+    return product(z, rowptr, columns, values)
+
+
+@_sparse_product.register_fake
+def _(z: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    _check(z, rowptr, columns, values)
+    check_types((z, values), (rowptr, columns))
+    return z.new_empty(rowptr.size(0) - 1, z.size(1))
+
+
+@torch.library.custom_op(
+    "dnw_graph::sampled_product",
+    mutates_args=(),
+    schema="(Tensor received, Tensor z, Tensor rowptr, Tensor columns) -> Tensor",
+)
+def _sampled_product(received: Tensor, z: Tensor, rowptr: Tensor, columns: Tensor) -> Tensor:
+    """⟨received_v, z_u⟩ for every edge (u, v): the gradient of the edges' weights."""
+    check_csr(rowptr, columns, columns)
+    check_types((received, z), (rowptr, columns))
+    if z.dim() != 2 or received.shape != (len(rowptr) - 1, z.size(1)):
+        shapes = f"{list(received.shape)} and {list(z.shape)}"
+        raise InputError(f"expected received [targets, features] and z [sources, features]; got {shapes}")
+    if is_half(z):
+        return _sampled_product(received.float(), z.float(), rowptr, columns).to(z.dtype)
+    received, z, rowptr, columns = received.contiguous(), z.contiguous(), rowptr.contiguous(), columns.contiguous()
+    if z.device.type == "cpu" and (library := kernels()) is not None:
+        out = z.new_empty(len(columns))
+        sizes = (len(received), *z.shape, len(columns))
+        run(library, "sampled_product", z, columns, *sizes, received, z, rowptr, columns, out)
+        return out
+    check_pointers(rowptr, columns)
+    check_sources(columns, 0, len(z))
+    step = max(1, MAX_MESSAGES // max(1, z.size(1)))
+    parts = zip(_targets(rowptr, columns).split(step), columns.split(step), strict=True)
+    return torch.cat([(received[v] * z[u]).sum(1) for v, u in parts])
+
+
+@_sampled_product.register_fake
+def _(received: Tensor, z: Tensor, rowptr: Tensor, columns: Tensor) -> Tensor:
+    return z.new_empty(columns.size(0))
+
+
+def product(z: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """Compute A z, whose shapes and types have been checked."""
+    if is_half(z):
+        return product(z.float(), rowptr, columns, values.float()).to(z.dtype)
+    z, rowptr, columns, values = z.contiguous(), rowptr.contiguous(), columns.contiguous(), values.contiguous()
+    if z.device.type == "cpu" and (library := kernels()) is not None:
+        out = z.new_empty(len(rowptr) - 1, z.size(1))
+        sizes = (len(out), *z.shape, len(columns))
+        run(library, "sparse_product", z, columns, *sizes, z, rowptr, columns, values, out)
+        return out
+    check_pointers(rowptr, columns)
+    check_sources(columns, 0, len(z))
+    csr = torch.sparse_csr_tensor(rowptr, columns, values, (len(rowptr) - 1, len(z)), check_invariants=False)
+    return torch.sparse.mm(csr, z, "sum") if z.device.type == "cpu" else csr @ z
+
+
+def _check(z: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor) -> None:
+    if z.dim() != 2:
+        raise InputError(f"expected states of shape [sources, features]; got {list(z.shape)}: flatten the maps")
+    check_csr(rowptr, columns, values)
+
+
+def _targets(rowptr: Tensor, columns: Tensor) -> Tensor:
+    """Return the target of every edge."""
+    rows = torch.arange(rowptr.size(0) - 1, device=rowptr.device, dtype=rowptr.dtype)
+    return torch.repeat_interleave(rows, rowptr.diff(), output_size=columns.size(0))
+
+
+def _transposed(rowptr: Tensor, columns: Tensor, values: Tensor, sources: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the CSR tensors of Aᵀ."""
+    order = columns.argsort(stable=True)
+    bounds = torch.arange(sources + 1, device=columns.device, dtype=columns.dtype)
+    starts = torch.searchsorted(columns[order], bounds, out_int32=columns.dtype == torch.int32)
+    return starts, _targets(rowptr, columns)[order], values[order]
+
+
+def _save_product(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+    z, rowptr, columns, values = ctx.saved_tensors
+    z_grad = values_grad = None
+    if ctx.needs_input_grad[0]:
+        z_grad = _sparse_product(grad, *_transposed(rowptr, columns, values, z.size(0)))
+    if ctx.needs_input_grad[3]:
+        values_grad = _sampled_product(grad, z, rowptr, columns)
+    return z_grad, None, None, values_grad
+
+
+def _sampled_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    received, z, rowptr, columns = ctx.saved_tensors
+    received_grad = z_grad = None
+    if ctx.needs_input_grad[0]:
+        received_grad = _sparse_product(z, rowptr, columns, grad)
+    if ctx.needs_input_grad[1]:
+        z_grad = _sparse_product(received, *_transposed(rowptr, columns, grad, z.size(0)))
+    return received_grad, z_grad, None, None
+
+
+_sparse_product.register_autograd(_product_backward, setup_context=_save_product)
+_sampled_product.register_autograd(_sampled_backward, setup_context=_save_product)
+
+
+@register_flop_formula(torch.ops.dnw_graph.sparse_product)
+def _product_flops(z: Any, rowptr: Any, columns: Any, values: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * columns[0] * z[1]
+
+
+@register_flop_formula(torch.ops.dnw_graph.sampled_product)
+def _sampled_flops(received: Any, z: Any, rowptr: Any, columns: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * columns[0] * z[1]

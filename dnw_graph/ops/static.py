@@ -1,0 +1,193 @@
+"""A static graph for inference in one operator: sparse product, scale and shift, ReLU, single-channel convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from dnw_graph.errors import InputError
+from dnw_graph.ops.build import kernels, run
+from dnw_graph.ops.checks import check_csr, check_pointers, check_types, is_half
+from dnw_graph.ops.sparse import product
+
+
+def static_graph(
+    x: Float[Tensor, "batch inputs height width"],
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    rowptr: Int[Tensor, " rows"],
+    columns: Int[Tensor, " edges"],
+    values: Float[Tensor, " edges"],
+    scale: Float[Tensor, " functions"],
+    shift: Float[Tensor, " functions"],
+    kernel: Float[Tensor, "functions 3 3"],
+    bias: Float[Tensor, " functions"] | None = None,
+) -> Float[Tensor, "batch outputs h w"]:
+    r"""Compute a static graph for inference, block by block, and return the states of its last block.
+
+    .. math:: I_v = \sum_{(u,v) \in E} w_{uv} Z_u, \qquad Z_v = k_v * relu(a_v I_v + b_v)
+
+    with a 3×3 kernel k_v, zero padding of 1, and for the nodes of the first block I_v = x_v. With a ``bias`` c_v the
+    state is relu(k_v * relu(a_v I_v + b_v) + c_v). The operator ``dnw_graph::static_graph`` of ordinary tensors,
+    without gradients. Half precisions are computed in float32 throughout, and the outputs rounded.
+
+    Nodes are numbered block after block. A stride of 2 starts maps of half the side (rounded up): the blocks after it
+    can be fed by that block and later ones only. Several stages so become one graph: what were outputs of one stage
+    and inputs of the next are one block of stride 2.
+
+    Args:
+        x: What the nodes of the first block receive.
+        sizes: Number of nodes of each block.
+        strides: Stride of the node function in each block, 1 or 2; 0 for a block without a node function, Z = I.
+        rowptr: Where the edges of each node after the first block start, and one past the last edge:
+            ``[nodes − inputs + 1]``.
+        columns: Source node of each edge, counted from the first input, int32 or int64 like ``rowptr``.
+        values: Weight of each edge.
+        scale: a_v for every node with a node function, in the order of the nodes.
+        shift: b_v, likewise.
+        kernel: k_v, likewise.
+        bias: c_v, likewise, for a second norm and ReLU behind the convolution.
+
+    Raises:
+        InputError: If shapes, types or devices do not fit, or an edge does not lead from an earlier block with maps of
+            the same size.
+    """
+    return _static_graph(x, list(sizes), list(strides), rowptr, columns, values, scale, shift, kernel, bias)
+
+
+@torch.library.custom_op(
+    "dnw_graph::static_graph",
+    mutates_args=(),
+    schema="(Tensor x, int[] sizes, int[] strides, Tensor rowptr, Tensor columns, Tensor values, Tensor scale, "
+    "Tensor shift, Tensor kernel, Tensor? bias) -> Tensor",
+)
+def _static_graph(
+    x: Tensor,
+    sizes: list[int],
+    strides: list[int],
+    rowptr: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    _check(x, sizes, strides, rowptr, columns, values, scale, shift, kernel, bias)
+    dtype = x.dtype
+    numbers = [x, values, scale, shift, kernel] + ([] if bias is None else [bias])
+    x, values, *functions = [(number.float() if is_half(x) else number).contiguous() for number in numbers]
+    rowptr, columns = rowptr.contiguous(), columns.contiguous()
+    if x.device.type != "cpu" or (library := kernels()) is None:
+        return _plain(x, sizes, strides, rowptr, columns, values, *functions).to(dtype)
+    out = x.new_empty(_output_shape(x, sizes, strides))
+    shape = (x.size(0), *x.shape[2:], len(sizes), sizes, strides, len(columns))
+    tensors = (x, rowptr, columns, values, *functions, *([None] if bias is None else []), out)
+    run(library, "static_graph", x, columns, *shape, *tensors)
+    return out.to(dtype)
+
+
+@_static_graph.register_fake
+def _(x: Tensor, sizes: list[int], strides: list[int], *tensors: Any) -> Tensor:
+    _check(x, sizes, strides, *tensors)
+    return x.new_empty(_output_shape(x, sizes, strides))
+
+
+def _check(
+    x: Tensor,
+    sizes: list[int],
+    strides: list[int],
+    rowptr: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+) -> None:
+    if not sizes or len(sizes) != len(strides) or min(sizes) < 0 or not set(strides) <= {0, 1, 2}:
+        raise InputError(f"every block needs a size and a stride of 0, 1 or 2; got sizes {sizes}, strides {strides}")
+    if x.dim() != 4 or x.size(1) != sizes[0] or x.size(2) < 1 or x.size(3) < 1:
+        raise InputError(f"expected an input of shape [batch, {sizes[0]}, height, width]; got {list(x.shape)}")
+    check_csr(rowptr, columns, values)
+    if rowptr.size(0) != sum(sizes[1:]) + 1:
+        raise InputError(f"{sum(sizes[1:])} nodes after the inputs need one more row pointer; got {rowptr.size(0)}")
+    functions = sum(size for size, stride in zip(sizes, strides, strict=True) if stride)
+    vectors = (scale, shift) if bias is None else (scale, shift, bias)
+    for tensor, shape in (*((vector, (functions,)) for vector in vectors), (kernel, (functions, 3, 3))):
+        if tensor.shape != shape:
+            raise InputError(
+                f"{functions} node functions need scale, shift and bias of shape [{functions}] and kernel "
+                f"[{functions}, 3, 3]; got {list(tensor.shape)}"
+            )
+    check_types((x, values, *vectors, kernel), (rowptr, columns))
+
+
+def _output_shape(x: Tensor, sizes: list[int], strides: list[int]) -> tuple[int, int, int, int]:
+    height, width = x.shape[2:]
+    for _ in range(strides.count(2)):
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return x.size(0), sizes[-1], height, width
+
+
+def _plain(
+    x: Tensor,
+    sizes: list[int],
+    strides: list[int],
+    rowptr: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Compute the graph with PyTorch's operations, on any device."""
+    check_pointers(rowptr, columns)
+    states: list[Tensor] = []  # Node-major.
+    first = start = done = 0  # First node with maps of this size, first node of the block, node functions before it.
+    received = x.transpose(0, 1)
+    for size, stride in zip(sizes, strides, strict=True):
+        if states:
+            z = torch.cat(states)
+            rows = rowptr[start - sizes[0] : start - sizes[0] + size + 1]
+            edges = slice(int(rows[0]), int(rows[-1]))
+            received = product(z.flatten(1), rows - rows[0], columns[edges] - first, values[edges])
+            received = received.view(size, *z.shape[1:])
+        if stride == 2:
+            states, first = [], start
+        if stride and not size:
+            received = received[..., ::stride, ::stride]
+        elif stride:
+            own = slice(done, done + size)
+            affine = torch.addcmul(shift[own].view(-1, 1, 1, 1), scale[own].view(-1, 1, 1, 1), received)
+            z = F.conv2d(affine.relu().transpose(0, 1), kernel[own].unsqueeze(1), None, stride, 1, groups=size)
+            z = z if bias is None else (z + bias[own].view(-1, 1, 1)).relu()
+            received = z.transpose(0, 1)
+            done += size
+        states.append(received)
+        start += size
+    # A copy in any case: what an operator returns must not be what it was given.
+    return received.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+
+
+@register_flop_formula(torch.ops.dnw_graph.static_graph, get_raw=True)
+def _flops(x: Tensor, sizes: list[int], strides: list[int], rowptr: Tensor, *args: Any, **kwargs: Any) -> int:
+    # The edges of a block are known from the row pointers alone, so that these must be real tensors.
+    bounds = rowptr[[0, *accumulate(sizes[1:], initial=0)]].tolist()
+    multiply_adds = 0
+    height, width = x.shape[2:]
+    for size, stride, (begin, end) in zip(sizes, strides, pairwise(bounds), strict=True):
+        multiply_adds += (end - begin) * height * width
+        if stride == 2:
+            height, width = (height + 1) // 2, (width + 1) // 2
+        if stride:
+            multiply_adds += 9 * size * height * width
+    return 2 * x.size(0) * multiply_adds

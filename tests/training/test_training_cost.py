@@ -1,0 +1,274 @@
+"""What a training costs: against the operators that PyTorch counts, and by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from dnw_graph import Continuous, Discrete, L1Anneal, NeuralGraph, Schedule, TargetedDropout, Wiring
+from dnw_graph.dynamics import Dynamics
+from dnw_graph.node_functions import NormReluConv
+from dnw_graph.training import Classifier, DataModule, RunOptions, TrainingCost, read_checkpoint, run
+from dnw_graph.training.images import ImageData
+
+IMAGES, BATCH = 70, 16
+CHANNELS, NODES, OUTPUTS, PLACES = 4, 12, 3, 16
+
+
+class Net(nn.Module):
+    """A stem that halves images of 8×8, a graph, and a classifier."""
+
+    def __init__(
+        self, wiring: str | Wiring, k: int, dynamics: Dynamics | None, node_function: Any, propagation: str = "block"
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, CHANNELS, 3, 2, 1)
+        nodes: dict[str, Any] = {"blocks": (CHANNELS, 5, OUTPUTS)}
+        if dynamics is not None:
+            nodes = {"num_nodes": NODES, "num_inputs": CHANNELS, "num_outputs": OUTPUTS, "dynamics": dynamics}
+        self.graph = NeuralGraph(
+            **nodes, num_edges=k, wiring=wiring, node_function=node_function, propagation=propagation, name="graph"
+        )
+        self.classifier = nn.Linear(OUTPUTS, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.graph(self.stem(x)).mean((2, 3)))
+
+
+def conv_backward(grad_output: Tensor, x: Tensor, weight: Tensor, *options: Any) -> int:
+    """Two operations per multiply-add of the convolution, for each gradient that is asked for.
+
+    PyTorch's own count takes the gradient of a grouped convolution's weights for that of a dense one.
+    """
+    return 2 * grad_output.numel() * weight[0].numel() * sum(options[-1][:2])
+
+
+class Operators(TorchDispatchMode):
+    """Adds up PyTorch's formulas.
+
+    ``FlopCounterMode`` does the same, but also tracks modules, which the adjoint's backward pass does not allow.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket is torch.ops.aten.convolution_backward:
+            self.operations += conv_backward(*args)
+        elif func._overloadpacket in flop_registry:
+            self.operations += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+class Operations(Callback):
+    """Counts the operators of every training step, forward and backward."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._operators = Operators()
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self._operators = Operators()
+        self._operators.__enter__()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self._operators.__exit__(None, None, None)
+        self.total += self._operators.operations
+
+
+def fit(model: nn.Module, images: ImageData, options: RunOptions, *callbacks: Callback) -> int:
+    """Train, and return what the training cost."""
+    training_cost = TrainingCost(model)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=options.epochs,
+        logger=False,
+        callbacks=[training_cost, *callbacks],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    module = Classifier(model, 10, lambda step: 1.0, options.lr, 0.9, 1e-4, seed=0)
+    trainer.fit(module, DataModule(images, options))
+    return training_cost.multiply_adds
+
+
+FIXED_STEP = {"method": "rk4", "options": {"step_size": 0.5}}
+DYNAMICS: dict[str, Callable[[], Dynamics | None]] = {
+    "static": lambda: None,
+    "discrete": lambda: Discrete(3),
+    "discrete, held inputs": lambda: Discrete(3, input_mode="hold"),
+    "continuous, fixed steps": lambda: Continuous(**FIXED_STEP),
+    "continuous, fixed steps, adjoint": lambda: Continuous(**FIXED_STEP, adjoint=True),
+    "continuous, dopri5": lambda: Continuous(),
+    "continuous, dopri5, adjoint": lambda: Continuous(adjoint=True),
+}
+
+
+class Tanh(nn.Module):
+    """tanh; counts results through which no gradient flows back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.without_gradient = 0
+
+    def forward(self, z: Tensor) -> Tensor:
+        result = torch.tanh(z)
+        if result.requires_grad:
+            self.without_gradient += 1
+            result.register_hook(self._back)
+        return result
+
+    def _back(self, grad: Tensor) -> None:
+        self.without_gradient -= 1
+
+
+NODE_FUNCTIONS: dict[str, Callable[[], Any]] = {
+    "tanh": Tanh,
+    "norm_relu_conv": lambda: partial(NormReluConv, norm="instance"),
+    "relu_conv_send_norm": lambda: "relu_conv_send_norm",
+}
+
+
+@pytest.mark.parametrize("node_function", NODE_FUNCTIONS)
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+def test_with_all_candidates_real_it_is_what_pytorch_counts(
+    dynamics: str, node_function: str, small_digits: ImageData, options: Callable[..., RunOptions]
+):
+    if dynamics == "static" and node_function == "relu_conv_send_norm":
+        pytest.skip("a node function of dynamic graphs")
+    # One step per epoch: an adaptive solver may take another number of evaluations in every step.
+    batch_size = 64 if "dopri5" in dynamics else BATCH
+    operations, function = Operations(), NODE_FUNCTIONS[node_function]()
+    model = Net("complete", 1, DYNAMICS[dynamics](), function)
+    total = fit(model, small_digits, options(epochs=2, lr=0.05, batch_size=batch_size), operations)
+    if isinstance(function, Tanh) and function.without_gradient:
+        # An adaptive solver evaluates once more to choose its first step; that counts like the other evaluations.
+        assert dynamics == "continuous, dopri5"
+        total -= function.without_gradient * 2 * NODES**2 * PLACES * batch_size
+    assert total == operations.total / 2
+
+
+def by_hand(through_edges: int, to_weights: int) -> int:
+    """One image of a static graph without convolutions, given products along edges for every place."""
+    stem = 2 * 9 * 3 * CHANNELS * PLACES  # the gradient of an image is not needed
+    classifier = 3 * OUTPUTS * 10
+    return stem + classifier + PLACES * (2 * through_edges + to_weights)
+
+
+K = 11
+N = CHANNELS * 5 + (CHANNELS + 5) * OUTPUTS
+# Real edges, and candidates that get a gradient, in all steps of two epochs together.
+STEPS = 2 * (IMAGES // BATCH)
+LEFT = [N - round(step / (STEPS - 1) * (N - K)) for step in range(STEPS)]
+RULES: dict[str, tuple[Callable[[], str | Wiring], int, int]] = {
+    "complete": (lambda: "complete", STEPS * N, STEPS * N),
+    "dnw": (lambda: "dnw", STEPS * K, STEPS * N),
+    "no_update": (lambda: "no_update", STEPS * K, STEPS * K),
+    "random_graph": (lambda: "random_graph", STEPS * K, STEPS * K),
+    "l1_anneal": (lambda: L1Anneal(removal=Schedule(0.0, 1.0)), sum(LEFT), sum(LEFT)),
+    "targeted_dropout, all dropped": (lambda: TargetedDropout(1.0), STEPS * K, STEPS * K),
+}
+
+
+@pytest.mark.parametrize("propagation", ["block", "message_passing"])
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_by_hand(
+    rule: str, propagation: str, small_digits: ImageData, options: Callable[..., RunOptions], tmp_path: Path
+):
+    make, real, updated = RULES[rule]
+    chosen = options(epochs=2, lr=0.05)
+    summary = run(lambda *_: Net(make(), K, None, nn.Tanh(), propagation), {}, chosen, small_digits)
+    # Each step is rounded to a whole number.
+    expected = BATCH * (STEPS * by_hand(0, 0) + PLACES * (2 * real + updated))
+    assert summary.training_multiply_adds == pytest.approx(expected, abs=STEPS)
+    assert str(summary.training_multiply_adds) in (tmp_path / "run" / "summary.json").read_text()
+
+
+def test_dropped_edges_cost_nothing_in_the_step_that_drops_them(
+    small_digits: ImageData, options: Callable[..., RunOptions]
+):
+    model = Net(TargetedDropout(0.5, seed=3), K, None, nn.Tanh())
+    real: list[int] = []
+    model.graph.propagation.register_forward_hook(
+        lambda module, args, output: real.append(len(args[0].index)) if model.training else None
+    )
+    total = fit(model, small_digits, options(epochs=2, lr=0.05))
+    assert len(real) == STEPS
+    assert len(set(real)) > 1
+    assert total == pytest.approx(BATCH * (STEPS * by_hand(0, 0) + PLACES * 3 * sum(real)), abs=STEPS)
+
+
+def test_a_frozen_part_has_no_gradients(small_digits: ImageData, options: Callable[..., RunOptions]):
+    model = Net("complete", K, None, nn.Tanh())
+    model.stem.requires_grad_(False)
+    operations = Operations()
+    assert fit(model, small_digits, options(epochs=1), operations) == operations.total / 2
+
+
+def test_without_a_graph(small_digits: ImageData, options: Callable[..., RunOptions]):
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, 2), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=3), nn.Flatten(), nn.Linear(6, 10)
+    )
+    operations = Operations()
+    assert fit(model, small_digits, options(epochs=2, lr=0.05), operations) == operations.total / 2
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("stop_at", "dynamics"), [(2, "static"), (8, "discrete"), (5, "continuous, dopri5")])
+def test_a_resumed_run_counts_as_an_unbroken_one(
+    stop_at: int, dynamics: str, small_digits: ImageData, options: Callable[..., RunOptions], tmp_path: Path
+):
+    def create(num_classes: int, image_size: int) -> nn.Module:
+        return Net(L1Anneal(removal=Schedule(0.0, 1.0)), K, DYNAMICS[dynamics](), nn.Tanh())
+
+    def create_stopping(num_classes: int, image_size: int) -> nn.Module:
+        model = create(num_classes, image_size)
+        steps = iter(range(100))
+
+        def stop(*args: Any) -> None:
+            if model.training and next(steps) == stop_at:
+                raise StoppedError
+
+        model.register_forward_pre_hook(stop)
+        return model
+
+    chosen = options(epochs=3, lr=0.1, save_every=1)
+    unbroken = run(create, {}, replace(chosen, output=str(tmp_path / "unbroken")), small_digits)
+    with pytest.raises(StoppedError):
+        run(create_stopping, {}, chosen, small_digits)
+    last = f"{chosen.output}/last.ckpt"
+    assert read_checkpoint(last)["global_step"] == stop_at
+    resumed = run(create, {}, replace(chosen, resume=last), small_digits)
+    assert resumed.training_multiply_adds == unbroken.training_multiply_adds
+    again = run(create, {}, replace(chosen, resume=last), small_digits)
+    assert again.training_multiply_adds == unbroken.training_multiply_adds
+
+
+def test_evaluation_costs_no_training(small_digits: ImageData, options: Callable[..., RunOptions]):
+    chosen = options(epochs=1)
+    run(lambda *_: Net("dnw", K, None, nn.Tanh()), {}, chosen, small_digits)
+    evaluated = run(
+        lambda *_: Net("dnw", K, None, nn.Tanh()),
+        {},
+        replace(chosen, output=None, evaluate=f"{chosen.output}/last.ckpt"),
+        small_digits,
+    )
+    assert evaluated.training_multiply_adds is None
