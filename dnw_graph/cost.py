@@ -223,6 +223,8 @@ def _count_parameters(
     for module, row in rows.items():
         if isinstance(module, (CandidateEdges, *_NORMS)):
             continue
+        if (own := getattr(module, "own_parameters", None)) is not None:  # a layer of a compact model
+            counts[row] += own()
         for parameter in set(module.parameters(recurse=False)) - counted:
             counted.add(parameter)
             number = parameter.numel()

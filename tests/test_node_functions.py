@@ -54,6 +54,19 @@ def test_evaluation_uses_the_running_statistics():
     torch.testing.assert_close(function.eval()(z), expected)
 
 
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize("function", [NormReluConv, NormReluConvNormRelu])
+def test_eps_bounds_how_much_a_norm_scales_up(norm, function):
+    # A map of tiny variance: the default eps would bring it to variance 1, a large one leaves it as it is.
+    z = 1e-6 * torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    large = function(3, norm=norm, eps=1.0).double()
+    torch.testing.assert_close(large.norm(z), z - z.mean((0, 2, 3) if norm == "batch" else (2, 3), keepdim=True))
+    tiny = function(3, norm=norm, eps=1e-20).double()
+    assert 0.9 < tiny.norm(z).std() < 1.1
+    with pytest.raises(InputError, match="eps of a norm must be above 0"):
+        function(3, norm=norm, eps=0.0)
+
+
 def test_the_paper_s_function_has_eleven_parameters_per_node():
     assert sum(p.numel() for p in NormReluConv(7).parameters()) == 7 * (2 + 9)
 

@@ -31,6 +31,10 @@ class Layer(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
+    def own_parameters(self) -> int:
+        """Return the number of its parameters, without those of layers within it; what ``cost`` counts."""
+        return sum(tensor.numel() for tensor in self.buffers(recurse=False) if tensor.is_floating_point())
+
     @property
     def num_inputs(self) -> int | None:
         """Number of channels that the layer takes, or None for any."""

@@ -73,6 +73,10 @@ class DenseProduct(Layer):
         require(weight.dim() == 2 and bias.shape == weight.shape[:1], "a product needs a matrix and a bias per row")
         self.register(weight=weight, bias=bias)
 
+    def own_parameters(self) -> int:
+        """Return the number of its parameters, zeros left out."""
+        return int(self.weight.count_nonzero()) + self.bias.numel()
+
     @property
     def num_inputs(self) -> int:
         """Number of sources."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnw_graph.compact.layers import Conv, Linear
+from dnw_graph.compact.layers import Conv, Layer, Linear
 from dnw_graph.compact.products import DenseProduct, SparseProduct
 
 
@@ -87,10 +87,11 @@ def count_parameters(module: nn.Module) -> int:
     """Return the number of parameters of a compact model, zeros of dense products not counted."""
     total = 0
     for layer in module.modules():
-        own = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-        total += sum(tensor.numel() for tensor in own if tensor.is_floating_point())
-        if isinstance(layer, DenseProduct):
-            total += int(layer.weight.count_nonzero()) - layer.weight.numel()
+        if isinstance(layer, Layer):
+            total += layer.own_parameters()
+        else:
+            own = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+            total += sum(tensor.numel() for tensor in own if tensor.is_floating_point())
     return total
 
 

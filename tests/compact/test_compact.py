@@ -250,7 +250,8 @@ def test_vectors(products, photos, trained):
 
 def test_counts_are_those_of_the_live_part(photos, trained):
     model = trained(MobileNetV1DNW(0.15, 7, wiring="random_graph"), photos)
-    report = compact(model, example=photos).report
+    compacted = compact(model, example=photos)
+    report = compacted.report
     live = live_nodes(model)
     assert report.before.nodes == 2560 + 3328 + 640 + 320 + 96
     assert list(report.graphs) == list(live)
@@ -265,6 +266,8 @@ def test_counts_are_those_of_the_live_part(photos, trained):
     assert len(model.stages[-1].edge_index[1].unique().clamp(min=1536).unique()) >= 1024
     result = cost(model, (3, 64, 64))
     assert report.after.multiply_adds == result.multiply_adds
+    again = cost(compacted, (3, 64, 64))
+    assert (again.multiply_adds, again.parameters) == (result.multiply_adds, report.after.parameters)
     shifts = report.after.nodes - int(live["stage1"][:32].sum())
     scales_and_shifts = 2 * int(
         sum(mask[: -graph.num_outputs].sum() for mask, graph in zip(live.values(), model.stages, strict=True))

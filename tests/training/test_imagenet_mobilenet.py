@@ -5,17 +5,22 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import onnxruntime
 import pytest
 import torch
 import yaml
 
+from dnw_graph.compact import load_compact
 from dnw_graph.training import Classifier, read_checkpoint
+from dnw_graph.training.augmentation import transforms
+from dnw_graph.training.images import digits
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHORT = ("--image-size", "8", "--batch-size", "256", "--epochs", "1", "--accelerator", "cpu", "--width", "0.1")
@@ -69,7 +74,7 @@ def test_training_resume_and_evaluation(
     printed = capsys.readouterr().out
     assert "real edges     31,393\n" in printed
     names = [f"wiring/stage{number}.{ending}" for number in range(1, 6) for ending in ("png", "pt")]
-    for name in ("summary.json", "metrics.csv", "last.ckpt", "best.ckpt", *names):
+    for name in ("summary.json", "metrics.csv", "first.ckpt", "last.ckpt", "best.ckpt", *names):
         assert Path("unbroken", name).is_file(), name
 
     with monkeypatch.context() as patch:
@@ -90,6 +95,72 @@ def test_training_resume_and_evaluation(
         "error: --width is 0.2, but broken/last.ckpt was trained with 0.1: "
         "give what it was trained with, or start a new run\n"
     )
+
+
+@pytest.fixture(scope="module")
+def trained(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last checkpoint of a short run."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert example.run_example((*SHORT, "--output", str(folder))) == 0
+    return folder / "last.ckpt"
+
+
+def scores_of_file(path: Path, images: torch.Tensor) -> torch.Tensor:
+    if path.suffix == ".safetensors":
+        return load_compact(path)(images)
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()(images)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.tensor(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt2", "onnx"])
+def test_compact_evaluation_and_export(
+    ending: str,
+    trained: Path,
+    example: ModuleType,
+    start: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    unchecked: None,
+):
+    assert start(*SHORT, "--evaluate", str(trained)) == 0
+    whole = capsys.readouterr().out
+    assert start(*SHORT, "--evaluate", str(trained), "--compact", "--export", f"w.{ending}") == 0
+    compacted = capsys.readouterr().out
+    top1, compact_top1 = (re.search(r"top-1 +(\S+)%", printed) for printed in (whole, compacted))
+    assert top1 is not None
+    assert compact_top1 is not None
+    assert abs(float(top1[1]) - float(compact_top1[1])) < 0.3  # rounding may turn one image of 360
+    for printed in (whole, compacted):
+        assert re.search(r"throughput +[\d,]+ images/s", printed)
+    assert "outputs differ by" in compacted
+    assert "outputs differ by" not in whole
+    assert f"written to w.{ending}" in compacted
+
+    model = example.MobileNetOptions(width=0.1).create(10, 8).eval()
+    state = read_checkpoint(trained)["state_dict"]
+    model.load_state_dict({key.removeprefix("model."): value for key, value in state.items() if "model." in key})
+    data = digits()
+    images = torch.stack([transforms("digits", 8)[1](data.test.load(index)) for index in range(5)])
+    with torch.no_grad():
+        torch.testing.assert_close(scores_of_file(Path(f"w.{ending}"), images), model(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--compact",), "--compact and --export go with --evaluate"),
+        (("--export", "w.onnx"), "--compact and --export go with --evaluate"),
+        (("--evaluate", "CKPT", "--export", "w.onx"), "expected a file ending in .safetensors, .pt2, .onnx"),
+        (("--evaluate", "CKPT", "--export", "nowhere/w.onnx"), "the folder nowhere does not exist"),
+        (("--evaluate", "CKPT", "--export", ""), "--export is '': expected a path"),
+    ],
+)
+def test_bad_exports(
+    start: Callable[..., int], capsys: pytest.CaptureFixture[str], trained: Path, argv: tuple[str, ...], message: str
+):
+    assert start(*SHORT, *(word.replace("CKPT", str(trained)) for word in argv)) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_mobilenet_v1_trains(start: Callable[..., int], capsys: pytest.CaptureFixture[str]):
