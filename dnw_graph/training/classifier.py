@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from dnw_graph.neural_graph import wiring_penalty
 from dnw_graph.training.order import Purpose, mix
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class Classifier(LightningModule):
@@ -26,8 +29,11 @@ class Classifier(LightningModule):
         schedule: Factor of the learning rate at a step, see :mod:`dnw_graph.training.schedules`.
         lr: Learning rate.
         momentum: Momentum of SGD.
-        weight_decay: Weight decay of SGD, on all parameters.
+        weight_decay: Weight decay of SGD.
         seed: Seed of the run. Random numbers that the model draws are a function of (seed, step, rank).
+        label_smoothing: Share of each label that is spread evenly over all classes, in training only.
+        norm_weight_decay: Whether the weight decay is on all parameters, or on all but the weights and biases of norms
+            (of the classes ``BatchNorm…``, ``InstanceNorm…``, ``GroupNorm``, ``LayerNorm`` and ``RMSNorm``).
     """
 
     def __init__(
@@ -39,6 +45,8 @@ class Classifier(LightningModule):
         momentum: float,
         weight_decay: float,
         seed: int,
+        label_smoothing: float = 0.0,
+        norm_weight_decay: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
@@ -47,6 +55,8 @@ class Classifier(LightningModule):
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.seed = seed
+        self.label_smoothing = label_smoothing
+        self.norm_weight_decay = norm_weight_decay
         self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
         self.loss = MeanMetric()
@@ -62,7 +72,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         images, labels = batch
-        loss = F.cross_entropy(self(images), labels)
+        loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
         penalty = wiring_penalty(self.model).to(loss.device)
         if penalty.requires_grad:
@@ -83,6 +93,12 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return SGD and the schedule, applied after every step."""
-        optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        groups: list[dict[str, Any]] = [{"params": list(self.parameters())}]
+        if not self.norm_weight_decay:
+            norms = {p for m in self.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
+            others = [p for p in self.parameters() if p not in norms]
+            in_norms = [p for p in self.parameters() if p in norms]
+            groups = [{"params": others}, {"params": in_norms, "weight_decay": 0.0}]
+        optimizer = torch.optim.SGD(groups, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

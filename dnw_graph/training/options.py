@@ -86,15 +86,24 @@ class RunOptions:
     )
     epochs: int = option(15, "passes over the training images", fixed=True)
     batch_size: int = option(64, "images per step over all devices together", fixed=True)
-    lr: float = option(0.05, "learning rate of the first step", fixed=True)
+    lr: float = option(0.05, "learning rate of the first step, or of the end of the warm-up", fixed=True)
     schedule: str = option(
         "cosine",
         "how the learning rate falls: 'cosine' to 0 with every step, or 'step', x0.1 after half and after three "
         "quarters of all steps",
         fixed=True,
     )
+    warmup_epochs: int = option(
+        0, "epochs in which the learning rate rises linearly to --lr, before it falls; part of --epochs", fixed=True
+    )
     momentum: float = option(0.9, "momentum of SGD", fixed=True)
     weight_decay: float = option(5e-5, "weight decay of SGD, on all parameters", fixed=True)
+    norm_weight_decay: bool = option(
+        True, "weight decay on the weights and biases of norms too; --no-norm-weight-decay leaves them out", fixed=True
+    )
+    label_smoothing: float = option(
+        0.0, "in training, share of each label that is spread evenly over all classes", fixed=True
+    )
     precision: str = option("32-true", f"number format: one of {', '.join(PRECISIONS)}", fixed=True)
     seed: int = option(0, "decides initial weights, order of images and augmentation", fixed=True)
     accelerator: str = option("auto", "'cpu', 'gpu' or 'auto' (a GPU if there is one)")
@@ -127,13 +136,16 @@ class RunOptions:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "devices", "num_nodes"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("weight_decay", "save_every", "held_out"):
+        for name in ("weight_decay", "save_every", "held_out", "warmup_epochs"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "a number from 0 to below 2^63")
         for name in ("data", "output", "resume", "evaluate", "export"):
             _require(getattr(self, name) != "", name, "", "a path")
         _require(self.lr > 0, "lr", self.lr, "a number above 0")
-        _require(0 <= self.momentum < 1, "momentum", self.momentum, "a number from 0 to below 1")
+        for name in ("momentum", "label_smoothing"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number from 0 to below 1")
+        below = f"fewer than the {self.epochs} epochs of the run: give more --epochs"
+        _require(self.warmup_epochs < self.epochs, "warmup_epochs", self.warmup_epochs, below)
         _require(self.image_size is None or self.image_size >= 8, "image_size", self.image_size, "8 or more")
         _require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
         if self.schedule not in SCHEDULES:

@@ -13,7 +13,6 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from dnw_graph.compact import compact
-from dnw_graph.cost import neural_graphs
 from dnw_graph.errors import InputError
 from dnw_graph.training.checkpoint_io import SECTION, WholeFileIO, read_checkpoint
 from dnw_graph.training.checkpoints import Checkpoints
@@ -23,12 +22,14 @@ from dnw_graph.training.data_module import DataModule
 from dnw_graph.training.images import ImageData, hold_out, load_images
 from dnw_graph.training.loggers import make_loggers
 from dnw_graph.training.options import RunOptions
-from dnw_graph.training.schedules import SCHEDULES
+from dnw_graph.training.schedules import SCHEDULES, after_warmup
 from dnw_graph.training.shipping import check_export, export
 from dnw_graph.training.summary import Summary, summarize, write_files
 from dnw_graph.training.throughput import Throughput
 from dnw_graph.training.training_cost import TrainingCost
+from dnw_graph.training.sparse_momentum import SparseMomentumCallback
 from dnw_graph.training.wiring_monitor import WiringMonitor
+from dnw_graph.wirings import Wiring
 
 
 def run(
@@ -71,16 +72,20 @@ def run(
         names = [*model_options, "image_size", "classes"] if options.evaluate else list(identity)
         check_same_run(path, checkpoint[SECTION]["options"], identity, names)
     num_steps = options.epochs * data.steps_per_epoch
-    for graph in neural_graphs(model).values():
-        graph.wiring.set_num_steps(num_steps)
+    for wiring in model.modules():
+        if isinstance(wiring, Wiring):
+            wiring.set_num_steps(num_steps)
+    warmup_steps = options.warmup_epochs * data.steps_per_epoch
     module = Classifier(
         model,
         len(images.classes),
-        SCHEDULES[options.schedule](num_steps),
+        after_warmup(SCHEDULES[options.schedule], warmup_steps, num_steps),
         options.lr,
         options.momentum,
         options.weight_decay,
         options.seed,
+        options.label_smoothing,
+        options.norm_weight_decay,
     )
     if options.evaluate and checkpoint:
         return _evaluate(module, data, options, identity, checkpoint)
@@ -93,7 +98,9 @@ def _train(module: Classifier, data: DataModule, options: RunOptions, identity: 
         check_files(data.images.train, data.images.test)
     monitor, training_cost = WiringMonitor(module.model), TrainingCost(module.model)
     checkpoints = Checkpoints(folder, options.save_every, identity)
-    trainer = _trainer(options, data, [monitor, training_cost, checkpoints], make_loggers(folder, steps))
+    # Checkpoints come last: they hold what the others made of a step.
+    callbacks = [monitor, training_cost, SparseMomentumCallback(data.steps_per_epoch), checkpoints]
+    trainer = _trainer(options, data, callbacks, make_loggers(folder, steps))
     try:
         trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)
     except InputError:

@@ -15,6 +15,23 @@ def cosine(num_steps: int) -> Callable[[int], float]:
     return lambda step: (1 + math.cos(math.pi * step / num_steps)) / 2
 
 
+def after_warmup(
+    schedule: Callable[[int], Callable[[int], float]], warmup_steps: int, num_steps: int
+) -> Callable[[int], float]:
+    """Return a linear rise over the first W = ``warmup_steps`` steps, followed by a schedule over the others.
+
+    Step t < W has the factor (t + 1) / W, so that the first step has 1 / W and the last one of the rise has 1; step
+    t ≥ W has the schedule's factor at t - W.
+
+    Args:
+        schedule: One of ``SCHEDULES``.
+        warmup_steps: Steps of the rise, fewer than ``num_steps``; 0 for none.
+        num_steps: Optimiser steps of the whole run.
+    """
+    after = schedule(num_steps - warmup_steps)
+    return lambda step: (step + 1) / warmup_steps if step < warmup_steps else after(step - warmup_steps)
+
+
 def step(num_steps: int) -> Callable[[int], float]:
     """Return 1, ×0.1 after half and again after three quarters of the steps: after epochs 80 and 120 of 160.
 
