@@ -19,6 +19,7 @@ from dnw_graph.errors import InputError
 from dnw_graph.live_channels import classifier_columns, live_channels
 from dnw_graph.multiply_adds import MultiplyAdds
 from dnw_graph.neural_graph import NeuralGraph
+from dnw_graph.sparsify.access import sparse_parameters
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -220,6 +221,12 @@ def _count_parameters(
     """Count all parameters but those of norms and edges, the shared ones once."""
     counts: Counter[str] = Counter()
     counted: set[nn.Parameter] = set()
+    real = {
+        parts.parts[0][0].parameter: int(parts.current_mask().sum())
+        for module in rows
+        for path, _, _, parts in sparse_parameters(module)
+        if not path
+    }
     for module, row in rows.items():
         if isinstance(module, (CandidateEdges, *_NORMS)):
             continue
@@ -227,7 +234,7 @@ def _count_parameters(
             counts[row] += own()
         for parameter in set(module.parameters(recurse=False)) - counted:
             counted.add(parameter)
-            number = parameter.numel()
+            number = real.get(parameter, parameter.numel())
             masks = channels.get(module, [])
             if masks and parameter.dim() and all(len(mask) == parameter.size(0) for mask in masks):
                 number = number // parameter.size(0) * int(torch.stack(masks).any(0).sum())

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from dnw_graph.errors import InputError
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.propagation import Propagate, Propagation, RealEdges
+from dnw_graph.sparsify.forward_pass import RealWeights
 
 aten = torch.ops.aten
 
@@ -78,7 +79,9 @@ class MultiplyAdds(TorchDispatchMode):
         self._live = live
         self._counted_targets = counted_targets
         self._operators = FlopCounterMode(display=False, custom_mapping=_VECTOR_FORMULAS)
-        self._operations = 0  # of all operators, when they were last booked
+        self._operations = Fraction(0)  # of all operators, when they were last booked
+        self._left_out = Fraction(0)  # of these, what was multiplied by hallucinated weights of sparse layers
+        self._sparse: dict[int, tuple[Tensor, Tensor]] = {}  # by storage: the weight of a layer, and which are real
         self._at_work: list[tuple[str, Fraction]] = []
         self._in_product = False
         self._scope = ExitStack()
@@ -89,6 +92,8 @@ class MultiplyAdds(TorchDispatchMode):
             for module in self._rows:
                 scope.callback(module.register_forward_pre_hook(self._start, with_kwargs=True).remove)
                 scope.callback(module.register_forward_hook(self._stop).remove)
+                if isinstance(module, RealWeights):
+                    scope.callback(module.register_forward_hook(self._remember).remove)
             for graph in self._counted_targets:
                 scope.callback(graph.propagation.register_forward_hook(partial(self._listen, graph)).remove)
             scope.enter_context(_without_fused_products(self._rows))
@@ -105,6 +110,8 @@ class MultiplyAdds(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at every operator that PyTorch's counter has split as far as it could."""
         result = func(*args, **(kwargs or {}))
+        if not self._in_product and func._overloadpacket in self._operators.flop_registry:
+            self._leave_out(func._overloadpacket, args, kwargs or {}, result)
         known = func.namespace in ("aten", "prim", "prims") and func._opname not in _NO_FORMULA
         if known or self._in_product or func._overloadpacket in flop_registry:
             return result
@@ -114,6 +121,19 @@ class MultiplyAdds(TorchDispatchMode):
                 "it, or register a formula with torch.utils.flop_counter.register_flop_formula"
             )
         return result
+
+    def _remember(self, real: RealWeights, args: tuple[Tensor], weight: Tensor) -> None:
+        mask = torch.empty_like(weight).copy_(real.current_mask())  # strides like those of the weight
+        self._sparse[weight.untyped_storage().data_ptr()] = (weight, mask)
+
+    def _leave_out(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Note the operations of a product with the hallucinated weights of a sparse layer."""
+        for operand in tree_leaves((args, kwargs)):
+            if isinstance(operand, Tensor) and operand.untyped_storage().data_ptr() in self._sparse:
+                _, mask = self._sparse[operand.untyped_storage().data_ptr()]
+                mask = mask.as_strided(operand.size(), operand.stride(), operand.storage_offset())
+                operations = self._operators.flop_registry[operator](*args, **kwargs, out_val=result)
+                self._left_out += Fraction(operations * int((mask == 0).sum()), mask.numel())
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._book()
@@ -131,7 +151,7 @@ class MultiplyAdds(TorchDispatchMode):
 
     def _book(self) -> None:
         """Book what was computed since the last call on the module at work."""
-        operations = self._operators.get_total_flops()
+        operations = self._operators.get_total_flops() - self._left_out
         if self._at_work and not self._in_product:
             name, share = self._at_work[-1]
             self._add(name, share * (operations - self._operations) / 2)

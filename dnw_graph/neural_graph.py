@@ -332,8 +332,9 @@ def wiring_penalty(model: nn.Module) -> Float[Tensor, ""]:
     ``loss = cross_entropy(scores, labels) + wiring_penalty(model)``.
 
     Args:
-        model: Any module with neural graphs in it.
+        model: Any module with neural graphs or sparse layers in it.
     """
-    graphs = [module for module in model.modules() if isinstance(module, NeuralGraph)]
+    # Neural graphs, and the graphs of sparse layers, which this module does not know.
+    graphs: list[Any] = [each for each in model.modules() if isinstance(getattr(each, "wiring", None), Wiring)]
     terms = [term for graph in graphs if (term := graph.penalty()) is not None]
     return torch.stack(terms).sum() if terms else torch.zeros(())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dnw_graph.errors import InputError
 from dnw_graph.neural_graph import NeuralGraph
+from dnw_graph.sparsify import WeightGraph
 from dnw_graph.wirings import FineTune, LotteryTicket
 
 
@@ -53,8 +54,10 @@ def lottery_ticket(complete: nn.Module, initial: Mapping[str, Tensor]) -> nn.Mod
     return model
 
 
-def _graphs(model: nn.Module) -> list[NeuralGraph]:
-    graphs = [module for module in model.modules() if isinstance(module, NeuralGraph)]
+def _graphs(model: nn.Module) -> list[NeuralGraph | WeightGraph]:
+    graphs = [module for module in model.modules() if isinstance(module, NeuralGraph | WeightGraph)]
     if not graphs:
-        raise InputError(f"a {type(model).__name__} has no neural graph, so there is no wiring to keep")
+        raise InputError(
+            f"a {type(model).__name__} has no neural graph and no sparse weight, so there is no wiring to keep"
+        )
     return graphs

@@ -58,7 +58,11 @@ def test_getting_started_trains_a_graph_and_draws_it(getting_started):
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", *(f"docs/{name}.md" for name in ("concepts", "extending", "models", "rules", "shipping"))]
+    "name",
+    [
+        "README.md",
+        *(f"docs/{name}.md" for name in ("concepts", "extending", "models", "rules", "shipping", "sparsify")),
+    ],
 )
 def test_python_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -83,6 +87,7 @@ def test_no_page_with_python_is_left_out():
         "models.md",
         "rules.md",
         "shipping.md",
+        "sparsify.md",
         "wirings.md",
     }
     assert {page.name for page in PAGES if blocks(page, "python")} == tested

@@ -128,7 +128,9 @@ def test_the_wiring_decides_how_many_edges_another_model_of_the_first_stage_keep
 
 @pytest.mark.parametrize("apply", [fine_tune, lambda model: lottery_ticket(model, model.state_dict())])
 def test_a_model_without_a_graph_is_refused(apply):
-    with pytest.raises(InputError, match="a Linear has no neural graph, so there is no wiring to keep"):
+    with pytest.raises(
+        InputError, match="a Linear has no neural graph and no sparse weight, so there is no wiring to keep"
+    ):
         apply(nn.Linear(3, 4))
 
 

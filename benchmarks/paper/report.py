@@ -28,24 +28,26 @@ def table_lines(
         rows: The rows that were asked for.
         results: Results of complete runs.
     """
-    figures = [_figures(row, results) for row in rows]
+    figures = [_figures(row, results, table.top5) for row in rows]
     figures = [each for each in figures if each["runs"]]
     if not figures:
         return [], {}
     where = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = _settings(results)
     lines = [table.title, "", settings, ", ".join(f"{key} {value}" for key, value in where.items()), ""]
-    lines += ["| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *map(_cells, figures))]
+    header = (*HEADER, "top-5, %") if table.top5 else HEADER
+    lines += ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *map(_cells, figures))]
     lines += [
         "",
-        "top-1: on the test images after the last step, mean ± standard deviation over seeds. Real edges, dead nodes "
+        f"top-1{' and top-5' if table.top5 else ''}: on the test images after the last step, mean ± standard deviation "
+        "over seeds. Real edges (of a sparse network: weights kept in its sparse layers), dead nodes "
         "and multiply-adds per image: of the final wiring, live nodes only. Training: multiply-adds of the whole "
         "training, forward and backward, a first stage included; so are the minutes.",
     ]
     return lines, {"table": table.name, "settings": settings, "machine": where, "rows": figures}
 
 
-def _figures(row: Row, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _figures(row: Row, results: Sequence[dict[str, Any]], with_top5: bool) -> dict[str, Any]:
     """Return the figures of a row, each averaged over its runs."""
     runs = [result for result in results if result["row"] == row.key]
     seeds = {result["seed"] for result in runs}
@@ -59,33 +61,40 @@ def _figures(row: Row, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     top1 = [100 * result["summary"]["top1"] for result in runs]
     graphs = [result["summary"]["graphs"].values() for result in runs]
+    layers = [result["summary"].get("weights", {}).values() for result in runs]  # of sparse layers
+    real = [sum(graph["real_edges"] for graph in each) for each in graphs]
+    top5 = [100 * result["summary"]["top5"] for result in runs] if with_top5 else []
     return {
         "model": row.label,
         "paper": row.paper,
         "top1": mean(top1),
         "top1_std": statistics.stdev(top1) if len(top1) > 1 else None,
         "runs": len(runs),
-        "real_edges": mean([sum(graph["real_edges"] for graph in each) for each in graphs]),
+        "real_edges": mean([a + sum(layer["kept"] for layer in each) for a, each in zip(real, layers, strict=True)]),
         "dead_nodes": mean([sum(graph["dead_nodes"] for graph in each) for each in graphs]),
-        "has_edges": any(graphs),
+        "has_edges": any(graphs) or any(layers),
         "multiply_adds": mean([result["summary"]["multiply_adds"] for result in runs]),
         "training_multiply_adds": total("training_multiply_adds"),
         "minutes": total("seconds") / 60,
+        **({"top5": mean(top5), "top5_std": statistics.stdev(top5) if len(top5) > 1 else None} if with_top5 else {}),
     }
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    spread = f" ± {row['top1_std']:.1f}" if row["top1_std"] is not None else ""
+    def accuracy(name: str) -> str:
+        return f"{row[name]:.1f}" + (f" ± {row[f'{name}_std']:.1f}" if row[f"{name}_std"] is not None else "")
+
     edges = [f"{row['real_edges']:,.0f}", f"{row['dead_nodes']:,.0f}"] if row["has_edges"] else ["", ""]
     return [
         row["model"],
         row["paper"],
-        f"{row['top1']:.1f}{spread}",
+        accuracy("top1"),
         str(row["runs"]),
         *edges,
         f"{row['multiply_adds'] / 1e6:.2f} M",
         f"{row['training_multiply_adds'] / 1e12:.3g} T",
         f"{row['minutes']:.1f}",
+        *([accuracy("top5")] if "top5" in row else []),
     ]
 
 

@@ -39,6 +39,7 @@ class Table:
         example: File in ``examples/`` that runs its rows.
         rows: Its rows.
         quick: Options of every run with ``--quick``.
+        top5: Whether top-5 accuracy is told beside top-1.
     """
 
     name: str
@@ -46,3 +47,4 @@ class Table:
     example: str
     rows: tuple[Row, ...]
     quick: dict[str, str]
+    top5: bool = False

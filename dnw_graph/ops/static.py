@@ -130,7 +130,7 @@ def _check(
     check_types((x, values, *vectors, kernel), (rowptr, columns))
 
 
-def _output_shape(x: Tensor, sizes: list[int], strides: list[int]) -> tuple[int, int, int, int]:
+def _output_shape(x: Tensor, sizes: list[int], strides: list[int]) -> tuple[int | torch.SymInt, ...]:
     height, width = x.shape[2:]
     for _ in range(strides.count(2)):
         height, width = (height + 1) // 2, (width + 1) // 2

@@ -24,10 +24,10 @@ from dnw_graph.training.loggers import make_loggers
 from dnw_graph.training.options import RunOptions
 from dnw_graph.training.schedules import SCHEDULES, after_warmup
 from dnw_graph.training.shipping import check_export, export
+from dnw_graph.training.sparse_momentum import SparseMomentumCallback
 from dnw_graph.training.summary import Summary, summarize, write_files
 from dnw_graph.training.throughput import Throughput
 from dnw_graph.training.training_cost import TrainingCost
-from dnw_graph.training.sparse_momentum import SparseMomentumCallback
 from dnw_graph.training.wiring_monitor import WiringMonitor
 from dnw_graph.wirings import Wiring
 
@@ -99,7 +99,9 @@ def _train(module: Classifier, data: DataModule, options: RunOptions, identity: 
     monitor, training_cost = WiringMonitor(module.model), TrainingCost(module.model)
     checkpoints = Checkpoints(folder, options.save_every, identity)
     # Checkpoints come last: they hold what the others made of a step.
-    callbacks = [monitor, training_cost, SparseMomentumCallback(data.steps_per_epoch), checkpoints]
+    num_steps = options.epochs * data.steps_per_epoch
+    momentum = SparseMomentumCallback(module.model, num_steps, data.steps_per_epoch)
+    callbacks = [monitor, training_cost, momentum, checkpoints]
     trainer = _trainer(options, data, callbacks, make_loggers(folder, steps))
     try:
         trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dnw_graph.cost import cost, live_nodes, neural_graphs
+from dnw_graph.sparsify import weight_graphs
 from dnw_graph.training.wiring_monitor import edges_swapped, real_edges
 
 
@@ -32,6 +33,21 @@ class GraphSummary:
 
 
 @dataclass(frozen=True)
+class WeightSummary:
+    """The weights of one sparse layer, see :func:`dnw_graph.sparsify.sparsify`.
+
+    Attributes:
+        weights: Number of weights.
+        kept: Number of real ones in evaluation.
+        density: ``kept`` / ``weights``.
+    """
+
+    weights: int
+    kept: int
+    density: float
+
+
+@dataclass(frozen=True)
 class Summary:
     """Result of a run.
 
@@ -46,6 +62,7 @@ class Summary:
             :class:`~dnw_graph.training.TrainingCost`; None if nothing was trained.
         seconds: Time spent in training, or None.
         graphs: The neural graphs by name; empty for a model without any.
+        weights: The sparse weights of layers by name; empty for a model without any.
         options: Options of the run.
     """
 
@@ -58,6 +75,7 @@ class Summary:
     training_multiply_adds: int | None
     seconds: float | None
     graphs: dict[str, GraphSummary]
+    weights: dict[str, WeightSummary]
     options: dict[str, Any]
 
     def lines(self) -> list[str]:
@@ -70,6 +88,9 @@ class Summary:
             if swapped:
                 rows.append(("edges swapped", f"{sum(swapped):,} since the start"))
             rows.append(("dead nodes", f"{sum(g.dead_nodes for g in graphs):,} of {sum(g.nodes for g in graphs):,}"))
+        if layers := self.weights.values():
+            kept, weights = sum(layer.kept for layer in layers), sum(layer.weights for layer in layers)
+            rows.append(("weights kept", f"{kept:,} of {weights:,} in sparse layers ({kept / weights:.1%})"))
         rows += [("parameters", f"{self.parameters:,}"), ("multiply-adds", f"{self.multiply_adds:,} per image")]
         if self.training_multiply_adds is not None:
             rows.append(("training", f"{self.training_multiply_adds / 1e12:,.3g} T multiply-adds"))
@@ -110,6 +131,10 @@ def summarize(
         )
         for name, graph in neural_graphs(model).items()
     }
+    weights = {
+        name: WeightSummary(graph.num_candidates, kept := graph.num_real_edges, kept / graph.num_candidates)
+        for name, graph in weight_graphs(model).items()
+    }
     costs = cost(model, (3, image_size, image_size))
     return Summary(
         top1=float(metrics["val/top1"]),
@@ -121,6 +146,7 @@ def summarize(
         training_multiply_adds=training_multiply_adds,
         seconds=seconds,
         graphs=graphs,
+        weights=weights,
         options=options,
     )
 

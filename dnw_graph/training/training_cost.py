@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dnw_graph.cost import neural_graphs
 from dnw_graph.propagation import Propagate, Propagation, RealEdges
+from dnw_graph.sparsify.forward_pass import RealWeights
 
 
 class TrainingCost(Callback):
@@ -24,9 +27,14 @@ class TrainingCost(Callback):
     wiring updates hallucinated edges, else one per real edge. So much the method asks for; what an implementation
     computes beyond it, such as products with zeros, is not counted.
 
-    The number of real edges is that of each step. What else a step computes is counted once per epoch: it changes for
-    adaptive solvers only, whose evaluations count in full even where they only choose the size of a step. Where a
-    product concerns a part of the nodes, the real edges are taken as evenly spread.
+    A layer with sparse weights is counted like a graph: forward and for its input one multiply-add per real weight and
+    place, for the gradient of its weights one per weight if the wiring updates hallucinated ones, else one per real
+    weight.
+
+    The number of a graph's real edges is that of each step. What else a step computes, and the number of a layer's real
+    weights, is counted once per epoch: the former changes for adaptive solvers only, whose evaluations count in full
+    even where they only choose the size of a step. Where a product concerns a part of the nodes, the real edges are
+    taken as evenly spread.
 
     Args:
         model: The model that is trained, of convolutions, linear layers and neural graphs.
@@ -82,8 +90,10 @@ class TrainingCost(Callback):
     def _on_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         linear = isinstance(layer, nn.Linear)
         places = math.prod(output.shape[1:-1] if linear else output.shape[2:])
-        once = output.size(-1 if linear else 1) * layer.get_parameter("weight")[0].numel() * places
-        self._layers += once * passes(layer.get_parameter("weight"), args[0])
+        weight, real, updated = _weight(layer)
+        once = output.size(-1 if linear else 1) * weight[0].numel() * places
+        to_weights = torch.is_grad_enabled() and weight.requires_grad
+        self._layers += round(once * (real * (passes(weight, args[0]) - to_weights) + updated * to_weights))
 
     def _on_edges(
         self, counter: _GraphCounter, propagation: Propagation, args: tuple[RealEdges], output: Propagate
@@ -110,6 +120,18 @@ class TrainingCost(Callback):
         self._layers = state_dict["layers"]
         for name, (through_edges, to_weights) in state_dict["graphs"].items():
             self._graphs[name].through_edges, self._graphs[name].to_weights = through_edges, to_weights
+
+
+def _weight(layer: nn.Module) -> tuple[Tensor, Fraction, Fraction]:
+    """Return a layer's weight, which share of it is real in this step, and which share gets a gradient."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return layer.get_parameter("weight"), Fraction(1), Fraction(1)
+    weight = layer.get_parameter("parametrizations.weight.original")
+    sparse = layer.get_submodule("parametrizations.weight.0")
+    if not isinstance(sparse, RealWeights) or sparse.mask is None:
+        return weight, Fraction(1), Fraction(1)
+    real = Fraction(int(sparse.mask.count_nonzero()), weight.numel())
+    return weight, real, Fraction(1) if sparse.parts[0][1].wiring.updates_hallucinated else real
 
 
 def passes(weight: Tensor, source: Tensor) -> int:

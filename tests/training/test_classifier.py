@@ -8,6 +8,8 @@ from torch import nn
 
 from dnw_graph.training import Classifier, ImageData, RunOptions, cosine, read_checkpoint, run
 from dnw_graph.training.data_module import DataModule
+from dnw_graph.training.schedules import after_warmup
+from dnw_graph.training.schedules import step as two_steps
 
 
 def test_cosine_is_that_of_pytorch():
@@ -18,6 +20,58 @@ def test_cosine_is_that_of_pytorch():
         optimizer.step()
         reference.step()
     assert (cosine(40)(0), cosine(40)(40)) == (1, 0)
+
+
+def test_warm_up_rises_linearly_and_the_schedule_follows_it():
+    # 2 of 6 epochs of 3 steps: 1/6, 2/6 … 1, then a cosine over 12 steps.
+    factor = after_warmup(cosine, 6, 18)
+    rise = [factor(step) for step in range(6)]
+    assert rise == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
+    assert [factor(step) for step in (6, 12, 14, 18)] == pytest.approx([1, 0.5, 0.25, 0])
+    stepped = after_warmup(two_steps, 6, 18)  # ×0.1 after half and three quarters of the 12 steps that are left
+    assert [stepped(t) for t in (5, 6, 11, 12, 14, 15, 17)] == pytest.approx([1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert [after_warmup(cosine, 0, 18)(t) for t in range(19)] == [cosine(18)(t) for t in range(19)]
+
+
+class _Norms(nn.Module):
+    """Every kind of norm, with a bias beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        self.norms = nn.ModuleList([nn.InstanceNorm2d(4, affine=True), nn.GroupNorm(2, 4), nn.LayerNorm(4)])
+        self.rms = nn.RMSNorm(4)
+        self.downsample = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4))
+        self.fc = nn.Linear(4, 2)
+
+
+def test_weight_decay_may_leave_out_norms():
+    model = _Norms()
+    decayed = {"conv.weight", "conv.bias", "downsample.0.weight", "fc.weight", "fc.bias"}
+    for norm_weight_decay in (True, False):
+        module = Classifier(model, 2, cosine(1), 0.1, 0.9, 0.3, seed=0, norm_weight_decay=norm_weight_decay)
+        optimizer = module.configure_optimizers()["optimizer"]
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        found = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        expected = decayed if not norm_weight_decay else set(names.values())
+        assert found == {name: 0.3 if name in expected else 0.0 for name in names.values()}
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+def test_label_smoothing_is_for_training_only():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 5))
+    x, y = torch.randn(6, 3, 1, 1), torch.tensor([0, 1, 2, 3, 4, 0])
+    module = Classifier(model, 5, cosine(1), 0.1, 0.9, 0.0, seed=0, label_smoothing=0.2)
+    module.log = lambda *args, **options: None
+    log_p = model(x).log_softmax(1)
+    # 0.8 of the label and 0.2 of an even spread over all 5 classes.
+    target = torch.full((6, 5), 0.04).scatter(1, y[:, None], 0.84)
+    module._trainer = type("Trainer", (), {"global_step": 0})()
+    torch.testing.assert_close(module.training_step((x, y), 0), -(target * log_p).sum(1).mean())
+    module.validation_step((x, y), 0)
+    torch.testing.assert_close(module.loss.compute(), -log_p.gather(1, y[:, None]).mean())
 
 
 def test_a_run_is_sgd_over_the_same_batches(

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from dnw_graph import Continuous, Discrete, L1Anneal, NeuralGraph, Schedule, TargetedDropout, Wiring
 from dnw_graph.dynamics import Dynamics
 from dnw_graph.node_functions import NormReluConv
+from dnw_graph.sparsify import sparsify
 from dnw_graph.training import Classifier, DataModule, RunOptions, TrainingCost, read_checkpoint, run
 from dnw_graph.training.images import ImageData
 
@@ -226,6 +227,19 @@ def test_without_a_graph(small_digits: ImageData, options: Callable[..., RunOpti
     )
     operations = Operations()
     assert fit(model, small_digits, options(epochs=2, lr=0.05), operations) == operations.total / 2
+
+
+@pytest.mark.parametrize(("wiring", "updated"), [("dnw", 1), ("no_update", 0.25), ("complete", 1)])
+def test_sparse_layers_by_hand(
+    wiring: str, updated: float, small_digits: ImageData, options: Callable[..., RunOptions]
+):
+    """A quarter of the weights is real: 3×3 kernels from 3 to 8 channels at 16 places, and 128 · 10 of a classifier."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Flatten(), nn.Linear(128, 10))
+    sparsify(model, density=0.25, wiring=wiring)
+    total = fit(model, small_digits, options(epochs=2, lr=0.05))
+    real = 1 if wiring == "complete" else 0.25
+    conv, classifier = 9 * 3 * 8 * 16, 128 * 10
+    assert total == STEPS * BATCH * ((real + updated) * conv + (2 * real + updated) * classifier)
 
 
 class StoppedError(Exception):

@@ -1,0 +1,64 @@
+"""Which weights of a layer are real in sparse momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dnw_graph.candidates import CandidateEdges
+from dnw_graph.errors import InputError
+from dnw_graph.selection import select_top_k
+from dnw_graph.wirings import Schedule, Wiring
+from dnw_graph.wirings.schedule import as_schedule
+
+
+class SparseMomentum(Wiring):
+    """The real edges of sparse momentum: k random ones at first, then what :class:`SparseMomentumRounds` makes of them.
+
+    The rule of one layer; the method itself works on all layers of a model together and needs the optimiser, so it is
+    no name for ``wiring=…`` but an object, and does nothing without its rounds. Hallucinated weights are zero. They get
+    the dense gradient, which the optimiser's momentum collects, but are not trained: the rounds set them back to zero
+    after every step. The real edges are a persistent buffer.
+
+    Args:
+        prune_rate: Share of each layer's real weights that a round prunes, a number or a
+            :class:`~dnw_graph.wirings.Schedule`. The published method decays it by a cosine or linearly over the whole
+            training.
+
+    Shapes:
+        - ``kept``: ``[num_candidates]``, bool
+
+    Raises:
+        InputError: If the rate leaves 0 … 1.
+    """
+
+    updates_hallucinated = True
+    kept: Tensor
+
+    def __init__(
+        self,
+        prune_rate: float | Schedule | Mapping[str, float | str] = Schedule(0.5, 0.0, shape="cosine"),  # noqa: B008
+    ) -> None:
+        super().__init__()
+        self.prune_rate = as_schedule("prune_rate", prune_rate)
+        if not all(0 <= rate <= 1 for rate in (self.prune_rate.start, self.prune_rate.end)):
+            raise InputError(f"the prune rate is a share of the real weights, within 0 … 1; got {prune_rate!r}")
+        self.register_buffer("kept", torch.empty(0, dtype=torch.bool))
+
+    def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
+        """Draw k edges at random, and set all other weights to zero."""
+        weight = candidates.weight
+        chosen = select_top_k(torch.rand_like(weight), num_edges, name)
+        self.kept = torch.zeros_like(weight, dtype=torch.bool).index_fill_(0, chosen, True)
+        with torch.no_grad():
+            weight.mul_(self.kept)
+
+    def choose(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
+        """Return the edges as the last round left them."""
+        return torch.nonzero(self.kept).flatten()
+
+    def extra_repr(self) -> str:
+        """Options, for ``repr``."""
+        return f"prune_rate={self.prune_rate}"

@@ -1,0 +1,79 @@
+"""The sparse weights of a module: found, and looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch_geometric.data import Data
+
+from dnw_graph.errors import unknown_name
+from dnw_graph.sparsify.forward_pass import RealWeights
+from dnw_graph.sparsify.weight_graph import WeightGraph
+
+
+def sparse_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, RealWeights]]:
+    """Yield every sparse parameter: the path of its layer, the layer, its name there, and its parametrization.
+
+    A layer that the module holds under two paths comes twice.
+    """
+    for path, layer in module.named_modules(remove_duplicate=False):
+        if parametrize.is_parametrized(layer):
+            for name, chain in layer.parametrizations.items():
+                if isinstance(chain[0], RealWeights):
+                    yield path, layer, name, chain[0]
+
+
+def weight_graphs(module: nn.Module) -> dict[str, WeightGraph]:
+    """Return the graphs of a module's sparse weights by name: one per weight, or one in all with ``"global"``."""
+    graphs = (graph for _, _, _, real in sparse_parameters(module) for _, graph in real.parts)
+    return {graph.name: graph for graph in dict.fromkeys(graphs)}
+
+
+def to_data(module: nn.Module, name: str) -> Data:
+    """Return the real weights of one layer as a bipartite PyG graph.
+
+    Nodes are channels: first the input channels, then the output channels. Each real weight is an edge, so that a
+    convolution can have parallel edges, one per place in its kernel.
+
+    The :class:`~torch_geometric.data.Data` holds ``edge_index [2, k]``, ``edge_weight [k]``, ``kernel_position
+    [k, dims]`` (the place in the kernel; no dims for a matrix), and for every node ``block`` (0 input, 1 output),
+    ``pos [nodes, 2]``, ``input_mask``, ``output_mask`` and ``live_mask`` (an output, or an input with an edge). All on
+    the CPU.
+
+    Args:
+        module: A module with sparse weights.
+        name: Name of a weight, as in the table of :func:`sparsify`.
+
+    Raises:
+        InputError: If there is no sparse weight of that name.
+    """
+    found = {
+        weight.name: (weight, graph) for _, _, _, real in sparse_parameters(module) for weight, graph in real.parts
+    }
+    if name not in found:
+        raise unknown_name("sparse weight", name, found)
+    weight, graph = found[name]
+    start = sum(other.numel for other in graph.weights[: graph.weights.index(weight)])
+    index = graph.real_index
+    index = index[(index >= start) & (index < start + weight.numel)] - start
+    source, target, place = weight.channel_pairs(index.cpu())
+    inputs, outputs = weight.channels
+    node = torch.arange(inputs + outputs)
+    block = (node >= inputs).long()
+    at = torch.cat([(torch.arange(size) + 0.5) / size for size in (inputs, outputs)])
+    live = node >= inputs
+    live[source] = True
+    return Data(
+        edge_index=torch.stack([source, inputs + target]),
+        edge_weight=weight.flat(weight.parameter.detach()).cpu()[index.cpu()],
+        kernel_position=place,
+        num_nodes=inputs + outputs,
+        block=block,
+        pos=torch.stack([block.to(at), at], dim=1),
+        input_mask=node < inputs,
+        output_mask=node >= inputs,
+        live_mask=live,
+    )

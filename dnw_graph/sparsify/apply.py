@@ -1,0 +1,142 @@
+"""sparsify: sparse weights for the layers of any module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NoReturn
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from dnw_graph.errors import InputError
+from dnw_graph.sparsify.access import sparse_parameters
+from dnw_graph.sparsify.budget import edges_per_weight, kept
+from dnw_graph.sparsify.checks import Skip, reasons_to_skip, refuse_module, refuse_weights
+from dnw_graph.sparsify.forward_pass import ForwardPass, RealWeights
+from dnw_graph.sparsify.layers import LayerWeight, find_weights
+from dnw_graph.sparsify.state import accept_dense_names
+from dnw_graph.sparsify.table import SparsityRow, SparsityTable
+from dnw_graph.sparsify.weight_graph import WeightGraph, set_up
+from dnw_graph.wirings import Wiring
+
+
+def sparsify(
+    module: nn.Module,
+    density: float = 0.1,
+    wiring: str | Wiring = "dnw",
+    skip: Skip | Iterable[Skip] = (),
+    distribution: str | Mapping[str, float] = "uniform",
+) -> SparsityTable:
+    r"""Have the layers of a module compute with their strongest weights only, and discover which in training.
+
+    Section 3.4 of the paper. Every weight of a linear layer, a convolution, a transposed convolution or an attention
+    projection becomes a graph: its weights are the candidates, k of them are real, the others are zero in the forward
+    pass, and with the rule ``"dnw"`` all of them get the dense gradient. Biases, norms and everything else stay as they
+    are. The module is changed in place; its parameters stay the same objects, so that an optimiser may be made before
+    or after. :func:`densify` makes plain parameters again.
+
+    In training the real weights are chosen once per forward pass of the outermost module that is called, in evaluation
+    when the weights have changed, both as in :class:`~dnw_graph.NeuralGraph`. A weight that is read outside of a
+    forward pass shows the real weights of evaluation. What writes into ``layer.weight`` in place, such as ``nn.init``,
+    writes into a copy: initialise first, or assign a new weight.
+
+    Args:
+        module: The module.
+        density: Share of weights to keep: k = n - ⌊(1 - density) · n⌋ of n, at least 1.
+        wiring: The rule: a name or a :class:`~dnw_graph.wirings.Wiring`, which is copied for every weight.
+        skip: What stays dense: name patterns (``*`` and ``?``) of modules or parameters, and types of modules;
+            whatever lies in such a module stays dense too.
+        distribution: How the budget is divided: ``"uniform"``, ``"erdos_renyi"``, ``"erdos_renyi_kernel"``,
+            ``"global"`` (one ranking of all weights), or a mapping from patterns of weight names to densities. See
+            :func:`~dnw_graph.sparsify.budget.edges_per_weight`.
+
+    Returns:
+        What became of every parameter of two or more dimensions.
+
+    Raises:
+        InputError: Before anything is changed, if a density is none, a name or pattern is unknown, nothing is left to
+            be made sparse, or a weight is sparse already, shared by two layers, lazy, quantised or without values.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10))
+        >>> print(sparsify(model, density=0.1, skip="0"))
+        weight                 shape    weights  kept    share
+        0.weight               8×3×3×3      216   216  100.00%  dense: skip '0'
+        2.weight               10×288     2,880   288   10.00%
+        in sum, sparse layers             2,880   288   10.00%
+    """
+    if not isinstance(module, nn.Module):
+        raise InputError(f"sparsify takes a torch.nn.Module; got {type(module).__name__}")
+    reasons = reasons_to_skip(module, skip)
+    refuse_module(module, reasons)
+    weights = [weight for weight in find_weights(module) if weight.name not in reasons]
+    refuse_weights(module, weights)
+    counts = edges_per_weight(weights, density, distribution)
+    plan = [(weight.name, [weight], count) for weight, count in zip(weights, counts, strict=True)]
+    if distribution == "global":
+        plan = [("all layers", weights, kept(sum(weight.numel for weight in weights), density))]
+    ready = [(name, each, count, *set_up(name, each, wiring, count)) for name, each, count in plan]
+
+    # Nothing above has changed the module, and nothing below refuses.
+    graphs = []
+    for name, each, count, rule, start in ready:
+        graphs.append(WeightGraph(name, each, rule, count))
+        graphs[-1].write(start)
+    table = _table(module, graphs, reasons)
+    _attach(module, graphs)
+    return table
+
+
+def _table(module: nn.Module, graphs: Sequence[WeightGraph], reasons: Mapping[str, str]) -> SparsityTable:
+    real: dict[str, int] = {}
+    for graph in graphs:
+        masks = graph.masks([weight.parameter for weight in graph.weights], begins_pass=False)
+        real |= {weight.name: int(mask.sum()) for weight, mask in zip(graph.weights, masks, strict=True)}
+    rows = []
+    owners = dict(module.named_modules())
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter) or parameter.dim() < 2:
+            continue
+        path, _, own = name.rpartition(".")
+        thirds = [f"{name}.{part}" for part in "qkv"] if own == "in_proj_weight" else [name]
+        for part in thirds:
+            rows_of, *others = parameter.shape
+            shape = (rows_of // len(thirds), *others)
+            if part in real:
+                rows.append(SparsityRow(part, shape, parameter.numel() // len(thirds), real[part]))
+                continue
+            numel = parameter.numel() // len(thirds)
+            reason = reasons.get(part) or f"parameter of {type(owners[path]).__name__}"
+            rows.append(SparsityRow(part, shape, numel, numel, reason))
+    return SparsityTable(tuple(rows))
+
+
+def _attach(module: nn.Module, graphs: Sequence[WeightGraph]) -> None:
+    """Make the weights parametrizations of their layers, and have every module around them begin forward passes."""
+    parts: dict[tuple[nn.Module, str], list[tuple[LayerWeight, WeightGraph]]] = {}
+    for graph in graphs:
+        for weight in graph.weights:
+            parts.setdefault((weight.layer, weight.parameter_name), []).append((weight, graph))
+    orders = {layer: tuple(layer._parameters) for layer, _ in parts}
+    registered: set[WeightGraph] = set()
+    for (layer, name), found in parts.items():
+        owned = [graph for _, graph in found if graph not in registered]
+        registered.update(owned)
+        real = RealWeights([weight for weight, _ in found], [graph for _, graph in found], owned, orders[layer])
+        parametrize.register_parametrization(layer, name, real, unsafe=True)
+        type(layer).__getstate__ = _refuse_pickling  # type: ignore[method-assign]
+    for layer in orders:
+        layer.register_load_state_dict_pre_hook(accept_dense_names)
+    for each in module.modules():
+        if below := dict.fromkeys(real for _, _, _, real in sparse_parameters(each)):
+            forward_pass = ForwardPass(tuple(below))
+            each.register_forward_pre_hook(forward_pass.begin)
+            each.register_forward_hook(forward_pass.end, always_call=True)
+
+
+def _refuse_pickling(module: nn.Module) -> NoReturn:
+    raise InputError(
+        f"a module with sparse weights cannot be pickled ({type(module).__name__}): save its state_dict(), or "
+        "densify(…) it first"
+    )

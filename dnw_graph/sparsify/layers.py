@@ -1,0 +1,142 @@
+"""The weights of layers, each as the candidate edges between what flows into the layer and its output channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from dnw_graph.candidates import CandidateEdges
+
+PROJECTIONS = ("q", "k", "v")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWeight:
+    """One weight of a layer, ranked as a vector in the order output channel, input channel, place in the kernel.
+
+    Attributes:
+        name: The parameter's name in the model; a projection in ``in_proj_weight`` adds ``.q``, ``.k`` or ``.v``.
+        layer: The module that the parameter belongs to.
+        parameter_name: The parameter's name in that module.
+        third: Which third of the parameter's rows this weight is; None if it is all of them.
+    """
+
+    name: str
+    layer: nn.Module
+    parameter_name: str
+    third: int | None = None
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter as the optimiser has it, whether or not it is sparse by now."""
+        own: Any = self.layer._parameters
+        if self.parameter_name in own:
+            return own[self.parameter_name]
+        return self.layer.parametrizations[self.parameter_name].original  # type: ignore[union-attr, index]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight, a third of the rows where it is one."""
+        rows, *others = self.parameter.shape
+        return torch.Size([rows if self.third is None else rows // 3, *others])
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.shape.numel()
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution; each is a graph of its own channels."""
+        return self.layer.groups if isinstance(self.layer, _ConvNd) else 1
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the parameter has its input channels first, as transposed convolutions do."""
+        return isinstance(self.layer, _ConvTransposeNd)
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Number of input and of output channels."""
+        first, second = self.shape[:2]
+        return (first, second * self.groups) if self.transposed else (second * self.groups, first)
+
+    @property
+    def kernel(self) -> torch.Size:
+        """Size of the kernel; empty for a matrix."""
+        return self.shape[2:]
+
+    def flat(self, parameter: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, " candidates"]:
+        """Return the weight's part of a tensor of the parameter's shape as a vector; a view where possible."""
+        if self.third is not None:
+            parameter = parameter.chunk(3)[self.third]
+        if self.transposed:
+            parameter = parameter.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        return parameter.reshape(-1)
+
+    def shaped(self, flat: Shaped[Tensor, " candidates"]) -> Shaped[Tensor, "rows ..."]:
+        """Return a vector of one value per candidate in the shape of the weight: the inverse of :meth:`flat`."""
+        if not self.transposed:
+            return flat.view(self.shape)
+        return flat.view(self.groups, self.shape[1], -1, *self.kernel).transpose(1, 2).reshape(self.shape)
+
+    def channel_pairs(self, index: Shaped[Tensor, " edges"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return input channel, output channel and place in the kernel, ``[edges, kernel dims]``, of flat indices."""
+        inputs, outputs = self.channels
+        places = math.prod(self.kernel)
+        slot = index // places
+        target, within = slot // (inputs // self.groups), slot % (inputs // self.groups)
+        group = target // (outputs // self.groups)
+        place = (
+            torch.stack(torch.unravel_index(index % places, self.kernel), 1) if self.kernel else index[:, None][:, :0]
+        )
+        return group * (inputs // self.groups) + within, target, place
+
+
+def find_weights(module: nn.Module) -> Iterator[LayerWeight]:
+    """Yield the weights of all linear layers, convolutions and attention projections that are plain parameters."""
+    for path, layer in module.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(layer, nn.MultiheadAttention):
+            names: tuple[str, ...] = ("in_proj_weight", *(f"{each}_proj_weight" for each in PROJECTIONS))
+        elif isinstance(layer, nn.Linear | _ConvNd):
+            names = ("weight",)
+        else:
+            continue
+        for name in names:
+            if layer._parameters.get(name) is None:
+                continue
+            if name == "in_proj_weight":
+                for third, letter in enumerate(PROJECTIONS):
+                    yield LayerWeight(f"{prefix}{name}.{letter}", layer, name, third)
+            else:
+                yield LayerWeight(prefix + name, layer, name)
+
+
+def candidate_edges(weights: tuple[LayerWeight, ...], flat: Tensor) -> CandidateEdges:
+    """Return the candidates that a rule is set up with: a dense block per weight, no two with a node in common.
+
+    The targets of a block are the layer's output channels; its sources are what one output channel can be connected to:
+    pairs of an input channel (of its group) and a place in the kernel.
+
+    Args:
+        weights: The weights that are ranked together.
+        flat: Their values, one vector.
+    """
+    blocks, start = [], 0
+    for weight in weights:
+        targets = weight.channels[1]
+        sources = range(start, start + weight.numel // targets)
+        start = sources.stop + targets
+        blocks.append((sources, range(sources.stop, start)))
+    with torch.device("meta"):  # neither memory nor random numbers for weights that exist already
+        candidates = CandidateEdges(blocks)
+    candidates.weight = nn.Parameter(flat, requires_grad=False)
+    return candidates

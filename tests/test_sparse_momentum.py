@@ -1,0 +1,297 @@
+"""Sparse momentum against plain loops over lists of numbers, and by hand."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dnw_graph import InputError, NeuralGraph, Schedule
+from dnw_graph.sparse_momentum import SparseMomentum, SparseMomentumRounds, momentum_layers
+from dnw_graph.sparse_momentum.layers import allot
+from dnw_graph.sparsify import dense_state_dict, sparsify, weight_graphs
+
+LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 0.01
+STEPS, EVERY = 24, 4
+
+
+def two_layers(density=0.25, rule=None, sizes=(6, 8, 3)):
+    torch.manual_seed(1)
+    first, second, third = sizes
+    model = nn.Sequential(nn.Linear(first, second), nn.Tanh(), nn.Linear(second, third)).double()
+    sparsify(model, density=density, wiring=rule or SparseMomentum())
+    return model
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+
+def batches(steps=STEPS, size=6):
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(steps):
+        x = torch.randn(5, size, dtype=torch.float64, generator=generator)
+        yield x, torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin(), x.sum(1) / 3], dim=1)
+
+
+def train_step(model, optimizer, batch):
+    optimizer.zero_grad()
+    nn.functional.mse_loss(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+
+
+def masks(model):
+    return {name: graph.wiring.kept.clone() for name, graph in weight_graphs(model).items()}
+
+
+def plain_round(weights, momenta, real, rate):
+    """One round on lists: the real places of each layer, new."""
+    means = [sum(abs(m[i]) for i in places) / len(places) for m, places in zip(momenta, real, strict=True)]
+    pruned_in_all, kept = 0, []
+    for w, places in zip(weights, real, strict=True):
+        drop = min(math.ceil(rate * len(places)), len(places) - 1)
+        pruned_in_all += drop
+        kept.append(sorted(places, key=lambda i: (-abs(w[i]), i))[: len(places) - drop])
+    # Two layers: the first one's share, within what there is room for.
+    room = [len(w) - len(places) for w, places in zip(weights, kept, strict=True)]
+    exact = pruned_in_all * means[0] / sum(means)
+    first = math.floor(exact) + (exact % 1 > 0.5)
+    first = min(max(first, pruned_in_all - room[1]), room[0])
+    for m, places, number in zip(momenta, kept, (first, pruned_in_all - first), strict=True):
+        free = [i for i in range(len(m)) if i not in places]
+        places += sorted(free, key=lambda i: (-abs(m[i]), i))[:number]
+    return kept
+
+
+@pytest.mark.parametrize("density", [0.25, 0.8])
+@pytest.mark.parametrize("shape", ["cosine", "linear"])
+def test_several_rounds_against_a_plain_loop(density, shape):
+    """Weights, momenta and masks as lists of numbers; PyTorch gives the loop its dense gradients alone."""
+    model = two_layers(density, SparseMomentum(Schedule(0.5, 0.0, shape=shape)))
+    optimizer = sgd(model)
+    rounds = SparseMomentumRounds(model, optimizer, num_steps=STEPS, every=EVERY)
+
+    plain = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    plain.load_state_dict(dense_state_dict(model))
+    matrices = [plain[0].weight, plain[2].weight]
+    real = [kept.nonzero().flatten().tolist() for kept in masks(model).values()]
+    momenta = [[0.0] * matrix.numel() for matrix in matrices]
+    biases = [(bias, torch.zeros_like(bias)) for bias in (plain[0].bias, plain[2].bias)]
+    total, moved = sum(map(len, real)), 0
+    for step, (x, y) in enumerate(batches(), start=1):
+        train_step(model, optimizer, (x, y))
+        rounds.step()
+
+        plain.zero_grad()
+        nn.functional.mse_loss(plain(x), y).backward()
+        with torch.no_grad():
+            for bias, buffer in biases:
+                buffer.mul_(MOMENTUM).add_(bias.grad + WEIGHT_DECAY * bias)
+                bias -= LR * buffer
+        weights = []
+        for layer, matrix in enumerate(matrices):
+            w, gradient = matrix.detach().flatten().tolist(), matrix.grad.flatten().tolist()
+            momenta[layer] = [
+                MOMENTUM * m + g + WEIGHT_DECAY * v for m, g, v in zip(momenta[layer], gradient, w, strict=True)
+            ]
+            weights.append(
+                [
+                    v - LR * m if i in real[layer] else 0.0
+                    for i, (v, m) in enumerate(zip(w, momenta[layer], strict=True))
+                ]
+            )
+        if step % EVERY == 0:
+            t = step / STEPS
+            rate = 0.5 * (1 - t) if shape == "linear" else 0.25 * (1 + math.cos(math.pi * t))
+            before = [set(places) for places in real]
+            real = plain_round(weights, momenta, real, 0.0 if step == STEPS else rate)
+            moved += sum(len(set(places) - was) for places, was in zip(real, before, strict=True))
+        with torch.no_grad():
+            for layer, matrix in enumerate(matrices):
+                values = [v if i in real[layer] else 0.0 for i, v in enumerate(weights[layer])]
+                matrix.copy_(torch.tensor(values, dtype=torch.float64).view_as(matrix))
+        found = [kept.nonzero().flatten().tolist() for kept in masks(model).values()]
+        assert found == [sorted(places) for places in real]
+        assert sum(map(len, found)) == total
+    assert moved > 5
+    assert len({len(places) for places in real}) == 2
+    for name, value in dense_state_dict(model).items():
+        torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-10, atol=1e-12)
+    for matrix, layer, buffer in zip(("0", "2"), momentum_layers(model), momenta, strict=True):
+        found = optimizer.state[layer.parameters[0]]["momentum_buffer"]
+        torch.testing.assert_close(found.flatten(), torch.tensor(buffer, dtype=torch.float64), msg=matrix)
+
+
+def test_only_real_weights_are_trained_and_all_get_momentum():
+    model = two_layers(density=0.9)  # every hidden unit has an output
+    optimizer = sgd(model)
+    rounds = SparseMomentumRounds(model, optimizer, num_steps=10, every=10)
+    before = dense_state_dict(model)
+    for batch in batches(3):
+        train_step(model, optimizer, batch)
+        rounds.step()
+    after = dense_state_dict(model)
+    for layer in momentum_layers(model):
+        weight, kept = after[layer.name].flatten(), layer.rule.kept
+        assert not weight[~kept].any()
+        assert (weight != before[layer.name].flatten())[kept].all()
+        assert optimizer.state[layer.parameters[0]]["momentum_buffer"].count_nonzero() == kept.numel()
+
+
+def test_a_resumed_training_is_the_unbroken_one():
+    def start():
+        model = two_layers()
+        optimizer = sgd(model)
+        return model, optimizer, SparseMomentumRounds(model, optimizer, num_steps=STEPS, every=EVERY)
+
+    unbroken, broken = start(), start()
+    saved = None
+    for step, batch in enumerate(batches()):
+        train_step(unbroken[0], unbroken[1], batch)
+        unbroken[2].step()
+        if step == 9:
+            saved = copy.deepcopy([part.state_dict() for part in unbroken])
+    for part, state in zip(broken, saved, strict=True):
+        part.load_state_dict(state)
+    for batch in list(batches())[10:]:
+        train_step(broken[0], broken[1], batch)
+        broken[2].step()
+    assert all(torch.equal(a, b) for a, b in zip(masks(unbroken[0]).values(), masks(broken[0]).values(), strict=True))
+    states = [dense_state_dict(each[0]) for each in (unbroken, broken)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_evaluation_uses_the_weights_of_the_last_round():
+    model = two_layers()
+    optimizer = sgd(model)
+    rounds = SparseMomentumRounds(model, optimizer, num_steps=100, every=1)
+    for batch in batches(6):
+        train_step(model, optimizer, batch)
+        rounds.step()
+        x = batch[0]
+        expected = x
+        for layer in momentum_layers(model):
+            weight = layer.parameters[0].detach() * layer.rule.kept.view_as(layer.parameters[0])
+            bias = model[0].bias if len(expected[0]) == 6 else model[2].bias
+            expected = expected @ weight.T + bias
+            expected = expected.tanh() if layer.name.startswith("0") else expected
+        torch.testing.assert_close(model.eval()(x), expected)
+        model.train()
+
+
+def test_convolutions_with_adam_keep_their_number():
+    """Adam's momentum is m / (sqrt(v) + 1e-8), taken from the optimiser's own state."""
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 2, 3, groups=2)).double()
+    sparsify(model, density=0.2, wiring=SparseMomentum(0.5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    rounds = SparseMomentumRounds(model, optimizer, num_steps=50, every=100)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 2, 6, 6, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+        rounds.step()
+    before, total = masks(model), sum(rounds.kept().values())
+    weights = [layer.weight() for layer in momentum_layers(model)]
+    momenta = []
+    for layer, graph in zip(momentum_layers(model), weight_graphs(model).values(), strict=True):
+        state = optimizer.state[layer.parameters[0]]
+        flat = graph.weights[0].flat(state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8))
+        momenta.append(flat.tolist())
+    real = [kept.nonzero().flatten().tolist() for kept in before.values()]
+    expected = plain_round([w.tolist() for w in weights], momenta, real, 0.5)
+    rounds.redistribute(3)
+    assert [kept.nonzero().flatten().tolist() for kept in masks(model).values()] == [sorted(each) for each in expected]
+    assert sum(rounds.kept().values()) == total
+    assert any((masks(model)[name] != before[name]).any() for name in before)
+
+
+def test_neural_graphs_share_their_edges():
+    model = nn.Sequential(
+        NeuralGraph(blocks=(4, 6, 5), num_edges=20, wiring=SparseMomentum(), name="one"),
+        NeuralGraph(blocks=(5, 6, 3), num_edges=12, wiring=SparseMomentum(), name="two"),
+    )
+    optimizer = sgd(model)
+    rounds = SparseMomentumRounds(model, optimizer, num_steps=20, every=2)
+    assert rounds.kept() == {"one": 20, "two": 12}
+    before = model[0].real_index
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(torch.randn(3, 4, 5, 5)).square().mean().backward()
+        optimizer.step()
+        rounds.step()
+    assert sum(rounds.kept().values()) == 32 == sum(graph.num_real_edges for graph in model)
+    assert not torch.equal(model[0].real_index, before)
+
+
+def test_first_weights_are_random_and_keep_their_values():
+    weight = nn.Linear(40, 50).weight.detach().clone()
+    drawn = []
+    for seed in (11, 12):
+        model = nn.Sequential(nn.Linear(40, 50))
+        with torch.no_grad():
+            model[0].weight.copy_(weight)
+        torch.manual_seed(seed)
+        sparsify(model, density=0.3, wiring=SparseMomentum())
+        drawn.append(masks(model)["0.weight"].view(50, 40))
+        assert torch.equal(model[0].parametrizations.weight.original, weight * drawn[-1])
+    assert drawn[0].sum() == drawn[1].sum() == 600
+    # Two independent draws share 0.3 · 600 = 180 weights, give or take 11 (hypergeometric).
+    assert 130 < (drawn[0] & drawn[1]).sum() < 230
+    # The mean |w| of those chosen is that of all; the largest ones would have 1.7 times as much.
+    assert weight.abs()[drawn[0]].mean() == pytest.approx(weight.abs().mean().item(), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("total", "shares", "room", "expected"),
+    [
+        (10, [3.0, 1.0], [100, 100], [8, 2]),  # 7.5 and 2.5: the earlier layer takes the half
+        (10, [1.0, 1.0, 2.0], [100, 100, 100], [3, 2, 5]),
+        (10, [8.0, 1.0, 1.0], [4, 100, 100], [4, 3, 3]),
+        (10, [8.0, 2.0, 1.0], [4, 4, 100], [4, 4, 2]),
+        (10, [1.0, 0.0], [6, 100], [6, 4]),
+        (6, [0.0, 0.0, 0.0], [1, 10, 10], [1, 3, 2]),
+        (0, [1.0, 2.0], [0, 5], [0, 0]),
+        (7, [1.0, 1.0], [3, 4], [3, 4]),
+    ],
+)
+def test_what_is_pruned_goes_to_layers_in_proportion(total, shares, room, expected):
+    assert allot(total, shares, room) == expected
+
+
+def test_a_layer_never_loses_its_last_weight():
+    model = two_layers(rule=SparseMomentum(1.0))
+    optimizer = sgd(model)
+    rounds = SparseMomentumRounds(model, optimizer, num_steps=10, every=1)
+    total = sum(rounds.kept().values())
+    for batch in batches(6):
+        train_step(model, optimizer, batch)
+        rounds.step()
+        assert min(rounds.kept().values()) >= 1
+        assert sum(rounds.kept().values()) == total
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_input():
+    with pytest.raises(InputError, match=r"prune rate is a share .* got 1.5"):
+        SparseMomentum(1.5)
+    with pytest.raises(InputError, match="has no layer with the rule SparseMomentum"):
+        SparseMomentumRounds(nn.Linear(2, 2), torch.optim.SGD([nn.Parameter(torch.ones(1))]), num_steps=1, every=1)
+    model = two_layers()
+    for name in ("num_steps", "every"):
+        for value in (0, 1.5, True):
+            with pytest.raises(InputError, match=f"{name} is a whole number of steps from 1 up; got {value!r}"):
+                SparseMomentumRounds(model, sgd(model), **{"num_steps": 10, "every": 1, name: value})
+    with pytest.raises(InputError, match=r"SGD has no momentum for 0.weight: give SGD momentum=0.9, or use Adam"):
+        SparseMomentumRounds(model, torch.optim.SGD(model.parameters(), lr=0.1), num_steps=1, every=1)
+    half = torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(InputError, match=r"2.weight is not among the parameters of the optimiser"):
+        SparseMomentumRounds(model, half, num_steps=1, every=1)
+    rounds = SparseMomentumRounds(model, optimizer := sgd(model), num_steps=1, every=1)
+    with pytest.raises(InputError, match=r"0.weight has no momentum yet"):
+        rounds.step()
+    train_step(model, optimizer, (torch.full((1, 6), torch.inf, dtype=torch.float64), torch.zeros(1, 3)))
+    before = masks(model)
+    with pytest.raises(InputError, match=r"0.weight: the momentum is NaN or infinite"):
+        rounds.redistribute(1)
+    assert all(torch.equal(before[name], kept) for name, kept in masks(model).items())
