@@ -208,7 +208,7 @@ class NeuralGraph(nn.Module):
         self._keep(self._choose())
 
     def penalty(self) -> Float[Tensor, ""] | None:
-        """Return what the wiring adds to the loss, or None; see :func:`wiring_penalty`."""
+        """Return what the wiring adds to the loss, or None; see :func:`dnw_graph.wiring_penalty`."""
         return self.wiring.penalty(self.candidates.weight)
 
     def _choose(self) -> Tensor:

@@ -49,7 +49,7 @@ def sparsify(
             whatever lies in such a module stays dense too.
         distribution: How the budget is divided: ``"uniform"``, ``"erdos_renyi"``, ``"erdos_renyi_kernel"``,
             ``"global"`` (one ranking of all weights), or a mapping from patterns of weight names to densities. See
-            :func:`~dnw_graph.sparsify.budget.edges_per_weight`.
+            ``dnw_graph.sparsify.budget``.
 
     Returns:
         What became of every parameter of two or more dimensions.

@@ -111,7 +111,7 @@ class WeightGraph(nn.Module):
         return self.wiring.penalty(self.candidate_weight)
 
     def masks(self, parameters: Sequence[Tensor], begins_pass: bool) -> list[Float[Tensor, "rows ..."]]:
-        """Return 1 for real weights and 0 for hallucinated ones, in the shape of each of :attr:`weights`.
+        """Return 1 for real weights and 0 for hallucinated ones, in the shape of each of ``weights``.
 
         Args:
             parameters: The parameters of the weights as the forward pass sees them.

@@ -115,7 +115,7 @@ class Scheduled(Wiring):
 
     The rule counts its own steps, one per forward pass in training, in a persistent buffer: a resumed run goes on where
     the schedule was. Schedules in fractions need the number of steps of the whole training: from ``num_steps``, from
-    :meth:`set_num_steps`, which :func:`dnw_graph.training.run` calls, or from a checkpoint.
+    :meth:`set_num_steps`, which ``dnw_graph.training.run`` calls, or from a checkpoint.
 
     Args:
         num_steps: Steps of the whole training, if known.
