@@ -1,8 +1,8 @@
 """Times the ways of propagation against each other: evaluation, and a training step's forward and backward pass.
 
-Each row is one static graph of two blocks without node functions, so that nothing but selection, propagation and the
-gradients is timed. Run with ``python benchmarks/propagation.py``; with the extension packages installed, the
-``torch_sparse`` adjacency is timed too.
+Each row is one static graph of two blocks with node functions at both, random edges of the given density (so that
+nothing is ranked), and maps that arrive as a convolution leaves them, channels-last. Run with
+``python benchmarks/propagation.py``; with the extension packages installed, the ``torch_sparse`` adjacency is timed too.
 """
 
 from __future__ import annotations
@@ -15,35 +15,62 @@ import torch_geometric.typing
 from timing import arguments, median_times, report
 from torch import Tensor
 
-from dnw_graph import InputError, NeuralGraph
-from dnw_graph.propagation import BlockPropagation, MessagePassingPropagation, Propagation
+from dnw_graph import InputError, NeuralGraph, Wiring
+from dnw_graph.propagation import (
+    AutoPropagation,
+    BlockPropagation,
+    MessagePassingPropagation,
+    Propagation,
+    RealEdges,
+    SparsePropagation,
+)
 
-# Targets, sources, density, batch, side of the map: the last blocks of MobileNetV1-DNW's stages and of others.
+# Targets, sources, density, batch, side of the map: blocks of MobileNetV1-DNW's stages, of the tiny graph and of others.
 SHAPES = (
-    (64, 32, 0.05, 32, 16),
-    (128, 192, 0.04, 32, 16),
-    (512, 2816, 0.0155, 1, 14),
-    (512, 2816, 0.0155, 32, 4),
+    (64, 32, 0.05, 128, 32),
+    (64, 32, 0.05, 4, 32),
+    (128, 192, 0.04, 128, 16),
+    (128, 192, 0.04, 8, 16),
+    (256, 384, 0.04, 128, 8),
+    (256, 384, 0.20, 128, 8),
+    (256, 384, 0.50, 128, 8),
     (512, 2816, 0.0155, 128, 4),
+    (512, 2816, 0.0155, 16, 4),
+    (512, 2816, 0.0155, 4, 4),
+    (512, 2816, 0.0155, 1, 14),
     (512, 2816, 0.05, 32, 4),
+    (512, 2816, 0.20, 32, 4),
+    (512, 2816, 0.50, 32, 4),
     (512, 512, 0.05, 8, 14),
     (512, 512, 0.20, 8, 14),
+    (1024, 1536, 0.038, 128, 2),
     (1024, 1536, 0.038, 1, 7),
-    (1024, 1536, 0.038, 64, 2),
-    (1024, 1536, 0.30, 64, 2),
-    (800, 800, 0.05, 32, 8),
+    (1024, 1536, 0.30, 128, 2),
     (800, 800, 0.05, 128, 8),
-    (256, 384, 0.05, 32, 8),
-    (256, 768, 0.05, 32, 8),
 )
+
+
+class Drawn(Wiring):
+    """Edges that are drawn once; every candidate gets its gradient."""
+
+    updates_hallucinated = True
+
+    def setup(self, candidates, num_edges, name):
+        """Draw the edges."""
+        self.index = torch.randperm(candidates.num_candidates)[:num_edges].sort().values
+
+    def choose(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
+        """Return them."""
+        return self.index.to(weight.device)
 
 
 def ways() -> dict[str, Propagation]:
     """Return every way that can run here."""
     found: dict[str, Propagation] = {
         "block": BlockPropagation(),
-        "edge_index": MessagePassingPropagation(),
+        "sparse": SparsePropagation(),
         "csr": MessagePassingPropagation("csr"),
+        "edge_index": MessagePassingPropagation(),
     }
     if torch_geometric.typing.WITH_TORCH_SPARSE:
         found["torch_sparse"] = MessagePassingPropagation("torch_sparse")
@@ -52,7 +79,10 @@ def ways() -> dict[str, Propagation]:
 
 def main() -> None:
     """Time every shape and print one row for evaluation and one for training."""
-    options = arguments(__doc__ or "").parse_args()
+    parser = arguments(__doc__ or "")
+    others = [name for name in ways() if name != "block"]
+    parser.add_argument("--ways", nargs="+", choices=others, default=others, help="ways to compare with block")
+    options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     rows = []
@@ -61,13 +91,21 @@ def main() -> None:
         x = torch.randn(batch, sources, side, side, device=options.device).contiguous(memory_format=torch.channels_last)
         graphs: dict[str, NeuralGraph] = {}
         for name, propagation in ways().items():
-            num_edges = round(density * targets * sources)
-            graph = NeuralGraph((sources, targets), num_edges, propagation=propagation, input_function=False)
+            if name not in ("block", *options.ways):
+                continue
+            graph = NeuralGraph(
+                (sources, targets),
+                round(density * targets * sources),
+                wiring=Drawn(),
+                propagation=propagation,
+                output_function=True,
+            )
             try:
                 graph.to(options.device).eval()(x)
-            except InputError:  # Messages that do not fit are no way for this shape.
+            except InputError:  # Messages that do not fit, or another device, are no way for this shape.
                 continue
             graphs[name] = graph
+        takes = type(AutoPropagation().choose(RealEdges(graphs["block"].candidates, graphs["block"].real_index, True), x)).__name__.removesuffix("Propagation")
         for phase, call in (("evaluation", _evaluate), ("training", _train)):
             calls: dict[str, Callable[[], object]] = {name: partial(call, graph, x) for name, graph in graphs.items()}
             for graph in graphs.values():
@@ -76,7 +114,8 @@ def main() -> None:
             shape = f"{targets} × {sources}, {density:.1%}, {batch} × {side}²"
             rows.append(
                 {"targets × sources, density, maps": shape, "phase": phase, "block, ms": times["block"]}
-                | {f"{name} / block": times[name] / times["block"] if name in times else None for name in ways()}
+                | {f"{name} / block": times[name] / times["block"] if name in times else None for name in options.ways}
+                | {"auto takes": takes.lower()}
             )
     report("Propagation: time of each way relative to the block path", rows, options)
 
@@ -89,7 +128,7 @@ def _evaluate(graph: NeuralGraph, x: Tensor) -> None:
 def _train(graph: NeuralGraph, x: Tensor) -> None:
     x = x.detach().requires_grad_()
     y = graph(x)
-    y.backward(y.detach())
+    y.backward(torch.ones_like(y))
 
 
 if __name__ == "__main__":

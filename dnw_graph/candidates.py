@@ -39,6 +39,24 @@ class Block:
         """The block's part of the flat vector."""
         return slice(self.offset, self.offset + len(self.targets) * len(self.sources))
 
+    def within(
+        self, local: Int[Tensor, " edges"], rows: slice, columns: slice
+    ) -> tuple[Int[Tensor, " part"], Int[Tensor, " part"]]:
+        """Return targets and sources of the edges in a part of the block, counted from the part's corner.
+
+        Args:
+            local: Edges, counted from the block's first candidate.
+            rows: The targets in the part, counted from the block's first.
+            columns: The sources in the part.
+        """
+        targets = local // self.shape[1]
+        sources = local - targets * self.shape[1]
+        if (rows.stop - rows.start, columns.stop - columns.start) != self.shape:
+            inside = (targets >= rows.start) & (targets < rows.stop)
+            inside &= (sources >= columns.start) & (sources < columns.stop)
+            targets, sources = targets[inside] - rows.start, sources[inside] - columns.start
+        return targets, sources
+
 
 class CandidateEdges(nn.Module):
     """The candidate edges of one graph and their weights.

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -161,7 +162,7 @@ class MultiplyAdds(TorchDispatchMode):
         self.counts[name] += multiply_adds  # type: ignore[assignment]
 
     def _listen(
-        self, graph: NeuralGraph, propagation: Propagation, args: tuple[RealEdges], propagate: Propagate
+        self, graph: NeuralGraph, propagation: Propagation, args: tuple[RealEdges, Tensor], propagate: Propagate
     ) -> Propagate:
         """Count the products of one forward pass over a graph's edges."""
         source, target = graph.candidates.pairs(args[0].index)
@@ -181,7 +182,7 @@ class MultiplyAdds(TorchDispatchMode):
             self._in_product = False
             return result
 
-        return Propagate(propagate.blocks, propagate.weights, product)
+        return replace(propagate, product=product, states=None)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.ops.node_function import fused_node_function
 
 EPS = 1e-5
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {
@@ -99,7 +100,7 @@ class NormReluConv(nn.Module):
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes h w"]:
         """Apply f_θ to the input of every node, or of the given ones if ``node_wise``."""
-        return self.conv(F.relu(_normalise(self.norm, z, nodes), inplace=True), nodes)
+        return _apply(z, self.norm, True, self.conv, nodes)
 
 
 class NormReluConvNormRelu(NormReluConv):
@@ -119,7 +120,7 @@ class NormReluConvNormRelu(NormReluConv):
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes h w"]:
         """Apply f_θ to the input of every node, or of the given ones if ``node_wise``."""
-        return F.relu(_normalise(self.norm2, super().forward(z, nodes), nodes), inplace=True)
+        return _apply(super().forward(z, nodes), self.norm2, True, None, nodes)
 
 
 class ReluConvSendNorm(NormReluConv):
@@ -134,13 +135,13 @@ class ReluConvSendNorm(NormReluConv):
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes h w"]:
         """Return what the nodes send, or the given ones; zero for a state of zero."""
-        return self.conv(F.relu(z), nodes)
+        return _apply(z, None, True, self.conv, nodes)
 
     def forward(
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes height width"]:
         """Return the states that follow from what the nodes receive, or the given ones if ``node_wise``."""
-        return _normalise(self.norm, z, nodes)
+        return _apply(z, self.norm, False, None, nodes)
 
 
 class Blockwise(nn.Module):
@@ -165,11 +166,23 @@ class Blockwise(nn.Module):
         return torch.cat([function(part) for function, part in zip(self.functions, parts, strict=True)], dim=1)
 
 
+def _apply(z: Tensor, norm: nn.Module | None, relu: bool, conv: NodeConv | None, nodes: range | None) -> Tensor:
+    """Apply norm, ReLU and convolution, each of which may be left out, to the maps of all nodes or of the given ones."""
+    if nodes is not None and norm is not None and not isinstance(norm, nn.InstanceNorm2d):
+        raise InputError(f"only an instance norm can be applied to some nodes; got {norm}")
+    fused = fused_node_function(z, norm, relu, conv, nodes)
+    if fused is not None:
+        return fused
+    if norm is not None:
+        z = _normalise(norm, z, nodes)
+    if relu:
+        z = F.relu(z, inplace=norm is not None)
+    return z if conv is None else conv(z, nodes)
+
+
 def _normalise(norm: nn.Module, z: Tensor, nodes: range | None) -> Tensor:
     if nodes is None:
         return norm(z)
-    if not isinstance(norm, nn.InstanceNorm2d):
-        raise InputError(f"only an instance norm can be applied to some nodes; got {norm}")
     part = slice(nodes.start, nodes.stop)
     return F.instance_norm(z, weight=norm.weight[part], bias=norm.bias[part], eps=norm.eps)
 

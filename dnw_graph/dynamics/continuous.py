@@ -100,12 +100,17 @@ class Continuous(Recurrent):
             )
         grid = torch.tensor([self.t_span[0], *ends], dtype=torch.float64, device=x.device).to(x.dtype)
         z = F.pad(x, (*[0, 0] * (x.dim() - 2), 0, self.nodes.num_nodes - x.size(1)))
-        states = self._solve(_Field(self, propagate), z, grid)
+        # The solver's own arithmetic makes tensors in the usual layout: it gets the states as they lie in memory, unless
+        # a norm of the user's own is to see them.
+        own_norm = "norm" in self.options or "norm" in self.adjoint_options.get("adjoint_options", {})
+        order = list(range(z.dim())) if own_norm else _memory_order(propagate.arrange(z))
+        states = self._solve(_Field(self, propagate, order), z.permute(order).contiguous(), grid)
+        states = states.permute(0, *(1 + order.index(dim) for dim in range(z.dim())))
         outputs = states[:, :, self.nodes.outputs.start :]
         return outputs[0] if times is None else outputs.transpose(0, 1)
 
     def _solve(self, field: _Field, z: Tensor, grid: Tensor) -> Tensor:
-        """Return the states of all nodes at the times of the grid but the first."""
+        """Return the states of all nodes, as they lie in memory, at the times of the grid but the first."""
         solver: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": self.options}
         self.num_evaluations = self.num_backward_evaluations = 0
         try:
@@ -138,15 +143,22 @@ class Continuous(Recurrent):
 
 
 class _Field(torch.nn.Module):
-    """The right-hand side f_θ(A Z, t) of one forward pass; counts its evaluations."""
+    """The right-hand side f_θ(A Z, t) of one forward pass; counts its evaluations.
+
+    Args:
+        dynamics: The dynamics that solves.
+        propagate: The product of this forward pass.
+        order: The dimensions of Z in the order in which the solver's states have them.
+    """
 
     dynamics: Continuous
 
-    def __init__(self, dynamics: Continuous, propagate: Propagate) -> None:
+    def __init__(self, dynamics: Continuous, propagate: Propagate, order: Sequence[int]) -> None:
         super().__init__()
         # Kept out of the submodules: the adjoint's parameters are named one by one.
         object.__setattr__(self, "dynamics", dynamics)
         self.propagate = propagate
+        self.order = order
         self.time = dynamics.t_span[0]
         self.forward_done = False
 
@@ -162,4 +174,10 @@ class _Field(torch.nn.Module):
                 raise InputError(dynamics._diverged(self.time, "the state is not finite, solved backwards"))
         else:
             dynamics.num_evaluations += 1
-        return dynamics.step(self.propagate, dynamics.node_function, z, t)
+        z = z.permute(*(self.order.index(dim) for dim in range(z.dim())))
+        return dynamics.step(self.propagate, dynamics.node_function, z, t).permute(*self.order)
+
+
+def _memory_order(z: Tensor) -> list[int]:
+    """Return the dimensions of a tensor from the one with the longest stride to the one with the shortest."""
+    return sorted(range(z.dim()), key=lambda dim: -z.stride(dim))

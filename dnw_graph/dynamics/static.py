@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dnw_graph.candidates import CandidateEdges
@@ -63,12 +62,12 @@ class Static(Dynamics):
         """Compute the blocks in order and return the last one's states."""
         if options:
             raise InputError(f"{self.name}: a static graph takes no options; got {', '.join(options)}")
-        states = [self.node_functions[0](x)]
-        for number, feeding in enumerate(self._feeding):
-            sources = states[feeding]
-            z = sources[0] if len(sources) == 1 else torch.cat(sources, dim=1)
-            states.append(self.node_functions[number + 1](propagate(number, z)))
-        return states[-1]
+        states = propagate.start(self._feeding)
+        first, *others = self.node_functions
+        z = self.compute(first, x)
+        for number, function in enumerate(others):
+            z = self.compute(function, states.receive(number, z))
+        return z
 
 
 def _feeding_blocks(candidates: CandidateEdges, nodes: Nodes, number: int) -> slice:

@@ -22,7 +22,7 @@ from dnw_graph.ops.checks import wrong_edges
 SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp")
 WRONG_EDGES = 1  # The kernels' status for an index out of range.
-_Argument = int | Sequence[int] | Tensor | None
+_Argument = int | float | Sequence[int] | Tensor | None
 
 
 def kernels() -> ctypes.CDLL | None:
@@ -36,20 +36,19 @@ def kernels() -> ctypes.CDLL | None:
     return None if os.environ.get("DNW_GRAPH_KERNELS") == "0" else _load()
 
 
-def run(library: ctypes.CDLL, name: str, values: Tensor, columns: Tensor, *arguments: _Argument) -> None:
-    """Call the kernel for the types of the given values and columns with as many threads as PyTorch uses.
+def run(library: ctypes.CDLL, name: str, types: Sequence[torch.dtype], *arguments: _Argument) -> None:
+    """Call a kernel with as many threads as PyTorch uses.
 
     Args:
         library: The compiled kernels.
         name: Name of the kernel without its types.
-        values: A tensor of the floating-point type.
-        columns: A tensor of the integer type.
+        types: The types that it is compiled for.
         arguments: What the kernel takes after the number of threads; tensors must be contiguous.
 
     Raises:
         InputError: If the kernel finds an index out of range.
     """
-    function = getattr(library, f"{name}_{values.dtype}_{columns.dtype}".replace("torch.", ""))
+    function = getattr(library, "_".join([name, *map(str, types)]).replace("torch.", ""))
     status = function(*map(_as_c, (torch.get_num_threads(), *arguments)))
     if status == WRONG_EDGES:
         raise wrong_edges()
@@ -57,11 +56,13 @@ def run(library: ctypes.CDLL, name: str, values: Tensor, columns: Tensor, *argum
         raise MemoryError(f"not enough memory for {name}")
 
 
-def _as_c(argument: _Argument) -> ctypes.c_int64 | ctypes.c_void_p | ctypes.Array:
+def _as_c(argument: _Argument) -> ctypes.c_int64 | ctypes.c_double | ctypes.c_void_p | ctypes.Array:
     if argument is None or isinstance(argument, Tensor):
         return ctypes.c_void_p(None if argument is None else argument.data_ptr())
     if isinstance(argument, int):
         return ctypes.c_int64(argument)
+    if isinstance(argument, float):
+        return ctypes.c_double(argument)
     return (ctypes.c_int64 * len(argument))(*argument)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +46,21 @@ def check_sources(columns: Tensor, lowest: int, highest: int) -> None:
     """Refuse sources outside lowest … highest - 1."""
     if not ((columns >= lowest) & (columns < highest)).all():
         raise wrong_edges()
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse to be part of a backward pass that is to be differentiated itself, for the backward of a Function.
+
+    PyTorch's ``once_differentiable`` lets such a pass through where the gradient that arrives is a constant.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise InputError("these gradients cannot be differentiated (create_graph=True); use propagation='block'")
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def wrong_edges() -> InputError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,16 +79,7 @@ def _sampled_product(received: Tensor, z: Tensor, rowptr: Tensor, columns: Tenso
     if is_half(z):
         return _sampled_product(received.float(), z.float(), rowptr, columns).to(z.dtype)
     received, z, rowptr, columns = received.contiguous(), z.contiguous(), rowptr.contiguous(), columns.contiguous()
-    if z.device.type == "cpu" and (library := kernels()) is not None:
-        out = z.new_empty(len(columns))
-        sizes = (len(received), *z.shape, len(columns))
-        run(library, "sampled_product", z, columns, *sizes, received, z, rowptr, columns, out)
-        return out
-    check_pointers(rowptr, columns)
-    check_sources(columns, 0, len(z))
-    step = max(1, MAX_MESSAGES // max(1, z.size(1)))
-    parts = zip(_targets(rowptr, columns).split(step), columns.split(step), strict=True)
-    return torch.cat([(received[v] * z[u]).sum(1) for v, u in parts])
+    return sampled([z], rowptr, columns, received)
 
 
 @_sampled_product.register_fake
@@ -99,16 +91,54 @@ def product(z: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor) -> Tenso
     """Compute A z, whose shapes and types have been checked."""
     if is_half(z):
         return product(z.float(), rowptr, columns, values.float()).to(z.dtype)
-    z, rowptr, columns, values = z.contiguous(), rowptr.contiguous(), columns.contiguous(), values.contiguous()
+    return product_of_pieces([z.contiguous()], rowptr.contiguous(), columns.contiguous(), values.contiguous())
+
+
+def product_of_pieces(pieces: Sequence[Tensor], rowptr: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """Compute A z of contiguous tensors; z lies in pieces, each ``[sources, features]``."""
+    z = pieces[0]
     if z.device.type == "cpu" and (library := kernels()) is not None:
         out = z.new_empty(len(rowptr) - 1, z.size(1))
-        sizes = (len(out), *z.shape, len(columns))
-        run(library, "sparse_product", z, columns, *sizes, z, rowptr, columns, values, out)
+        types = (z.dtype, columns.dtype)
+        run(library, "sparse_product", types, *_sizes(out, pieces), len(columns), rowptr, columns, values, out)
         return out
+    z = z if len(pieces) == 1 else torch.cat(list(pieces))
     check_pointers(rowptr, columns)
     check_sources(columns, 0, len(z))
     csr = torch.sparse_csr_tensor(rowptr, columns, values, (len(rowptr) - 1, len(z)), check_invariants=False)
     return torch.sparse.mm(csr, z, "sum") if z.device.type == "cpu" else csr @ z
+
+
+def sampled(pieces: Sequence[Tensor], rowptr: Tensor, columns: Tensor, received: Tensor) -> Tensor:
+    """Compute ⟨received_v, z_u⟩ for every edge, of contiguous tensors; z lies in pieces."""
+    z = pieces[0]
+    if z.device.type == "cpu" and (library := kernels()) is not None:
+        out = z.new_empty(len(columns))
+        types = (z.dtype, columns.dtype)
+        run(library, "sampled_product", types, *_sizes(received, pieces), len(columns), rowptr, columns, received, out)
+        return out
+    z = z if len(pieces) == 1 else torch.cat(list(pieces))
+    check_pointers(rowptr, columns)
+    check_sources(columns, 0, len(z))
+    step = max(1, MAX_MESSAGES // max(1, z.size(1)))
+    parts = zip(_targets(rowptr, columns).split(step), columns.split(step), strict=True)
+    return torch.cat([(received[v] * z[u]).sum(1) for v, u in parts])
+
+
+def by_source(rowptr: Tensor, columns: Tensor, sources: int) -> tuple[Tensor, Tensor]:
+    """Return where the edges of each source start in the order of Aᵀ, and that order of the edges of A."""
+    if columns.device.type == "cpu" and (library := kernels()) is not None:
+        starts, order = columns.new_empty(sources + 1), torch.empty_like(columns)
+        sizes = (len(rowptr) - 1, sources, len(columns))
+        run(library, "by_source", (torch.float32, columns.dtype), *sizes, rowptr, columns, starts, order)
+        return starts, order
+    return _by_source(columns, sources)
+
+
+def _sizes(received: Tensor, pieces: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Return what a kernel has to know of the states: sizes and where the pieces lie."""
+    counts, places = [len(piece) for piece in pieces], [piece.data_ptr() for piece in pieces]
+    return *received.shape, len(pieces), counts, places
 
 
 def _check(z: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor) -> None:
@@ -123,11 +153,15 @@ def _targets(rowptr: Tensor, columns: Tensor) -> Tensor:
     return torch.repeat_interleave(rows, rowptr.diff(), output_size=columns.size(0))
 
 
-def _transposed(rowptr: Tensor, columns: Tensor, values: Tensor, sources: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the CSR tensors of Aᵀ."""
+def _by_source(columns: Tensor, sources: int) -> tuple[Tensor, Tensor]:
     order = columns.argsort(stable=True)
     bounds = torch.arange(sources + 1, device=columns.device, dtype=columns.dtype)
-    starts = torch.searchsorted(columns[order], bounds, out_int32=columns.dtype == torch.int32)
+    return torch.searchsorted(columns[order], bounds, out_int32=columns.dtype == torch.int32), order
+
+
+def _transposed(rowptr: Tensor, columns: Tensor, values: Tensor, sources: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the CSR tensors of Aᵀ."""
+    starts, order = _by_source(columns, sources)
     return starts, _targets(rowptr, columns)[order], values[order]
 
 

@@ -90,7 +90,7 @@ def _static_graph(
     out = x.new_empty(_output_shape(x, sizes, strides))
     shape = (x.size(0), *x.shape[2:], len(sizes), sizes, strides, len(columns))
     tensors = (x, rowptr, columns, values, *functions, *([None] if bias is None else []), out)
-    run(library, "static_graph", x, columns, *shape, *tensors)
+    run(library, "static_graph", (x.dtype, columns.dtype), *shape, *tensors)
     return out.to(dtype)
 
 

@@ -1,11 +1,12 @@
-"""The product Z → I over the real edges: two implementations, one result."""
+"""The product Z → I over the real edges: three implementations, one result."""
 
 from __future__ import annotations
 
 from dnw_graph.propagation.auto import AutoPropagation
-from dnw_graph.propagation.base import Propagate, Propagation, RealEdges
+from dnw_graph.propagation.base import Propagate, Propagation, RealEdges, States
 from dnw_graph.propagation.block import BlockPropagation
 from dnw_graph.propagation.message_passing import MessagePassingPropagation, WeightedSum
+from dnw_graph.propagation.sparse import SparsePropagation
 from dnw_graph.registry import resolve
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "Propagate",
     "Propagation",
     "RealEdges",
+    "SparsePropagation",
+    "States",
     "WeightedSum",
     "make_propagation",
 ]
@@ -24,6 +27,7 @@ PROPAGATIONS: dict[str, type[Propagation]] = {
     "auto": AutoPropagation,
     "block": BlockPropagation,
     "message_passing": MessagePassingPropagation,
+    "sparse": SparsePropagation,
 }
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dnw_graph.candidates import Block, CandidateEdges
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return maps with the nodes last in memory, which suits dense products and convolutions; other tensors as is."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,14 @@ class RealEdges:
     def complete(self) -> bool:
         """Whether all candidates are real."""
         return self.index.numel() == self.candidates.num_candidates
+
+    @cached_property
+    def local(self) -> list[Int[Tensor, " part"]]:
+        """The real edges of each block, counted from the block's first candidate."""
+        blocks = self.candidates.blocks
+        starts = torch.tensor([block.offset for block in blocks], device=self.index.device)
+        parts = self.index.tensor_split(torch.searchsorted(self.index, starts[1:]).tolist())
+        return [part - block.offset for part, block in zip(parts, blocks, strict=True)]
 
     def restrict(self, gradient: Float[Tensor, " candidates"]) -> Float[Tensor, " candidates"]:
         """Keep the part of a gradient of all candidates that the wiring asks for."""
@@ -54,11 +68,15 @@ class Propagate:
             a solver that differentiates by hand knows what to differentiate.
         product: ``product(number, z, rows, columns)``: from the states of the sources in ``columns`` of a block to what
             its targets in ``rows`` receive over its real edges.
+        arrange: Brings what flows into the graph into the memory layout that suits the product.
+        states: ``states(feeding)``: the states of a static graph, where the way has its own; see :meth:`start`.
     """
 
     blocks: tuple[Block, ...]
     weights: list[Tensor]
     product: Callable[[int, Tensor, slice, slice], Tensor]
+    arrange: Callable[[Tensor], Tensor] = channels_last
+    states: Callable[[Sequence[slice]], States] | None = None
 
     def __call__(
         self,
@@ -79,6 +97,42 @@ class Propagate:
         return self.product(number, z, _within(targets, block.targets), _within(sources, block.sources))
 
 
+    def start(self, feeding: Sequence[slice]) -> States:
+        """Return the states of a static graph's blocks, none of which is computed yet.
+
+        Args:
+            feeding: Which blocks of nodes feed each block of candidates.
+        """
+        return Concatenated(self, feeding) if self.states is None else self.states(feeding)
+
+
+class States:
+    """The states of a static graph's blocks, while they are computed one after the other."""
+
+    def receive(
+        self, number: int, z: Float[Tensor, "batch nodes *space"]
+    ) -> Float[Tensor, "batch targets *space"]:
+        """Take in the states of block ``number`` of nodes and return what the next block receives.
+
+        Called for all blocks but the last, in their order.
+        """
+        raise NotImplementedError
+
+
+class Concatenated(States):
+    """States of several blocks become the sources of one product by concatenation."""
+
+    def __init__(self, propagate: Propagate, feeding: Sequence[slice]) -> None:
+        self.propagate, self.feeding = propagate, feeding
+        self.blocks: list[Tensor] = []
+
+    def receive(self, number: int, z: Tensor) -> Tensor:
+        """Return the product of all states that feed the next block."""
+        self.blocks.append(z)
+        sources = self.blocks[self.feeding[number]]
+        return self.propagate(number, sources[0] if len(sources) == 1 else torch.cat(sources, dim=1))
+
+
 def _within(part: range | None, whole: range) -> slice:
     part = whole if part is None else part
     return slice(part.start - whole.start, part.stop - whole.start)
@@ -91,6 +145,11 @@ class Propagation(nn.Module):
     ⟨Z_u, ∂L/∂I_v⟩, all of them or the real ones as the wiring says.
     """
 
-    def forward(self, edges: RealEdges) -> Propagate:
-        """Prepare the real edges once and return the function that a dynamics calls for each block."""
+    def forward(self, edges: RealEdges, x: Float[Tensor, "batch ..."]) -> Propagate:
+        """Prepare the real edges once and return the function that a dynamics calls for each block.
+
+        Args:
+            edges: The real edges.
+            x: What flows into the graph, for its shape, type and device.
+        """
         raise NotImplementedError

@@ -9,12 +9,11 @@ import torch
 import torch_geometric.typing
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import spmm
 
-from dnw_graph.candidates import Block
 from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.ops.checks import first_order
 from dnw_graph.propagation.base import Propagate, Propagation, RealEdges
 
 # Said once by PyTorch when the first CSR matrix is made; nothing here depends on what may still change.
@@ -83,17 +82,14 @@ class MessagePassingPropagation(Propagation):
         self.max_message_bytes = max_message_bytes
         self.weighted_sum = WeightedSum()
 
-    def forward(self, edges: RealEdges) -> Propagate:
+    def forward(self, edges: RealEdges, x: Tensor) -> Propagate:
         """Cut the ascending flat indices into the blocks' own edge lists."""
         blocks = edges.candidates.blocks
         weights = edges.split(_restricted(edges))
-        starts = torch.tensor([block.offset for block in blocks], device=edges.index.device)
-        cuts = torch.searchsorted(edges.index, starts[1:]).tolist()
-        parts = edges.index.tensor_split(cuts)
-        local = [part - block.offset for part, block in zip(parts, blocks, strict=True)]
+        local = edges.local
 
         def product(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
-            targets, sources = _within(local[number], blocks[number], rows, columns)
+            targets, sources = blocks[number].within(local[number], rows, columns)
             weight = weights[number][rows, columns]
             # The candidates get their gradient from _CandidateGradient; here it flows to the states only.
             values = weight.detach()[targets, sources].to(z.dtype)
@@ -146,18 +142,6 @@ class MessagePassingPropagation(Propagation):
         return f"adjacency={self.adjacency!r}"
 
 
-def _within(
-    local: Int[Tensor, " edges"], block: Block, rows: slice, columns: slice
-) -> tuple[Int[Tensor, " part"], Int[Tensor, " part"]]:
-    """Return targets and sources of the edges in a part of a block, counted from the part's corner."""
-    targets, sources = local // block.shape[1], local % block.shape[1]
-    if (rows.stop - rows.start, columns.stop - columns.start) != block.shape:
-        inside = (targets >= rows.start) & (targets < rows.stop)
-        inside &= (sources >= columns.start) & (sources < columns.stop)
-        targets, sources = targets[inside] - rows.start, sources[inside] - columns.start
-    return targets, sources
-
-
 def _restricted(edges: RealEdges) -> Tensor:
     """Return the flat weights, with a gradient for the candidates that the wiring names."""
     weight = edges.candidates.weight
@@ -186,7 +170,7 @@ class _CandidateGradient(torch.autograd.Function):
         return received.view_as(received)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
         (z,) = ctx.saved_tensors
         weight_grad = None
@@ -215,7 +199,7 @@ class _SparseProduct(torch.autograd.Function):
         return _in_tiles(weighted_sum, z, _csr(rowptr, sources, values, z.size(0)))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         targets, sources, values = ctx.saved_tensors
         order = torch.argsort(sources, stable=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -96,7 +97,7 @@ class TrainingCost(Callback):
         self._layers += round(once * (real * (passes(weight, args[0]) - to_weights) + updated * to_weights))
 
     def _on_edges(
-        self, counter: _GraphCounter, propagation: Propagation, args: tuple[RealEdges], output: Propagate
+        self, counter: _GraphCounter, propagation: Propagation, args: tuple[RealEdges, Tensor], output: Propagate
     ) -> Propagate | None:
         if not self._in_step:
             return None
@@ -163,7 +164,7 @@ class _GraphCounter:
             self.through_edges += pairs * (passes(weight, z) - to_weights)
             return product(number, z, rows, columns)
 
-        return Propagate(propagate.blocks, propagate.weights, counted)
+        return replace(propagate, product=counted, states=None)
 
     def multiply_adds(self) -> float:
         if self.edges is None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import networkx as nx
@@ -20,7 +21,7 @@ from torch_geometric.utils import to_networkx
 
 from dnw_graph import CandidateEdges, Discrete, InputError, NeuralGraph
 from dnw_graph.node_functions import NormReluConv, ReluConvSendNorm
-from dnw_graph.propagation import BlockPropagation, MessagePassingPropagation, Propagate
+from dnw_graph.propagation import BlockPropagation, MessagePassingPropagation
 
 N, INPUTS, OUTPUTS, K, STEPS = 9, 3, 2, 30, 4
 PAIRS = all_pairs(N)
@@ -233,15 +234,15 @@ class Recording(BlockPropagation):
         super().__init__()
         self.sizes = []
 
-    def forward(self, edges):
-        plain = super().forward(edges)
+    def forward(self, edges, x):
+        plain = super().forward(edges, x)
 
         def product(number, z, rows, columns):
             received = plain.product(number, z, rows, columns)
             self.sizes.append((z.size(1), received.size(1)))
             return received
 
-        return Propagate(plain.blocks, plain.weights, product)
+        return replace(plain, product=product, states=None)
 
 
 def sizes_of(dynamics, function, x, **options):

@@ -19,12 +19,13 @@ from torch import nn
 from dnw_graph import CandidateEdges, Continuous, Discrete, InputError, NeuralGraph
 from dnw_graph.dynamics.recurrent import takes_time
 from dnw_graph.node_functions import NormReluConv, ReluConvSendNorm
-from dnw_graph.propagation import BlockPropagation, MessagePassingPropagation, RealEdges
+from dnw_graph.propagation import BlockPropagation, MessagePassingPropagation, RealEdges, SparsePropagation
 
 PROPAGATIONS = {
     "block": BlockPropagation(),
     "edge_index": MessagePassingPropagation("edge_index"),
     "csr": MessagePassingPropagation("csr"),
+    "sparse": SparsePropagation(),
 }
 # Target ranges that overlap, nodes that are fed by several blocks, and node 6, which nothing feeds.
 BLOCKS = [(range(4), range(2, 5)), (range(4, 7), range(1, 4)), (range(2), range(2)), (range(5, 7), range(4, 6))]
@@ -46,8 +47,8 @@ def test_receive_adds_up_blocks_of_candidates(propagation):
     graph = make_graph(Discrete(1), nn.Identity(), candidates=CandidateEdges(BLOCKS))
     matrix = dense_adjacency(N, BLOCK_PAIRS, graph.candidates.weight, 20)
     assert sum(1 for u, v in BLOCK_PAIRS if matrix[v, u]) == 20
-    propagate = propagation(RealEdges(graph.candidates, graph.real_index, True))
     z = torch.randn(2, N, 3, 4, dtype=torch.float64)
+    propagate = propagation(RealEdges(graph.candidates, graph.real_index, True), z)
     expected = product(matrix, z)
     for start in range(N):
         for stop in range(start + 1, N + 1):

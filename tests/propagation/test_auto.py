@@ -1,34 +1,57 @@
 import pytest
 import torch
 
-from dnw_graph import CandidateEdges
-from dnw_graph.propagation import BlockPropagation, RealEdges
+from dnw_graph import CandidateEdges, NeuralGraph
+from dnw_graph.propagation import BlockPropagation, RealEdges, SparsePropagation
 from dnw_graph.propagation.auto import AutoPropagation
 
 
-def choice(sizes, share, dtype=torch.float32):
-    candidates = CandidateEdges.static(sizes).to(dtype)
+def choice(share, dtype=torch.float32, batch=32, states=None):
+    candidates = CandidateEdges.static((16, 32, 32)).to(dtype)
     index = torch.arange(int(share * candidates.num_candidates))
-    return AutoPropagation().choose(RealEdges(candidates, index, True))
+    x = torch.zeros(batch, 16, 4, 4, dtype=states or dtype)
+    return AutoPropagation().choose(RealEdges(candidates, index, True), x)
 
 
-def test_large_and_very_sparse_graphs_go_by_sparse_products():
-    assert choice((1024, 1024), 0.05).adjacency == "csr"
-    assert choice((1024, 1024), 0.05, torch.float64).adjacency == "csr"
+@pytest.fixture(autouse=True)
+def needs_kernels(monkeypatch):
+    monkeypatch.setattr("dnw_graph.propagation.auto.kernels", lambda: "some kernels")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sparse_graphs_and_many_images_go_by_sparse_products(dtype):
+    assert isinstance(choice(0.05, dtype), SparsePropagation)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "share", "dtype"),
+    "options",
     [
-        ((1024, 1024), 0.5, torch.float32),  # dense
-        ((64, 128, 128), 0.05, torch.float32),  # small
-        ((1024, 1024), 0.05, torch.bfloat16),  # no sparse kernel
+        {"share": 0.5},
+        {"share": 0.05, "batch": 2},
+        {"share": 0.05, "dtype": torch.bfloat16},  # no kernel
+        {"share": 0.05, "states": torch.float64},  # states and weights of two types
     ],
 )
-def test_all_others_go_block_by_block(sizes, share, dtype):
-    assert isinstance(choice(sizes, share, dtype), BlockPropagation)
+def test_all_others_go_block_by_block(options):
+    assert isinstance(choice(**options), BlockPropagation)
 
 
 def test_under_autocast_everything_goes_block_by_block():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert isinstance(choice((1024, 1024), 0.05), BlockPropagation)
+        assert isinstance(choice(0.05), BlockPropagation)
+
+
+def test_without_kernels_everything_goes_block_by_block(monkeypatch):
+    monkeypatch.setattr("dnw_graph.propagation.auto.kernels", lambda: None)
+    assert isinstance(choice(0.05), BlockPropagation)
+
+
+def test_the_choice_is_made_for_every_forward_pass():
+    torch.manual_seed(0)
+    graph = NeuralGraph((4, 8, 8), 10)
+    layouts = []
+    for function in graph.dynamics.node_functions[:2]:
+        function.register_forward_pre_hook(lambda module, args: layouts.append(args[0].stride(0) == 1))
+    graph(torch.randn(32, 4, 5, 5))
+    graph(torch.randn(3, 4, 5, 5))
+    assert layouts == [True, True, False, False]

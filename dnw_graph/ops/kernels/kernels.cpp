@@ -1,18 +1,29 @@
 // The entry points, called through ctypes: one of each for every pair of number and index type.
 
+#include "node_function.h"
+#include "selection.h"
 #include "sparse.h"
 #include "static.h"
+#include "transpose.h"
 
 #define ENTRY(T, Index, SUFFIX)                                                                                       \
   extern "C" int sparse_product_##SUFFIX(                                                                             \
-      int64_t threads, int64_t targets, int64_t sources, int64_t features, int64_t count, const T *z,                 \
-      const Index *rowptr, const Index *columns, const T *values, T *out) {                                           \
-    return sparse_product(threads, targets, sources, features, count, z, rowptr, columns, values, out);               \
+      int64_t threads, int64_t targets, int64_t features, int64_t pieces, const int64_t *sizes, const T *const *z,    \
+      int64_t count, const Index *rowptr, const Index *columns, const T *values, T *out) {                            \
+    const Edges<T, Index> edges{rowptr, columns, values, count};                                                      \
+    return sparse_product(threads, targets, features, Rows<T>(pieces, sizes, z, features), edges, out);               \
   }                                                                                                                   \
   extern "C" int sampled_product_##SUFFIX(                                                                            \
-      int64_t threads, int64_t targets, int64_t sources, int64_t features, int64_t count, const T *received,          \
-      const T *z, const Index *rowptr, const Index *columns, T *out) {                                                \
-    return sampled_product(threads, targets, sources, features, count, received, z, rowptr, columns, out);            \
+      int64_t threads, int64_t targets, int64_t features, int64_t pieces, const int64_t *sizes, const T *const *z,    \
+      int64_t count, const Index *rowptr, const Index *columns, const T *received, T *out) {                          \
+    const Edges<T, Index> edges{rowptr, columns, nullptr, count};                                                     \
+    return sampled_product(threads, targets, features, received, Rows<T>(pieces, sizes, z, features), edges, out);    \
+  }                                                                                                                   \
+  extern "C" int by_source_##SUFFIX(                                                                                  \
+      int64_t, int64_t targets, int64_t sources, int64_t count, const Index *rowptr, const Index *columns,            \
+      Index *out_rowptr, Index *order) {                                                                              \
+    const Edges<T, Index> edges{rowptr, columns, nullptr, count};                                                     \
+    return by_source(targets, sources, edges, out_rowptr, order);                                                     \
   }                                                                                                                   \
   extern "C" int static_graph_##SUFFIX(                                                                               \
       int64_t threads, int64_t batch, int64_t height, int64_t width, int64_t blocks, const int64_t *sizes,            \
@@ -28,3 +39,35 @@ ENTRY(float, int32_t, float32_int32)
 ENTRY(float, int64_t, float32_int64)
 ENTRY(double, int32_t, float64_int32)
 ENTRY(double, int64_t, float64_int64)
+
+#define FUNCTION(T, SUFFIX)                                                                                           \
+  extern "C" int largest_##SUFFIX(                                                                                    \
+      int64_t threads, int64_t count, int64_t k, int64_t guess, const T *weight, int64_t *out, int64_t *found) {      \
+    return largest(threads, count, k, guess, weight, out, found);                                                     \
+  }                                                                                                                   \
+  extern "C" int node_function_##SUFFIX(                                                                              \
+      int64_t threads, int64_t nodes, int64_t height, int64_t width, int64_t batch, int64_t norm, int64_t relu,       \
+      int64_t stride, double eps, const T *x, const T *scale, const T *shift, const T *kernel, T *mean, T *variance,  \
+      T *out) {                                                                                                       \
+    const TrainedFunction<T> f{nodes, height, width, batch, norm,   relu, stride,                                     \
+                               eps,   x,      scale, shift, kernel, mean, variance};                                  \
+    return f.each_node(threads, 1, [&](int64_t node, T *scratch) { f.forward(node, scratch, out); });                 \
+  }                                                                                                                   \
+  extern "C" int node_function_grad_##SUFFIX(                                                                         \
+      int64_t threads, int64_t nodes, int64_t height, int64_t width, int64_t batch, int64_t norm, int64_t relu,       \
+      int64_t stride, double eps, const T *x, const T *scale, const T *shift, const T *kernel, T *mean, T *variance,  \
+      const T *out_grad, T *x_grad, T *scale_grad, T *shift_grad, T *kernel_grad) {                                   \
+    const TrainedFunction<T> f{nodes, height, width, batch, norm,   relu, stride,                                     \
+                               eps,   x,      scale, shift, kernel, mean, variance};                                  \
+    return f.each_node(threads, 2, [&](int64_t node, T *scratch) {                                                    \
+      T *grads = scratch + f.padded() * Simd<T>::lanes;                                                               \
+      f.backward(node, out_grad, scratch, grads, x_grad, scale_grad, shift_grad, kernel_grad);                        \
+    });                                                                                                               \
+  }                                                                                                                   \
+  extern "C" int exchanged_##SUFFIX(                                                                                  \
+      int64_t threads, int64_t first, int64_t middle, int64_t last, const T *from, T *to) {                           \
+    return exchanged(threads, first, middle, last, from, to);                                                         \
+  }
+
+FUNCTION(float, float32)
+FUNCTION(double, float64)

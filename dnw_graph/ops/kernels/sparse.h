@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
+#include <vector>
 
 namespace {
 
@@ -49,16 +51,40 @@ struct Edges {  // CSR
   }
 };
 
-// The weighted sum over the edges begin … end - 1, in N registers for (N - 1) · lanes < width <= N · lanes values. The
-// last register begins inside the one before it where the width asks for it: what both hold is equal.
-template <int N, class T, class Index>
+// States in one piece of memory.
+template <class T>
+struct Matrix {
+  const T *z;
+  int64_t pitch;
+
+  const T *row(int64_t source) const { return z + source * pitch; }
+};
+
+// States in several pieces, one after the other in the numbering of the sources.
+template <class T>
+struct Rows {
+  std::vector<const T *> rows;
+
+  Rows(int64_t pieces, const int64_t *sizes, const T *const *pointers, int64_t pitch) {
+    rows.reserve(std::accumulate(sizes, sizes + pieces, int64_t(0)));
+    for (int64_t piece = 0; piece < pieces; ++piece)
+      for (int64_t i = 0; i < sizes[piece]; ++i) rows.push_back(pointers[piece] + i * pitch);
+  }
+  int64_t size() const { return rows.size(); }
+  const T *row(int64_t source) const { return rows[source]; }
+};
+
+// The weighted sum over the edges begin … end - 1 of the sources' values from `at` on, in N registers for
+// (N - 1) · lanes < width <= N · lanes values. The last register begins inside the one before it where the width asks
+// for it: what both hold is equal.
+template <int N, class T, class Index, class Source>
 void sum_registers(
-    const Edges<T, Index> &edges, int64_t begin, int64_t end, const T *z, int64_t pitch, int64_t width, T *out) {
+    const Edges<T, Index> &edges, int64_t begin, int64_t end, const Source &z, int64_t at, int64_t width, T *out) {
   using S = Simd<T>;
   const int64_t last = width - S::lanes;
   typename S::Vector sum[N] = {};
   for (int64_t e = begin; e < end; ++e) {
-    const T *row = z + edges.columns[e] * pitch;
+    const T *row = z.row(edges.columns[e]) + at;
     const T weight = edges.values[e];
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) sum[n] += weight * S::load(row + (n < N - 1 ? n * S::lanes : last));
@@ -67,20 +93,20 @@ void sum_registers(
   for (int n = 0; n < N; ++n) S::store(out + (n < N - 1 ? n * S::lanes : last), sum[n]);
 }
 
-template <int N, class T, class Index>
+template <int N, class T, class Index, class Source>
 void sum_upto(
-    int64_t n, const Edges<T, Index> &edges, int64_t begin, int64_t end, const T *z, int64_t pitch, int64_t width,
+    int64_t n, const Edges<T, Index> &edges, int64_t begin, int64_t end, const Source &z, int64_t at, int64_t width,
     T *out) {
   if constexpr (N > 1) {
-    if (n < N) return sum_upto<N - 1>(n, edges, begin, end, z, pitch, width, out);
+    if (n < N) return sum_upto<N - 1>(n, edges, begin, end, z, at, width, out);
   }
-  sum_registers<N>(edges, begin, end, z, pitch, width, out);
+  sum_registers<N>(edges, begin, end, z, at, width, out);
 }
 
-// What one target receives, Σ w z over its edges: at least one register of features.
-template <class T, class Index>
+// What one target receives, Σ w z over its edges, of the features from `from` on: at least one register of them.
+template <class T, class Index, class Source>
 void weighted_sum(
-    const Edges<T, Index> &edges, int64_t target, const T *z, int64_t pitch, int64_t features, T *out) {
+    const Edges<T, Index> &edges, int64_t target, const Source &z, int64_t from, int64_t features, T *out) {
   constexpr int64_t lanes = Simd<T>::lanes;
   const int64_t vectors = (features + lanes - 1) / lanes, passes = (vectors + REGISTERS - 1) / REGISTERS;
   const int64_t per_pass = (vectors + passes - 1) / passes;
@@ -88,7 +114,7 @@ void weighted_sum(
     const int64_t n = std::min(per_pass, vectors - vector), at = vector * lanes;
     const int64_t width = std::min(n * lanes, features - at), shift = std::max<int64_t>(lanes - width, 0);
     sum_upto<REGISTERS>(
-        n, edges, edges.rowptr[target], edges.rowptr[target + 1], z + at - shift, pitch, width + shift,
+        n, edges, edges.rowptr[target], edges.rowptr[target + 1], z, from + at - shift, width + shift,
         out + at - shift);
   }
 }
@@ -98,17 +124,16 @@ int team(int64_t threads, int64_t multiply_adds) { return multiply_adds < 1 << 1
 
 template <class T, class Index>
 int sparse_product(
-    int64_t threads, int64_t targets, int64_t sources, int64_t features, int64_t count, const T *z, const Index *rowptr,
-    const Index *columns, const T *values, T *out) {
-  const Edges<T, Index> edges{rowptr, columns, values, count};
+    int64_t threads, int64_t targets, int64_t features, const Rows<T> &z, const Edges<T, Index> &edges, T *out) {
+  const int64_t sources = z.size();
   if (!edges.pointers_valid(targets) || !edges.sources_within(0, targets, 0, sources)) return WRONG_EDGES;
   constexpr int64_t lanes = Simd<T>::lanes, group = 8;
   if (features < lanes) {
-#pragma omp parallel for schedule(dynamic, 64) num_threads(team(threads, count * features))
+#pragma omp parallel for schedule(dynamic, 64) num_threads(team(threads, edges.count * features))
     for (int64_t v = 0; v < targets; ++v)
       for (int64_t f = 0; f < features; ++f) {
         T sum = 0;
-        for (int64_t e = rowptr[v]; e < rowptr[v + 1]; ++e) sum += values[e] * z[columns[e] * features + f];
+        for (int64_t e = edges.rowptr[v]; e < edges.rowptr[v + 1]; ++e) sum += edges.values[e] * z.row(edges.columns[e])[f];
         out[v * features + f] = sum;
       }
     return OK;
@@ -118,13 +143,13 @@ int sparse_product(
   const int64_t step = REGISTERS * lanes;
   const int64_t tile = std::max(fitting / step * step, step);
   const int64_t tiles = (features + tile - 1) / tile;
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(team(threads, count * features))
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(team(threads, edges.count * features))
   for (int64_t t = 0; t < tiles; ++t)
     for (int64_t first = 0; first < targets; first += group) {
       const int64_t width = std::max(std::min(tile, features - t * tile), lanes);
       const int64_t at = std::min(t * tile, features - width);
       for (int64_t v = first; v < std::min(first + group, targets); ++v)
-        weighted_sum(edges, v, z + at, features, width, out + v * features + at);
+        weighted_sum(edges, v, z, at, width, out + v * features + at);
     }
   return OK;
 }
@@ -132,15 +157,14 @@ int sparse_product(
 // For every edge (u, v) the product of the rows ⟨received_v, z_u⟩: the gradient of the edges' weights.
 template <class T, class Index>
 int sampled_product(
-    int64_t threads, int64_t targets, int64_t sources, int64_t features, int64_t count, const T *received,
-    const T *z, const Index *rowptr, const Index *columns, T *out) {
+    int64_t threads, int64_t targets, int64_t features, const T *received, const Rows<T> &z,
+    const Edges<T, Index> &edges, T *out) {
   using S = Simd<T>;
-  const Edges<T, Index> edges{rowptr, columns, nullptr, count};
-  if (!edges.pointers_valid(targets) || !edges.sources_within(0, targets, 0, sources)) return WRONG_EDGES;
-#pragma omp parallel for schedule(dynamic, 8) num_threads(team(threads, count * features))
+  if (!edges.pointers_valid(targets) || !edges.sources_within(0, targets, 0, z.size())) return WRONG_EDGES;
+#pragma omp parallel for schedule(dynamic, 8) num_threads(team(threads, edges.count * features))
   for (int64_t v = 0; v < targets; ++v)
-    for (int64_t e = rowptr[v]; e < rowptr[v + 1]; ++e) {
-      const T *x = received + v * features, *y = z + columns[e] * features;
+    for (int64_t e = edges.rowptr[v]; e < edges.rowptr[v + 1]; ++e) {
+      const T *x = received + v * features, *y = z.row(edges.columns[e]);
       constexpr int chains = 4;
       typename S::Vector sums[chains] = {};
       int64_t f = 0;
@@ -153,6 +177,18 @@ int sampled_product(
       for (; f < features; ++f) sum += x[f] * y[f];
       out[e] = sum;
     }
+  return OK;
+}
+
+// The order of the edges of Aᵀ, by source and then as they were, and where those of each source start.
+template <class T, class Index>
+int by_source(int64_t targets, int64_t sources, const Edges<T, Index> &edges, Index *rowptr, Index *order) {
+  if (!edges.pointers_valid(targets) || !edges.sources_within(0, targets, 0, sources)) return WRONG_EDGES;
+  std::fill(rowptr, rowptr + sources + 1, Index(0));
+  for (int64_t e = 0; e < edges.count; ++e) ++rowptr[edges.columns[e] + 1];
+  std::partial_sum(rowptr, rowptr + sources + 1, rowptr);
+  std::vector<Index> next(rowptr, rowptr + sources);
+  for (int64_t e = 0; e < edges.count; ++e) order[next[edges.columns[e]]++] = Index(e);
   return OK;
 }
 

@@ -175,8 +175,8 @@ struct StaticGraph {
         std::copy_n(image + v * size, size, input);
       else
         weighted_sum(
-            edges, at.nodes - sizes[0] + v, at.sources - at.first * pitch, pitch, round_up(size, Simd<T>::lanes),
-            input);
+            edges, at.nodes - sizes[0] + v, Matrix<T>{at.sources - at.first * pitch, pitch}, 0,
+            round_up(size, Simd<T>::lanes), input);
       if (stride == 1)
         function(at.functions + v).stride1(input, at.map, padded, state);
       else if (stride == 2)

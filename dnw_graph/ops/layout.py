@@ -1,0 +1,59 @@
+"""The layout of the compiled kernels: nodes first and images last in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnw_graph.ops.build import kernels, run
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def batch_last(z: Tensor) -> Tensor:
+    """Return z, whose nodes are in dimension 1, as it lies best for the kernels: ``[nodes, *space, batch]`` in memory.
+
+    A register then holds one place of as many images, so that the borders of maps and small maps cost nothing, and all
+    that a node receives is one piece of memory.
+    """
+    if is_batch_last(z):
+        return z
+    if z.dim() > 2 and z.movedim(1, -1).is_contiguous() and takes(z) and kernels() is not None:
+        return _FromNodesLast.apply(z)
+    return z.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+def is_batch_last(z: Tensor) -> bool:
+    """Return whether z lies as :func:`batch_last` makes it."""
+    return z.movedim(0, -1).is_contiguous()
+
+
+def takes(z: Tensor) -> bool:
+    """Return whether z is a tensor that the kernels can read."""
+    return z.device.type == "cpu" and z.dtype in DTYPES and type(z) in (Tensor, torch.nn.Parameter)
+
+
+class _FromNodesLast(torch.autograd.Function):
+    """From channels-last maps to images last; PyTorch's copy takes several times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return _exchanged(z.movedim(1, -1)).movedim(-1, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].movedim(0, -1)
+        if torch.is_grad_enabled() or not grad.is_contiguous() or not takes(grad):
+            return grads[0]
+        return _exchanged(grad).movedim(-1, 1)
+
+
+def _exchanged(z: Tensor) -> Tensor:
+    """Return a contiguous tensor with the first and the last dimension exchanged."""
+    out = z.new_empty(z.size(-1), *z.shape[1:-1], z.size(0))
+    library = kernels()
+    assert library is not None
+    run(library, "exchanged", (z.dtype,), z.size(0), z[0, ..., 0].numel() if z.numel() else 0, z.size(-1), z, out)
+    return out

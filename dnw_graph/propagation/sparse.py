@@ -1,0 +1,241 @@
+"""Sparse propagation: products over the real edges alone, by compiled kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dnw_graph.candidates import Block
+from dnw_graph.errors import InputError
+from dnw_graph.ops.checks import first_order
+from dnw_graph.ops.layout import batch_last, takes
+from dnw_graph.ops.sparse import by_source, product_of_pieces, sampled
+from dnw_graph.propagation.base import Propagate, Propagation, RealEdges, States
+
+
+class SparsePropagation(Propagation):
+    """Sparse products on the CPU: forward and to the states over the real edges, to the candidates as dense products.
+
+    States lie node-major with the images last, ``[nodes, *space, batch]`` in memory. A product over the edges then adds
+    up long rows, in tiles that stay in cache, the gradient of a block's candidates is one dense product per block of
+    sources, without a copy, and the node functions of this package run as one compiled pass. Where hallucinated
+    candidates get no gradient (:class:`~dnw_graph.RandomGraph`, …) there is no dense product at all.
+
+    Raises:
+        InputError: In the forward pass, if the states are not float32 or float64 on a CPU.
+    """
+
+    def forward(self, edges: RealEdges, x: Tensor) -> Propagate:
+        """Cut the ascending flat indices into the blocks' own edges."""
+        if not takes(x) or edges.candidates.weight.dtype != x.dtype:
+            raise InputError(
+                f"propagation='sparse' takes float32 or float64 on a CPU; got states of {x.dtype} on {x.device}: use "
+                "propagation='auto'"
+            )
+        weights = edges.split(edges.candidates.weight)
+        local = edges.local
+        parts: dict[tuple[int, int, int, int, int], _Adjacency] = {}
+
+        def product(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
+            key = (number, rows.start, rows.stop, columns.start, columns.stop)
+            if key not in parts:
+                parts[key] = _part(edges, local[number], number, rows, columns)
+            return _Product.apply(batch_last(z), weights[number][rows, columns], parts[key], edges.updates_hallucinated)
+
+        return Propagate(
+            edges.candidates.blocks, weights, product, batch_last, lambda feeding: _States(_Pass(edges, feeding))
+        )
+
+
+@dataclass(frozen=True)
+class _Adjacency:
+    """Real edges in CSR, by target; their weights are constants here, whose gradient is that of the candidates."""
+
+    rowptr: Int[Tensor, " rows"]
+    columns: Int[Tensor, " edges"]
+    values: Float[Tensor, " edges"]
+    num_sources: int
+
+    @cached_property
+    def by_source(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return Aᵀ in CSR and the order of its edges."""
+        starts, order = by_source(self.rowptr, self.columns, self.num_sources)
+        return starts, self.targets[order], self.values[order], order
+
+    @property
+    def targets(self) -> Int[Tensor, " edges"]:
+        """Return the target of every edge."""
+        return torch.repeat_interleave(self.rowptr.diff(), output_size=len(self.columns))
+
+
+def _adjacency(targets: Tensor, sources: Tensor, values: Tensor, shape: tuple[int, int]) -> _Adjacency:
+    """Return the edges in CSR; they must be sorted by target."""
+    rowptr = torch.searchsorted(targets, torch.arange(shape[0] + 1))
+    return _Adjacency(rowptr, sources, values, shape[1])
+
+
+def _part(edges: RealEdges, local: Tensor, number: int, rows: slice, columns: slice) -> _Adjacency:
+    """Return the edges of a part of a block, counted from the part's corner."""
+    block: Block = edges.candidates.blocks[number]
+    targets, sources = block.within(local, rows, columns)
+    weight = edges.candidates.block_weight(block).detach()[rows, columns]
+    return _adjacency(targets, sources, weight[targets, sources], tuple(weight.shape))
+
+
+class _Product(torch.autograd.Function):
+    """I = A Z; Z gets its gradient through the real edges, every candidate, or every real edge, ⟨Z_u, ∂L/∂I_v⟩."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, weight: Tensor, adjacency: _Adjacency, updates_hallucinated: bool) -> Tensor:
+        ctx.adjacency, ctx.updates_hallucinated = adjacency, updates_hallucinated
+        ctx.save_for_backward(z)
+        received = product_of_pieces([_rows(z)], adjacency.rowptr, adjacency.columns, adjacency.values)
+        return _maps(received, z)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (z,) = ctx.saved_tensors
+        adjacency: _Adjacency = ctx.adjacency
+        received_grad = _rows(batch_last(grads[0]))
+        z_grad = weight_grad = None
+        if ctx.needs_input_grad[0]:
+            starts, targets, values, _ = adjacency.by_source
+            z_grad = _maps(product_of_pieces([received_grad], starts, targets, values), z)
+        if ctx.needs_input_grad[1] and ctx.updates_hallucinated:
+            weight_grad = received_grad @ _rows(z).t()
+        elif ctx.needs_input_grad[1]:
+            weight_grad = z.new_zeros(len(received_grad), z.size(1))
+            gradient = sampled([_rows(z)], adjacency.rowptr, adjacency.columns, received_grad)
+            weight_grad[adjacency.targets, adjacency.columns] = gradient
+        return z_grad, weight_grad, None, None
+
+
+class _States(States):
+    """The states of a static graph's blocks, whose products depend on each other in a chain.
+
+    In the backward pass of a block those of all later blocks are done: what it feeds has its gradient, and nothing is
+    ever added up from the gradients that several blocks send.
+    """
+
+    def __init__(self, common: _Pass) -> None:
+        self.common = common
+        self.chain: Tensor = common.edges.candidates.weight
+
+    def receive(self, number: int, z: Tensor) -> Tensor:
+        """Return what the next block receives from all blocks that feed it."""
+        received, self.chain = _Receive.apply(batch_last(z), self.chain, self.common, number)
+        return received
+
+
+class _Pass:
+    """What the products of one forward pass and of the backward pass through it have in common."""
+
+    def __init__(self, edges: RealEdges, feeding: Sequence[slice]) -> None:
+        self.edges, self.feeding = edges, feeding
+        blocks = edges.candidates.blocks
+        self.starts = [0, *(block.targets.start for block in blocks), blocks[-1].targets.stop]
+        pairs = [
+            torch.stack([each // block.shape[1] + block.targets.start, each % block.shape[1] + block.sources.start])
+            for each, block in zip(edges.local, blocks, strict=True)
+        ]
+        targets, sources = torch.cat(pairs, dim=1)
+        values = edges.candidates.weight.detach()[edges.index]
+        # Nodes are counted over the whole graph; a block's targets follow on those of the block before it.
+        self.adjacency = _adjacency(targets, sources.contiguous(), values, (self.starts[-1], self.starts[-1]))
+        self.z: list[Tensor] = []
+        self.received_grads: dict[int, Tensor | None] = {}
+        self.weight_grad: Tensor | None = None
+
+    def edges_of(self, rowptr: Tensor, block: int) -> tuple[Tensor, slice]:
+        """Return the row pointers of a block's nodes, counted from their first edge, and their edges."""
+        own = rowptr[self.starts[block] : self.starts[block + 1] + 1]
+        first, last = own[[0, -1]].tolist()
+        return own - first, slice(first, last)
+
+    def compute(self, number: int, z: Tensor) -> Tensor:
+        """Return the product for the targets of one block of candidates."""
+        self.z.append(_rows(z.detach()))
+        rowptr, own = self.edges_of(self.adjacency.rowptr, number + 1)
+        received = product_of_pieces(self.z, rowptr, self.adjacency.columns[own], self.adjacency.values[own])
+        if number == len(self.feeding) - 1:
+            self.z = []  # From here on each product keeps its own.
+        return _maps(received, z)
+
+    def gradient_of_states(self, number: int, z: Tensor) -> Tensor:
+        """Return the gradient of a block's states, from all blocks that they feed."""
+        starts, targets, values, _ = self.adjacency.by_source
+        rowptr, own = self.edges_of(starts, number)
+        pieces = self.gradients_after(number, z)
+        received = product_of_pieces(pieces, rowptr, targets[own] - self.starts[number + 1], values[own])
+        return _maps(received, z)
+
+    def gradients_after(self, number: int, z: Tensor) -> list[Tensor]:
+        """Return the gradients of what the nodes of all blocks after block ``number`` received."""
+        features = z.numel() // z.size(1)
+        later = range(number, len(self.feeding))
+        sizes = [self.starts[each + 2] - self.starts[each + 1] for each in later]
+        known = [self.received_grads[each] for each in later]
+        return [z.new_zeros(size, features) if grad is None else grad for size, grad in zip(sizes, known, strict=True)]
+
+    def gradient_of_weights(self, number: int, z: Tensor) -> None:
+        """Write the gradient of all candidates that lead from a block's nodes."""
+        weight = self.edges.candidates.weight
+        if self.weight_grad is None:
+            self.weight_grad = torch.zeros_like(weight)
+        if not self.edges.updates_hallucinated:
+            starts, targets, _, order = self.adjacency.by_source
+            rowptr, own = self.edges_of(starts, number)
+            pieces = self.gradients_after(number, z)
+            gradient = sampled(pieces, rowptr, targets[own] - self.starts[number + 1], _rows(z))
+            self.weight_grad[self.edges.index[order[own]]] = gradient
+            return
+        for later in range(number, len(self.feeding)):
+            block = self.edges.candidates.blocks[later]
+            grad, first = self.received_grads[later], self.starts[number] - block.sources.start
+            if grad is not None and first >= 0 and self.starts[number] < block.sources.stop:
+                part = self.edges.candidates.block_weight(block, self.weight_grad)[:, first : first + z.size(1)]
+                torch.mm(grad, _rows(z).t(), out=part)
+
+
+class _Receive(torch.autograd.Function):
+    """One block's product; its second argument and result make a chain of them, which begins with the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, chain: Tensor, common: _Pass, number: int) -> tuple[Tensor, Tensor]:
+        ctx.common, ctx.number = common, number
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z)
+        return common.compute(number, z), chain.new_empty(0)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (z,) = ctx.saved_tensors
+        common: _Pass = ctx.common
+        number: int = ctx.number
+        common.received_grads[number] = None if grads[0] is None else _rows(batch_last(grads[0]))
+        if common.edges.candidates.weight.requires_grad:
+            common.gradient_of_weights(number, z)
+        z_grad = common.gradient_of_states(number, z) if ctx.needs_input_grad[0] else None
+        weight_grad = None
+        if number == 0:
+            weight_grad, common.weight_grad = common.weight_grad, None
+            common.received_grads = {}
+        return z_grad, weight_grad, None, None
+
+
+def _rows(z: Tensor) -> Tensor:
+    """Return states ``[batch, nodes, *space]`` with the images last in memory as a matrix, one row per node."""
+    return z.movedim(0, -1).flatten(1)
+
+
+def _maps(rows: Tensor, like: Tensor) -> Tensor:
+    """Return rows as states with space and batch like others."""
+    return rows.view(len(rows), *like.shape[2:], like.size(0)).movedim(-1, 0)

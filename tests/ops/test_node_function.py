@@ -1,0 +1,196 @@
+"""The fused node function against PyTorch's own layers."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dnw_graph import InputError
+from dnw_graph.node_functions import NormReluConv, NormReluConvNormRelu, ReluConvSendNorm
+from dnw_graph.ops.build import kernels
+from dnw_graph.ops.layout import batch_last, is_batch_last
+from dnw_graph.ops.node_function import fused_node_function
+
+NODES = 5
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+pytestmark = pytest.mark.skipif(kernels() is None, reason="no compiler for the kernels")
+
+
+def make_norm(kind, **options):
+    if kind is None:
+        return None
+    norm = nn.BatchNorm2d(NODES, **options) if kind == "batch" else nn.InstanceNorm2d(NODES, affine=True, **options)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    if norm.running_mean is not None:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    return norm
+
+
+def make_conv(stride):
+    return None if stride is None else nn.Conv2d(NODES, NODES, 3, stride, 1, groups=NODES, bias=False)
+
+
+def by_layers(z, norm, relu, conv):
+    z = z if norm is None else norm(z)
+    z = F.relu(z) if relu else z
+    return z if conv is None else conv(z)
+
+
+def difference(a, b):
+    return ((a - b).norm() / b.norm().clamp(min=1e-3)).item()
+
+
+def assert_same(function, z, norm, relu, conv):
+    """Outputs, all gradients and running statistics are those of the layers one by one."""
+    layers = copy.deepcopy((norm, conv))
+    other = z.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    z = z.detach().requires_grad_()
+    out, expected = function(z), by_layers(other, layers[0], relu, layers[1])
+    assert out is not None
+    assert out.shape == expected.shape
+    assert difference(out, expected) < TOLERANCE[z.dtype]
+    weights = torch.linspace(-1, 2, out.numel(), dtype=z.dtype).view(out.shape)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert difference(z.grad, other.grad) < TOLERANCE[z.dtype]
+    for module, layer in zip((norm, conv), layers, strict=True):
+        if module is None:
+            continue
+        for name, value in module.named_parameters():
+            assert difference(value.grad, layer.get_parameter(name).grad) < TOLERANCE[z.dtype], name
+        for name, value in module.named_buffers():
+            assert difference(value.double(), layer.get_buffer(name).double()) < TOLERANCE[z.dtype], name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [(2, 4, 4), (8, 5, 3), (16, 1, 3), (19, 6, 7)])  # Around a register's length.
+@pytest.mark.parametrize("norm", ["batch", "instance", None])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("stride", [None, 1, 2])
+@pytest.mark.parametrize("training", [True, False])
+def test_equals_the_layers(dtype, size, norm, relu, stride, training):
+    if norm is None and not relu and stride is None:
+        pytest.skip("nothing is computed")
+    norm, conv = make_norm(norm), make_conv(stride)
+    for module in (norm, conv):
+        if module is not None:
+            module.to(dtype).train(training)
+    batch, *space = size
+    z = batch_last(3 * torch.randn(batch, NODES, *space, dtype=dtype) + 1)
+    assert_same(lambda z: fused_node_function(z, norm, relu, conv), z, norm, relu, conv)
+
+
+@pytest.mark.parametrize("options", [{"momentum": None}, {"momentum": 0.3, "eps": 0.1}, {"track_running_stats": False}])
+def test_batch_norms_of_all_kinds(options):
+    norm, conv = make_norm("batch", **options).double(), make_conv(1).double()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        z = batch_last(torch.randn(6, NODES, 3, 4, dtype=torch.float64))
+        assert_same(lambda z: fused_node_function(z, norm, True, conv), z, norm, True, conv)
+        norm.zero_grad()
+        conv.zero_grad()
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_against_differences(norm, stride):
+    norm, conv = make_norm(norm).double(), make_conv(stride).double()
+    z = batch_last(torch.randn(3, NODES, 4, 3, dtype=torch.float64)).requires_grad_()
+
+    def function(z, scale, shift, kernel):
+        state = {"weight": scale, "bias": shift}
+        with torch.nn.utils.stateless._reparametrize_module(norm, state, tie_weights=False):
+            with torch.nn.utils.stateless._reparametrize_module(conv, {"weight": kernel}, tie_weights=False):
+                return fused_node_function(z, norm, True, conv)
+
+    assert torch.autograd.gradcheck(function, (z, norm.weight, norm.bias, conv.weight), atol=1e-6)
+
+
+def test_not_a_number_stays_one():
+    z = torch.randn(4, NODES, 3, 3)
+    z[1, 2, 0, 0] = torch.nan
+    out = fused_node_function(batch_last(z), make_norm("instance"), True, make_conv(1))
+    assert out[1, 2].isnan().any()
+    assert not out[1, 3].isnan().any()
+    assert not out[2].isnan().any()
+
+
+def test_a_kept_graph_gives_the_same_gradients_twice():
+    norm, conv = make_norm("batch"), make_conv(1)
+    z = batch_last(torch.randn(4, NODES, 3, 3)).requires_grad_()
+    loss = fused_node_function(z, norm, True, conv).square().sum()
+    first = torch.autograd.grad(loss, (z, conv.weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (z, conv.weight))
+    assert all(map(torch.equal, first, second))
+
+
+def test_second_derivatives_are_refused():
+    z = batch_last(torch.randn(4, NODES, 3, 3)).requires_grad_()
+    with pytest.raises(InputError, match="propagation='block'"):
+        torch.autograd.grad(fused_node_function(z, None, True, make_conv(1)).sum(), z, create_graph=True)
+
+
+class OtherNorm(nn.BatchNorm2d):
+    """A norm of the user's own."""
+
+
+class Listening:
+    """A convolution that somebody listens to."""
+
+    def __new__(cls):
+        conv = make_conv(1)
+        conv.register_forward_hook(lambda *args: None)
+        return conv
+
+
+@pytest.mark.parametrize(
+    ("z", "norm", "conv"),
+    [
+        (torch.randn(4, NODES, 3, 3), None, make_conv(1)),  # nodes are not first in memory
+        (batch_last(torch.randn(4, NODES, 3, 3)).bfloat16(), None, make_conv(1).bfloat16()),
+        (batch_last(torch.randn(4, NODES, 3, 3)), None, make_conv(1).double()),
+        (batch_last(torch.randn(4, NODES, 3, 3)), OtherNorm(NODES), None),
+        (batch_last(torch.randn(4, NODES, 3, 3)), nn.InstanceNorm2d(NODES, track_running_stats=True), None),
+        (batch_last(torch.randn(4, NODES, 1, 1)), nn.InstanceNorm2d(NODES), None),
+        (batch_last(torch.randn(4, NODES, 3, 3)), None, Listening()),
+        (batch_last(torch.randn(4, NODES, 5, 5)), None, nn.Conv2d(NODES, NODES, 5, padding=2, groups=NODES, bias=False)),
+        (batch_last(torch.randn(4, NODES, 5, 5)), None, nn.Conv2d(NODES, NODES, 3, padding=1, bias=False)),
+        (batch_last(torch.randn(4, NODES, 5, 5)), None, nn.Conv2d(NODES, NODES, 3, padding=1, groups=NODES)),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_left_to_pytorch(z, norm, conv):
+    assert fused_node_function(z, norm, True, conv) is None
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize("function", [NormReluConv, NormReluConvNormRelu, ReluConvSendNorm])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_node_functions_are_the_same_in_both_layouts(function, norm, stride):
+    module = function(NODES, stride, norm).double()
+    other = copy.deepcopy(module)
+    z = torch.randn(6, NODES, 5, 5, dtype=torch.float64)
+    inputs = [batch_last(z).requires_grad_(), z.clone().requires_grad_()]
+    outs = []
+    for each, x in zip((module, other), inputs, strict=True):
+        out = each(each.send(x) if hasattr(each, "send") else x)
+        (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
+        outs.append(out)
+    assert is_batch_last(outs[0])
+    assert not is_batch_last(outs[1])
+    assert difference(*outs) < 1e-10
+    assert difference(inputs[0].grad, inputs[1].grad) < 1e-10
+    for a, b in zip(module.parameters(), other.parameters(), strict=True):
+        assert difference(a.grad, b.grad) < 1e-10
+
+
+def test_some_nodes_alone():
+    module = NormReluConv(NODES, norm="instance").double()
+    z = torch.randn(6, NODES, 4, 4, dtype=torch.float64)
+    part = module(batch_last(z[:, 1:3]), nodes=range(1, 3))
+    assert is_batch_last(part)
+    assert difference(part, module(z)[:, 1:3]) < 1e-10
