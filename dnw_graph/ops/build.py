@@ -20,7 +20,7 @@ from torch import Tensor
 from dnw_graph.ops.checks import wrong_edges
 
 SOURCES = Path(__file__).with_name("kernels")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno")
 WRONG_EDGES = 1  # The kernels' status for an index out of range.
 _Argument = int | float | Sequence[int] | Tensor | None
 

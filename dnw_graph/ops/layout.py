@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dnw_graph.ops.build import kernels, run
 
@@ -20,7 +21,7 @@ def batch_last(z: Tensor) -> Tensor:
     """
     if is_batch_last(z):
         return z
-    if z.dim() > 2 and z.movedim(1, -1).is_contiguous() and takes(z) and kernels() is not None:
+    if z.dim() > 2 and z.movedim(1, -1).is_contiguous() and takes(z) and unseen() and kernels() is not None:
         return _FromNodesLast.apply(z)
     return z.movedim(0, -1).contiguous().movedim(-1, 0)
 
@@ -33,6 +34,11 @@ def is_batch_last(z: Tensor) -> bool:
 def takes(z: Tensor) -> bool:
     """Return whether z is a tensor that the kernels can read."""
     return z.device.type == "cpu" and z.dtype in DTYPES and type(z) in (Tensor, torch.nn.Parameter)
+
+
+def unseen() -> bool:
+    """Return whether nothing traces or counts operators, which would miss what the kernels do."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode())
 
 
 class _FromNodesLast(torch.autograd.Function):

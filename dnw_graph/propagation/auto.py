@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dnw_graph.ops.build import kernels
-from dnw_graph.ops.layout import takes
+from dnw_graph.ops.layout import takes, unseen
 from dnw_graph.propagation.base import Propagate, Propagation, RealEdges
 from dnw_graph.propagation.block import BlockPropagation
 from dnw_graph.propagation.sparse import SparsePropagation
@@ -17,7 +17,7 @@ class AutoPropagation(Propagation):
 
     Sparse products (:class:`SparsePropagation`) on a CPU, in single or double precision, for at least as many images as
     pay for a layout with the images last, where few of the candidates are real; the block path everywhere else, where
-    there is no compiler for the kernels, and under ``torch.compile``.
+    there is no compiler for the kernels, and where operators are traced or counted.
 
     Attributes:
         MAX_DENSITY: Largest share of real edges among the candidates for sparse products.
@@ -36,8 +36,8 @@ class AutoPropagation(Propagation):
         """Return the way for these edges and inputs like these."""
         candidates = edges.candidates
         sparse = (
-            not torch.compiler.is_compiling()
-            and takes(x)
+            takes(x)
+            and unseen()
             and x.dtype == candidates.weight.dtype
             and len(x) >= self.MIN_BATCH
             and not torch.is_autocast_enabled("cpu")

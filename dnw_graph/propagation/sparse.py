@@ -28,11 +28,14 @@ class SparsePropagation(Propagation):
     candidates get no gradient (:class:`~dnw_graph.RandomGraph`, …) there is no dense product at all.
 
     Raises:
-        InputError: In the forward pass, if the states are not float32 or float64 on a CPU.
+        InputError: In the forward pass, if the states are not float32 or float64 on a CPU, or it is traced; in the
+            backward pass, if it is to be differentiated itself.
     """
 
     def forward(self, edges: RealEdges, x: Tensor) -> Propagate:
         """Cut the ascending flat indices into the blocks' own edges."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            raise InputError("propagation='sparse' calls kernels that cannot be traced; use propagation='auto'")
         if not takes(x) or edges.candidates.weight.dtype != x.dtype:
             raise InputError(
                 f"propagation='sparse' takes float32 or float64 on a CPU; got states of {x.dtype} on {x.device}: use "

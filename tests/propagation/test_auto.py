@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dnw_graph import CandidateEdges, NeuralGraph
 from dnw_graph.propagation import BlockPropagation, RealEdges, SparsePropagation
@@ -55,3 +56,16 @@ def test_the_choice_is_made_for_every_forward_pass():
     graph(torch.randn(32, 4, 5, 5))
     graph(torch.randn(3, 4, 5, 5))
     assert layouts == [True, True, False, False]
+
+
+def test_what_traces_or_counts_sees_every_operator(monkeypatch):
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    graph, x = NeuralGraph((4, 8, 8), 10).eval(), torch.randn(32, 4, 5, 5)
+    program = torch.export.export(graph, (x,)).module()
+    other = torch.randn(32, 4, 5, 5)
+    torch.testing.assert_close(program(other), graph(other))
+    with FlopCounterMode(display=False) as counter:
+        graph(x)
+    by_hand = 2 * 32 * 25 * (4 * 8 + 12 * 8 + 9 * (4 + 8))  # dense products and 3×3 convolutions
+    assert counter.get_total_flops() == by_hand

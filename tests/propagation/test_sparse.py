@@ -1,0 +1,185 @@
+"""Sparse propagation: what its chain of products must do beside giving the right numbers."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from reference import relative_error
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from dnw_graph import CandidateEdges, InputError, NeuralGraph, RandomGraph
+from dnw_graph.propagation import SparsePropagation
+
+SIZES = (3, 4, 5, 2)
+
+
+class Cut(nn.Module):
+    """Hands states on without their gradient."""
+
+    def forward(self, z):
+        return z.detach() * 2
+
+
+def cut_in_the_middle():
+    """Node functions of which only that of the block of 5 nodes cuts the gradient."""
+    return lambda num_nodes, stride=1: Cut() if num_nodes == 5 else nn.Tanh()
+
+
+def gradients(graph, x, times=1):
+    """Gradients of inputs and of all parameters, from a loss that weighs every output differently."""
+    x = x.clone().requires_grad_()
+    out = graph(x)
+    loss = (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)).sum()
+    named = [("input", x), *((name, p) for name, p in graph.named_parameters() if p.requires_grad)]
+    for turn in range(times):
+        found = torch.autograd.grad(
+            loss, [p for _, p in named], retain_graph=turn < times - 1, allow_unused=True, materialize_grads=True
+        )
+    return {name: grad for (name, _), grad in zip(named, found, strict=True)}
+
+
+def pair(**options):
+    """The same graph by sparse and by dense products."""
+    graphs = []
+    for propagation in ("sparse", "block"):
+        torch.manual_seed(0)
+        graphs.append(NeuralGraph(SIZES, 20, propagation=propagation, **options).double())
+    return graphs
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        if expected[name].norm() < 1e-12:
+            assert grad.norm() < 1e-12, name
+        else:
+            assert relative_error(grad, expected[name]) < 1e-10, name
+
+
+X = torch.randn(6, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"wiring": RandomGraph()},
+        {"wiring": RandomGraph(), "node_function": nn.Tanh()},
+        {"node_function": "norm_relu_conv_norm_relu", "output_function": True, "stride": 2},
+        {"input_function": False},
+        {"node_function": cut_in_the_middle()},
+        {"candidates": CandidateEdges.adjacent(SIZES)},
+        {"candidates": CandidateEdges([(range(3), range(3, 7)), (range(3), range(7, 12)), (range(3, 12), range(12, 14))])},
+    ],
+    ids=["plain", "random", "random, tanh", "two norms", "bare inputs", "a cut gradient", "layers", "a block left out"],
+)
+def test_gradients_are_those_of_dense_products(options):
+    sparse, block = pair(**options)
+    assert_same(gradients(sparse, X), gradients(block, X))
+
+
+def test_vectors_have_no_space():
+    sparse, block = pair(node_function=nn.Tanh())
+    assert_same(gradients(sparse, X[:, :, 0, 0]), gradients(block, X[:, :, 0, 0]))
+
+
+def test_a_kept_graph_gives_the_same_gradients_again():
+    sparse, block = pair()
+    assert_same(gradients(sparse, X, times=3), gradients(block, X))
+
+
+def test_two_forward_passes_keep_their_states_apart():
+    sparse, _ = pair()
+    expected = [gradients(sparse, x) for x in (X, 2 * X)]
+    inputs = [X.clone().requires_grad_(), (2 * X).requires_grad_()]
+    outs = [sparse(x) for x in inputs]
+    for out in outs:
+        (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
+    for x, one in zip(inputs, expected, strict=True):
+        assert relative_error(x.grad, one["input"]) < 1e-12
+    total = sum(one["candidates.weight"] for one in expected)
+    assert relative_error(sparse.candidates.weight.grad, total) < 1e-12
+
+
+def test_a_graph_whose_forward_pass_is_done_again_in_the_backward_pass():
+    sparse, block = pair()
+
+    def again(x):
+        return checkpoint(sparse, x, use_reentrant=False)
+
+    again.named_parameters = sparse.named_parameters
+    assert_same(gradients(again, X), gradients(block, X))
+
+
+def test_part_of_the_outputs_is_enough():
+    sparse, block = pair(node_function=nn.Tanh())
+    found = []
+    for graph in (sparse, block):
+        graph(X)[:, 1, :2].square().sum().backward()
+        found.append(graph.candidates.weight.grad)
+    assert relative_error(*found) < 1e-10
+
+
+def watch(graph):
+    """Weak references to the states that the node functions return."""
+    seen = []
+    for function in graph.dynamics.node_functions:
+        function.register_forward_hook(lambda module, args, out: seen.append(weakref.ref(out)))
+    return seen
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_states_live_no_longer_than_the_backward_pass_needs_them(backward):
+    sparse, _ = pair()
+    seen = watch(sparse)
+    gc.collect()
+    gc.disable()
+    try:
+        loss = sparse(X).sum()
+        if backward:
+            loss.backward()  # The loss is still there.
+        else:
+            del loss
+        assert len(seen) == len(SIZES)
+        assert not any(reference() is not None for reference in seen[:-1])
+    finally:
+        gc.enable()
+
+
+def test_states_are_kept_once():
+    sparse, _ = pair(node_function=nn.Tanh())
+    kept = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda tensor: tensor):
+        sparse(X)
+    tanh = len(SIZES) - 1  # keeps its results, which are the states; the inputs' copy and the weights are kept besides
+    assert len(set(kept)) <= tanh + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_refused(dtype):
+    graph = NeuralGraph(SIZES, 20, propagation="sparse").to(dtype)
+    with pytest.raises(InputError, match=f"float32 or float64 on a CPU; got states of {dtype}"):
+        graph(torch.zeros(2, 3, 4, 4, dtype=dtype))
+
+
+def test_without_kernels_it_gives_the_same(monkeypatch):
+    sparse, block = pair()
+    monkeypatch.setenv("DNW_GRAPH_KERNELS", "0")
+    assert_same(gradients(sparse, X), gradients(block, X))
+    random, block = pair(wiring=RandomGraph())
+    assert_same(gradients(random, X), gradients(block, X))
+
+
+def test_it_can_be_given_as_an_object():
+    graph = NeuralGraph(SIZES, 20, propagation=SparsePropagation())
+    assert graph(X.float()).shape == (6, 2, 5, 4)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_tracing_is_refused():
+    graph = NeuralGraph(SIZES, 20, propagation="sparse").eval()
+    with pytest.raises(InputError, match="cannot be traced; use propagation='auto'"):
+        torch.jit.trace(graph, X.float())
