@@ -21,7 +21,8 @@ from dnw_graph.multiply_adds import MultiplyAdds
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.sparsify.access import sparse_parameters
 
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+"""Modules whose weights and biases are those of a norm; ``_NormBase``: batch norm and instance norm."""
 
 
 @dataclass(frozen=True)
@@ -222,13 +223,13 @@ def _count_parameters(
     counts: Counter[str] = Counter()
     counted: set[nn.Parameter] = set()
     real = {
-        parts.parts[0][0].parameter: int(parts.current_mask().sum())
+        parts.parts[0][0].parameter: int(parts.current_mask().count_nonzero())
         for module in rows
         for path, _, _, parts in sparse_parameters(module)
         if not path
     }
     for module, row in rows.items():
-        if isinstance(module, (CandidateEdges, *_NORMS)):
+        if isinstance(module, (CandidateEdges, *NORMS)):
             continue
         if (own := getattr(module, "own_parameters", None)) is not None:  # a layer of a compact model
             counts[row] += own()

@@ -19,6 +19,7 @@ from dnw_graph.cost import neural_graphs
 from dnw_graph.dynamics import Continuous
 from dnw_graph.errors import unknown_name
 from dnw_graph.neural_graph import NeuralGraph
+from dnw_graph.sparsify import densify, weight_graphs
 
 PRODUCTS = ("sparse", "dense")
 
@@ -47,6 +48,8 @@ def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | Non
     A graph with an adaptive solver takes other steps without its dead nodes, so that its outputs move within the
     solver's tolerance; the report says by how much.
 
+    Sparse weights of layers (see :func:`~dnw_graph.sparsify.sparsify`) become dense ones with zeros.
+
     Args:
         model: The model; it stays as it is. The real edges are those of evaluation.
         products: ``"sparse"``: the products over the edges are sparse, and static graphs of norm → ReLU → 3×3
@@ -68,6 +71,9 @@ def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | Non
     """
     if products not in PRODUCTS:
         raise unknown_name("kind of products", products, PRODUCTS)
+    if weight_graphs(model):
+        model = copy.deepcopy(model)
+        densify(model)
     report = Report()
     modes = {module: module.training for module in model.modules()}
     try:

@@ -66,7 +66,7 @@ class Report:
         lines = [f"{'':14}{'before':>14}{'after':>14}"]
         for name in ("nodes", "edges", "parameters", "multiply_adds"):
             before, after = getattr(self.before, name), getattr(self.after, name)
-            if before is not None:
+            if before:  # a model without graphs has no nodes
                 lines.append(f"{name.replace('_adds', '-adds'):14}{before:14,}{after:14,}")
         for name, (old, new) in self.graphs.items():
             lines.append(f"{name}: {old.nodes:,} → {new.nodes:,} nodes, {old.edges:,} → {new.edges:,} edges")
@@ -90,8 +90,7 @@ def count_parameters(module: nn.Module) -> int:
         if isinstance(layer, Layer):
             total += layer.own_parameters()
         else:
-            own = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-            total += sum(tensor.numel() for tensor in own if tensor.is_floating_point())
+            total += sum(parameter.numel() for parameter in layer.parameters(recurse=False))
     return total
 
 

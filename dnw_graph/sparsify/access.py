@@ -11,6 +11,7 @@ from torch_geometric.data import Data
 
 from dnw_graph.errors import unknown_name
 from dnw_graph.sparsify.forward_pass import RealWeights
+from dnw_graph.sparsify.layers import LayerWeight, weight_name
 from dnw_graph.sparsify.weight_graph import WeightGraph
 
 
@@ -26,10 +27,30 @@ def sparse_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, 
                     yield path, layer, name, chain[0]
 
 
+def sparse_weights(module: nn.Module) -> dict[str, tuple[LayerWeight, WeightGraph]]:
+    """Return every sparse weight with its graph, by its name in this module, which may be a part of a larger one."""
+    found: dict[str, tuple[LayerWeight, WeightGraph]] = {}
+    seen: set[LayerWeight] = set()
+    for path, _, name, real in sparse_parameters(module):
+        for weight, graph in real.parts:
+            if weight not in seen:
+                seen.add(weight)
+                found[weight_name(f"{path}.{name}" if path else name, weight.third)] = (weight, graph)
+    return found
+
+
 def weight_graphs(module: nn.Module) -> dict[str, WeightGraph]:
-    """Return the graphs of a module's sparse weights by name: one per weight, or one in all with ``"global"``."""
-    graphs = (graph for _, _, _, real in sparse_parameters(module) for _, graph in real.parts)
-    return {graph.name: graph for graph in dict.fromkeys(graphs)}
+    """Return the graphs of a module's sparse weights by name: one per weight, or one in all with ``"global"``.
+
+    The graph of one weight goes by the weight's name in this module. That of several is ``"all layers"``; where
+    ``sparsify`` was called for several parts, each ``"global"``, a further one goes by the name of its first weight.
+    """
+    graphs: dict[WeightGraph, str] = {}
+    for name, (_, graph) in sparse_weights(module).items():
+        if graph not in graphs:
+            shared = len(graph.weights) > 1 and graph.name not in graphs.values()
+            graphs[graph] = graph.name if shared else name
+    return {name: graph for graph, name in graphs.items()}
 
 
 def to_data(module: nn.Module, name: str) -> Data:
@@ -45,14 +66,12 @@ def to_data(module: nn.Module, name: str) -> Data:
 
     Args:
         module: A module with sparse weights.
-        name: Name of a weight, as in the table of :func:`sparsify`.
+        name: Name of a weight in the module, as in the table of :func:`sparsify`.
 
     Raises:
         InputError: If there is no sparse weight of that name.
     """
-    found = {
-        weight.name: (weight, graph) for _, _, _, real in sparse_parameters(module) for weight, graph in real.parts
-    }
+    found = sparse_weights(module)
     if name not in found:
         raise unknown_name("sparse weight", name, found)
     weight, graph = found[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -70,7 +70,8 @@ def sparsify(
         raise InputError(f"sparsify takes a torch.nn.Module; got {type(module).__name__}")
     reasons = reasons_to_skip(module, skip)
     refuse_module(module, reasons)
-    weights = [weight for weight in find_weights(module) if weight.name not in reasons]
+    every = list(find_weights(module))
+    weights = [weight for weight in every if weight.name not in reasons]
     refuse_weights(module, weights)
     counts = edges_per_weight(weights, density, distribution)
     plan = [(weight.name, [weight], count) for weight, count in zip(weights, counts, strict=True)]
@@ -83,32 +84,32 @@ def sparsify(
     for name, each, count, rule, start in ready:
         graphs.append(WeightGraph(name, each, rule, count))
         graphs[-1].write(start)
-    table = _table(module, graphs, reasons)
+    table = _table(module, every, graphs, reasons)
     _attach(module, graphs)
     return table
 
 
-def _table(module: nn.Module, graphs: Sequence[WeightGraph], reasons: Mapping[str, str]) -> SparsityTable:
-    real: dict[str, int] = {}
+def _table(
+    module: nn.Module, weights: Sequence[LayerWeight], graphs: Sequence[WeightGraph], reasons: Mapping[str, str]
+) -> SparsityTable:
+    """Return a row per parameter of two or more dimensions; of ``in_proj_weight`` one per projection."""
+    real: dict[LayerWeight, int] = {}
     for graph in graphs:
-        masks = graph.masks([weight.parameter for weight in graph.weights], begins_pass=False)
-        real |= {weight.name: int(mask.sum()) for weight, mask in zip(graph.weights, masks, strict=True)}
+        real |= graph.real_edges_per_weight()
+    parts: dict[Tensor, list[LayerWeight]] = {}
+    for weight in weights:
+        parts.setdefault(weight.parameter, []).append(weight)
     rows = []
     owners = dict(module.named_modules())
     for name, parameter in module.named_parameters():
         if is_lazy(parameter) or parameter.dim() < 2:
             continue
-        path, _, own = name.rpartition(".")
-        thirds = [f"{name}.{part}" for part in "qkv"] if own == "in_proj_weight" else [name]
-        for part in thirds:
-            rows_of, *others = parameter.shape
-            shape = (rows_of // len(thirds), *others)
-            if part in real:
-                rows.append(SparsityRow(part, shape, parameter.numel() // len(thirds), real[part]))
-                continue
-            numel = parameter.numel() // len(thirds)
-            reason = reasons.get(part) or f"parameter of {type(owners[path]).__name__}"
-            rows.append(SparsityRow(part, shape, numel, numel, reason))
+        for part in parts.get(parameter, []):
+            reason = "" if part in real else reasons[part.name]
+            rows.append(SparsityRow(part.name, tuple(part.shape), part.numel, real.get(part, part.numel), reason))
+        if parameter not in parts:
+            reason = reasons.get(name) or f"parameter of {type(owners[name.rpartition('.')[0]]).__name__}"
+            rows.append(SparsityRow(name, tuple(parameter.shape), parameter.numel(), parameter.numel(), reason))
     return SparsityTable(tuple(rows))
 
 

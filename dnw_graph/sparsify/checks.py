@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.sparsify.access import sparse_parameters
-from dnw_graph.sparsify.layers import LayerWeight
+from dnw_graph.sparsify.layers import LayerWeight, find_weights
 
 Skip = str | type[nn.Module]
 
@@ -25,7 +25,7 @@ def reasons_to_skip(module: nn.Module, skip: Skip | Iterable[Skip]) -> dict[str,
     entries = list(skip) if isinstance(skip, Iterable) and not isinstance(skip, str) else [skip]
     modules = dict(module.named_modules(remove_duplicate=False))
     parameters = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    parameters += [f"{name}.{part}" for name in parameters if name.endswith("in_proj_weight") for part in "qkv"]
+    parameters += [weight.name for weight in find_weights(module) if weight.third is not None]
     names = [name for name in (*modules, *parameters) if name]
     reasons: dict[str, str] = {}
     for entry in entries:
@@ -59,10 +59,8 @@ def refuse_module(module: nn.Module, reasons: Mapping[str, str]) -> None:
     """Refuse a module with layers that cannot be made sparse.
 
     Raises:
-        InputError: If it is no module or a script, or a layer that is not skipped is lazy, quantised or sparse already.
+        InputError: If it is a script, or a layer that is not skipped is lazy, quantised or sparse already.
     """
-    if not isinstance(module, nn.Module):
-        raise InputError(f"sparsify takes a torch.nn.Module; got {type(module).__name__}")
     if isinstance(module, torch.jit.ScriptModule):
         raise InputError("a scripted module cannot be changed: make its weights sparse before torch.jit")
     for path, layer in module.named_modules():

@@ -117,7 +117,16 @@ class ForwardPass:
         return [weight for weight in self._weights if weight.active]
 
     def begin(self, module: nn.Module, args: Any) -> None:
-        """Forward pre-hook of the module."""
+        """Forward pre-hook of the module.
+
+        Raises:
+            InputError: If the module is a copy that ``nn.DataParallel`` made on another device.
+        """
+        if getattr(module, "_is_replica", False):
+            raise InputError(
+                "nn.DataParallel on several devices copies a module for every forward pass, and sparse weights are not "
+                "copied with it: use nn.parallel.DistributedDataParallel"
+            )
         weights = self.weights
         if not weights or weights[0].mask is not None:
             return
@@ -133,7 +142,13 @@ class ForwardPass:
             self.begun = False
 
     def masks(self, begins_pass: bool) -> list[Tensor]:
-        """Return the mask of each parameter; a compiler sees one operator."""
+        """Return the mask of each parameter; a compiler sees one operator.
+
+        Raises:
+            InputError: Under ``torch.export``: the exported program could not call this object.
+        """
+        if _is_exporting():
+            raise InputError("a module with sparse weights cannot be exported: densify(…) it first, or a copy of it")
         parameters = [weight.parameter for graph in self.graphs() for weight in graph.weights]
         if torch.compiler.is_compiling():
             like = [weight.parts[0][0].parameter.detach() for weight in self.weights]
@@ -162,6 +177,8 @@ class ForwardPass:
         self.begun = False
         self._register()
 
+
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)  # from PyTorch 2.7 on
 
 _TOKENS = itertools.count()
 _PASSES: weakref.WeakValueDictionary[str, ForwardPass] = weakref.WeakValueDictionary()

@@ -111,13 +111,14 @@ def find_weights(module: nn.Module) -> Iterator[LayerWeight]:
         else:
             continue
         for name in names:
-            if layer._parameters.get(name) is None:
-                continue
-            if name == "in_proj_weight":
-                for third, letter in enumerate(PROJECTIONS):
-                    yield LayerWeight(f"{prefix}{name}.{letter}", layer, name, third)
-            else:
-                yield LayerWeight(prefix + name, layer, name)
+            if layer._parameters.get(name) is not None:
+                for third in range(3) if name == "in_proj_weight" else (None,):
+                    yield LayerWeight(weight_name(prefix + name, third), layer, name, third)
+
+
+def weight_name(parameter: str, third: int | None) -> str:
+    """Return the name of a weight from that of its parameter: a projection in ``in_proj_weight`` adds its letter."""
+    return parameter if third is None else f"{parameter}.{PROJECTIONS[third]}"
 
 
 def candidate_edges(weights: tuple[LayerWeight, ...], flat: Tensor) -> CandidateEdges:

@@ -53,6 +53,11 @@ class WeightGraph(nn.Module):
         """Number of real edges now: that of :attr:`real_index`."""
         return self.real_index.numel()
 
+    def real_edges_per_weight(self) -> dict[LayerWeight, int]:
+        """Return the number of real edges now in each of ``weights``."""
+        masks = self.masks([weight.parameter for weight in self.weights], begins_pass=False)
+        return {weight: int(mask.count_nonzero()) for weight, mask in zip(self.weights, masks, strict=True)}
+
     @property
     def candidate_weight(self) -> Float[Tensor, " candidates"]:
         """All weights as one vector, the order that wirings see; hallucinated ones keep their values."""
@@ -99,7 +104,7 @@ class WeightGraph(nn.Module):
             for weight, part in zip(self.weights, parts, strict=True):
                 rows = weight.parameter if weight.third is None else weight.parameter.chunk(3)[weight.third]
                 rows.copy_(weight.shaped(part))
-        self._chosen = None
+        _forget_wiring(self)
 
     def update_wiring(self) -> None:
         """Choose the real edges anew from the weights as they are now."""
@@ -126,12 +131,23 @@ class WeightGraph(nn.Module):
         if self.training and not begins_pass:
             return self._masks(parameters, self._choose(flat))
         choose = self.wiring.choose_to_train if self.training else self.wiring.choose
-        return self._keep(parameters, choose(flat, self._num_edges, self.name))
+        index = choose(flat, self._num_edges, self.name)
+        if not self.training:
+            self.wiring.raise_non_finite()
+        return self._keep(parameters, index)
 
     def _choose(self, flat: Tensor) -> Tensor:
-        return self.wiring.choose(flat.detach(), self._num_edges, self.name)
+        index = self.wiring.choose(flat.detach(), self._num_edges, self.name)
+        self.wiring.raise_non_finite()
+        return index
 
     def _flat(self, parameters: Sequence[Tensor]) -> Tensor:
+        for weight, parameter in zip(self.weights, parameters, strict=True):
+            if hasattr(parameter, "full_tensor"):
+                raise InputError(
+                    f"{weight.name} is sharded, and is ranked as a whole: call fully_shard on the whole model alone, "
+                    "and unshard() on it before you look at its weights"
+                )
         flats = [weight.flat(parameter) for weight, parameter in zip(self.weights, parameters, strict=True)]
         return flats[0] if len(flats) == 1 else torch.cat(flats)
 
@@ -200,6 +216,7 @@ def set_up(
     return rule, flat
 
 
-def _forget_wiring(graph: WeightGraph, _: Any) -> None:
-    """Have a graph choose its edges anew, after its state was loaded."""
+def _forget_wiring(graph: WeightGraph, *_: Any) -> None:
+    """Have a graph choose its edges anew, after its weights were loaded or written."""
     graph._chosen = None
+    graph.wiring.forget_weights()

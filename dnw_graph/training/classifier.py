@@ -10,14 +10,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from dnw_graph.cost import NORMS
 from dnw_graph.neural_graph import wiring_penalty
 from dnw_graph.training.order import Purpose, mix
-
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class Classifier(LightningModule):
@@ -95,7 +93,7 @@ class Classifier(LightningModule):
         """Return SGD and the schedule, applied after every step."""
         groups: list[dict[str, Any]] = [{"params": list(self.parameters())}]
         if not self.norm_weight_decay:
-            norms = {p for m in self.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
+            norms = {p for m in self.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
             others = [p for p in self.parameters() if p not in norms]
             in_norms = [p for p in self.parameters() if p in norms]
             groups = [{"params": others}, {"params": in_norms, "weight_decay": 0.0}]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dnw_graph.compact import compact, save_compact
+from dnw_graph.compact import CompactModel, compact, save_compact
 from dnw_graph.errors import InputError
+from dnw_graph.training.whole_file import whole_file
 
 # What writes a kind of file besides PyTorch.
 FORMATS = {".safetensors": ("safetensors",), ".pt2": (), ".onnx": ("onnx", "onnxscript")}
@@ -37,8 +37,10 @@ def export(model: nn.Module, path: Path, example: Tensor) -> None:
     """Write the compact form of a model, whole or not at all.
 
     - ``.safetensors``: wiring and weights, for :func:`~dnw_graph.compact.load_compact`;
-    - ``.pt2``: a program of ``torch.export``, with sparse products;
+    - ``.pt2``: a program of ``torch.export``, with sparse products over the edges of neural graphs;
     - ``.onnx``: with dense products.
+
+    Sparse weights of layers (see :func:`~dnw_graph.sparsify.sparsify`) are written as dense ones with zeros.
 
     Args:
         model: The model.
@@ -46,22 +48,22 @@ def export(model: nn.Module, path: Path, example: Tensor) -> None:
         example: A batch of inputs; the file takes any number of them.
 
     Raises:
-        InputError: If the file cannot be written.
+        InputError: If the file cannot be written, or is ``.safetensors`` and the model not made of neural graphs.
     """
     small = compact(model, products="dense" if path.suffix == ".onnx" else "sparse")
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     batch = ({0: torch.export.Dim("batch")},)
-    try:
-        if path.suffix == ".safetensors":
-            save_compact(small, path)
-            return
+    if path.suffix == ".safetensors":
+        if not isinstance(small, CompactModel):
+            raise InputError(
+                f"--export to .safetensors is for models made of neural graphs, and {type(model).__name__} is "
+                "none: give a file ending in .pt2 or .onnx"
+            )
+        save_compact(small, path)
+        return
+    with whole_file(path, "--export") as partial:
         if path.suffix == ".pt2":
             torch.export.save(torch.export.export(small, (example,), dynamic_shapes=batch), partial)
         else:
             torch.onnx.export(
                 small, (example,), partial, dynamo=True, dynamic_shapes=batch, external_data=False, verbose=False
             )
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path} ({error.strerror}): make room, or give another --export") from error

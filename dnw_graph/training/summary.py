@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.data import Data
 
 from dnw_graph.cost import cost, live_nodes, neural_graphs
-from dnw_graph.sparsify import weight_graphs
+from dnw_graph.neural_graph import NeuralGraph
+from dnw_graph.sparsify import to_data, weight_graphs
+from dnw_graph.sparsify.access import sparse_weights
+from dnw_graph.sparsify.layers import LayerWeight
+from dnw_graph.training.whole_file import whole_file
 from dnw_graph.training.wiring_monitor import edges_swapped, real_edges
 
 
@@ -34,7 +42,7 @@ class GraphSummary:
 
 @dataclass(frozen=True)
 class WeightSummary:
-    """The weights of one sparse layer, see :func:`dnw_graph.sparsify.sparsify`.
+    """One sparse weight of a layer, see :func:`dnw_graph.sparsify.sparsify`.
 
     Attributes:
         weights: Number of weights.
@@ -62,7 +70,8 @@ class Summary:
             :class:`~dnw_graph.training.TrainingCost`; None if nothing was trained.
         seconds: Time spent in training, or None.
         graphs: The neural graphs by name; empty for a model without any.
-        weights: The sparse weights of layers by name; empty for a model without any.
+        weights: The sparse weights of layers by name, each on its own also where they share one ranking; empty for a
+            model without any.
         options: Options of the run.
     """
 
@@ -131,9 +140,12 @@ def summarize(
         )
         for name, graph in neural_graphs(model).items()
     }
+    kept: dict[LayerWeight, int] = {}
+    for weight_graph in weight_graphs(model).values():
+        kept |= weight_graph.real_edges_per_weight()
     weights = {
-        name: WeightSummary(graph.num_candidates, kept := graph.num_real_edges, kept / graph.num_candidates)
-        for name, graph in weight_graphs(model).items()
+        name: WeightSummary(weight.numel, kept[weight], kept[weight] / weight.numel)
+        for name, (weight, _) in sparse_weights(model).items()
     }
     costs = cost(model, (3, image_size, image_size))
     return Summary(
@@ -152,10 +164,12 @@ def summarize(
 
 
 def write_files(summary: Summary, model: nn.Module, folder: Path) -> list[str]:
-    """Write ``summary.json`` and, per graph, ``wiring/<name>.png`` and ``wiring/<name>.pt``.
+    """Write ``summary.json`` and the wirings: ``wiring/<name>.pt``, of neural graphs with a picture ``<name>.png``.
 
-    ``Data.from_dict(torch.load(path, weights_only=True))`` gives the graph of a ``.pt`` file as PyG's
-    :class:`~torch_geometric.data.Data`. (A pickled ``Data`` would not load with ``weights_only=True``.)
+    There is a file for every neural graph and for every sparse weight of a layer; characters other than ASCII letters,
+    digits, ``.``, ``_`` and ``-`` in a name become ``_``. ``Data.from_dict(torch.load(path, weights_only=True))`` gives
+    the graph of a ``.pt`` file as PyG's :class:`~torch_geometric.data.Data`. (A pickled ``Data`` would not load with
+    ``weights_only=True``.)
 
     Args:
         summary: The summary.
@@ -164,20 +178,49 @@ def write_files(summary: Summary, model: nn.Module, folder: Path) -> list[str]:
 
     Returns:
         What was written, relative to ``folder``.
+
+    Raises:
+        InputError: If a file cannot be written.
     """
-    (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
-    written = ["summary.json"]
-    if graphs := neural_graphs(model):
-        from matplotlib.figure import Figure
+    with whole_file(folder / "summary.json", "--output") as partial:
+        partial.write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    graphs, weights = neural_graphs(model), sparse_weights(model)
+    files = [folder / "wiring" / name for name in _file_names([*graphs, *weights])]
+    if not files:
+        return ["summary.json"]
+    files[0].parent.mkdir(exist_ok=True)
+    for graph, file in zip(graphs.values(), files, strict=False):
+        _save_picture(graph, file.with_name(f"{file.name}.png"))
+        _save_data(graph.to_data(), file.with_name(f"{file.name}.pt"))
+    for name, file in zip(weights, files[len(graphs) :], strict=True):
+        _save_data(to_data(model, name), file.with_name(f"{file.name}.pt"))
+    return ["summary.json", *(["wiring/*.png"] if graphs else []), "wiring/*.pt"]
 
-        from dnw_graph.visualize import plot_adjacency
 
-        wiring = folder / "wiring"
-        wiring.mkdir(exist_ok=True)
-        for name, graph in graphs.items():
-            figure = Figure(figsize=(7.5, 6.5), layout="constrained")
-            plot_adjacency(graph, ax=figure.subplots())
-            figure.savefig(wiring / f"{name}.png", dpi=150)
-            torch.save(graph.to_data().to_dict(), wiring / f"{name}.pt")
-        written += ["wiring/*.png", "wiring/*.pt"]
-    return written
+def _file_names(names: Iterable[str]) -> list[str]:
+    """Return names for files, all different, also where letters of either case are one."""
+    found: list[str] = []
+    for name in names:
+        stem = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)[:200]
+        numbered = (stem, *(f"{stem}-{number}" for number in range(2, len(found) + 2)))
+        taken = {each.lower() for each in found}
+        found.append(next(each for each in numbered if each.lower() not in taken))
+    return found
+
+
+def _save_picture(graph: NeuralGraph, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from dnw_graph.visualize import plot_adjacency
+
+    figure = Figure(figsize=(7.5, 6.5), layout="constrained")
+    plot_adjacency(graph, ax=figure.subplots())
+    with whole_file(path, "--output") as partial:
+        figure.savefig(partial, dpi=150)
+
+
+def _save_data(data: Data, path: Path) -> None:
+    buffer = io.BytesIO()  # straight to a full disk, torch.save raises no OSError
+    torch.save(data.to_dict(), buffer)
+    with whole_file(path, "--output") as partial:
+        partial.write_bytes(buffer.getbuffer())

@@ -8,6 +8,7 @@ import torch
 from reference import relative_error
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from dnw_graph import CandidateEdges, InputError, NeuralGraph, RandomGraph
@@ -183,3 +184,16 @@ def test_tracing_is_refused():
     graph = NeuralGraph(SIZES, 20, propagation="sparse").eval()
     with pytest.raises(InputError, match="cannot be traced; use propagation='auto'"):
         torch.jit.trace(graph, X.float())
+
+
+@pytest.mark.parametrize("node_function", ["norm_relu_conv", nn.Tanh()])
+def test_gradients_against_differences(node_function):
+    torch.manual_seed(0)
+    graph = NeuralGraph(SIZES, 20, node_function=node_function, propagation="sparse").double()
+    real, weight = graph.real_index, graph.candidates.weight.detach()
+
+    def run(x, real_weight):
+        return functional_call(graph, {"candidates.weight": weight.index_copy(0, real, real_weight)}, (x,))
+
+    inputs = (X[:3, :, :3, :2].clone().requires_grad_(), weight[real].clone().requires_grad_())
+    assert torch.autograd.gradcheck(run, inputs, atol=1e-6)

@@ -1,10 +1,14 @@
-"""A small vision transformer and images to train it on."""
+"""A small vision transformer, images to train it on, and a loop."""
 
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
+
+from dnw_graph.sparse_momentum import SparseMomentum, SparseMomentumRounds, momentum_layers
+
+RULES = {"dnw": "dnw", "random_graph": "random_graph", "sparse_momentum": SparseMomentum(0.5)}
 
 
 def make_model(dtype=torch.float64, num_layers=1):
@@ -25,14 +29,19 @@ def batches(count=6, size=16, dtype=torch.float64):
 
 
 def train(model, data, call=None, optimiser=None):
-    """A plain loop; the losses."""
+    """A plain loop, with a round of sparse momentum every other step for a model that has the rule; the losses."""
     call = model if call is None else call
     optimiser = optimiser or torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    rounds = None
+    if momentum_layers(model):
+        rounds = SparseMomentumRounds(model, optimiser, num_steps=len(data), every=2)
     losses = []
     for x, y in data:
         optimiser.zero_grad()
         loss = F.cross_entropy(call(x), y)
         loss.backward()
         optimiser.step()
-        losses.append(float(loss))
+        if rounds:
+            rounds.step()
+        losses.append(loss.item())
     return losses

@@ -5,11 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch_geometric.utils import to_networkx
 
 from dnw_graph import Fixed, InputError, TargetedDropout
 from dnw_graph.sparsify import sparsify, to_data, weight_graphs
 from dnw_graph.sparsify.budget import edges_per_weight
 from dnw_graph.sparsify.layers import find_weights
+from dnw_graph.visualize import plot
 
 LAYERS = {
     "linear": lambda: nn.Linear(3, 4),
@@ -88,6 +90,18 @@ def test_dead_inputs_are_not_live():
     assert to_data(layer, "weight").live_mask.tolist() == [True, False, True, True, True]
 
 
+def test_a_layer_can_be_drawn_and_converted():
+    layer = nn.Conv2d(3, 4, 3)
+    sparsify(layer, 0.5)
+    data = to_data(layer, "weight")
+    assert plot(data).get_title() == "7 nodes, 54 real edges"
+    network = to_networkx(data, to_multi=True, edge_attrs=["edge_weight", "kernel_position"])
+    found = torch.zeros(4, 3, 3, 3)
+    for source, target, edge in network.edges(data=True):
+        found[(target - 3, source, *edge["kernel_position"])] = edge["edge_weight"]
+    assert torch.equal(found, layer.weight)
+
+
 def test_a_rule_sees_the_weights_of_one_output_channel_as_one_node():
     """Regular targeted dropout keeps a share of every output channel, here of a transposed convolution in groups."""
     layer = nn.ConvTranspose2d(4, 6, 3, groups=2)
@@ -117,6 +131,27 @@ def test_one_ranking_of_all_layers():
     assert all(weight[weight.ne(0)].abs().min() >= threshold for weight in weights if weight.ne(0).any())
     assert list(weight_graphs(model)) == ["all layers"]
     assert to_data(model, "0.weight").num_edges == int(model[0].weight.ne(0).sum()) == table.rows[0].kept
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "global"])
+def test_names_are_those_in_the_module_that_is_asked(distribution):
+    """Two parts that were made sparse one by one, with layers of the same names."""
+    model = nn.ModuleDict({name: nn.Sequential(nn.Linear(3, 4), nn.MultiheadAttention(4, 1)) for name in "ab"})
+    for density, part in zip((0.25, 0.5), model.values(), strict=True):
+        sparsify(part, density, distribution=distribution)
+    weights = ("0.weight", "1.in_proj_weight.q", "1.in_proj_weight.k", "1.in_proj_weight.v", "1.out_proj.weight")
+    parts = [f"{name}.{weight}" for name in "ab" for weight in weights]
+    graphs = weight_graphs(model)
+    assert list(graphs) == (parts if distribution == "uniform" else ["all layers", "b.0.weight"])
+    assert sum(graph.num_real_edges for graph in graphs.values()) == 76 // 4 + 76 // 2
+    for name in parts:
+        part, own = name.split(".", 1)
+        assert torch.equal(to_data(model, name).edge_weight, to_data(model[part], own).edge_weight)
+    expected = model["b"][0].weight
+    data = to_data(model, "b.0.weight")
+    found = torch.zeros(4, 3)
+    found[data.edge_index[1] - 3, data.edge_index[0]] = data.edge_weight
+    assert torch.equal(found, expected)
 
 
 class Shapes(nn.Module):

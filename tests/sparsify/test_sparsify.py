@@ -112,6 +112,24 @@ def test_the_table_says_what_and_why():
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_are_exact_for_short_number_formats(dtype):
+    """150,001 has more digits than either format, and more than float16 can hold."""
+    table = sparsify(nn.Linear(300, 1000).to(dtype), 0.500001)
+    assert table.kept == 300_000 - math.floor(Fraction("0.499999") * 300_000) == 150_001
+
+
+def test_projections_are_those_of_attention_whatever_a_parameter_is_called():
+    class Own(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 2)
+            self.in_proj_weight = nn.Parameter(torch.zeros(4, 3))
+
+    table = sparsify(Own(), 0.5)
+    rows = [(row.name, row.shape, row.dense_because) for row in table.rows]
+    assert sorted(rows) == [("in_proj_weight", (4, 3), "parameter of Own"), ("weight", (2, 3), "")]
+
+
 def test_parameters_stay_the_same_objects():
     model = make_model()
     before = set(model.parameters())

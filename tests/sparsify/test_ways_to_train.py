@@ -1,5 +1,6 @@
-"""A sparse vision transformer in a plain loop, compiled, on two processes, with mixed precision."""
+"""A sparse vision transformer in a plain loop, compiled, on two processes, with mixed precision, exported."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -8,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from sparse_model import batches, make_model, train
+from sparse_model import RULES, batches, make_model, train
+from torch import nn
 
 import dnw_graph
 from dnw_graph import InputError
-from dnw_graph.sparsify import sparsify, weight_graphs
+from dnw_graph.sparsify import densify, sparsify, weight_graphs
 
 
 def run(script, *arguments):
@@ -49,18 +51,71 @@ def test_the_operator_refuses_a_model_that_is_gone():
         torch.ops.dnw_graph.real_masks([torch.zeros(1)], [torch.zeros(1)], "no such model", True)
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
-def test_two_processes_train_as_one(tmp_path):
-    processes = [run("data_parallel.py", tmp_path, rank) for rank in range(2)]
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes have after training, each on half of every batch."""
+    if not torch.distributed.is_available():
+        pytest.skip("PyTorch without torch.distributed")
+    folder = tmp_path_factory.mktemp("two_processes")
+    processes = [run("data_parallel.py", folder, rank) for rank in range(2)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
-    for wiring in ("dnw", "random_graph"):
-        model = make_model()
-        sparsify(model, 0.3, wiring)
-        train(model, batches())
-        for name, value in model.state_dict().items():
-            assert torch.equal(first[wiring][name], second[wiring][name]), name
-            torch.testing.assert_close(first[wiring][name], value, rtol=1e-9, atol=1e-11)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_two_processes_train_as_one(name, two_processes):
+    model = make_model()
+    torch.manual_seed(0)  # of the first process
+    sparsify(model, 0.3, RULES[name])
+    before = {key: graph.real_index for key, graph in weight_graphs(model).items()}
+    train(model, batches())
+    moved = [not torch.equal(graph.real_index, before[key]) for key, graph in weight_graphs(model).items()]
+    assert any(moved) == (name != "random_graph")
+    first, second = (results[name] for results in two_processes)
+    assert set(first) == set(model.state_dict())
+    for key, value in model.state_dict().items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], value, rtol=1e-9, atol=1e-11)
+
+
+def test_a_model_sharded_as_a_whole_trains_as_one(two_processes):
+    model = make_model()
+    sparsify(model, 0.3)
+    train(model, batches())
+    for results in two_processes:
+        for key, value in model.named_parameters():
+            torch.testing.assert_close(results["sharded"][key], value.detach(), rtol=1e-9, atol=1e-11)
+
+
+def test_a_model_sharded_in_parts_is_refused(two_processes):
+    for results in two_processes:
+        assert "encoder" in results["sharded in parts"]
+        assert "call fully_shard on the whole model alone" in results["sharded in parts"]
+
+
+def test_copies_on_several_devices_are_refused():
+    """nn.DataParallel makes copies with ``_replicate_for_data_parallel``, on a CPU as well; one device needs none."""
+    model = make_model()
+    sparsify(model, 0.3)
+    x, y = batches(1)[0]
+    F.cross_entropy(nn.DataParallel(model)(x), y).backward()
+    with pytest.raises(InputError, match=r"use nn\.parallel\.DistributedDataParallel"):
+        model._replicate_for_data_parallel()(x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_only_a_dense_copy_can_be_exported(strict, unchecked):
+    model = make_model().eval()
+    sparsify(model, 0.3)
+    x, _ = batches(1)[0]
+    # A strict export wraps the error.
+    with pytest.raises(Exception, match=r"cannot be exported: densify\(…\) it first") as error:
+        torch.export.export(model, (x,), strict=strict)
+    assert strict or isinstance(error.value, InputError)
+    dense = copy.deepcopy(model)
+    densify(dense)
+    exported = torch.export.export(dense, (x,), strict=strict).module()
+    torch.testing.assert_close(exported(x), model(x))
 
 
 def test_mixed_precision():

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dnw_graph import NeuralGraph
+from dnw_graph.compact import load_compact
+from dnw_graph.training import Classifier
 from dnw_graph.training.images import ArrayImages, ImageData, digits
 from dnw_graph.training.options import RunOptions
 
@@ -82,6 +90,63 @@ def image_folder(tmp_path: Path) -> Path:
             for index in (images.labels == label).nonzero()[0][:6]:
                 images.load(int(index)).resize((16, 16)).save(folder / f"{index}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def example(request: pytest.FixtureRequest) -> ModuleType:
+    """The example that a test module names in ``EXAMPLE``."""
+    name = request.module.EXAMPLE
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def start(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run the example in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *argv: example.run_example(argv)
+
+
+@pytest.fixture
+def stopping_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
+    """A context in which a run gets a SIGTERM within a step."""
+
+    @contextmanager
+    def stop(step: int) -> Iterator[None]:
+        inner = Classifier.training_step
+
+        def training_step(self: Classifier, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+            if self.global_step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return inner(self, batch, batch_idx)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Classifier, "training_step", training_step)
+            yield
+
+    return stop
+
+
+@pytest.fixture
+def scores_of_file() -> Callable[[Path, Tensor], Tensor]:
+    """What an exported file makes of images."""
+
+    def scores(path: Path, images: Tensor) -> Tensor:
+        if path.suffix == ".safetensors":
+            return load_compact(path)(images)
+        if path.suffix == ".pt2":
+            return torch.export.load(path).module()(images)
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return torch.tensor(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
+
+    return scores
 
 
 @pytest.fixture(autouse=True)

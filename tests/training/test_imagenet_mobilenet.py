@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import re
-import signal
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 
-import onnxruntime
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
-from dnw_graph.compact import load_compact
-from dnw_graph.training import Classifier, read_checkpoint
+from dnw_graph.training import read_checkpoint
 from dnw_graph.training.augmentation import transforms
 from dnw_graph.training.images import digits
 
+EXAMPLE = "imagenet_mobilenet"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHORT = ("--image-size", "8", "--batch-size", "256", "--epochs", "1", "--accelerator", "cpu", "--width", "0.1")
 
@@ -39,36 +36,10 @@ TABLE_3 = {
 }
 
 
-@pytest.fixture(scope="module")
-def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("imagenet_mobilenet", EXAMPLES / "imagenet_mobilenet.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for their annotations
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def start(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    monkeypatch.chdir(tmp_path)
-    return lambda *argv: example.run_example(argv)
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    inner = Classifier.training_step
-
-    def training_step(self: Classifier, batch: Sequence[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        if self.global_step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return inner(self, batch, batch_idx)
-
-    monkeypatch.setattr(Classifier, "training_step", training_step)
-
-
 def test_training_resume_and_evaluation(
-    start: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    start: Callable[..., int],
+    stopping_at: Callable[[int], AbstractContextManager[None]],
+    capsys: pytest.CaptureFixture[str],
 ):
     assert start(*SHORT, "--output", "unbroken") == 0
     printed = capsys.readouterr().out
@@ -77,8 +48,7 @@ def test_training_resume_and_evaluation(
     for name in ("summary.json", "metrics.csv", "first.ckpt", "last.ckpt", "best.ckpt", *names):
         assert Path("unbroken", name).is_file(), name
 
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
+    with stopping_at(2):
         assert start(*SHORT, "--output", "broken") == 143
     assert "stopped after step 3: continue with --resume broken/last.ckpt" in capsys.readouterr().err
     assert start(*SHORT, "--resume", "broken/last.ckpt") == 0
@@ -105,21 +75,13 @@ def trained(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder / "last.ckpt"
 
 
-def scores_of_file(path: Path, images: torch.Tensor) -> torch.Tensor:
-    if path.suffix == ".safetensors":
-        return load_compact(path)(images)
-    if path.suffix == ".pt2":
-        return torch.export.load(path).module()(images)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return torch.tensor(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
-
-
 @pytest.mark.parametrize("ending", ["safetensors", "pt2", "onnx"])
 def test_compact_evaluation_and_export(
     ending: str,
     trained: Path,
     example: ModuleType,
     start: Callable[..., int],
+    scores_of_file: Callable[[Path, Tensor], Tensor],
     capsys: pytest.CaptureFixture[str],
     unchecked: None,
 ):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import os
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 
@@ -16,34 +14,19 @@ import pytest
 import torch
 import torchvision
 import yaml
-from torch import nn
+from torch import Tensor, nn
+from torch_geometric.data import Data
 
 from dnw_graph import InputError
 from dnw_graph.sparse_momentum import SparseMomentumRounds
 from dnw_graph.sparsify import weight_graphs
 from dnw_graph.training import Classifier, cosine, read_checkpoint
 
+EXAMPLE = "imagenet_resnet50"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHORT = ("--image-size=8", "--batch-size=512", "--epochs=3", "--accelerator=cpu", "--lr=0.05")
 # Convolutions of ResNet-18 and its classifier for 10 classes.
 WEIGHTS_18 = 11_172_032
-
-
-@pytest.fixture(scope="module")
-def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("imagenet_resnet50", EXAMPLES / "imagenet_resnet50.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for their annotations
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def start(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    monkeypatch.chdir(tmp_path)
-    return lambda *argv: example.run_example(argv)
 
 
 class Narrow(torchvision.models.ResNet):
@@ -65,17 +48,6 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights, num_classes: Narrow(num_classes))
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    inner = Classifier.training_step
-
-    def training_step(self: Classifier, batch: Sequence[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        if self.global_step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return inner(self, batch, batch_idx)
-
-    monkeypatch.setattr(Classifier, "training_step", training_step)
-
-
 # Steps 0 … 5 in epochs of two: stopped in the middle of an epoch, and at the end of one, before its round.
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(
@@ -85,13 +57,12 @@ def test_training_resume_and_evaluation(
     wiring: str,
     last_step: int,
     start: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
+    stopping_at: Callable[[int], AbstractContextManager[None]],
     capsys: pytest.CaptureFixture[str],
 ):
     options = (*SHORT, "--wiring", wiring)
     assert start(*options, "--output", "unbroken") == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, last_step)
+    with stopping_at(last_step):
         assert start(*options, "--output", "broken") == 143
     assert start(*options, "--resume", "broken/last.ckpt") == 0
     summaries = [json.loads(Path(run, "summary.json").read_text()) for run in ("unbroken", "broken")]
@@ -121,6 +92,73 @@ def test_sparse_momentum_moves_weights_and_keeps_their_number(start: Callable[..
     assert sorted(layer["kept"] for layer in summary["weights"].values()) == sorted(last.values())
     for layer in summary["weights"].values():
         assert layer["density"] == layer["kept"] / layer["weights"]
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_run_leaves_the_graph_of_every_layer(start: Callable[..., int]):
+    """One ranking of all layers, so that the numbers of edges differ from layer to layer."""
+    assert start(*SHORT, "--distribution", "global", "--output", "run") == 0
+    ending = ".parametrizations.weight.original"
+    state = read_checkpoint(Path("run/last.ckpt"))["state_dict"]
+    weights = {
+        name.removeprefix("model.").removesuffix(ending) + ".weight": value
+        for name, value in state.items()
+        if name.endswith(ending)
+    }
+    strengths = torch.cat([weight.abs().flatten() for weight in weights.values()]).sort(descending=True).values
+    kept = len(strengths) - len(strengths) * 9 // 10
+    summary = json.loads(Path("run/summary.json").read_text())["weights"]
+    assert summary.keys() == weights.keys()
+    assert {path.name for path in Path("run/wiring").iterdir()} == {f"{name}.pt" for name in weights}
+    edges = 0
+    for name, weight in weights.items():
+        data = Data.from_dict(torch.load(Path("run/wiring", f"{name}.pt"), weights_only=True))
+        assert data.validate()
+        found = torch.zeros_like(weight)
+        target = data.edge_index[1] - weight.size(1)
+        found[(target, data.edge_index[0], *data.kernel_position.T)] = data.edge_weight
+        assert torch.equal(found, weight * (weight.abs() >= strengths[kept - 1])), name
+        assert summary[name]["kept"] == data.num_edges
+        assert summary[name]["density"] == data.num_edges / weight.numel()
+        edges += data.num_edges
+    assert edges == kept
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_dense_run_leaves_no_graphs(start: Callable[..., int], capsys: pytest.CaptureFixture[str]):
+    assert start(*SHORT, "--density", "1", "--output", "run") == 0
+    assert not Path("run/wiring").exists()
+    assert "wiring" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("narrow", "unchecked")
+def test_compact_evaluation_and_export(
+    example: ModuleType,
+    start: Callable[..., int],
+    scores_of_file: Callable[[Path, Tensor], Tensor],
+    capsys: pytest.CaptureFixture[str],
+):
+    assert start(*SHORT, "--output", "run") == 0
+    checkpoint = Path("run/last.ckpt")
+    model = example.ResNetOptions().create(10, 8).eval()
+    state = read_checkpoint(checkpoint)["state_dict"]
+    model.load_state_dict({name.removeprefix("model."): value for name, value in state.items() if "model." in name})
+    images = torch.rand(5, 3, 8, 8)
+    evaluate = (*SHORT, "--evaluate", str(checkpoint))
+    capsys.readouterr()
+    for arguments in ((), ("--compact", "--export", "w.pt2"), ("--export", "w.onnx")):
+        assert start(*evaluate, *arguments) == 0
+        printed = capsys.readouterr().out
+        top1 = json.loads(Path("run/summary.json").read_text())["top1"]
+        assert f"top-1          {top1:.2%}\n" in printed
+        for path in map(Path, arguments[-1:]):
+            assert f"written to {path}" in printed
+            torch.testing.assert_close(scores_of_file(path, images), model(images).detach(), rtol=1e-4, atol=1e-4)
+    # A program that asks this process for the masks would work here alone.
+    assert "real_masks" not in str(torch.export.load("w.pt2").graph)
+    assert start(*evaluate, "--export", "w.safetensors") == 2
+    assert "Narrow is none: give a file ending in .pt2 or .onnx\n" in capsys.readouterr().err
+    assert not Path("w.safetensors").exists()
 
 
 @pytest.mark.usefixtures("narrow")

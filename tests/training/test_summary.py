@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from torch import nn
 from torch_geometric.data import Data
 
+from dnw_graph import InputError, NeuralGraph
 from dnw_graph.cost import cost
+from dnw_graph.sparsify import sparsify, to_data
 from dnw_graph.training import ImageData, RunOptions, read_checkpoint, run
+from dnw_graph.training.summary import Summary, write_files
 
 
 def test_what_a_run_leaves(
@@ -60,3 +66,46 @@ def test_what_a_run_leaves(
         assert name in printed
         assert (folder / name).is_file()
     assert list((folder / "tensorboard").iterdir())
+
+
+SUMMARY = Summary(0.5, 1.0, None, None, 1, 1, None, None, {}, {}, {})
+
+
+def test_file_names_are_safe_and_differ(tmp_path: Path):
+    layers = {name: nn.Linear(3, size) for size, name in enumerate(("a/b", "A/b", "a_b", "ä" * 300), start=3)}
+    model = nn.ModuleDict(layers)
+    sparsify(model, 0.5)
+    model["graph"] = NeuralGraph(blocks=(2, 3), num_edges=4, name="../a_b.weight")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert write_files(SUMMARY, model, folder) == ["summary.json", "wiring/*.png", "wiring/*.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    files = list((folder / "wiring").glob("*.pt"))
+    assert len({path.name.lower() for path in files}) == len(files) == 5
+    assert all(path.name.isascii() and len(path.name) < 256 for path in files)
+    written = [Data.from_dict(torch.load(path, weights_only=True)) for path in files]
+    expected = [model["graph"].to_data(), *(to_data(model, f"{name}.weight") for name in layers)]
+    by_size = (sorted(graphs, key=lambda data: data.num_nodes) for graphs in (written, expected))
+    for one, other in zip(*by_size, strict=True):
+        assert torch.equal(one.edge_index, other.edge_index)
+        assert torch.equal(one.edge_weight, other.edge_weight)
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = nn.Linear(3, 4)
+    sparsify(model, 0.5)
+    write_files(SUMMARY, model, tmp_path)
+    before = (tmp_path / "wiring" / "weight.pt").read_bytes()
+    nn.init.zeros_(model.parametrizations.weight.original)
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if target.suffix == ".pt":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InputError, match=r"cannot write .*weight.pt \(No space left on device\): make room, or give"):
+        write_files(SUMMARY, model, tmp_path)
+    assert (tmp_path / "wiring" / "weight.pt").read_bytes() == before
+    assert [path.name for path in (tmp_path / "wiring").iterdir()] == ["weight.pt"]
