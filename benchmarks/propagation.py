@@ -2,7 +2,7 @@
 
 Each row is one static graph of two blocks with node functions at both, random edges of the given density (so that
 nothing is ranked), and maps that arrive as a convolution leaves them, channels-last. Run with
-``python benchmarks/propagation.py``; with the extension packages installed, the ``torch_sparse`` adjacency is timed too.
+``python benchmarks/propagation.py``; with the extension packages installed, ``torch_sparse`` adjacencies are timed too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch_geometric.typing
 from timing import arguments, median_times, report
 from torch import Tensor
 
-from dnw_graph import InputError, NeuralGraph, Wiring
+from dnw_graph import CandidateEdges, InputError, NeuralGraph, Wiring
 from dnw_graph.propagation import (
     AutoPropagation,
     BlockPropagation,
@@ -25,7 +25,7 @@ from dnw_graph.propagation import (
     SparsePropagation,
 )
 
-# Targets, sources, density, batch, side of the map: blocks of MobileNetV1-DNW's stages, of the tiny graph and of others.
+# Targets, sources, density, batch, side of the map: blocks of MobileNetV1-DNW's stages, of the tiny graph, of others.
 SHAPES = (
     (64, 32, 0.05, 128, 32),
     (64, 32, 0.05, 4, 32),
@@ -55,7 +55,7 @@ class Drawn(Wiring):
 
     updates_hallucinated = True
 
-    def setup(self, candidates, num_edges, name):
+    def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
         """Draw the edges."""
         self.index = torch.randperm(candidates.num_candidates)[:num_edges].sort().values
 
@@ -105,7 +105,9 @@ def main() -> None:
             except InputError:  # Messages that do not fit, or another device, are no way for this shape.
                 continue
             graphs[name] = graph
-        takes = type(AutoPropagation().choose(RealEdges(graphs["block"].candidates, graphs["block"].real_index, True), x)).__name__.removesuffix("Propagation")
+        takes = type(
+            AutoPropagation().choose(RealEdges(graphs["block"].candidates, graphs["block"].real_index, True), x)
+        ).__name__.removesuffix("Propagation")
         for phase, call in (("evaluation", _evaluate), ("training", _train)):
             calls: dict[str, Callable[[], object]] = {name: partial(call, graph, x) for name, graph in graphs.items()}
             for graph in graphs.values():

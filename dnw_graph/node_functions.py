@@ -167,8 +167,8 @@ class Blockwise(nn.Module):
 
 
 def _apply(z: Tensor, norm: nn.Module | None, relu: bool, conv: NodeConv | None, nodes: range | None) -> Tensor:
-    """Apply norm, ReLU and convolution, each of which may be left out, to the maps of all nodes or of the given ones."""
-    if nodes is not None and norm is not None and not isinstance(norm, nn.InstanceNorm2d):
+    """Apply norm, ReLU and convolution, each of which may be left out, to the maps of all or of the given nodes."""
+    if nodes is not None and isinstance(norm, nn.BatchNorm2d):
         raise InputError(f"only an instance norm can be applied to some nodes; got {norm}")
     fused = fused_node_function(z, norm, relu, conv, nodes)
     if fused is not None:
@@ -181,7 +181,7 @@ def _apply(z: Tensor, norm: nn.Module | None, relu: bool, conv: NodeConv | None,
 
 
 def _normalise(norm: nn.Module, z: Tensor, nodes: range | None) -> Tensor:
-    if nodes is None:
+    if nodes is None or not isinstance(norm, nn.InstanceNorm2d):
         return norm(z)
     part = slice(nodes.start, nodes.stop)
     return F.instance_norm(z, weight=norm.weight[part], bias=norm.bias[part], eps=norm.eps)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dnw_graph.errors import InputError
+from dnw_graph.ops.build import kernels, run
 
 # Below this many candidates a sampled guess saves nothing; above it, one weight in _SAMPLE_STRIDE is sampled.
 _SAMPLE_FROM = 1 << 16
 _SAMPLE_STRIDE = 61
+# The integers that hold the bits of each type, and infinity among them.
+_BITS = {
+    torch.float16: (torch.int16, 0x1F << 10),
+    torch.bfloat16: (torch.int16, 0xFF << 7),
+    torch.float32: (torch.int32, 0xFF << 23),
+    torch.float64: (torch.int64, 0x7FF << 52),
+}
 
 
 def select_top_k(weight: Float[Tensor, " candidates"], k: int, name: str = "graph") -> Int[Tensor, " edges"]:
@@ -28,43 +38,159 @@ def select_top_k(weight: Float[Tensor, " candidates"], k: int, name: str = "grap
     Raises:
         InputError: If k is out of range or a weight is NaN or infinite.
     """
-    if not 1 <= k <= weight.numel():
-        raise InputError(f"{name}: cannot choose {k} edges among {weight.numel()} candidates")
-    magnitude = weight.detach().abs()
-    # NaN and infinity both survive max(); nothing finite turns into them.
-    if not torch.isfinite(magnitude.max()):
-        bad = int((~torch.isfinite(magnitude)).sum())
-        raise InputError(
-            f"{name}: {bad} of {weight.numel()} candidate weights are NaN or infinite; "
-            "lower the learning rate or check the inputs of the loss"
-        )
+    selector = Selector()
+    index = selector.select(weight, k, name)
+    selector.raise_non_finite()
+    return index
+
+
+class Selector:
+    """Does what :func:`select_top_k` does, step after step, and has each step profit from the one before.
+
+    On a CPU it carries the last threshold: all weights are compared with a guess a little below it, and only the few
+    that reach the guess are ranked. Where too few do, a sample of the weights makes another guess; the result is that
+    of a full sort in any case. On other devices the shapes of all tensors follow from the number of weights and k, and
+    nothing waits for the device: weights that are not finite set a flag there, which :meth:`raise_non_finite` reads.
+
+    Copies and pickles start without what was carried; a flag is read before.
+    """
+
+    def __init__(self) -> None:
+        # Outside of inference mode, whose tensors could not be written to in training.
+        with torch.inference_mode(False):
+            self._carried = torch.tensor([-1, 14], device="cpu")
+        # How many weights are not finite: a number if the host knows it, a tensor if it has not asked yet.
+        self._not_finite: int | Tensor = 0
+        self._flagged = ("", 0)
+
+    def select(self, weight: Float[Tensor, " candidates"], k: int, name: str) -> Int[Tensor, " edges"]:
+        """Return the flat indices of the k weights of largest |w|, ascending, ties to the lower index.
+
+        Args:
+            weight: Candidate weights.
+            k: Number of edges, 1 … number of candidates.
+            name: Name of the graph, for messages.
+
+        Raises:
+            InputError: If k is out of range or, on a CPU, a weight is NaN or infinite.
+        """
+        if not 1 <= k <= weight.numel():
+            raise InputError(f"{name}: cannot choose {k} edges among {weight.numel()} candidates")
+        if _on_host(weight):
+            return _select(weight.detach(), k, name, self._carried)
+        magnitude = _magnitude(weight)
+        found = (magnitude >= _BITS[weight.dtype][1]).sum()
+        if isinstance(self._not_finite, Tensor):
+            found = torch.maximum(found, self._not_finite.to(found.device))
+        self._not_finite, self._flagged = found, (name, weight.numel())
+        return _ranked(magnitude, k)
+
+    def raise_non_finite(self) -> None:
+        """Read the flag, which waits for the device.
+
+        Raises:
+            InputError: If weights that were selected from are NaN or infinite. Again until the next selection.
+        """
+        self._not_finite = int(self._not_finite)
+        if self._not_finite:
+            raise _not_finite(*self._flagged, self._not_finite)
+
+    def __reduce__(self) -> tuple[type[Selector], tuple[()]]:
+        self.raise_non_finite()
+        return Selector, ()
+
+
+def _on_host(weight: Tensor) -> bool:
+    """Whether the host can read values without waiting for a device."""
+    return weight.device.type == "cpu"
+
+
+def _magnitude(weight: Tensor) -> Tensor:
+    """Return the bits of |w| as integers: they have the order of |w|, and what is not finite comes last."""
+    return weight.detach().abs().view(_BITS[weight.dtype][0])
+
+
+def _ranked(magnitude: Int[Tensor, " candidates"], k: int) -> Int[Tensor, " edges"]:
+    """Return the places of the k largest, ascending, ties to the lower place; no shape depends on a value."""
+    if k == magnitude.numel():
+        return torch.arange(k, device=magnitude.device)
+    threshold = torch.topk(magnitude, k, sorted=False).values.amin()
+    above, ties = magnitude > threshold, magnitude == threshold
+    chosen = above | (ties & (ties.cumsum(0) <= k - above.sum()))
+    return torch.searchsorted(chosen.cumsum(0), torch.arange(1, k + 1, device=magnitude.device))
+
+
+@torch.library.custom_op(
+    "dnw_graph::select",
+    mutates_args=("carried",),
+    schema="(Tensor weight, SymInt k, str name, Tensor(a!) carried) -> Tensor",
+)
+def _select(weight: Tensor, k: int, name: str, carried: Tensor) -> Tensor:
+    """The choice on a CPU; ``carried`` holds the last threshold, or -1, and how small the margin below it is."""
+    weight = weight.contiguous()
     if k == weight.numel():
-        return torch.arange(k, device=weight.device)
-    near = _nearly_largest(magnitude, k)
-    if near is not None:
-        magnitude = magnitude[near]
-    threshold = torch.topk(magnitude, k, sorted=False).values.min()
-    chosen = torch.nonzero(magnitude >= threshold).flatten()
-    surplus = chosen.numel() - k
-    if surplus:
-        keep = torch.ones_like(chosen, dtype=torch.bool)
-        keep[torch.nonzero(magnitude[chosen] == threshold).flatten()[-surplus:]] = False
-        chosen = chosen[keep]
-    return chosen if near is None else near[chosen]
+        not_finite = _largest(weight, k, _BITS[weight.dtype][1], name)[2]
+        if not_finite:
+            raise _not_finite(name, k, not_finite)
+        return torch.arange(k)
+    last, shift = carried.tolist()
+    for guess in _guesses(weight, k, last, shift):
+        index, threshold, reaching = _largest(weight, k, guess, name)
+        if reaching >= k:
+            break
+        shift -= 3
+    # The margin follows how fast the weights move: the guess is to be reached by a few more than k.
+    shift += (reaching > k + k // 4 + 64) - (reaching < k + k // 16)
+    carried.copy_(torch.tensor([threshold, min(max(shift, 2), 30)]))
+    return index
 
 
-def _nearly_largest(magnitude: Tensor, k: int) -> Tensor | None:
-    """Return the indices, ascending, of somewhat more than the k largest values; None where all have to be ranked."""
-    if magnitude.numel() < _SAMPLE_FROM or magnitude.device.type != "cpu":
-        return None
-    # A sample guesses a value a little under the threshold. If at least k values reach it, the k-th largest is among
-    # those few; if not, the guess was too high and everything is ranked.
-    sample = magnitude[::_SAMPLE_STRIDE]
-    expected = k * sample.numel() / magnitude.numel()
-    rank = int(expected + 4 * expected**0.5) + 1
-    if rank >= sample.numel():
-        return None
-    guess = torch.topk(sample, rank, sorted=False).values.min()
-    # NumPy finds them several times faster than torch.nonzero.
-    near = torch.from_numpy(np.flatnonzero((magnitude >= guess).numpy()))
-    return near if near.numel() >= k else None
+@_select.register_fake
+def _(weight: Tensor, k: int, name: str, carried: Tensor) -> Tensor:
+    return weight.new_empty(k, dtype=torch.int64)
+
+
+def _guesses(weight: Tensor, k: int, last: int, shift: int) -> Iterator[int]:
+    """Guess a little less than the k-th largest magnitude; the last guess is always reached."""
+    infinity = _BITS[weight.dtype][1]
+    if last >= 0:
+        yield min(max(last - (infinity >> shift), 0), infinity)
+    if weight.numel() >= _SAMPLE_FROM:
+        sample = _magnitude(weight[::_SAMPLE_STRIDE])
+        expected = k * sample.numel() / weight.numel()
+        rank = int(expected + 4 * expected**0.5) + 1
+        if rank < sample.numel():
+            yield int(torch.topk(sample, rank, sorted=False).values.min())
+    yield 0
+
+
+def _largest(weight: Tensor, k: int, guess: int, name: str) -> tuple[Tensor, int, int]:
+    """Return the places of the k largest, the k-th largest and how many reach the guess.
+
+    Where fewer than k reach it, their number is all that holds.
+    """
+    library = kernels() if weight.dtype in (torch.float32, torch.float64) else None
+    if library is not None:
+        index, found = torch.empty(k, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+        run(library, "largest", (weight.dtype,), weight.numel(), k, guess, weight, index, found)
+        reaching, threshold, not_finite = found.tolist()
+    else:
+        magnitude = _magnitude(weight)
+        # NumPy finds them several times faster than torch.nonzero.
+        index = torch.from_numpy(np.flatnonzero((magnitude >= guess).numpy()))
+        reaching, threshold, not_finite = index.numel(), 0, 0
+        if reaching >= k:
+            magnitude = magnitude[index]
+            chosen = _ranked(magnitude, k)
+            index, threshold = index[chosen], int(magnitude[chosen].min())
+            not_finite = int((magnitude >= _BITS[weight.dtype][1]).sum())
+    if not_finite:
+        raise _not_finite(name, weight.numel(), not_finite)
+    return index, threshold, reaching
+
+
+def _not_finite(name: str, count: int, not_finite: int) -> InputError:
+    return InputError(
+        f"{name}: {not_finite} of {count} candidate weights are NaN or infinite; "
+        "lower the learning rate or check the inputs of the loss"
+    )

@@ -100,8 +100,8 @@ class Continuous(Recurrent):
             )
         grid = torch.tensor([self.t_span[0], *ends], dtype=torch.float64, device=x.device).to(x.dtype)
         z = F.pad(x, (*[0, 0] * (x.dim() - 2), 0, self.nodes.num_nodes - x.size(1)))
-        # The solver's own arithmetic makes tensors in the usual layout: it gets the states as they lie in memory, unless
-        # a norm of the user's own is to see them.
+        # The solver's own arithmetic makes tensors in the usual layout: it gets the states as they lie in memory,
+        # unless a norm of the user's own is to see them.
         own_norm = "norm" in self.options or "norm" in self.adjoint_options.get("adjoint_options", {})
         order = list(range(z.dim())) if own_norm else _memory_order(propagate.arrange(z))
         states = self._solve(_Field(self, propagate, order), z.permute(order).contiguous(), grid)
@@ -180,4 +180,5 @@ class _Field(torch.nn.Module):
 
 def _memory_order(z: Tensor) -> list[int]:
     """Return the dimensions of a tensor from the one with the longest stride to the one with the shortest."""
-    return sorted(range(z.dim()), key=lambda dim: -z.stride(dim))
+    strides = z.stride()
+    return sorted(range(z.dim()), key=lambda dim: -strides[dim])

@@ -21,8 +21,9 @@ def fused_node_function(
 ) -> Tensor | None:
     """Apply norm, ReLU and convolution in one pass, or return None where PyTorch's operations have to do it.
 
-    The kernel takes maps on the CPU in float32 or float64 that lie as :func:`dnw_graph.ops.layout.batch_last` makes them. It does not call
-    the modules, so that it leaves those alone that somebody listens to. Its gradients cannot be differentiated again.
+    The kernel takes maps on the CPU in float32 or float64 that lie as :func:`~dnw_graph.ops.layout.batch_last` makes
+    them. It does not call the modules, so that it leaves those alone that somebody listens to. Its gradients cannot be
+    differentiated again.
 
     Args:
         z: Maps ``[batch, nodes, height, width]``.
@@ -49,7 +50,7 @@ def fused_node_function(
     out, mean, variance = _NodeFunction.apply(
         z, scale, shift, kernel, mean, variance, (kind, int(relu), stride, float(eps))
     )
-    if kind == BATCH:
+    if isinstance(norm, nn.BatchNorm2d) and kind == BATCH:
         _follow(norm, mean, variance, z.numel() // z.size(1))
     return out
 
@@ -76,10 +77,12 @@ def _fits(z: Tensor, norm: nn.Module | None, conv: nn.Conv2d | None) -> bool:
     return usual and conv.groups == conv.in_channels == conv.out_channels and conv.stride in ((1, 1), (2, 2))
 
 
-def _follow(norm: nn.Module, mean: Tensor, variance: Tensor, count: int) -> None:
+def _follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
     """Update the running statistics of a batch norm as it would itself."""
     if not norm.training or norm.running_mean is None:
         return
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
     norm.running_mean.lerp_(mean, momentum)

@@ -96,7 +96,6 @@ class Propagate:
         block = self.blocks[number]
         return self.product(number, z, _within(targets, block.targets), _within(sources, block.sources))
 
-
     def start(self, feeding: Sequence[slice]) -> States:
         """Return the states of a static graph's blocks, none of which is computed yet.
 
@@ -109,9 +108,7 @@ class Propagate:
 class States:
     """The states of a static graph's blocks, while they are computed one after the other."""
 
-    def receive(
-        self, number: int, z: Float[Tensor, "batch nodes *space"]
-    ) -> Float[Tensor, "batch targets *space"]:
+    def receive(self, number: int, z: Float[Tensor, "batch nodes *space"]) -> Float[Tensor, "batch targets *space"]:
         """Take in the states of block ``number`` of nodes and return what the next block receives.
 
         Called for all blocks but the last, in their order.

@@ -88,7 +88,7 @@ def _part(edges: RealEdges, local: Tensor, number: int, rows: slice, columns: sl
     block: Block = edges.candidates.blocks[number]
     targets, sources = block.within(local, rows, columns)
     weight = edges.candidates.block_weight(block).detach()[rows, columns]
-    return _adjacency(targets, sources, weight[targets, sources], tuple(weight.shape))
+    return _adjacency(targets, sources, weight[targets, sources], (weight.size(0), weight.size(1)))
 
 
 class _Product(torch.autograd.Function):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dnw_graph.candidates import CandidateEdges
+from dnw_graph.selection import Selector
 
 
 class Wiring(nn.Module):
@@ -31,6 +32,11 @@ class Wiring(nn.Module):
     """
 
     updates_hallucinated: ClassVar[bool]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._selector = Selector()
+        self.register_state_dict_pre_hook(_read_flag)
 
     def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
         """Prepare state for a graph. Called whenever the candidate weights have been drawn anew.
@@ -63,9 +69,53 @@ class Wiring(nn.Module):
         """
         return self.choose(weight, num_edges, name)
 
+    def largest(self, weight: Float[Tensor, " candidates"], k: int, name: str) -> Int[Tensor, " edges"]:
+        """Return the flat indices of the k weights of largest |w|, ascending, ties to the lower index.
+
+        What :func:`dnw_graph.selection.select_top_k` returns, in less time where the weights are those of the last call
+        after a step of training. On a GPU nothing waits for the device: weights that are not finite are reported by
+        :meth:`raise_non_finite`.
+
+        Args:
+            weight: Candidate weights.
+            k: Number of edges, 1 … number of candidates.
+            name: The graph's name, for messages.
+
+        Raises:
+            InputError: If k is out of range or, on a CPU, a weight is NaN or infinite.
+        """
+        return self._selector.select(weight, k, name)
+
+    def raise_non_finite(self) -> None:
+        """Report weights that :meth:`largest` met on a GPU, now that the host may wait for the device.
+
+        The graph calls it when its edges are looked at, in evaluation, at the switch to it and before every
+        ``state_dict``, so before a checkpoint is written.
+
+        Raises:
+            InputError: If weights were NaN or infinite. Again until edges are chosen anew.
+        """
+        self._selector.raise_non_finite()
+
+    def forget_weights(self) -> None:
+        """Have nothing left of the weights so far: no flag, no threshold. Called when they were replaced."""
+        self._selector = Selector()
+
+    def train(self, mode: bool = True) -> Wiring:
+        """Switch between training and evaluation."""
+        if self.training and not mode:
+            self.raise_non_finite()
+        super().train(mode)
+        return self
+
     def penalty(self, weight: Float[Tensor, " candidates"]) -> Float[Tensor, ""] | None:
         """Return what the rule adds to the loss, or None; see :func:`dnw_graph.wiring_penalty`."""
         return None
 
     def set_num_steps(self, num_steps: int) -> None:
         """Tell a rule with a schedule how many steps training has; other rules do not care."""
+
+
+def _read_flag(wiring: Wiring, *_: Any) -> None:
+    """Keep weights that are not finite out of checkpoints."""
+    wiring.raise_non_finite()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dnw_graph.selection import select_top_k
 from dnw_graph.wirings.base import Wiring
 
 
@@ -19,4 +18,4 @@ class Complete(Wiring):
 
     def choose(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
         """Return the flat indices of all candidates."""
-        return select_top_k(weight, weight.numel(), name)
+        return self.largest(weight, weight.numel(), name)

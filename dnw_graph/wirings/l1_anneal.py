@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
-from dnw_graph.selection import select_top_k
 from dnw_graph.wirings.schedule import Schedule, Scheduled, as_schedule
 
 
@@ -72,7 +71,7 @@ class L1Anneal(Scheduled):
         left = self.choose(weight, num_edges, name)
         # Never more than there are: a graph that was given to the rule half-way stays as it is until its time comes.
         keep = min(left.numel(), weight.numel() - round(share * (weight.numel() - num_edges)))
-        chosen = left[select_top_k(weight[left], keep, name)]
+        chosen = left[self.largest(weight[left], keep, name)]
         if keep < left.numel():
             self.removed = torch.ones_like(self.removed).index_fill_(0, chosen, False)
         return chosen

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dnw_graph.selection import select_top_k
 from dnw_graph.wirings.base import Wiring
 
 
@@ -19,4 +18,4 @@ class NoUpdate(Wiring):
 
     def choose(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
         """Return the flat indices of the k largest |w|, ties to the lower index."""
-        return select_top_k(weight, num_edges, name)
+        return self.largest(weight, num_edges, name)

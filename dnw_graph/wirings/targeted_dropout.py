@@ -13,7 +13,6 @@ from torch import Tensor
 from dnw_graph.candidates import Block, CandidateEdges
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.seeding import mix
-from dnw_graph.selection import select_top_k
 from dnw_graph.wirings.schedule import Schedule, Scheduled, as_schedule
 
 VARIANTS = ("unconstrained", "regular")
@@ -83,8 +82,8 @@ class TargetedDropout(Scheduled):
     def choose(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
         """Return what stays after pruning: all but the targets."""
         if self.variant == "unconstrained":
-            return select_top_k(weight, num_edges, name)
-        select_top_k(weight, 1, name)  # refuses weights that are not finite
+            return self.largest(weight, num_edges, name)
+        self.largest(weight, 1, name)  # refuses weights that are not finite
         return self._strongest_per_node(weight.detach().abs(), num_edges)
 
     def choose_to_train(self, weight: Tensor, num_edges: int, name: str) -> Tensor:

@@ -3,7 +3,17 @@ import torch
 
 from dnw_graph.ops.layout import batch_last, is_batch_last
 
-SHAPES = [(128, 7, 5, 3), (17, 33, 3, 4), (16, 16, 1, 1), (33, 70, 2, 5), (1, 4, 3, 3), (4, 1, 2, 2), (3, 4), (2, 3, 4), (0, 3, 2, 2)]
+SHAPES = [
+    (128, 7, 5, 3),
+    (17, 33, 3, 4),
+    (16, 16, 1, 1),
+    (33, 70, 2, 5),
+    (1, 4, 3, 3),
+    (4, 1, 2, 2),
+    (3, 4),
+    (2, 3, 4),
+    (0, 3, 2, 2),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -73,7 +73,7 @@ X = torch.randn(6, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().man
         {"input_function": False},
         {"node_function": cut_in_the_middle()},
         {"candidates": CandidateEdges.adjacent(SIZES)},
-        {"candidates": CandidateEdges([(range(3), range(3, 7)), (range(3), range(7, 12)), (range(3, 12), range(12, 14))])},
+        {"candidates": CandidateEdges([(range(3), range(3, 7)), (range(3), range(7, 12)), (range(12), range(12, 14))])},
     ],
     ids=["plain", "random", "random, tanh", "two norms", "bare inputs", "a cut gradient", "layers", "a block left out"],
 )

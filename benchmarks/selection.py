@@ -1,0 +1,130 @@
+"""Times the selection of the k largest |w| against one full sort, and as a share of a training step.
+
+``carried`` is what a graph does in training: on a CPU it starts from the threshold of the step before. ``cold`` starts
+from nothing. Between two turns the weights move: by a small random step, in the rows of whole models by a training
+step with SGD. In every turn all ways choose from the same weights; the results of the last one are compared. Run with
+``python benchmarks/selection.py --threads 1``.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timing import arguments, median_times, report
+from torch import Tensor, nn
+from torchvision.models import resnet50
+
+from dnw_graph.cost import neural_graphs
+from dnw_graph.models import MobileNetV1DNW, TinyClassifier
+from dnw_graph.selection import Selector, select_top_k
+from dnw_graph.sparsify import sparsify, weight_graphs
+
+# Candidates and k: stages 4, 5 and 3 of MobileNetV1-DNW ×0.225, a tiny graph, the largest convolutions of a ResNet-50.
+GRAPHS = ((4_718_592, 72_990), (2_097_152, 79_626), (131_072, 4_976), (640_000, 32_000), (2_359_296, 235_930))
+
+
+def main() -> None:
+    """Time every graph and model and print one row for each."""
+    options = arguments(__doc__ or "").parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    rows = []
+    for candidates, k in GRAPHS:
+        weight = torch.empty(candidates, device=options.device).uniform_(-0.02, 0.02)
+        rows.append(_row("one graph", partial(list, [weight]), [k], partial(_move, weight), options))
+    tiny = TinyClassifier("static").to(options.device)
+    rows.append(_model_row("tiny static, 128 × 32²", tiny, (128, 32), options))
+    mobilenet = MobileNetV1DNW(width=0.225, num_classes=10, stem_stride=1).to(options.device)
+    rows.append(_model_row("MobileNetV1-DNW ×0.225, 128 × 32²", mobilenet, (128, 32), options))
+    resnet = resnet50(num_classes=10).to(options.device)
+    sparsify(resnet, 0.1)
+    rows.append(_model_row("sparse ResNet-50, 10%, 32 × 64²", resnet, (32, 64), options))
+    for row in rows[: len(GRAPHS)]:  # There the step stands for no training.
+        row["step, ms"] = row["carried / step"] = None
+    report("Selection: time relative to one full sort", rows, options)
+
+
+def _model_row(name: str, model: nn.Module, images: tuple[int, int], options: Namespace) -> dict[str, object]:
+    """Time the selection for all graphs of a model, and its training step, which has its own selection in it."""
+    batch, side = images
+    x = torch.randn(batch, 3, side, side, device=options.device)
+    labels = torch.randint(10, (batch,), device=options.device)
+    optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    graphs, layers = neural_graphs(model).values(), weight_graphs(model).values()
+
+    def step() -> None:
+        optimiser.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        optimiser.step()
+
+    def weights() -> list[Tensor]:
+        of_layers = [layer.candidate_weight.detach() for layer in layers]
+        return [*(graph.candidates.weight.detach() for graph in graphs), *of_layers]
+
+    numbers = [graph.num_edges for graph in graphs] + [layer.num_edges for layer in layers]
+    return _row(name, weights, numbers, step, options)
+
+
+def _row(
+    name: str,
+    weights: Callable[[], list[Tensor]],
+    numbers: Sequence[int],
+    step: Callable[[], None],
+    options: Namespace,
+) -> dict[str, object]:
+    selectors = [Selector() for _ in numbers]
+    found: dict[str, list[Tensor]] = {}
+    current: list[Tensor] = []
+
+    def move() -> None:
+        step()
+        current[:] = weights()
+
+    def way(name: str, select: Callable[[int, Tensor, int], Tensor]) -> Callable[[], None]:
+        def choose() -> None:
+            found[name] = [select(i, weight, k) for i, (weight, k) in enumerate(zip(current, numbers, strict=True))]
+
+        return choose
+
+    ways = {
+        "step": move,
+        "carried": way("carried", lambda i, weight, k: selectors[i].select(weight, k, name)),
+        "cold": way("cold", lambda i, weight, k: select_top_k(weight, k, name)),
+        "topk": way("topk", lambda i, weight, k: torch.topk(weight.abs(), k, sorted=False).indices),
+        "sort": way("sort", lambda i, weight, k: weight.abs().sort(descending=True, stable=True).indices[:k]),
+    }
+    times = median_times(ways, options.rounds, options.device)
+    _compare(found, current)
+    return {
+        "graph or model": name,
+        "candidates": f"{sum(weight.numel() for weight in current):,}",
+        "k": f"{sum(numbers):,}",
+        "full sort, ms": times["sort"],
+        "carried, ms": times["carried"],
+        **{f"{way} / sort": times[way] / times["sort"] for way in ("topk", "cold", "carried")},
+        "step, ms": times["step"],
+        "carried / step": times["carried"] / times["step"],
+    }
+
+
+def _compare(found: dict[str, list[Tensor]], weights: Sequence[Tensor]) -> None:
+    for i, weight in enumerate(weights):
+        expected = found["sort"][i].sort().values
+        assert torch.equal(found["carried"][i], expected)
+        assert torch.equal(found["cold"][i], expected)
+        # Which of equal magnitudes torch.topk takes is not defined.
+        assert torch.equal(weight[found["topk"][i]].abs().sort().values, weight[expected].abs().sort().values)
+
+
+def _move(weight: Tensor) -> None:
+    """A step as small as those of training: a thousandth of the weights' range."""
+    weight.add_(torch.randn_like(weight), alpha=2e-5)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Training as on a GPU: nothing waits for the device, and weights that are not finite are reported later.
+
+The machine need not have one: the CPU takes the way of a GPU here.
+"""
+
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from reference import top_k
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dnw_graph import Discrete, InputError, NeuralGraph, TargetedDropout, selection
+from dnw_graph.sparsify import sparsify, weight_graphs
+
+X = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(selection, "_on_host", lambda weight: False)
+
+
+class Waits(TorchDispatchMode):
+    """Collects the operations whose result, or its shape, the host needs before it can go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        if func is torch.ops.aten.index.Tensor:  # dynamic only with masks
+            tags = [index for index in args[1] if index is not None and index.dtype == torch.bool]
+        if tags:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def static(wiring="dnw", name="stage3"):
+    return NeuralGraph((3, 5, 4), 11, wiring=wiring, propagation="block", name=name)
+
+
+def discrete(wiring):
+    return NeuralGraph(
+        num_nodes=9, num_inputs=3, num_outputs=2, num_edges=11, dynamics=Discrete(3), wiring=wiring, propagation="block"
+    )
+
+
+def sparse(wiring):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 7), nn.ReLU(), nn.Linear(7, 2))
+    sparsify(model, 0.4, wiring)
+    return model
+
+
+@pytest.mark.parametrize("make", [static, discrete, sparse])
+@pytest.mark.parametrize("rule", ["dnw", "no_update", "random_graph", "complete"])
+def test_a_training_step_waits_for_nothing(make, rule):
+    model = make(rule)
+    with Waits() as waits:
+        for _ in range(2):
+            model(X).square().mean().backward()
+    assert waits.found == []
+
+
+def test_what_waits_is_seen():
+    with Waits() as waits:
+        static(TargetedDropout(0.5))(X)
+    assert {"aten._local_scalar_dense.default", "aten.nonzero.default"} <= set(waits.found)
+
+
+def test_the_edges_are_the_same():
+    graph = static()
+    optimiser = torch.optim.SGD(graph.parameters(), lr=0.5)
+    for _ in range(4):
+        expected = top_k(graph.candidates.weight.tolist(), 11)
+        optimiser.zero_grad()
+        graph(X).square().mean().backward()
+        assert graph.candidates.pairs(torch.tensor(expected)).tolist() == graph.edge_index.tolist()
+        optimiser.step()
+
+
+READS = {
+    "real_index": lambda graph: graph.real_index,
+    "edge_index": lambda graph: graph.edge_index,
+    "edge_weight": lambda graph: graph.edge_weight,
+    "num_real_edges": lambda graph: graph.num_real_edges,
+    "live_nodes": lambda graph: graph.live_nodes(),
+    "to_data": lambda graph: graph.to_data(),
+    "update_wiring": lambda graph: graph.update_wiring(),
+    "switch to evaluation": lambda graph: graph.eval(),
+    "switch of a parent": lambda graph: nn.Sequential(graph).eval(),
+    "state_dict": lambda graph: graph.state_dict(),
+    "state_dict of a parent": lambda graph: nn.Sequential(nn.ReLU(), nn.Sequential(graph)).state_dict(),
+    "file of the module": lambda graph: torch.save(graph, io.BytesIO()),
+    "pickle": pickle.dumps,
+    "copy": copy.deepcopy,
+}
+
+
+def spoil(graph, value=torch.nan):
+    """One training step with two weights that are not finite; returns the weights as they were."""
+    weight = graph.candidates.weight
+    before = weight.detach().clone()
+    weight.data[[2, 20]] = value
+    graph(X).sum().backward()
+    return before
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("read", READS)
+def test_weights_that_are_not_finite_are_reported_at_the_next_read(read, value):
+    graph = static()
+    spoil(graph, value)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"^stage3: 2 of 47 candidate weights are NaN or infinite"):
+            READS[read](graph)
+
+
+@pytest.mark.parametrize("read", ["state_dict", "switch to evaluation", "pickle"])
+def test_also_when_they_have_become_finite_again(read):
+    graph = static()
+    graph.candidates.weight.data = spoil(graph)
+    graph(X)
+    with pytest.raises(InputError, match=r"^stage3: 2 of 47"):
+        READS[read](graph)
+    graph(X)
+    for read in READS.values():
+        read(graph)
+
+
+def test_in_evaluation_at_once():
+    graph = static().eval()
+    graph(X)
+    with torch.no_grad():
+        graph.candidates.weight[3] = torch.nan
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"^stage3: 1 of 47"):
+            graph(X)
+
+
+def load(graph, weight):
+    graph.load_state_dict(static().state_dict())
+
+
+def draw(graph, weight):
+    graph.reset_parameters()
+
+
+def rewire(graph, weight):
+    graph.candidates.weight.data = weight
+    graph.rewire("dnw", 10)
+
+
+@pytest.mark.parametrize("replace", [load, draw, rewire])
+def test_nothing_is_reported_of_weights_that_were_replaced(replace):
+    graph = static()
+    replace(graph, spoil(graph))
+    for read in READS.values():
+        read(graph)
+
+
+@pytest.mark.parametrize("read", [nn.Module.state_dict, nn.Module.eval, copy.deepcopy])
+def test_sparse_layers_report_theirs(read):
+    model = sparse("dnw")
+    layer = model[3].parametrizations.weight
+    layer.original.data[1, 2] = torch.nan
+    model(X).sum().backward()
+    (graph,) = [graph for name, graph in weight_graphs(model).items() if name == "3.weight"]
+    for look in (lambda: read(model), lambda: graph.real_index):
+        with pytest.raises(InputError, match=r"3\.weight: 1 of 14 candidate weights are NaN or infinite"):
+            look()
+
+
+# In a process of its own: the compiler cannot look through the type checks that the other tests run under.
+PROGRAM = """
+import copy
+
+import torch
+
+from dnw_graph import InputError, NeuralGraph, selection
+
+for on_host in (True, False):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    selection._on_host = lambda weight: on_host
+    graph = NeuralGraph((3, 5, 4), 11, propagation="block").double()
+    twin = copy.deepcopy(graph)
+    compiled = torch.compile(graph, backend="aot_eager", fullgraph=True)
+    optimisers = [torch.optim.SGD(each.parameters(), 2.0) for each in (graph, twin)]
+    edges = set()
+    for step in range(5):
+        x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+        for each, optimiser in zip((compiled, twin), optimisers):
+            optimiser.zero_grad()
+            each(x).square().mean().backward()
+            optimiser.step()
+        torch.testing.assert_close(graph.candidates.weight, twin.candidates.weight)
+        edges.add(tuple(graph.real_index.tolist()))
+    assert len(edges) > 1
+    torch.testing.assert_close(compiled.eval()(x), twin.eval()(x))
+    compiled.train()
+    with torch.no_grad():
+        graph.candidates.weight[4] = torch.nan
+    try:
+        compiled(x)
+        assert not on_host
+        graph.state_dict()
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_compiled_training_is_the_same_in_one_graph():
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert run.stdout.count("graph: 1 of 47 candidate weights are NaN or infinite") == 2, run.stderr
