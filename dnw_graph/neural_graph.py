@@ -54,6 +54,8 @@ class NeuralGraph(nn.Module):
         input_function: Static graphs: whether the node function is applied at the inputs.
         output_function: Static graphs: whether the node function is applied at the outputs.
         candidates: The candidate edges, if not all that the dynamics allows.
+        recompute: Have the backward pass compute the node functions again, so that of each only what it receives is
+            kept for it, and what products need of what it gives; outputs and gradients are the same.
         name: Name of the graph in messages.
 
     Shapes:
@@ -88,6 +90,7 @@ class NeuralGraph(nn.Module):
         input_function: bool = True,
         output_function: bool = False,
         candidates: CandidateEdges | None = None,
+        recompute: bool = False,
         name: str = "graph",
     ) -> None:
         super().__init__()
@@ -95,6 +98,7 @@ class NeuralGraph(nn.Module):
         self.name = name
         self.dynamics = make_dynamics(dynamics)
         self.dynamics.name = name
+        self.dynamics.recompute = recompute
         self.nodes = _make_nodes(self.dynamics, blocks, num_nodes, num_inputs, num_outputs)
         self.candidates = self.dynamics.setup(
             self.nodes, candidates, node_function, stride, input_function, output_function
@@ -173,9 +177,8 @@ class NeuralGraph(nn.Module):
                 f"one map or value per input node; got {list(x.shape)}"
             )
         edges = RealEdges(self.candidates, self._real_edges(), self.wiring.updates_hallucinated)
-        if x.dim() == 4 and dim == 1:
-            x = x.contiguous(memory_format=torch.channels_last)
-        return self.dynamics(x, self.propagation(edges), **options)
+        propagate = self.propagation(edges, x)
+        return self.dynamics(propagate.arrange(x) if dim == 1 else x, propagate, **options)
 
     def rewire(self, wiring: str | Wiring, num_edges: int) -> None:
         """Give the graph another wiring, or another number of edges.
@@ -212,7 +215,9 @@ class NeuralGraph(nn.Module):
         return self.wiring.penalty(self.candidates.weight)
 
     def _choose(self) -> Tensor:
-        return self.wiring.choose(self.candidates.weight, self.num_edges, self.name)
+        index = self.wiring.choose(self.candidates.weight, self.num_edges, self.name)
+        self.wiring.raise_non_finite()
+        return index
 
     def _keep(self, index: Tensor) -> None:
         """Remember the edges together with the weights that they were chosen for."""
@@ -224,6 +229,10 @@ class NeuralGraph(nn.Module):
     def _real_edges(self) -> Tensor:
         """Return the flat indices for this forward pass, chosen anew where they have to be."""
         weight = self.candidates.weight
+        choose = self.wiring.choose_to_train if self.training else self.wiring.choose
+        if torch.compiler.is_compiling():
+            # Compiled code recomputes by itself, and cannot tell whether the weights have changed.
+            return choose(weight, self.num_edges, self.name)
         if self._chosen is not None:
             if self.training:
                 # Inside a backward pass a training forward is a recomputation: it must see the same edges.
@@ -236,8 +245,9 @@ class NeuralGraph(nn.Module):
                 fresh = chosen_for is weight and same_storage and unchanged
             if fresh:
                 return self._chosen[3]
-        choose = self.wiring.choose_to_train if self.training else self.wiring.choose
         index = choose(weight, self.num_edges, self.name)
+        if not self.training:
+            self.wiring.raise_non_finite()
         self._keep(index)
         return index
 
@@ -252,7 +262,7 @@ class NeuralGraph(nn.Module):
         """Draw the candidate weights, and what the wiring made of them, anew."""
         self.candidates.reset_parameters()
         self.wiring.setup(self.candidates, self.num_edges, self.name)
-        self._chosen = None
+        _forget_wiring(self)
 
     def live_nodes(self, live_outputs: Bool[Tensor, " outputs"] | None = None) -> Bool[Tensor, " nodes"]:
         """Return which nodes reach an output over real edges; the others are dead.
@@ -320,9 +330,10 @@ def _make_nodes(
     return Nodes.flat(num_nodes, num_inputs, num_outputs)
 
 
-def _forget_wiring(graph: NeuralGraph, _: Any) -> None:
-    """Have a graph choose its edges anew, after its state was loaded."""
+def _forget_wiring(graph: NeuralGraph, *_: Any) -> None:
+    """Have a graph choose its edges anew, after its weights were loaded or drawn anew."""
     graph._chosen = None
+    graph.wiring.forget_weights()
 
 
 def wiring_penalty(model: nn.Module) -> Float[Tensor, ""]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dnw_graph.candidates import CandidateEdges
+from dnw_graph.dynamics.recompute import recomputed
 from dnw_graph.node_functions import NodeFunction
 from dnw_graph.nodes import Nodes
 from dnw_graph.propagation import Propagate
@@ -20,11 +23,13 @@ class Dynamics(nn.Module):
 
     Attributes:
         name: Name of the graph, for messages; set by the graph.
+        recompute: Whether node functions are computed again in the backward pass; set by the graph.
         node_dim: The dimension of an input that counts the input nodes.
         in_blocks: Whether the graph is given by blocks of nodes, or by the numbers of nodes, inputs and outputs.
     """
 
     name: str = "graph"
+    recompute: bool = False
     node_dim: int = 1
     in_blocks: ClassVar[bool]
 
@@ -62,6 +67,24 @@ class Dynamics(nn.Module):
             options: What else the dynamics can be asked for.
         """
         raise NotImplementedError
+
+    def compute(
+        self, function: nn.Module, *arguments: Any, call: Callable[..., Tensor] | None = None, **keywords: Any
+    ) -> Tensor:
+        """Call a node function, in such a way that the backward pass computes it again if ``recompute`` asks for it.
+
+        Args:
+            function: The node function.
+            arguments: Arguments of the call.
+            call: What to call, if not the node function itself but a method of it such as ``send``.
+            keywords: Further arguments of the call.
+        """
+        call = function if call is None else call
+        keeps = torch.is_grad_enabled() and not isinstance(function, nn.Identity)
+        # A compiler decides by itself what is computed again.
+        if self.recompute and keeps and not torch.compiler.is_compiling():
+            return recomputed(function, call, *arguments, **keywords)
+        return call(*arguments, **keywords)
 
     def receive(
         self, propagate: Propagate, z: Float[Tensor, "batch have *space"], have: range, want: range

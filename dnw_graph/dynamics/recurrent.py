@@ -82,10 +82,11 @@ class Recurrent(Dynamics):
         sent = z
         send = getattr(function, "send", None)
         if send is not None:
-            sent = _keep_size(send(z, have) if have else send(z), z)
+            sent = _keep_size(self.compute(function, *((z, have) if have else (z,)), call=send), z)
         received = self.receive(propagate, sent, have or self.nodes.all, want or self.nodes.all)
         arguments = (received, time) if takes_time(function) else (received,)
-        return _keep_size(function(*arguments, nodes=want) if want else function(*arguments), received)
+        nodes: dict[str, Any] = {"nodes": want} if want else {}
+        return _keep_size(self.compute(function, *arguments, **nodes), received)
 
 
 def takes_time(function: nn.Module) -> bool:

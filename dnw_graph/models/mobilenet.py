@@ -122,6 +122,7 @@ class MobileNetV1DNW(nn.Module):
         layered: Allow edges between adjacent blocks only. With ``width=1`` and ``node_function=
             "norm_relu_conv_norm_relu"`` the stages are then those of MobileNetV1, weight for weight.
         propagation: See :class:`~dnw_graph.NeuralGraph`.
+        recompute: See :class:`~dnw_graph.NeuralGraph`.
 
     Shapes:
         - input: ``[batch, 3, height, width]``
@@ -142,6 +143,7 @@ class MobileNetV1DNW(nn.Module):
         node_function: NodeFunction = "norm_relu_conv",
         layered: bool = False,
         propagation: str = "auto",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         _check(width, num_classes, stem_stride)
@@ -156,6 +158,7 @@ class MobileNetV1DNW(nn.Module):
                 propagation=propagation,
                 stride=1 if number == 1 else 2,
                 candidates=CandidateEdges.adjacent(stage) if layered else None,
+                recompute=recompute,
                 name=f"stage{number}",
             )
             for number, stage in enumerate(STAGES, start=1)

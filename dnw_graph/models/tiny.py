@@ -37,6 +37,7 @@ class TinyClassifier(nn.Module):
         wiring: See :class:`~dnw_graph.NeuralGraph`.
         adjoint: Continuous only: see :class:`~dnw_graph.Continuous`.
         propagation: See :class:`~dnw_graph.NeuralGraph`.
+        recompute: See :class:`~dnw_graph.NeuralGraph`.
 
     Shapes:
         - input: ``[batch, 3, 32, 32]``; larger images give larger maps, of which the same patch is read
@@ -54,6 +55,7 @@ class TinyClassifier(nn.Module):
         wiring: str | Wiring = "dnw",
         adjoint: bool = False,
         propagation: str = "auto",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if dynamics not in TINY_DYNAMICS:
@@ -77,7 +79,12 @@ class TinyClassifier(nn.Module):
                 "node_function": partial(NormReluConv, norm="instance"),
             }
         self.graph = NeuralGraph(
-            num_edges=NUM_EDGES, wiring=wiring, propagation=propagation, name=f"{dynamics}_graph", **options
+            num_edges=NUM_EDGES,
+            wiring=wiring,
+            propagation=propagation,
+            recompute=recompute,
+            name=f"{dynamics}_graph",
+            **options,
         )
         self.classifier = nn.Linear(NUM_OUTPUTS, num_classes)
 

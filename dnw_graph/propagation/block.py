@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dnw_graph.propagation.base import Propagate, Propagation, RealEdges
+from dnw_graph.candidates import Block
+from dnw_graph.errors import InputError
+from dnw_graph.propagation.base import Concatenated, Propagate, Propagation, RealEdges, States
 
 
 class BlockPropagation(Propagation):
@@ -18,17 +22,26 @@ class BlockPropagation(Propagation):
     included, and the gradient with respect to Z goes through the non-zero entries only. So the method needs no more
     than a W whose backward hands that gradient to the candidates unmasked.
 
-    Nodes are moved to the last dimension for the product, which costs nothing for channels-last maps.
+    Nodes are moved to the last dimension for the product, which costs nothing for channels-last maps. The states of a
+    static graph lie in one buffer, of which each product takes the columns that it needs, and so do their gradients.
     """
 
-    def forward(self, edges: RealEdges) -> Propagate:
+    def forward(self, edges: RealEdges, x: Tensor) -> Propagate:
         """Scatter the real weights into dense blocks."""
         weights = edges.split(_RealWeights.apply(edges.candidates.weight, edges))
 
         def product(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
             return F.linear(z.movedim(1, -1), weights[number][rows, columns]).movedim(-1, 1)
 
-        return Propagate(edges.candidates.blocks, weights, product)
+        concatenating = Propagate(edges.candidates.blocks, weights, product)
+
+        def states(feeding: Sequence[slice]) -> States:
+            # Where one block feeds each there is nothing to put together, and a compiler plans its own buffers.
+            if torch.compiler.is_compiling() or all(part.stop - part.start == 1 for part in feeding):
+                return Concatenated(concatenating, feeding)
+            return _States(edges.candidates.blocks, weights)
+
+        return replace(concatenating, states=states)
 
 
 class _RealWeights(torch.autograd.Function):
@@ -44,3 +57,94 @@ class _RealWeights(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return ctx.edges.restrict(grads[0]), None
+
+
+class _States(States):
+    """The states of a static graph in one buffer ``[batch, *space, sources]``, whose columns are filled block by block.
+
+    What is filled so far stands for the concatenation of all states so far, see :class:`_Receive`.
+    """
+
+    def __init__(self, blocks: Sequence[Block], weights: Sequence[Tensor]) -> None:
+        self.blocks, self.weights = blocks, weights
+        self.buffer: Tensor | None = None
+        self.filled: Tensor | None = None
+
+    def receive(self, number: int, z: Tensor) -> Tensor:
+        """Put the states into their columns and return the product of those that feed the next block."""
+        if self.buffer is None:
+            dtype = _autocast_dtype(z)
+            if dtype is not None:
+                self.weights = [weight.to(dtype) for weight in self.weights]
+            num_sources = self.blocks[-1].targets.start
+            self.buffer = z.new_empty(z.size(0), *z.shape[2:], num_sources, dtype=dtype or z.dtype)
+        block = self.blocks[number]
+        start = 0 if self.filled is None else self.filled.size(-1)
+        expected = (len(self.buffer), block.targets.start - start, *self.buffer.shape[1:-1])
+        if z.shape != expected:
+            raise InputError(
+                f"the node function of block {number} gave states of shape {list(z.shape)}; expected {list(expected)}, "
+                "since all blocks need the same batch and maps of one size"
+            )
+        columns = slice(block.sources.start, block.sources.stop)
+        received, self.filled = _Receive.apply(self.filled, z, self.weights[number], self.buffer, start, columns)
+        return received
+
+
+def _autocast_dtype(z: Tensor) -> torch.dtype | None:
+    """Return the type that autocast has a linear layer compute in, or None where it leaves that to its input."""
+    kind = z.device.type
+    if z.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+class _Receive(torch.autograd.Function):
+    """``filled ← [filled, z]``, ``received = filled[columns] Wᵀ``, without a copy of what was filled before.
+
+    The gradient of ``filled`` goes from product to product in one buffer, to which each adds its own: when that of z is
+    taken out of it, all blocks that z feeds have added theirs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, filled: Tensor | None, z: Tensor, weight: Tensor, buffer: Tensor, start: int, columns: slice
+    ) -> tuple[Tensor, Tensor]:
+        ctx.start, ctx.columns = start, columns
+        ctx.set_materialize_grads(False)
+        stop = start + z.size(1)
+        buffer[..., start:stop].copy_(z.movedim(1, -1))
+        # An alias with a version of its own: what it shows stays as it is while further columns are filled.
+        filled = buffer[..., :stop].data
+        ctx.save_for_backward(filled, weight)
+        return (filled[..., columns] @ weight.t()).movedim(-1, 1), filled
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        received_grad, filled_grad = grads
+        filled, weight = ctx.saved_tensors
+        to_filled, to_z, to_weight = ctx.needs_input_grad[:3]
+        weight_grad = None
+        if received_grad is not None:
+            received_grad = received_grad.movedim(1, -1)
+            if to_weight:
+                weight_grad = received_grad.flatten(0, -2).t() @ filled[..., ctx.columns].flatten(0, -2)
+            if to_filled or to_z:
+                filled_grad = _add_product(filled_grad, received_grad, weight, ctx.columns, filled.size(-1))
+        if filled_grad is None:
+            return None, None, weight_grad, None, None, None
+        z_grad = filled_grad[..., ctx.start :].movedim(-1, 1)
+        return filled_grad[..., : ctx.start] if to_filled else None, z_grad, weight_grad, None, None, None
+
+
+def _add_product(total: Tensor | None, grad: Tensor, weight: Tensor, columns: slice, size: int) -> Tensor:
+    """Return ``total`` with ``grad W`` added to some of its ``size`` columns; zeros if it is None."""
+    if total is not None and not torch.is_grad_enabled():
+        # In place: a gradient of ``filled`` is made here, or of products with ``filled``, and nobody else holds it.
+        part = total.view(-1, size)[:, columns]
+        torch.addmm(part, grad.flatten(0, -2), weight, out=part)
+        return total
+    product = grad @ weight
+    if columns != slice(0, size):
+        product = F.pad(product, (columns.start, size - columns.stop))
+    return product if total is None else total + product

@@ -184,7 +184,7 @@ class _Pass:
         features = z.numel() // z.size(1)
         later = range(number, len(self.feeding))
         sizes = [self.starts[each + 2] - self.starts[each + 1] for each in later]
-        known = [self.received_grads[each] for each in later]
+        known = [self.received_grads.get(each) for each in later]
         return [z.new_zeros(size, features) if grad is None else grad for size, grad in zip(sizes, known, strict=True)]
 
     def gradient_of_weights(self, number: int, z: Tensor) -> None:
@@ -201,7 +201,7 @@ class _Pass:
             return
         for later in range(number, len(self.feeding)):
             block = self.edges.candidates.blocks[later]
-            grad, first = self.received_grads[later], self.starts[number] - block.sources.start
+            grad, first = self.received_grads.get(later), self.starts[number] - block.sources.start
             if grad is not None and first >= 0 and self.starts[number] < block.sources.stop:
                 part = self.edges.candidates.block_weight(block, self.weight_grad)[:, first : first + z.size(1)]
                 torch.mm(grad, _rows(z).t(), out=part)
@@ -223,14 +223,16 @@ class _Receive(torch.autograd.Function):
         (z,) = ctx.saved_tensors
         common: _Pass = ctx.common
         number: int = ctx.number
+        if grads[1] is None:
+            # No later block has been here: a backward pass begins.
+            common.received_grads, common.weight_grad = {}, None
         common.received_grads[number] = None if grads[0] is None else _rows(batch_last(grads[0]))
         if common.edges.candidates.weight.requires_grad:
             common.gradient_of_weights(number, z)
         z_grad = common.gradient_of_states(number, z) if ctx.needs_input_grad[0] else None
-        weight_grad = None
-        if number == 0:
-            weight_grad, common.weight_grad = common.weight_grad, None
-            common.received_grads = {}
+        if number > 0:
+            return z_grad, z.new_empty(0), None, None
+        weight_grad, common.weight_grad, common.received_grads = common.weight_grad, None, {}
         return z_grad, weight_grad, None, None
 
 

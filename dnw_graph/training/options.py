@@ -106,6 +106,11 @@ class RunOptions:
     )
     precision: str = option("32-true", f"number format: one of {', '.join(PRECISIONS)}", fixed=True)
     seed: int = option(0, "decides initial weights, order of images and augmentation", fixed=True)
+    recompute: bool = option(
+        False,
+        "models with neural graphs: compute the node functions again in the backward pass, which takes less memory and "
+        "more time; the numbers are the same",
+    )
     accelerator: str = option("auto", "'cpu', 'gpu' or 'auto' (a GPU if there is one)")
     devices: int = option(1, "devices per machine: GPUs, or processes on a CPU")
     num_nodes: int = option(1, "machines; start the same command on each, as for any Lightning run")

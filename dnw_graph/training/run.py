@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from dnw_graph.compact import compact
+from dnw_graph.cost import neural_graphs
 from dnw_graph.errors import InputError
 from dnw_graph.training.checkpoint_io import SECTION, WholeFileIO, read_checkpoint
 from dnw_graph.training.checkpoints import Checkpoints
@@ -61,6 +62,8 @@ def run(
     data = DataModule(images, options)
     torch.manual_seed(options.seed)
     model = create(len(images.classes), data.image_size)
+    if options.recompute:
+        _recompute(model)
     identity = {
         **model_options,
         **options.fixed(),
@@ -90,6 +93,14 @@ def run(
     if options.evaluate and checkpoint:
         return _evaluate(module, data, options, identity, checkpoint)
     return _train(module, data, options, identity, int(checkpoint["global_step"]) if checkpoint else 0)
+
+
+def _recompute(model: nn.Module) -> None:
+    graphs = neural_graphs(model)
+    if not graphs:
+        raise InputError("--recompute is for models with neural graphs, and this one has none: leave it out")
+    for graph in graphs.values():
+        graph.dynamics.recompute = True
 
 
 def _train(module: Classifier, data: DataModule, options: RunOptions, identity: dict[str, Any], steps: int) -> Summary:

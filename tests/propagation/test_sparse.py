@@ -115,6 +115,34 @@ def test_a_graph_whose_forward_pass_is_done_again_in_the_backward_pass():
     assert_same(gradients(again, X), gradients(block, X))
 
 
+@pytest.mark.parametrize("block", range(len(SIZES) - 1))
+@pytest.mark.parametrize("wiring", ["dnw", "random_graph"])
+def test_a_loss_may_be_made_of_states_within(block, wiring):
+    found = []
+    for graph in pair(wiring=wiring):
+        seen, x = [], X.clone().requires_grad_()
+        graph.dynamics.node_functions[block].register_forward_hook(lambda *args, seen=seen: seen.append(args[2]))
+        graph(x)
+        (seen[0] * torch.linspace(-1, 2, seen[0].numel(), dtype=X.dtype).view(seen[0].shape)).sum().backward()
+        found.append({"input": x.grad, "weight": graph.candidates.weight.grad})
+    if block == 0:  # Nothing has passed an edge yet.
+        assert [each.pop("weight") for each in found] == [None, None]
+    assert_same(*found)
+    assert found[0]["input"].any()
+
+
+def test_a_backward_pass_may_go_a_part_of_the_way():
+    sparse, _ = pair()
+    x = X.clone().requires_grad_()
+    loss = sparse(x).sin().sum()
+    leaves = [x, *sparse.parameters()]
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    last_function = sparse.dynamics.node_functions[2]
+    torch.autograd.grad(2 * loss, last_function.conv.weight, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves)
+    assert all(map(torch.equal, first, second))
+
+
 def test_part_of_the_outputs_is_enough():
     sparse, block = pair(node_function=nn.Tanh())
     found = []

@@ -1,0 +1,50 @@
+"""Node functions that are computed again in the backward pass instead of keeping what they computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(module: nn.Module, call: Callable[..., Tensor], *arguments: Any, **keywords: Any) -> Tensor:
+    """Return ``call(*arguments, **keywords)``, of which only the arguments are kept for the backward pass.
+
+    The call is made again there and gives what it gave, bit for bit: random numbers are drawn again, and buffers, such
+    as the running statistics of a norm, have the values of then. They are copies, so that the module's own are updated
+    once.
+
+    Args:
+        module: The module that computes.
+        call: The module itself or one of its methods.
+        arguments: Arguments of the call.
+        keywords: Further arguments of the call.
+    """
+    buffers = _Buffers(module)
+    return checkpoint(call, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), buffers), **keywords)
+
+
+class _Buffers:
+    """The buffers of a module and of those within it as they are now; while entered, the module works on copies."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.modules = list(module.modules())
+        self.values = [_copies(each._buffers) for each in self.modules]
+        self.own: list[dict[str, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        self.own = [dict(each._buffers) for each in self.modules]
+        for each, values in zip(self.modules, self.values, strict=True):
+            # Copies of copies: a backward pass may be repeated.
+            each._buffers.update(_copies(values))
+
+    def __exit__(self, *error: object) -> None:
+        for each, buffers in zip(self.modules, self.own, strict=True):
+            each._buffers.update(buffers)
+
+
+def _copies(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in buffers.items() if buffer is not None}
