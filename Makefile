@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 EXT := .ext
 EXT_PACKAGES := "torch-scatter>=2.1.2" "torch-sparse>=0.6.18"
 
-.PHONY: help demo test test-ext lint types docs
+.PHONY: help demo test test-ext lint types docs bench
 
 help:
 	@echo "make demo      train MobileNetV1-DNW on scikit-learn's digits"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint      check style and format"
 	@echo "make types     check types"
 	@echo "make docs      build the documentation into site/"
+	@echo "make bench     time training steps, selection and inference, and measure memory (10 minutes)"
 	@echo "Each sets up what it needs in $(VENV). For another interpreter: make PYTHON=/path/to/python3.11 ..."
 
 demo: $(INSTALLED)
@@ -33,6 +34,12 @@ types: $(INSTALLED)
 # The variable silences an advertisement of Material for MkDocs.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/train_step.py --rounds 3
+	$(BIN)/python benchmarks/selection.py --rounds 3
+	$(BIN)/python benchmarks/inference.py --rounds 5
+	$(BIN)/python benchmarks/memory.py
 
 test-ext: $(EXT)/.built
 	PYTHONPATH=$(CURDIR)/$(EXT) $(BIN)/python -m pytest -m ext

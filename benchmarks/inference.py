@@ -1,8 +1,9 @@
 """Times inference: MobileNetV1-DNW without dead nodes, by its edges and as dense products, beside MobileNetV1.
 
 MobileNetV1-DNW ×0.225 has a random graph; all norms have random statistics, and are folded in every model but those
-named "as trained". All models of one batch size and number of threads take turns in one run. Run with
-``python benchmarks/inference.py``.
+named "as trained" and in the reference formulation (``reference_formulation.py``), whose masked weights are made once
+and whose outputs are made sure to be those of the compact models. All models of one batch size and number of threads
+take turns in one run. Run with ``python benchmarks/inference.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from timing import arguments, median_times, report
+from reference_formulation import from_ours
+from steps import LAYOUTS, REFERENCE
+from timing import arguments, median_times, report, use_tf32
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +24,7 @@ from dnw_graph.compact import compact
 from dnw_graph.models import MobileNetV1, MobileNetV1DNW
 
 DENSE, SPARSE = "random graph ×0.225, dense products", "random graph ×0.225, sparse products"
+TOLERANCE = 1e-4
 BASELINE = "MobileNetV1 ×0.25"
 
 
@@ -32,6 +36,8 @@ def models() -> dict[str, nn.Module]:
         mobilenet = _with_statistics(MobileNetV1(width))
         found[f"MobileNetV1 ×{width}, as trained"] = mobilenet
         found[f"MobileNetV1 ×{width}"] = compact(mobilenet)
+    for layout, memory_format in LAYOUTS.items():
+        found[f"random graph ×0.225, {REFERENCE}, {layout}"] = from_ours(graph, memory_format)
     found[DENSE] = compact(graph, products="dense")
     found[SPARSE] = compact(graph)
     return found
@@ -52,9 +58,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of CPU threads")
     options = parser.parse_args()
     torch.manual_seed(0)
+    use_tf32(False)
     found = {name: model.to(options.device) for name, model in models().items()}
     rows: list[dict[str, Any]] = []
     image = torch.randn(1, 3, options.size, options.size, device=options.device)
+    _check(found, image)
     performed = {name: _multiply_adds(model, image) for name, model in found.items()}
     for threads in options.threads:
         torch.set_num_threads(threads)
@@ -62,6 +70,7 @@ def main() -> None:
             x = torch.randn(batch, 3, options.size, options.size, device=options.device)
             calls: dict[str, Callable[[], object]] = {name: partial(_run, model, x) for name, model in found.items()}
             times = median_times(calls, options.rounds, options.device)
+            reference = min(times[name] for name in times if REFERENCE in name)
             for name in found:
                 rows.append(
                     {
@@ -72,6 +81,7 @@ def main() -> None:
                         "multiply-adds, M": performed[name] / 1e6,
                         "GFLOP/s": 2 * performed[name] * batch / times[name] / 1e6,
                         "time / dense products": times[name] / times[DENSE],
+                        "time / reference formulation": times[name] / reference,
                         f"time / {BASELINE}": times[name] / times[BASELINE],
                     }
                 )
@@ -84,6 +94,17 @@ def _with_statistics(model: nn.Module) -> nn.Module:
             nn.init.uniform_(module.get_buffer("running_var"), 0.5, 2)
             nn.init.normal_(module.get_buffer("running_mean"))
     return model.eval()
+
+
+def _check(found: dict[str, nn.Module], image: Tensor) -> None:
+    """Make sure that the compact models have the outputs of the reference formulation."""
+    with torch.no_grad():
+        logits = {name: model(image) for name, model in found.items() if name.startswith("random graph")}
+    expected = next(logits[name] for name in logits if REFERENCE in name)
+    for name, found_logits in logits.items():
+        error = float((found_logits - expected).norm() / expected.norm())
+        if not error <= TOLERANCE:
+            raise AssertionError(f"{name} differs from the reference formulation: relative error {error:.1e}")
 
 
 def _multiply_adds(model: nn.Module, image: Tensor) -> int:

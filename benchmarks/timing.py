@@ -10,18 +10,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch_geometric
 
+Way = TypeVar("Way")
 
-def median_times(ways: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+
+def median_times(ways: Mapping[Way, Callable[[], object]], rounds: int, device: torch.device) -> dict[Way, float]:
     """Return the median wall time of each way, in milliseconds.
 
     The ways take turns, so that a slow spell of a shared machine meets all of them alike.
     """
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[Way, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
             _wait(device)
@@ -59,22 +61,49 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def report(title: str, rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
-    """Print rows as a Markdown table and write them as JSON if asked to."""
-    where = machine(options.device)
+def use_tf32(allowed: bool) -> None:
+    """Let float32 products and convolutions on a GPU round their factors to TF32, or not; PyTorch's defaults differ."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def report(
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    options: argparse.Namespace,
+    measured: Mapping[str, str] | None = None,
+) -> None:
+    """Print rows as a Markdown table and write them as JSON if asked to.
+
+    Args:
+        title: What the table shows.
+        rows: The rows, with the same columns.
+        options: ``device``, and ``json``, the file to write or None.
+        measured: What else is known of the machine.
+    """
+    where = {**machine(options.device), **(measured or {})}
     print(f"{title}\n{', '.join(f'{key} {value}' for key, value in where.items())}\n")
+    print_table(rows)
+    if options.json is not None:
+        unfinished = options.json.with_name(options.json.name + ".part")
+        unfinished.write_text(json.dumps({"title": title, "machine": where, "rows": list(rows)}, indent=1) + "\n")
+        unfinished.replace(options.json)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows with the same columns as a Markdown table."""
     columns = list(rows[0])
     table = [columns, *([_text(row[column]) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
     table.insert(1, ["-" * width for width in widths])
     for line in table:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
-    if options.json is not None:
-        options.json.write_text(json.dumps({"title": title, "machine": where, "rows": list(rows)}, indent=1) + "\n")
 
 
 def _text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _wait(device: torch.device) -> None:

@@ -1,0 +1,115 @@
+"""Training steps to be timed: a model of this package in several ways beside its reference formulation."""
+
+from __future__ import annotations
+
+import copy
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from agreement import check
+from timing import median_times, use_tf32
+from torch import Tensor, nn
+
+OURS = "dnw_graph"
+REFERENCE = "reference formulation"
+LAYOUTS = {"channels first": torch.contiguous_format, "channels last": torch.channels_last}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# In float32 a ReLU whose argument is zero but for rounding opens in one formulation and not in the other now and then,
+# which moves gradients by about 1e-3; the comparison in float64 is the strict one.
+EXACT, SINGLE, HALF = 1e-10, 1e-2, 5e-2
+EXACT_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained.
+
+    Attributes:
+        name: Its name.
+        ways: Models of this package by name; all start from the weights of the first.
+        reference: Makes the reference formulation of such a model, in a layout.
+        images: A batch.
+        labels: Its classes.
+    """
+
+    name: str
+    ways: Mapping[str, nn.Module]
+    reference: Callable[[nn.Module, torch.memory_format], nn.Module]
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        first, *others = self.ways.values()
+        for model in others:
+            model.load_state_dict(first.state_dict())
+
+    @property
+    def first(self) -> nn.Module:
+        """The model of the first way."""
+        return next(iter(self.ways.values()))
+
+
+def check_case(case: Case, dtype: torch.dtype) -> None:
+    """Make sure that all ways have the loss and the gradients of the reference formulation.
+
+    Args:
+        case: What is trained.
+        dtype: Of the step; in half precision only the loss is compared, besides all in float32.
+
+    Raises:
+        AssertionError: If one has not.
+    """
+    use_tf32(False)
+    few = (case.images[:EXACT_IMAGES].double(), case.labels[:EXACT_IMAGES])
+    for model in case.ways.values():
+        exact = copy.deepcopy(model).double()
+        check(exact, case.reference(exact, torch.contiguous_format), *few, EXACT)
+        model, reference = copy.deepcopy(model), case.reference(model, torch.contiguous_format)
+        check(model, reference, case.images, case.labels, SINGLE)
+        if dtype != torch.float32:
+            with torch.no_grad(), torch.autocast(case.images.device.type, dtype):
+                ours, theirs = (F.cross_entropy(m(case.images), case.labels).float() for m in (model, reference))
+            if not (ours - theirs).abs() <= HALF * theirs:
+                raise AssertionError(f"{case.name}: loss {ours:.4g}, reference formulation {theirs:.4g} in {dtype}")
+
+
+def steps_of(case: Case, dtype: torch.dtype, options: Namespace) -> dict[str, Callable[[], None]]:
+    """Return a call for a step of every way, and of the reference formulation in the layout that is faster for it.
+
+    Args:
+        case: What is trained.
+        dtype: Dtype of the maps.
+        options: ``device``, ``tf32``, and ``compile``: whether to compile all models.
+    """
+    use_tf32(options.tf32)
+    steps = {name: _step(model, case, dtype, options.compile) for name, model in case.ways.items()}
+    layouts = {
+        name: _step(case.reference(case.first, layout), case, dtype, options.compile)
+        for name, layout in LAYOUTS.items()
+    }
+    tried = median_times(layouts, 1, options.device)
+    return {**steps, REFERENCE: layouts[min(tried, key=tried.__getitem__)]}
+
+
+def _step(model: nn.Module, case: Case, dtype: torch.dtype, compiled: bool) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    call = torch.compile(model) if compiled else model
+    return partial(_train, call, optimizer, case.images, case.labels, dtype)
+
+
+def _train(
+    model: Callable[[Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    optimizer.zero_grad()
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
