@@ -15,17 +15,19 @@ from dnw_graph.propagation.sparse import SparsePropagation
 class AutoPropagation(Propagation):
     """The way that ``benchmarks/propagation.py`` measured as the faster one.
 
-    Sparse products (:class:`SparsePropagation`) on a CPU, in single or double precision, for at least as many images as
-    pay for a layout with the images last, where few of the candidates are real; the block path everywhere else, where
-    there is no compiler for the kernels, and where operators are traced or counted.
+    Sparse products (:class:`SparsePropagation`) on a CPU, in single or double precision, where few of the candidates
+    are real, and images are many enough, or blocks large enough, to pay for a layout with the images last; the block
+    path everywhere else, where there is no compiler for the kernels, and where operators are traced or counted.
 
     Attributes:
         MAX_DENSITY: Largest share of real edges among the candidates for sparse products.
-        MIN_BATCH: Smallest number of images for sparse products.
+        MIN_BATCH: Number of images from which on sparse products are taken for blocks of any size.
+        MIN_BLOCK: Number of candidates per block from which on they are taken for any number of images.
     """
 
     MAX_DENSITY = 0.25
     MIN_BATCH = 16
+    MIN_BLOCK = 2**18
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +41,7 @@ class AutoPropagation(Propagation):
             takes(x)
             and unseen()
             and x.dtype == candidates.weight.dtype
-            and len(x) >= self.MIN_BATCH
+            and (len(x) >= self.MIN_BATCH or candidates.num_candidates >= self.MIN_BLOCK * len(candidates.blocks))
             and not torch.is_autocast_enabled("cpu")
             and edges.index.numel() <= self.MAX_DENSITY * candidates.num_candidates
             and kernels() is not None

@@ -14,6 +14,7 @@ from torch import Tensor
 from dnw_graph.candidates import Block
 from dnw_graph.errors import InputError
 from dnw_graph.ops.checks import first_order
+from dnw_graph.ops.dense import product_with_transpose
 from dnw_graph.ops.layout import batch_last, takes
 from dnw_graph.ops.sparse import by_source, product_of_pieces, sampled
 from dnw_graph.propagation.base import Propagate, Propagation, RealEdges, States
@@ -112,7 +113,7 @@ class _Product(torch.autograd.Function):
             starts, targets, values, _ = adjacency.by_source
             z_grad = _maps(product_of_pieces([received_grad], starts, targets, values), z)
         if ctx.needs_input_grad[1] and ctx.updates_hallucinated:
-            weight_grad = received_grad @ _rows(z).t()
+            weight_grad = product_with_transpose(received_grad, _rows(z))
         elif ctx.needs_input_grad[1]:
             weight_grad = z.new_zeros(len(received_grad), z.size(1))
             gradient = sampled([_rows(z)], adjacency.rowptr, adjacency.columns, received_grad)
@@ -191,7 +192,9 @@ class _Pass:
         """Write the gradient of all candidates that lead from a block's nodes."""
         weight = self.edges.candidates.weight
         if self.weight_grad is None:
-            self.weight_grad = torch.zeros_like(weight)
+            # A backward pass from the outputs writes to all candidates, one from states within to some of them.
+            complete = number == len(self.feeding) - 1 and self.edges.updates_hallucinated
+            self.weight_grad = torch.empty_like(weight) if complete else torch.zeros_like(weight)
         if not self.edges.updates_hallucinated:
             starts, targets, _, order = self.adjacency.by_source
             rowptr, own = self.edges_of(starts, number)
@@ -202,9 +205,10 @@ class _Pass:
         for later in range(number, len(self.feeding)):
             block = self.edges.candidates.blocks[later]
             grad, first = self.received_grads.get(later), self.starts[number] - block.sources.start
-            if grad is not None and first >= 0 and self.starts[number] < block.sources.stop:
-                part = self.edges.candidates.block_weight(block, self.weight_grad)[:, first : first + z.size(1)]
-                torch.mm(grad, _rows(z).t(), out=part)
+            if first < 0 or self.starts[number] >= block.sources.stop:
+                continue
+            part = self.edges.candidates.block_weight(block, self.weight_grad)[:, first : first + z.size(1)]
+            part.copy_(z.new_zeros(()) if grad is None else product_with_transpose(grad, _rows(z)))
 
 
 class _Receive(torch.autograd.Function):

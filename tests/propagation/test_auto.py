@@ -7,10 +7,10 @@ from dnw_graph.propagation import BlockPropagation, RealEdges, SparsePropagation
 from dnw_graph.propagation.auto import AutoPropagation
 
 
-def choice(share, dtype=torch.float32, batch=32, states=None):
-    candidates = CandidateEdges.static((16, 32, 32)).to(dtype)
+def choice(share, dtype=torch.float32, batch=32, states=None, sizes=(16, 32, 32)):
+    candidates = CandidateEdges.static(sizes).to(dtype)
     index = torch.arange(int(share * candidates.num_candidates))
-    x = torch.zeros(batch, 16, 4, 4, dtype=states or dtype)
+    x = torch.zeros(batch, sizes[0], 4, 4, dtype=states or dtype)
     return AutoPropagation().choose(RealEdges(candidates, index, True), x)
 
 
@@ -20,8 +20,9 @@ def needs_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sparse_graphs_and_many_images_go_by_sparse_products(dtype):
-    assert isinstance(choice(0.05, dtype), SparsePropagation)
+@pytest.mark.parametrize("options", [{"batch": 32}, {"batch": 1, "sizes": (1024, 512)}])
+def test_sparse_graphs_with_many_images_or_large_blocks_go_by_sparse_products(dtype, options):
+    assert isinstance(choice(0.05, dtype, **options), SparsePropagation)
 
 
 @pytest.mark.parametrize(
