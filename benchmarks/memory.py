@@ -93,8 +93,10 @@ def main() -> None:
         ways: dict[str, nn.Module] = {
             f"{REFERENCE}, {layout}": from_ours(model, order) for layout, order in LAYOUTS.items()
         }
-        ways[OURS] = model
-        ways[f"{OURS}, recompute=True"] = make_model(name, size, recompute=True).to(options.device)
+        for propagation in ("auto", "block"):
+            for recompute in (False, True):
+                other = make_model(name, size, propagation=propagation, recompute=recompute).to(options.device)
+                ways[f"{OURS}, {propagation}{', recompute=True' if recompute else ''}"] = other
         kept = {way: kept_and_peak(trained, images, labels, DTYPES[options.dtype]) for way, trained in ways.items()}
         least = min(value for way, (value, _) in kept.items() if way.startswith(REFERENCE))
         rows += [

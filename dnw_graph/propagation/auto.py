@@ -25,7 +25,7 @@ class AutoPropagation(Propagation):
         MIN_BLOCK: Number of candidates per block from which on they are taken for any number of images.
     """
 
-    MAX_DENSITY = 0.25
+    MAX_DENSITY = 1 / 3
     MIN_BATCH = 16
     MIN_BLOCK = 2**18
 
