@@ -102,9 +102,7 @@ def product_of_pieces(pieces: Sequence[Tensor], rowptr: Tensor, columns: Tensor,
         types = (z.dtype, columns.dtype)
         run(library, "sparse_product", types, *_sizes(out, pieces), len(columns), rowptr, columns, values, out)
         return out
-    z = z if len(pieces) == 1 else torch.cat(list(pieces))
-    check_pointers(rowptr, columns)
-    check_sources(columns, 0, len(z))
+    z = _checked(pieces, rowptr, columns)
     csr = torch.sparse_csr_tensor(rowptr, columns, values, (len(rowptr) - 1, len(z)), check_invariants=False)
     return torch.sparse.mm(csr, z, "sum") if z.device.type == "cpu" else csr @ z
 
@@ -117,9 +115,7 @@ def sampled(pieces: Sequence[Tensor], rowptr: Tensor, columns: Tensor, received:
         types = (z.dtype, columns.dtype)
         run(library, "sampled_product", types, *_sizes(received, pieces), len(columns), rowptr, columns, received, out)
         return out
-    z = z if len(pieces) == 1 else torch.cat(list(pieces))
-    check_pointers(rowptr, columns)
-    check_sources(columns, 0, len(z))
+    z = _checked(pieces, rowptr, columns)
     step = max(1, MAX_MESSAGES // max(1, z.size(1)))
     parts = zip(_targets(rowptr, columns).split(step), columns.split(step), strict=True)
     return torch.cat([(received[v] * z[u]).sum(1) for v, u in parts])
@@ -139,6 +135,14 @@ def _sizes(received: Tensor, pieces: Sequence[Tensor]) -> tuple[Any, ...]:
     """Return what a kernel has to know of the states: sizes and where the pieces lie."""
     counts, places = [len(piece) for piece in pieces], [piece.data_ptr() for piece in pieces]
     return *received.shape, len(pieces), counts, places
+
+
+def _checked(pieces: Sequence[Tensor], rowptr: Tensor, columns: Tensor) -> Tensor:
+    """Return the states in one piece, for edges that have been checked to lie within them."""
+    z = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+    check_pointers(rowptr, columns)
+    check_sources(columns, 0, len(z))
+    return z
 
 
 def _check(z: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor) -> None:

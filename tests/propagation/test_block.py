@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from waits import Waits
 
 from dnw_graph import CandidateEdges, InputError, NeuralGraph, selection
 from dnw_graph.models import MobileNetV1DNW
@@ -390,22 +391,6 @@ def test_without_gradients(mode):
     expected = graph(x)
     with mode():
         assert torch.equal(graph(x), expected)
-
-
-class Waits(TorchDispatchMode):
-    """Collects the operations whose result, or its shape, the host needs before it can go on."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
-        if func is torch.ops.aten.index.Tensor:  # with masks alone
-            waits = any(index is not None and index.dtype == torch.bool for index in args[1])
-        if waits:
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("recompute", [False, True])

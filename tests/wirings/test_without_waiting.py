@@ -15,7 +15,7 @@ import pytest
 import torch
 from reference import top_k
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits
 
 from dnw_graph import Discrete, InputError, NeuralGraph, TargetedDropout, selection
 from dnw_graph.sparsify import sparsify, weight_graphs
@@ -26,22 +26,6 @@ X = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(selection, "_on_host", lambda weight: False)
-
-
-class Waits(TorchDispatchMode):
-    """Collects the operations whose result, or its shape, the host needs before it can go on."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
-        if func is torch.ops.aten.index.Tensor:  # dynamic only with masks
-            tags = [index for index in args[1] if index is not None and index.dtype == torch.bool]
-        if tags:
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def static(wiring="dnw", name="stage3"):
