@@ -413,3 +413,18 @@ def test_a_state_that_blows_up_on_the_adjoints_way_back_is_refused_with_the_grap
     loss = graph(torch.ones(1, 3, dtype=torch.float64)).sum()
     with pytest.raises(InputError, match=r"ode: dopri5 failed at t = .*solved backwards"):
         loss.backward()
+
+
+def test_a_norm_of_the_user_sees_states_as_everybody_does():
+    shapes, x = set(), torch.randn(20, INPUTS, 3, 4, dtype=torch.float64)
+
+    def norm(states):
+        shapes.add(tuple(states.shape))
+        return states.pow(2).mean().sqrt()
+
+    results = []
+    for options in ({"norm": norm}, {}):
+        torch.manual_seed(0)
+        results.append(make_graph(Continuous(options=options), propagation="sparse")(x))
+    torch.testing.assert_close(*results)
+    assert shapes == {(20, N, 3, 4)}
