@@ -1,12 +1,11 @@
 """Training on a CUDA device: the numbers of the CPU, without waiting, and as one CUDA graph."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from alone import run_alone
 from reference import relative_error
 from torch import nn
 
@@ -143,5 +142,5 @@ print("same")
 
 
 def test_a_compiled_training_step():
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True)
+    run = run_alone(PROGRAM)
     assert run.stdout == "same\n", run.stderr

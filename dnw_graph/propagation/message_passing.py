@@ -14,6 +14,7 @@ from torch_geometric.utils import spmm
 
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.ops.checks import first_order
+from dnw_graph.ops.sparse import by_source
 from dnw_graph.propagation.base import Propagate, Propagation, RealEdges
 
 # Said once by PyTorch when the first CSR matrix is made; nothing here depends on what may still change.
@@ -195,17 +196,15 @@ class _SparseProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.weighted_sum = weighted_sum
         ctx.num_sources = z.size(0)
-        ctx.save_for_backward(targets, sources, values)
+        ctx.save_for_backward(rowptr, targets, sources, values)
         return _in_tiles(weighted_sum, z, _csr(rowptr, sources, values, z.size(0)))
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        targets, sources, values = ctx.saved_tensors
-        order = torch.argsort(sources, stable=True)
-        steps = torch.arange(ctx.num_sources + 1, device=sources.device)
-        rowptr = torch.searchsorted(sources[order], steps)
-        transposed = _csr(rowptr, targets[order], values[order], grads[0].size(0))
+        rowptr, targets, sources, values = ctx.saved_tensors
+        starts, order = by_source(rowptr, sources, ctx.num_sources)
+        transposed = _csr(starts, targets[order], values[order], grads[0].size(0))
         return None, _in_tiles(ctx.weighted_sum, grads[0].contiguous(), transposed), None, None, None, None
 
 

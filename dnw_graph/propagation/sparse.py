@@ -145,14 +145,15 @@ class _Pass:
         self.edges, self.feeding = edges, feeding
         blocks = edges.candidates.blocks
         self.starts = [0, *(block.targets.start for block in blocks), blocks[-1].targets.stop]
-        pairs = [
-            torch.stack([each // block.shape[1] + block.targets.start, each % block.shape[1] + block.sources.start])
-            for each, block in zip(edges.local, blocks, strict=True)
-        ]
-        targets, sources = torch.cat(pairs, dim=1)
+        targets, sources = [], []
+        for local, block in zip(edges.local, blocks, strict=True):
+            rows, columns = block.within(local, slice(0, block.shape[0]), slice(0, block.shape[1]))
+            targets.append(rows + block.targets.start)
+            sources.append(columns + block.sources.start)
         values = edges.candidates.weight.detach()[edges.index]
         # Nodes are counted over the whole graph; a block's targets follow on those of the block before it.
-        self.adjacency = _adjacency(targets, sources.contiguous(), values, (self.starts[-1], self.starts[-1]))
+        size = (self.starts[-1], self.starts[-1])
+        self.adjacency = _adjacency(torch.cat(targets), torch.cat(sources), values, size)
         self.z: list[Tensor] = []
         self.received_grads: dict[int, Tensor | None] = {}
         self.weight_grad: Tensor | None = None

@@ -5,15 +5,12 @@ What it is compared with: plain loops, finite differences, and the same graph wi
 
 import copy
 import gc
-import os
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from alone import run_alone
 from reference import candidate_gradient, plain_forward, relative_error, static_pairs
 from torch import nn
 from torch.func import functional_call
@@ -438,11 +435,5 @@ print("same")
 
 
 def test_compiled_gradients_are_those_of_eager():
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    run = run_alone(PROGRAM)
     assert run.stdout == "same\n", run.stderr

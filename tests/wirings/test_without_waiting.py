@@ -5,14 +5,11 @@ The machine need not have one: the CPU takes the way of a GPU here.
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from alone import run_alone
 from reference import top_k
 from torch import nn
 from waits import Waits
@@ -203,11 +200,5 @@ for on_host in (True, False):
 
 
 def test_compiled_training_is_the_same_in_one_graph():
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    run = run_alone(PROGRAM)
     assert run.stdout.count("graph: 1 of 47 candidate weights are NaN or infinite") == 2, run.stderr
