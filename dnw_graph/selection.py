@@ -47,10 +47,11 @@ def select_top_k(weight: Float[Tensor, " candidates"], k: int, name: str = "grap
 class Selector:
     """Does what :func:`select_top_k` does, step after step, and has each step profit from the one before.
 
-    On a CPU it carries the last threshold: all weights are compared with a guess a little below it, and only the few
-    that reach the guess are ranked. Where too few do, a sample of the weights makes another guess; the result is that
-    of a full sort in any case. On other devices the shapes of all tensors follow from the number of weights and k, and
-    nothing waits for the device: weights that are not finite set a flag there, which :meth:`raise_non_finite` reads.
+    On a CPU it carries the last threshold: all weights are compared with one guess a little below it and one a little
+    above it, and only the few in between are ranked. Where the guesses were wrong, a sample of the weights makes
+    others; the result is that of a full sort in any case. On other devices the shapes of all tensors follow from the
+    number of weights and k, and nothing waits for the device: weights that are not finite set a flag there, which
+    :meth:`raise_non_finite` reads.
 
     Copies and pickles start without what was carried; a flag is read before.
     """
@@ -58,7 +59,7 @@ class Selector:
     def __init__(self) -> None:
         # Outside of inference mode, whose tensors could not be written to in training.
         with torch.inference_mode(False):
-            self._carried = torch.tensor([-1, 14], device="cpu")
+            self._carried = torch.tensor([-1, 14, 14], device="cpu")
         # How many weights are not finite: a number if the host knows it, a tensor if it has not asked yet.
         self._not_finite: int | Tensor = 0
         self._flagged = ("", 0)
@@ -126,22 +127,19 @@ def _ranked(magnitude: Int[Tensor, " candidates"], k: int) -> Int[Tensor, " edge
     schema="(Tensor weight, SymInt k, str name, Tensor(a!) carried) -> Tensor",
 )
 def _select(weight: Tensor, k: int, name: str, carried: Tensor) -> Tensor:
-    """The choice on a CPU; ``carried`` holds the last threshold, or -1, and how small the margin below it is."""
+    """The choice on a CPU; ``carried`` holds the last threshold, or -1, and how small the margins around it are."""
     weight = weight.contiguous()
     if k == weight.numel():
-        not_finite = _largest(weight, k, _BITS[weight.dtype][1], name)[2]
-        if not_finite:
-            raise _not_finite(name, k, not_finite)
+        infinity = _BITS[weight.dtype][1]
+        _largest(weight, k, infinity, infinity, name)
         return torch.arange(k)
-    last, shift = carried.tolist()
-    for guess in _guesses(weight, k, last, shift):
-        index, threshold, reaching = _largest(weight, k, guess, name)
-        if reaching >= k:
+    last, below, above = carried.tolist()
+    for low, high in _guesses(weight, k, last, below, above):
+        index, threshold, reaching, chosen = _largest(weight, k, low, high, name)
+        below, above = _adapted(below, reaching - k, k), _adapted(above, k - chosen, k)
+        if chosen < k <= reaching:
             break
-        shift -= 3
-    # The margin follows how fast the weights move: the guess is to be reached by a few more than k.
-    shift += (reaching > k + k // 4 + 64) - (reaching < k + k // 16)
-    carried.copy_(torch.tensor([threshold, min(max(shift, 2), 30)]))
+    carried.copy_(torch.tensor([threshold, below, above]))
     return index
 
 
@@ -150,43 +148,60 @@ def _(weight: Tensor, k: int, name: str, carried: Tensor) -> Tensor:
     return weight.new_empty(k, dtype=torch.int64)
 
 
-def _guesses(weight: Tensor, k: int, last: int, shift: int) -> Iterator[int]:
-    """Guess a little less than the k-th largest magnitude; the last guess is always reached."""
+def _guesses(weight: Tensor, k: int, last: int, below: int, above: int) -> Iterator[tuple[int, int]]:
+    """Guess two magnitudes between which the k-th largest lies; the last guess is always right."""
     infinity = _BITS[weight.dtype][1]
     if last >= 0:
-        yield min(max(last - (infinity >> shift), 0), infinity)
+        yield max(last - (infinity >> below), 0), min(last + (infinity >> above), infinity)
     if weight.numel() >= _SAMPLE_FROM:
         sample = _magnitude(weight[::_SAMPLE_STRIDE])
         expected = k * sample.numel() / weight.numel()
-        rank = int(expected + 4 * expected**0.5) + 1
-        if rank < sample.numel():
-            yield int(torch.topk(sample, rank, sorted=False).values.min())
-    yield 0
+        margin = 4 * expected**0.5 + 1
+        ranks = [int(expected + margin), max(int(expected - margin), 1)]
+        if ranks[0] < sample.numel():
+            ranked = torch.topk(sample, ranks[0]).values
+            yield int(ranked[ranks[0] - 1]), int(ranked[ranks[1] - 1]) + 1
+    yield 0, infinity
 
 
-def _largest(weight: Tensor, k: int, guess: int, name: str) -> tuple[Tensor, int, int]:
-    """Return the places of the k largest, the k-th largest and how many reach the guess.
+def _adapted(margin: int, ranked: int, k: int) -> int:
+    """Return how small a margin, a power of 1/2, is to be next: it follows how fast the weights move.
 
-    Where fewer than k reach it, their number is all that holds.
+    Args:
+        margin: How small it was.
+        ranked: How many weights lay between the threshold and the guess; at most 0 if the guess was wrong.
+        k: Number of edges.
+    """
+    step = -3 if ranked <= 0 else (ranked > k // 8 + 64) - (ranked < k // 32)
+    return min(max(margin + step, 2), 30)
+
+
+def _largest(weight: Tensor, k: int, low: int, high: int, name: str) -> tuple[Tensor, int, int, int]:
+    """Return the places of the k largest, the k-th largest, and how many reach the lower and the upper guess.
+
+    Where fewer than k reach the lower one, or k and more the upper one, these numbers are all that holds.
+
+    Raises:
+        InputError: If a weight is NaN or infinite.
     """
     library = kernels() if weight.dtype in (torch.float32, torch.float64) else None
     if library is not None:
-        index, found = torch.empty(k, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
-        run(library, "largest", (weight.dtype,), weight.numel(), k, guess, weight, index, found)
-        reaching, threshold, not_finite = found.tolist()
+        index, found = torch.empty(k, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+        run(library, "largest", (weight.dtype,), weight.numel(), k, low, high, weight, index, found)
+        reaching, chosen, not_finite, threshold = found.tolist()
     else:
         magnitude = _magnitude(weight)
+        not_finite = int((magnitude >= _BITS[weight.dtype][1]).sum())
         # NumPy finds them several times faster than torch.nonzero.
-        index = torch.from_numpy(np.flatnonzero((magnitude >= guess).numpy()))
-        reaching, threshold, not_finite = index.numel(), 0, 0
+        index = torch.from_numpy(np.flatnonzero((magnitude >= low).numpy()))
+        reaching, chosen, threshold = index.numel(), 0, 0
         if reaching >= k:
             magnitude = magnitude[index]
-            chosen = _ranked(magnitude, k)
-            index, threshold = index[chosen], int(magnitude[chosen].min())
-            not_finite = int((magnitude >= _BITS[weight.dtype][1]).sum())
+            best = _ranked(magnitude, k)
+            index, threshold = index[best], int(magnitude[best].min())
     if not_finite:
         raise _not_finite(name, weight.numel(), not_finite)
-    return index, threshold, reaching
+    return index, threshold, reaching, chosen
 
 
 def _not_finite(name: str, count: int, not_finite: int) -> InputError:

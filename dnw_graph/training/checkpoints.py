@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from dnw_graph.errors import InputError
 from dnw_graph.training.checkpoint_io import FORMAT, SECTION
 
 
@@ -25,7 +26,7 @@ class Checkpoints(Checkpoint):
 
     Checkpoints are taken between steps only, where weights, optimiser and schedule belong together. A run on one
     device that fails or is stopped (Ctrl-C, SIGTERM) saves its last complete step on the way out; Ctrl-C lets the step
-    in progress end first, a second Ctrl-C does not.
+    in progress end first, a second Ctrl-C does not. A state that is not finite is refused.
 
     Args:
         folder: Folder of the checkpoints.
@@ -131,7 +132,18 @@ class Checkpoints(Checkpoint):
         self._epoch_complete = state_dict["epoch_complete"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the options of the run, and say where in the run this checkpoint stands."""
+        """Add the options of the run, and say where in the run this checkpoint stands.
+
+        Raises:
+            InputError: If a weight is NaN or infinite, so that no checkpoint takes the place of a good one.
+        """
+        state = {name: value for name, value in checkpoint["state_dict"].items() if value.is_floating_point()}
+        wrong = [name for name, value in state.items() if not value.isfinite().all()]
+        if wrong:
+            raise InputError(
+                f"after step {trainer.global_step} {len(wrong)} of {len(state)} tensors, such as {wrong[0]}, are NaN "
+                "or infinite: this state is not saved, and earlier checkpoints stay as they are; lower --lr"
+            )
         checkpoint[SECTION] = {"format": FORMAT, "options": self.identity}
         checkpoint["loops"]["fit_loop"].update(
             loop_state(trainer.global_step, int(trainer.num_training_batches), self._epoch_complete)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dnw_graph import InputError
 from dnw_graph.training import Checkpoints, Summary, read_checkpoint, run
 from dnw_graph.training.checkpoints import loop_state
 from dnw_graph.training.classifier import Classifier
@@ -163,6 +164,36 @@ def test_resume_after_a_kill_from_a_checkpoint_saved_on_the_last_batch_of_an_epo
     assert losses == expected[2 * STEPS :]
     assert without_time(resumed) == without_time(unbroken)
     assert_equal_states(Path(last), tmp_path / "unbroken" / "last.ckpt")
+
+
+# Where the weights are spoilt: (training pass?, number of the pass, options, step of the checkpoint that stays).
+SPOILT = {
+    "before an evaluation": (False, 2, {}, STEPS),
+    "before a checkpoint within an epoch": (True, 5, {"save_every": 1}, STEPS + 1),
+}
+
+
+@pytest.mark.parametrize("place", SPOILT)
+@pytest.mark.parametrize("part", ["graph.candidates.weight", "classifier.bias"])
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(
+    place: str, part: str, create: Create, small_digits: ImageData, options: Callable[..., RunOptions]
+) -> None:
+    training, call, changes, saved = SPOILT[place]
+    chosen = options(**changes)
+    models: list[nn.Module] = []
+
+    def kept(num_classes: int, image_size: int) -> nn.Module:
+        models.append(create(num_classes, image_size))
+        return models[-1]
+
+    def spoil() -> None:
+        models[-1].get_parameter(part).data[1] = torch.nan
+
+    with pytest.raises(InputError, match=r"NaN or infinite"):
+        run(crash_at(kept, training, call, spoil), {}, chosen, small_digits)
+    state = read_checkpoint(f"{chosen.output}/last.ckpt")
+    assert state["global_step"] == saved
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
 
 
 def test_resume_of_a_finished_run_reports_it_again(

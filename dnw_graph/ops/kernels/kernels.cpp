@@ -42,8 +42,9 @@ ENTRY(double, int64_t, float64_int64)
 
 #define FUNCTION(T, SUFFIX)                                                                                           \
   extern "C" int largest_##SUFFIX(                                                                                    \
-      int64_t threads, int64_t count, int64_t k, int64_t guess, const T *weight, int64_t *out, int64_t *found) {      \
-    return largest(threads, count, k, guess, weight, out, found);                                                     \
+      int64_t threads, int64_t count, int64_t k, int64_t low, int64_t high, const T *weight, int64_t *out,            \
+      int64_t *found) {                                                                                               \
+    return largest(threads, count, k, low, high, weight, out, found);                                                 \
   }                                                                                                                   \
   extern "C" int node_function_##SUFFIX(                                                                              \
       int64_t threads, int64_t nodes, int64_t height, int64_t width, int64_t batch, int64_t norm, int64_t relu,       \

@@ -1,4 +1,4 @@
-// The numbers of largest magnitude, among those that reach a guess.
+// The numbers of largest magnitude, given two guesses between which the least of them lies.
 
 #pragma once
 
@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <new>
 
@@ -34,58 +35,107 @@ typename Magnitude<T>::Bits magnitude(T weight) {
   return bits & (~decltype(bits)(0) >> 1);
 }
 
-// Writes the places, ascending, of the k largest |w|, ties to the lower place, if as many reach the guess. `found` gets
-// how many reach it and, if something was written, the magnitude of the k-th and how many are not finite.
+// Eight bytes of 0 or 1 become the places of the ones, which are written without a branch for each.
+struct Ones {
+  typedef uint16_t Places __attribute__((vector_size(16)));
+  static constexpr int64_t bytes = 8;
+  Places places[1 << bytes] = {};
+
+  Ones() {
+    for (int mask = 0; mask < 1 << bytes; ++mask)
+      for (int i = 0, n = 0; i < bytes; ++i)
+        if (mask >> i & 1) places[mask][n++] = i;
+  }
+  // Returns the end of what counts; up to eight places from `to` on are overwritten.
+  uint16_t *write(uint64_t ones, int64_t from, uint16_t *to) const {
+    const uint64_t mask = ones * 0x0102040810204080 >> 56;
+    const Places found = places[mask] + uint16_t(from);
+    std::memcpy(to, &found, sizeof found);
+    return to + __builtin_popcountll(ones);
+  }
+};
+
+// How many places of a part reach the upper guess, lie between the guesses, and are written.
+struct Counts {
+  int64_t sure, band, out;
+};
+
+// Writes the places, ascending, of the k largest |w|, ties to the lower place, if `low` and `high` are good guesses of the
+// k-th magnitude: then fewer than k reach `high`, all of which are chosen without being ranked, and at least k reach
+// `low`. `found` gets how many reach the one and the other, how many are not finite, and the k-th magnitude.
 template <class T>
-int largest(int64_t threads, int64_t count, int64_t k, int64_t guess, const T *weight, int64_t *out, int64_t *found) {
+int largest(
+    int64_t threads, int64_t count, int64_t k, int64_t low, int64_t high, const T *weight, int64_t *out, int64_t *found) {
   using Bits = typename Magnitude<T>::Bits;
-  constexpr int64_t part = 1 << 14, word = sizeof(uint64_t);
+  using Place = uint16_t;  // Within a part.
+  constexpr int64_t part = 1 << 14, room = part + Ones::bytes;
+  constexpr uint64_t lowest_bits = 0x0101010101010101;
+  static const Ones table;
   const int64_t parts = (count + part - 1) / part;
-  std::unique_ptr<uint8_t[]> reaches(new (std::nothrow) uint8_t[parts * part]);
-  std::unique_ptr<int64_t[]> starts(new (std::nothrow) int64_t[parts + 1]());
-  if (!reaches || !starts) return NO_MEMORY;
-#pragma omp parallel for num_threads(team(threads, count))
+  const int workers = team(threads, count);
+  const std::unique_ptr<Place[]> sure(new (std::nothrow) Place[parts * room]);
+  const std::unique_ptr<Place[]> band(new (std::nothrow) Place[parts * room]);
+  const std::unique_ptr<Counts[]> counts(new (std::nothrow) Counts[parts]);
+  if (!sure || !band || !counts) return NO_MEMORY;
+  int64_t not_finite = 0;
+#pragma omp parallel for num_threads(workers) reduction(+ : not_finite)
   for (int64_t n = 0; n < parts; ++n) {
     const int64_t from = n * part, size = std::min(part, count - from);
-    uint8_t *const reach = reaches.get() + from;
-    int32_t reaching = 0;
+    uint8_t reach[part];
+    int32_t bad = 0;
     for (int64_t i = 0; i < size; ++i) {
       const Bits bits = magnitude(weight[from + i]);
-      reach[i] = bits >= Bits(guess);
-      reaching += bits >= Bits(guess);
+      reach[i] = uint8_t(bits >= Bits(low)) + uint8_t(bits >= Bits(high));
+      bad += bits >= Magnitude<T>::infinity;
     }
-    std::fill(reach + size, reach + part, 0);
-    starts[n + 1] = reaching;
+    std::fill(reach + size, reach + round_up(size, Ones::bytes), 0);
+    Place *const begin_sure = sure.get() + n * room, *const begin_band = band.get() + n * room;
+    Place *end_sure = begin_sure, *end_band = begin_band;
+    for (int64_t i = 0; i < size; i += Ones::bytes) {
+      uint64_t bytes;  // The first one lowest: 0, 1 in the band, 2 above it.
+      std::memcpy(&bytes, reach + i, sizeof bytes);
+      end_sure = table.write(bytes >> 1 & lowest_bits, i, end_sure);
+      end_band = table.write(bytes & lowest_bits, i, end_band);
+    }
+    counts[n] = {end_sure - begin_sure, end_band - begin_band, 0};
+    not_finite += bad;
   }
-  for (int64_t n = 0; n < parts; ++n) starts[n + 1] += starts[n];
-  const int64_t size = starts[parts];
-  found[0] = size;
-  if (size < k) return OK;
-  std::unique_ptr<int64_t[]> places(new (std::nothrow) int64_t[size]);
-  std::unique_ptr<Bits[]> ranked(new (std::nothrow) Bits[size]);
-  if (!places || !ranked) return NO_MEMORY;
-#pragma omp parallel for num_threads(team(threads, count))
+  int64_t surely = 0, between = 0;
+  for (int64_t n = 0; n < parts; ++n) surely += counts[n].sure, between += counts[n].band;
+  found[0] = surely + between;
+  found[1] = surely;
+  found[2] = not_finite;
+  if (surely >= k || surely + between < k) return OK;
+  const std::unique_ptr<Bits[]> ranked(new (std::nothrow) Bits[between]);
+  if (!ranked) return NO_MEMORY;
+  Bits *next = ranked.get();
+  for (int64_t n = 0; n < parts; ++n)
+    for (int64_t i = 0; i < counts[n].band; ++i) *next++ = magnitude(weight[n * part + band[n * room + i]]);
+  Bits *const last = ranked.get() + k - surely - 1;
+  std::nth_element(ranked.get(), last, next, std::greater<Bits>());
+  const Bits least = *last;
+  found[3] = int64_t(least);
+  int64_t ties = std::count(ranked.get(), last + 1, least);  // All that is larger lies before the last.
+  int64_t start = 0;
   for (int64_t n = 0; n < parts; ++n) {
-    int64_t next = starts[n];
-    for (int64_t from = n * part; from < (n + 1) * part; from += word) {
-      uint64_t ones;  // Eight bytes of 0 or 1, the first one lowest: few of them are 1.
-      std::memcpy(&ones, reaches.get() + from, word);
-      for (; ones; ones &= ones - 1) {
-        const int64_t i = from + __builtin_ctzll(ones) / 8;
-        places[next] = i;
-        ranked[next++] = magnitude(weight[i]);
-      }
+    Place *const places = band.get() + n * room;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < counts[n].band; ++i) {
+      const Bits bits = magnitude(weight[n * part + places[i]]);
+      places[kept] = places[i];
+      kept += bits > least || (bits == least && ties-- > 0);
     }
+    counts[n].band = kept;
+    counts[n].out = start;
+    start += counts[n].sure + kept;
   }
-  std::nth_element(ranked.get(), ranked.get() + k - 1, ranked.get() + size, std::greater<Bits>());
-  const Bits least = ranked[k - 1];
-  int64_t ties = std::count(ranked.get(), ranked.get() + k, least);  // All that is larger lies before the k-th.
-  for (int64_t i = 0; i < size; ++i) {
-    const Bits bits = magnitude(weight[places[i]]);
-    if (bits > least || (bits == least && ties-- > 0)) *out++ = places[i];
+#pragma omp parallel for num_threads(workers)
+  for (int64_t n = 0; n < parts; ++n) {
+    const Place *const s = sure.get() + n * room, *const b = band.get() + n * room;
+    int64_t *const begin = out + counts[n].out;
+    int64_t *const end = std::merge(s, s + counts[n].sure, b, b + counts[n].band, begin);
+    for (int64_t *place = begin; place < end; ++place) *place += n * part;
   }
-  found[1] = int64_t(least);
-  found[2] = std::count_if(ranked.get(), ranked.get() + size, [](Bits bits) { return bits >= Magnitude<T>::infinity; });
   return OK;
 }
 
