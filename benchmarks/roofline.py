@@ -110,16 +110,17 @@ def floor(found: list[Group], machine: Machine) -> float:
     return sum(group.milliseconds(machine) for group in found)
 
 
-def groups(model: nn.Module, images: Tensor, dtype: torch.dtype) -> list[Group]:
+def groups(model: nn.Module, images: Tensor, dtype: torch.dtype, batch: int | None = None) -> list[Group]:
     """Return the groups of one training step, SGD with momentum included.
 
     Args:
         model: A model of this package, or a graph.
         images: A batch.
         dtype: Dtype of the maps.
+        batch: Images of a step, if not as many as were given.
     """
     sizes = _sizes(model, images)
-    batch = images.size(0)
+    batch = images.size(0) if batch is None else batch
     found: list[Group] = []
     for graph in graphs_of(model):
         before, after = sizes.pop(graph)

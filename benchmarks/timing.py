@@ -51,10 +51,12 @@ def machine(device: torch.device) -> dict[str, str]:
     }
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options of every benchmark."""
+def arguments(description: str, timed: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark, or of those that time nothing."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--json", type=Path, default=None, help="write the figures to this file as well")
+    if not timed:
+        return parser
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--rounds", type=int, default=7, help="timed turns, of which the median is shown")
