@@ -54,14 +54,15 @@ class Drawn(Wiring):
     """Edges that are drawn once; every candidate gets its gradient."""
 
     updates_hallucinated = True
+    index: Tensor
 
     def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
         """Draw the edges."""
-        self.index = torch.randperm(candidates.num_candidates)[:num_edges].sort().values
+        self.register_buffer("index", torch.randperm(candidates.num_candidates)[:num_edges].sort().values)
 
     def choose(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
         """Return them."""
-        return self.index.to(weight.device)
+        return self.index
 
 
 def ways() -> dict[str, Propagation]:

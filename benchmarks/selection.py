@@ -20,7 +20,7 @@ from torchvision.models import resnet50
 
 from dnw_graph.cost import neural_graphs
 from dnw_graph.models import MobileNetV1DNW, TinyClassifier
-from dnw_graph.selection import Selector, select_top_k
+from dnw_graph.selection import Selector, new_flag, select_top_k
 from dnw_graph.sparsify import sparsify, weight_graphs
 
 # Candidates and k: stages 4, 5 and 3 of MobileNetV1-DNW ×0.225, a tiny graph, the largest convolutions of a ResNet-50.
@@ -77,7 +77,7 @@ def _row(
     step: Callable[[], None],
     options: Namespace,
 ) -> dict[str, object]:
-    selectors = [Selector() for _ in numbers]
+    selectors, flag = [Selector() for _ in numbers], new_flag(options.device)
     found: dict[str, list[Tensor]] = {}
     current: list[Tensor] = []
 
@@ -93,7 +93,7 @@ def _row(
 
     ways = {
         "step": move,
-        "carried": way("carried", lambda i, weight, k: selectors[i].select(weight, k, name)),
+        "carried": way("carried", lambda i, weight, k: selectors[i].select(weight, k, name, flag)),
         "cold": way("cold", lambda i, weight, k: select_top_k(weight, k, name)),
         "topk": way("topk", lambda i, weight, k: torch.topk(weight.abs(), k, sorted=False).indices),
         "sort": way("sort", lambda i, weight, k: weight.abs().sort(descending=True, stable=True).indices[:k]),

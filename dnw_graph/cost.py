@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from dnw_graph.candidates import CandidateEdges
+from dnw_graph.chains import readers
 from dnw_graph.errors import InputError
 from dnw_graph.live_channels import classifier_columns, live_channels
 from dnw_graph.multiply_adds import MultiplyAdds
@@ -85,17 +86,26 @@ def neural_graphs(model: nn.Module) -> dict[str, NeuralGraph]:
 def live_nodes(model: nn.Module) -> dict[str, Bool[Tensor, " nodes"]]:
     """Return, by graph name, which nodes reach an output of the model over real edges; the others are dead.
 
-    A model that chains its graphs knows which outputs count in a method ``live_nodes_by_graph()``; in any other graph,
-    all outputs count.
+    In an ``nn.Sequential``, nested ones too, and in the models of this package, the outputs of a graph that count are
+    the live inputs of the next one, where there is nothing between them but modules that work on every channel by
+    itself: norms over batches, activations, pooling, dropout, convolutions of single channels. Any other module in
+    which graphs feed one another says so in a method ``live_nodes_by_graph()``, which returns masks like these by
+    graph. Elsewhere all outputs of a graph count.
     """
-    masks: dict[nn.Module, Tensor] = {}
+    masks: dict[NeuralGraph, Tensor] = {}
     for module in model.modules():
-        chained = getattr(module, "live_nodes_by_graph", None)
-        if chained is not None:
-            masks |= chained()
-    return {
-        name: masks[graph] if graph in masks else graph.live_nodes() for name, graph in neural_graphs(model).items()
-    }
+        by_graph = getattr(module, "live_nodes_by_graph", None)
+        if by_graph is not None:
+            masks |= by_graph()
+    read_by = readers(model)
+
+    def live(graph: NeuralGraph) -> Tensor:
+        if graph not in masks:
+            reader = read_by.get(graph)
+            masks[graph] = graph.live_nodes(None if reader is None else live(reader)[: reader.num_inputs])
+        return masks[graph]
+
+    return {name: live(graph) for name, graph in neural_graphs(model).items()}
 
 
 def cost(model: nn.Module, input_size: Sequence[int], *, paper: bool = False) -> Cost:
@@ -103,9 +113,10 @@ def cost(model: nn.Module, input_size: Sequence[int], *, paper: bool = False) ->
 
     One image of zeros is sent through the model in evaluation mode, and what is computed is counted: live real edges at
     every product, each step of a discrete graph and each evaluation of a continuous one; node functions at their live
-    nodes; the last layer of a ``stem``, whose channels are the inputs of the first graph beside it, at the live ones;
-    everything else as PyTorch's ``FlopCounterMode`` counts it, two operations being one multiply-add. Activations,
-    norms and pooling are not counted. The model is left as it was: modes, hooks, wiring and random state.
+    nodes; a convolution or linear layer that feeds only a graph, in an ``nn.Sequential`` or a model of this package, at
+    the live inputs; everything else as PyTorch's ``FlopCounterMode`` counts it, two operations being one multiply-add.
+    Activations, norms and pooling are not counted. The model is left as it was: modes, hooks, wiring and random
+    state.
 
     With ``paper=True`` dead nodes are counted as for Table 3 of the paper, by one look at each graph: an input or inner
     node is dead if no real edge leaves it, whether or not its targets or later stages are of use; all real edges

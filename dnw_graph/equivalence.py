@@ -111,7 +111,7 @@ def static_to_discrete(graph: NeuralGraph) -> nn.Sequential:
         num_edges=graph.num_edges,
         wiring=graph.wiring,
         dynamics=Discrete(steps=len(blocks) - 1, input_mode="hold"),
-        candidates=copy.deepcopy(graph.candidates),
+        candidates=graph.candidates,
         node_function=Blockwise(functions, blocks),
         propagation=graph.propagation,
         name=graph.name,

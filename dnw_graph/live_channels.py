@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor, nn
 
+from dnw_graph.chains import readers
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.node_functions import Blockwise
 
@@ -19,19 +20,19 @@ def live_channels(model: nn.Module, live: Mapping[NeuralGraph, Tensor]) -> dict[
         for function, nodes in chain.from_iterable(_parts(*each) for each in graph.dynamics.functions()):
             for module in function.modules():
                 channels.setdefault(module, []).append(mask[nodes.start : nodes.stop])
-    for module, graphs in _around_graphs(model):
-        stem = getattr(module, "stem", None)
-        if isinstance(stem, nn.Module):
-            # Only the last layer's channels are nodes; the layers before it feed live and dead ones alike.
-            for layer in [m for m in stem.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1:]:
-                channels[layer] = [live[graphs[0]][: graphs[0].num_inputs]]
+    for layer, graph in readers(model).items():
+        if not isinstance(layer, NeuralGraph):
+            channels[layer] = [live[graph][: graph.num_inputs]]
     return channels
 
 
 def classifier_columns(model: nn.Module) -> dict[nn.Module, Tensor]:
     """Return, for every classifier that reads a graph's outputs, at which of them a real edge arrives."""
     columns: dict[nn.Module, Tensor] = {}
-    for module, graphs in _around_graphs(model):
+    for module in model.modules():
+        graphs = [graph for graph in module.modules() if isinstance(graph, NeuralGraph)]
+        if not graphs:
+            continue
         layer, last = getattr(module, "classifier", None), graphs[-1]
         if isinstance(layer, nn.Linear) and layer.in_features == last.num_outputs:
             target = last.edge_index[1]
@@ -47,10 +48,3 @@ def _parts(function: nn.Module, nodes: range) -> list[tuple[nn.Module, range]]:
         return [(function, nodes)]
     bounds = accumulate(function.sizes, initial=nodes.start)
     return [(part, range(*ends)) for part, ends in zip(function.functions, pairwise(bounds), strict=True)]
-
-
-def _around_graphs(model: nn.Module) -> Iterator[tuple[nn.Module, list[NeuralGraph]]]:
-    """Yield every module that has neural graphs in it, with these."""
-    for module in model.modules():
-        if graphs := [graph for graph in module.modules() if isinstance(graph, NeuralGraph)]:
-            yield module, graphs

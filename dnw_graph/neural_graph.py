@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,11 @@ from dnw_graph.candidates import CandidateEdges
 from dnw_graph.dynamics import Dynamics, make_dynamics
 from dnw_graph.errors import InputError
 from dnw_graph.node_functions import NodeFunction
-from dnw_graph.nodes import Nodes
+from dnw_graph.nodes import Nodes, whole_number
+from dnw_graph.ops.layout import transformed
 from dnw_graph.propagation import Propagation, RealEdges, make_propagation
-from dnw_graph.wirings import Wiring, make_wiring
+from dnw_graph.wirings import Fixed, Wiring, make_wiring
+from dnw_graph.wirings.checks import check_index
 
 
 class NeuralGraph(nn.Module):
@@ -37,7 +40,7 @@ class NeuralGraph(nn.Module):
 
     Args:
         blocks: Static graphs: number of nodes of each block; the first are the inputs, the last the outputs.
-        num_edges: Number of real edges k. Default: all candidates.
+        num_edges: Number of real edges k. Default: those of a :class:`~dnw_graph.Fixed` wiring, else all candidates.
         num_nodes: Dynamic graphs: number of nodes.
         num_inputs: Dynamic graphs: number of input nodes, the first ones.
         num_outputs: Dynamic graphs: number of output nodes, the last ones.
@@ -53,18 +56,19 @@ class NeuralGraph(nn.Module):
         stride: Stride of the node function: at the inputs of a static graph, at every node of a dynamic one.
         input_function: Static graphs: whether the node function is applied at the inputs.
         output_function: Static graphs: whether the node function is applied at the outputs.
-        candidates: The candidate edges, if not all that the dynamics allows.
+        candidates: The candidate edges, if not all that the dynamics allows; they are copied, weights included.
         recompute: Have the backward pass compute the node functions again, so that of each only what it receives is
             kept for it, and what products need of what it gives; outputs and gradients are the same.
-        name: Name of the graph in messages.
+        name: Name of the graph in messages, by which graphs of one model can be told apart.
 
     Shapes:
         - input: ``[batch, inputs, height, width]``, or ``[batch, inputs]`` with a node function for vectors
         - output: ``[batch, outputs, ⌈height / stride⌉, ⌈width / stride⌉]``; dynamic graphs keep the resolution
 
     Raises:
-        InputError: If ``num_edges`` is not in 1 … number of candidates, a name is unknown, the nodes are no graph, or
-            an input has another shape than the graph expects.
+        InputError: If ``num_edges`` is not in 1 … number of candidates, a name is unknown, the nodes are no graph, an
+            input has another shape than the graph expects, or a wiring or node function of the user's own returns what
+            it must not.
 
     Example:
         >>> graph = NeuralGraph(blocks=(64, 128, 128), num_edges=1244)
@@ -101,9 +105,16 @@ class NeuralGraph(nn.Module):
         self.dynamics.recompute = recompute
         self.nodes = _make_nodes(self.dynamics, blocks, num_nodes, num_inputs, num_outputs)
         self.candidates = self.dynamics.setup(
-            self.nodes, candidates, node_function, stride, input_function, output_function
+            self.nodes,
+            copy.deepcopy(candidates),
+            node_function,
+            _from_one(name, "stride", stride),
+            input_function,
+            output_function,
         )
-        self.rewire(wiring, self.num_candidates if num_edges is None else num_edges)
+        if num_edges is None:
+            num_edges = wiring.edge_index.size(1) if isinstance(wiring, Fixed) else self.num_candidates
+        self.rewire(wiring, num_edges)
         self.propagation = make_propagation(propagation)
         self.register_load_state_dict_post_hook(_forget_wiring)
 
@@ -146,11 +157,9 @@ class NeuralGraph(nn.Module):
     def real_index(self) -> Int[Tensor, " edges"]:
         """Flat indices of the real edges among the candidates, ascending, for the weights as they are now.
 
-        They are those that evaluation would use, in training too.
+        They are those that evaluation would use, in training too; a copy.
         """
-        if self.training:
-            return self._choose()
-        return self._real_edges()
+        return (self._choose() if self.training else self._real_edges()).clone()
 
     @property
     def edge_index(self) -> Int[Tensor, "2 edges"]:
@@ -193,14 +202,13 @@ class NeuralGraph(nn.Module):
         Raises:
             InputError: If k is not in 1 … number of candidates, or the name is unknown.
         """
-        if isinstance(num_edges, bool) or not isinstance(num_edges, int) or num_edges < 1:
-            raise InputError(f"{self.name}: num_edges must be a whole number from 1 up; got {num_edges!r}")
+        num_edges = _from_one(self.name, "num_edges", num_edges)
         if num_edges > self.num_candidates:
             raise InputError(
                 f"{self.name}: num_edges = {num_edges:,} is more than the {self.num_candidates:,} candidate edges of "
                 f"blocks {self.blocks}; ask for fewer edges or more nodes"
             )
-        rule = make_wiring(wiring)
+        rule = make_wiring(wiring).to(self.candidates.weight.device)
         rule.setup(self.candidates, num_edges, self.name)
         self.wiring = rule.train(self.training)
         self._num_edges = num_edges
@@ -217,6 +225,7 @@ class NeuralGraph(nn.Module):
     def _choose(self) -> Tensor:
         index = self.wiring.choose(self.candidates.weight, self.num_edges, self.name)
         self.wiring.raise_non_finite()
+        check_index(index, self.wiring, self.num_candidates, self.name, wait=True)
         return index
 
     def _keep(self, index: Tensor) -> None:
@@ -230,8 +239,9 @@ class NeuralGraph(nn.Module):
         """Return the flat indices for this forward pass, chosen anew where they have to be."""
         weight = self.candidates.weight
         choose = self.wiring.choose_to_train if self.training else self.wiring.choose
-        if torch.compiler.is_compiling():
-            # Compiled code recomputes by itself, and cannot tell whether the weights have changed.
+        if torch.compiler.is_compiling() or transformed():
+            # Compiled code recomputes by itself, and cannot tell whether the weights have changed. The tensors of a
+            # transform of torch.func have no storage to tell it by, and must not outlive it.
             return choose(weight, self.num_edges, self.name)
         if self._chosen is not None:
             if self.training:
@@ -248,6 +258,7 @@ class NeuralGraph(nn.Module):
         index = choose(weight, self.num_edges, self.name)
         if not self.training:
             self.wiring.raise_non_finite()
+        check_index(index, self.wiring, self.num_candidates, self.name, wait=not self.training)
         self._keep(index)
         return index
 
@@ -328,6 +339,13 @@ def _make_nodes(
     if blocks is not None or num_nodes is None or num_inputs is None or num_outputs is None:
         raise InputError("a dynamic graph is given by num_nodes, num_inputs and num_outputs, without blocks")
     return Nodes.flat(num_nodes, num_inputs, num_outputs)
+
+
+def _from_one(name: str, what: str, given: object) -> int:
+    number = whole_number(given)
+    if number is None or number < 1:
+        raise InputError(f"{name}: {what} must be a whole number from 1 up; got {given!r}")
+    return number
 
 
 def _forget_wiring(graph: NeuralGraph, *_: Any) -> None:

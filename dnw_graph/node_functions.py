@@ -196,18 +196,23 @@ NODE_FUNCTIONS: dict[str, Callable[..., nn.Module]] = {
     "relu_conv_send_norm": ReluConvSendNorm,
 }
 
+NODELESS = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
+"""Modules whose classes take no number of nodes; ``nn.PReLU`` does."""
+
 
 def make_node_function(node_function: NodeFunction, num_nodes: int, stride: int = 1) -> nn.Module:
     """Return the module that applies f_θ to a group of nodes.
 
     Args:
         node_function: A name; a factory, called as ``factory(num_nodes)``, or ``factory(num_nodes, stride=stride)``
-            where a stride is asked for; or a module, which every group of nodes then shares.
+            where a stride is asked for; or a module, which every group of nodes then shares. A class of PyTorch's
+            activations or dropouts, which know no nodes (``nn.PReLU`` does), is called without arguments.
         num_nodes: Number of nodes of the group.
         stride: Stride that the module must have.
 
     Raises:
-        InputError: If the name is unknown, a stride is asked of a ready module, or a factory returns no module.
+        InputError: If the name is unknown, a stride is asked of a ready module, or a factory cannot be called so or
+            returns no module.
     """
     if isinstance(node_function, str):
         if node_function not in NODE_FUNCTIONS:
@@ -220,7 +225,15 @@ def make_node_function(node_function: NodeFunction, num_nodes: int, stride: int 
                 "pass a factory (num_nodes, stride) -> module as node_function"
             )
         return node_function
-    module = node_function(num_nodes) if stride == 1 else node_function(num_nodes, stride=stride)
+    # The first argument of an activation is something else: nn.LeakyReLU(num_nodes) would have a slope of num_nodes.
+    nodeless = isinstance(node_function, type) and node_function.__module__ in NODELESS and node_function != nn.PReLU
+    try:
+        module = node_function(*([] if nodeless else [num_nodes]), **({} if stride == 1 else {"stride": stride}))
+    except (TypeError, AttributeError) as error:
+        raise InputError(
+            f"node_function must be a name, a module, or a factory (num_nodes, stride=1) -> module; {node_function!r} "
+            f"failed for {num_nodes} nodes, stride {stride}: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(module, nn.Module):
         raise InputError(f"the node_function factory must return an nn.Module; it returned {type(module)}")
     return module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -30,9 +31,10 @@ class Nodes:
         Raises:
             InputError: If there are fewer than two blocks or one is empty.
         """
-        if len(blocks) < 2 or any(not isinstance(size, int) or size < 1 for size in blocks):
+        sizes = tuple(whole_number(size) or 0 for size in blocks)
+        if len(sizes) < 2 or min(sizes) < 1:
             raise InputError(f"blocks must be two or more positive whole numbers of nodes; got {tuple(blocks)}")
-        return cls(tuple(blocks), blocks[0], blocks[-1])
+        return cls(sizes, sizes[0], sizes[-1])
 
     @classmethod
     def flat(cls, num_nodes: int, num_inputs: int, num_outputs: int) -> Nodes:
@@ -72,3 +74,11 @@ class Nodes:
     def block_ranges(self) -> list[range]:
         """The nodes of each block."""
         return [range(start, stop) for start, stop in pairwise([0, *accumulate(self.blocks)])]
+
+
+def whole_number(given: object) -> int | None:
+    """Return a whole number, of NumPy too, as an ``int``; None if it is anything else, a truth value included."""
+    try:
+        return None if isinstance(given, bool) else operator.index(given)  # type: ignore[arg-type]  # that is the question
+    except TypeError:
+        return None

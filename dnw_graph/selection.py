@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,10 +39,16 @@ def select_top_k(weight: Float[Tensor, " candidates"], k: int, name: str = "grap
     Raises:
         InputError: If k is out of range or a weight is NaN or infinite.
     """
-    selector = Selector()
-    index = selector.select(weight, k, name)
-    selector.raise_non_finite()
+    selector, flag = Selector(), new_flag(weight.device)
+    index = selector.select(weight, k, name, flag)
+    selector.raise_non_finite(flag)
     return index
+
+
+def new_flag(device: torch.device | None = None) -> Int[Tensor, ""]:
+    """Return a flag for :class:`Selector`, not raised."""
+    with torch.inference_mode(False):  # whose tensors could not be written to in training
+        return torch.zeros((), dtype=torch.int64, device=device)
 
 
 class Selector:
@@ -50,27 +57,30 @@ class Selector:
     On a CPU it carries the last threshold: all weights are compared with one guess a little below it and one a little
     above it, and only the few in between are ranked. Where the guesses were wrong, a sample of the weights makes
     others; the result is that of a full sort in any case. On other devices the shapes of all tensors follow from the
-    number of weights and k, and nothing waits for the device: weights that are not finite set a flag there, which
-    :meth:`raise_non_finite` reads.
+    number of weights and k, and nothing waits for the device: weights that are not finite raise a flag there, which
+    :meth:`raise_non_finite` reads. The flag is the caller's, one tensor that is written in place, so that a CUDA graph
+    finds it where it was.
 
-    Copies and pickles start without what was carried; a flag is read before.
+    Copies and pickles start without what was carried.
     """
 
     def __init__(self) -> None:
-        # Outside of inference mode, whose tensors could not be written to in training.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # whose tensors could not be written to in training
             self._carried = torch.tensor([-1, 14, 14], device="cpu")
-        # How many weights are not finite: a number if the host knows it, a tensor if it has not asked yet.
-        self._not_finite: int | Tensor = 0
-        self._flagged = ("", 0)
+        # Of the last selection on a device: the graph's name and how many weights it chose among.
+        self._flagged: tuple[str, int] | None = None
+        self._not_finite = 0
 
-    def select(self, weight: Float[Tensor, " candidates"], k: int, name: str) -> Int[Tensor, " edges"]:
+    def select(
+        self, weight: Float[Tensor, " candidates"], k: int, name: str, flag: Int[Tensor, ""]
+    ) -> Int[Tensor, " edges"]:
         """Return the flat indices of the k weights of largest |w|, ascending, ties to the lower index.
 
         Args:
             weight: Candidate weights.
             k: Number of edges, 1 … number of candidates.
             name: Name of the graph, for messages.
+            flag: Where the number of weights that are not finite goes if the weights are not on a CPU, on their device.
 
         Raises:
             InputError: If k is out of range or, on a CPU, a weight is NaN or infinite.
@@ -80,24 +90,39 @@ class Selector:
         if _on_host(weight):
             return _select(weight.detach(), k, name, self._carried)
         magnitude = _magnitude(weight)
-        found = (magnitude >= _BITS[weight.dtype][1]).sum()
-        if isinstance(self._not_finite, Tensor):
-            found = torch.maximum(found, self._not_finite.to(found.device))
-        self._not_finite, self._flagged = found, (name, weight.numel())
+        _raise_flag((magnitude >= _BITS[weight.dtype][1]).sum(), flag)
+        # Written, never read, in a step: compiled code would be compiled again where it changes.
+        self._not_finite, self._flagged = 0, (name, weight.numel())
         return _ranked(magnitude, k)
 
-    def raise_non_finite(self) -> None:
-        """Read the flag, which waits for the device.
+    def raise_non_finite(self, flag: Int[Tensor, ""]) -> None:
+        """Read the flag, which waits for the device, and take it down.
+
+        Args:
+            flag: The flag that the selections were given.
 
         Raises:
             InputError: If weights that were selected from are NaN or infinite. Again until the next selection.
         """
-        self._not_finite = int(self._not_finite)
+        if self._flagged is None or flag.is_meta:
+            return
+        if found := int(flag):
+            self._not_finite = found
+            flag.zero_()
         if self._not_finite:
             raise _not_finite(*self._flagged, self._not_finite)
 
+    def forget(self, flag: Int[Tensor, ""]) -> None:
+        """Have nothing left of the weights so far: no threshold, and no flag.
+
+        Args:
+            flag: The flag that the selections were given.
+        """
+        self._carried[0] = -1
+        self._not_finite = 0
+        flag.zero_()
+
     def __reduce__(self) -> tuple[type[Selector], tuple[()]]:
-        self.raise_non_finite()
         return Selector, ()
 
 
@@ -146,6 +171,25 @@ def _select(weight: Tensor, k: int, name: str, carried: Tensor) -> Tensor:
 @_select.register_fake
 def _(weight: Tensor, k: int, name: str, carried: Tensor) -> Tensor:
     return weight.new_empty(k, dtype=torch.int64)
+
+
+@_select.register_vmap
+def _(info: Any, in_dims: Sequence[Any], weight: Tensor, k: int, name: str, carried: Tensor) -> tuple[Tensor, int]:
+    """Choose for each of several graphs; their thresholds have nothing to do with each other."""
+    return torch.stack([_select(each, k, name, carried.clone()) for each in weight.unbind(in_dims[0])]), 0
+
+
+@torch.library.custom_op(
+    "dnw_graph::raise_flag", mutates_args=("flag",), schema="(Tensor not_finite, Tensor(a!) flag) -> ()"
+)
+def _raise_flag(not_finite: Tensor, flag: Tensor) -> None:
+    """Keep the larger number; an operator of its own, since ``torch.func`` lets no other write to what it captures."""
+    flag.clamp_(min=not_finite)
+
+
+@_raise_flag.register_fake
+def _(not_finite: Tensor, flag: Tensor) -> None:
+    pass
 
 
 def _guesses(weight: Tensor, k: int, last: int, below: int, above: int) -> Iterator[tuple[int, int]]:

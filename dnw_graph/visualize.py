@@ -91,8 +91,12 @@ def plot_change(
         The axes.
 
     Raises:
-        InputError: If the blocks of the two differ, ``top`` is less than 1 or matplotlib is not installed.
+        InputError: If they are graphs, which know their edges of now alone; if the blocks of the two differ, ``top`` is
+            less than 1 or matplotlib is not installed.
     """
+    for data in (before, after):
+        if not isinstance(data, Data):
+            raise InputError(f"before and after are what to_data() returned at two moments; got {type(data).__name__}")
     if not torch.equal(before.block, after.block):
         sizes = [data.block.bincount().tolist() for data in (before, after)]
         raise InputError(
@@ -132,8 +136,10 @@ def plot_adjacency(graph: NeuralGraph, ax: matplotlib.axes.Axes | None = None) -
         The axes.
 
     Raises:
-        InputError: If matplotlib is not installed.
+        InputError: If it is no graph, or matplotlib is not installed.
     """
+    if not isinstance(graph, NeuralGraph):
+        raise InputError(f"the adjacency shows a NeuralGraph with its candidates; got {type(graph).__name__}")
     ax = _pyplot().subplots(figsize=(7.5, 6.5), layout="constrained")[1] if ax is None else ax
     from matplotlib.colors import FuncNorm, LinearSegmentedColormap, ListedColormap
 

@@ -185,9 +185,10 @@ class Classifier(nn.Module):
 
 def test_both_counts_of_chained_graphs_by_hand():
     model = Classifier()
-    # Node 1 of the second graph has no output edge, so that 1 → 3 of the first is of no use, nor the stem's channel 1.
+    # Node 1 of the second graph has no output edge, so that 1 → 3 of the first is of no use. What the stem feeds is not
+    # known: it counts in full.
     assert cost(model, (3, 4, 4)).rows == (
-        CostRow("stem", 4, 16 * 3),
+        CostRow("stem", 8, 16 * 6),
         CostRow("stage1", 1 + 9, 16 * (1 + 9)),
         CostRow("stage2", 1 + 9, 16 * (1 + 9)),
         CostRow("classifier", 15, 10),
@@ -199,6 +200,125 @@ def test_both_counts_of_chained_graphs_by_hand():
         CostRow("stage2", 1 + 9, 16 * (1 + 9)),
         CostRow("classifier", 10, 5),
     )
+
+
+def live_in_a_chain(graphs):
+    """The nodes of each graph from which real edges lead to an output of the last one."""
+    network = nx.DiGraph()
+    for number, graph in enumerate(graphs):
+        network.add_nodes_from((number, v) for v in range(graph.num_nodes))
+        network.add_edges_from(((number, u), (number, v)) for u, v in graph.edge_index.T.tolist())
+        following = "end" if number == len(graphs) - 1 else number + 1
+        first_output = graph.num_nodes - graph.num_outputs
+        for i in range(graph.num_outputs):
+            network.add_edge((number, first_output + i), following if following == "end" else (following, i))
+    live = nx.ancestors(network, "end")
+    return [{v for v in range(graph.num_nodes) if (number, v) in live} for number, graph in enumerate(graphs)]
+
+
+def chained_graphs():
+    """Two graphs, of the first of which some outputs are of no use to the second."""
+    torch.manual_seed(0)
+    return NeuralGraph((6, 8, 4), 12, name="first"), NeuralGraph((4, 5, 3), 6, name="second")
+
+
+def live_sets(model):
+    return [set(mask.nonzero().flatten().tolist()) for mask in live_nodes(model).values()]
+
+
+def test_graphs_of_a_sequential_are_live_where_they_reach_its_end():
+    first, second = chained_graphs()
+    relu = nn.ReLU()
+    between = nn.Sequential(nn.BatchNorm2d(4), relu, nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.MaxPool2d(2))
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.Sequential(relu, first), between, nn.Dropout(), second, nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(3, 2),
+    )  # fmt: skip
+    live = live_in_a_chain([first, second])
+    assert live_sets(model) == live
+    assert len(live[0]) < int(first.live_nodes().sum())
+    # Edges into live nodes, convolutions of live nodes that are no outputs, and what feeds live inputs alone.
+    edges = [
+        sum(v in nodes for v in graph.edge_index[1].tolist())
+        for graph, nodes in zip((first, second), live, strict=True)
+    ]
+    convolutions = [9 * len(live[0] & set(range(14))), 9 * len(live[1] & set(range(9)))]
+    inputs = [len(nodes & set(range(n))) for nodes, n in zip(live, (6, 4), strict=True)]
+    expected = 64 * (3 * inputs[0] + edges[0] + convolutions[0] + 9 * inputs[1]) + 16 * (edges[1] + convolutions[1]) + 6
+    result = cost(model, (3, 8, 8))
+    assert result.multiply_adds == expected
+    assert result.parameters == 4 * inputs[0] + 10 * inputs[1] + sum(edges) + sum(convolutions) + 8
+
+
+def test_graphs_of_vectors_behind_a_flattening():
+    torch.manual_seed(0)
+    maps, vectors = NeuralGraph((2, 5, 4), 9, name="maps"), NeuralGraph((4, 3), 3, input_function=False, name="vectors")
+    model = nn.Sequential(maps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), vectors)
+    assert live_sets(model) == live_in_a_chain([maps, vectors])
+    assert len(live_sets(model)[0]) < int(maps.live_nodes().sum())
+    wide = NeuralGraph((16, 3), 1, input_function=False)  # it reads four values of each channel
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), maps, nn.AdaptiveAvgPool2d(2), nn.Flatten(), wide)
+    assert live_nodes(model)["maps"].tolist() == maps.live_nodes().tolist()
+
+
+class WithItself(NeuralGraph):
+    """A graph whose inputs are outputs as well."""
+
+    def forward(self, x):
+        return super().forward(x) + x[:, : self.num_outputs]
+
+
+OVER_TIME = {
+    "num_nodes": 12, "num_inputs": 4, "num_outputs": 3, "num_edges": 6, "dynamics": Discrete(input_mode="sequence"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda first, second: nn.Sequential(first, nn.GroupNorm(2, 4), second),
+        lambda first, second: nn.Sequential(first, nn.Softmax2d(), second),
+        lambda first, second: nn.Sequential(first, nn.Conv2d(4, 4, 1), second),
+        lambda first, second: nn.Sequential(first, nn.Conv2d(4, 4, 3, groups=2), second),
+        lambda first, second: nn.Sequential(first, type("Own", (nn.ReLU,), {})(), second),
+        lambda first, second: nn.Sequential(first, WithItself((4, 5, 3), 6, name="second")),
+        lambda first, second: nn.Sequential(first, NeuralGraph(**OVER_TIME, name="second")),
+        lambda first, second: type("Own", (nn.Sequential,), {"forward": lambda self, x: x})(first, second),
+        lambda first, second: nn.Sequential(nn.Sequential(first, second), nn.Conv2d(3, 6, 1), first),
+        lambda first, second: nn.Sequential(first, second, nn.Conv2d(3, 6, 1), first),
+        lambda first, second: nn.ModuleList([first, second]),
+    ],
+)
+def test_where_nothing_proves_what_reads_them_all_outputs_count(build):
+    first, second = chained_graphs()
+    live = live_nodes(build(first, second))
+    assert live["first"].tolist() == first.live_nodes().tolist()
+    assert live["first"].tolist() != live_nodes(nn.Sequential(first, second))["first"].tolist()
+
+
+def test_a_chain_that_is_used_twice_feeds_more_than_what_follows_it():
+    first, second = chained_graphs()
+    body = nn.Sequential(nn.ReLU(), first)
+    model = nn.ModuleDict({"main": nn.Sequential(nn.Conv2d(3, 6, 1), body, second), "again": body})
+    assert live_nodes(model)["first"].tolist() == first.live_nodes().tolist()
+
+
+@pytest.mark.parametrize("name", ["stem", "shortcut"])
+def test_a_layer_beside_a_graph_costs_the_same_by_any_name(name):
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.graph = NeuralGraph((2, 2), 1, wiring=Fixed(torch.tensor([[0], [2]])))
+            self.add_module(name, nn.Conv2d(2, 2, 1, bias=False))
+
+        def forward(self, x):
+            return self.graph(x) + getattr(self, name)(x)
+
+    # Input 1 is dead in the graph, but the layer beside it makes both channels of the output.
+    assert {row.name: row.multiply_adds for row in cost(Residual(), (2, 4, 4)).rows} == {
+        "graph": 16 * (1 + 9),
+        name: 16 * 4,
+    }
 
 
 def test_only_a_linear_layer_on_the_outputs_loses_columns():

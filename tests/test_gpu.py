@@ -1,6 +1,7 @@
 """Training on a CUDA device: the numbers of the CPU, without waiting, and as one CUDA graph."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +9,12 @@ import torch.nn.functional as F
 from alone import run_alone
 from reference import relative_error
 from torch import nn
+from torchvision.models import resnet18
 
 from dnw_graph import InputError, NeuralGraph
 from dnw_graph.models import MobileNetV1DNW, TinyClassifier
+from dnw_graph.sparsify import sparsify
+from dnw_graph.two_stage import lottery_ticket
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -55,8 +59,28 @@ def test_the_same_weights_give_the_same_edges():
     assert torch.equal(graph.cuda().real_index.cpu(), expected)
 
 
-def test_a_training_step_does_not_wait():
-    model = MobileNetV1DNW(0.225, 10, 1).cuda()
+def sparse_resnet():
+    model = resnet18(num_classes=10)
+    sparsify(model, 0.2)
+    return model
+
+
+def second_stage():
+    model = MobileNetV1DNW(0.225, 10, 1, wiring="complete")
+    return lottery_ticket(model, model.state_dict())
+
+
+WITHOUT_WAITING = {
+    **{rule: partial(MobileNetV1DNW, 0.225, 10, 1, wiring=rule) for rule in ("dnw", "no_update", "random_graph")},
+    "complete": partial(MobileNetV1DNW, 0.225, 10, 1, wiring="complete"),
+    "lottery_ticket": second_stage,
+    "sparse ResNet": sparse_resnet,
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_WAITING)
+def test_a_training_step_does_not_wait(name):
+    model = WITHOUT_WAITING[name]().cuda()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     images, labels = batch()
     for waiting in ("default", "error"):  # The first step sets libraries up.
@@ -119,6 +143,12 @@ def test_a_training_step_as_a_cuda_graph():
         train(other, optimizers[1])
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         assert relative_error(p, q) < 1e-3, name
+    model.state_dict()
+    with torch.no_grad():
+        model[0].candidates.weight[3] = torch.nan
+    recorded.replay()
+    with pytest.raises(InputError, match=r"graph: \d+ of \d+ candidate weights"):
+        model.state_dict()
 
 
 # In a process of its own: the compiler cannot look through the type checks that the other tests run under.
@@ -127,7 +157,7 @@ import copy
 
 import torch
 
-from dnw_graph import NeuralGraph
+from dnw_graph import InputError, NeuralGraph
 
 torch.manual_seed(0)
 graph = NeuralGraph((8, 32, 32), 100).cuda()
@@ -137,7 +167,29 @@ for each in (torch.compile(graph, fullgraph=True), twin):
     each(x).square().mean().backward()
 for p, q in zip(graph.parameters(), twin.parameters(), strict=True):
     assert (p.grad - q.grad).norm() <= 1e-3 * q.grad.norm()
-print("same")
+
+# The compiler's own CUDA graphs: a step that warms up, one that is recorded, and two that are replayed.
+torch._dynamo.reset()
+twin = copy.deepcopy(graph)
+compiled = torch.compile(graph, mode="reduce-overhead")
+optimizers = [torch.optim.SGD(each.parameters(), 0.1) for each in (graph, twin)]
+for step in range(4):
+    torch.compiler.cudagraph_mark_step_begin()
+    for each, optimizer in zip((compiled, twin), optimizers, strict=True):
+        optimizer.zero_grad()
+        each(x).square().mean().backward()
+        optimizer.step()
+graph.state_dict()
+for p, q in zip(graph.parameters(), twin.parameters(), strict=True):
+    assert (p - q).norm() <= 1e-3 * q.norm()
+with torch.no_grad():
+    graph.candidates.weight[3] = torch.nan
+torch.compiler.cudagraph_mark_step_begin()
+compiled(x)
+try:
+    graph.state_dict()
+except InputError:
+    print("same")
 """
 
 

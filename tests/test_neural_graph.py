@@ -1,6 +1,7 @@
 import math
 
 import networkx as nx
+import numpy as np
 import pytest
 import torch
 from reference import candidate_gradient, plain_forward, relative_error, static_pairs, top_k
@@ -8,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 from torch_geometric.utils import to_networkx
 
-from dnw_graph import CandidateEdges, InputError, NeuralGraph
+from dnw_graph import CandidateEdges, Discrete, InputError, NeuralGraph
 
 SIZES = (3, 4, 4, 2)
 PAIRS = static_pairs(SIZES)
@@ -190,6 +191,28 @@ def test_numbers_of_edges_below_one_are_refused(k):
         NeuralGraph((3, 4), k, name="stage2")
 
 
+@pytest.mark.parametrize("stride", [0, -1, 2.0, True, "2"])
+@pytest.mark.parametrize("options", [{"blocks": (3, 4)}, {"num_nodes": 7, "num_inputs": 3, "num_outputs": 4}])
+def test_strides_that_are_no_whole_numbers_from_one_up_are_refused(stride, options, unchecked):
+    dynamics = "static" if "blocks" in options else Discrete(2)
+    with pytest.raises(InputError, match=rf"stage2: stride must be a whole number from 1 up; got {stride!r}"):
+        NeuralGraph(**options, stride=stride, dynamics=dynamics, name="stage2")
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers(unchecked):
+    graph = NeuralGraph((np.int64(3), np.int32(4), 2), np.int64(9), stride=np.int64(2))
+    assert (graph.blocks, graph.num_edges, graph.candidates.num_candidates) == ((3, 4, 2), 9, 26)
+    assert {type(number) for number in (*graph.blocks, graph.num_edges)} == {int}
+    assert graph(torch.randn(2, 3, 4, 4)).shape == (2, 2, 2, 2)
+    graph.rewire("random_graph", np.uint8(7))
+    assert graph.num_real_edges == 7
+    for bad in (np.bool_(True), np.float64(3), np.int64(0)):
+        with pytest.raises(InputError, match="num_edges must be a whole number from 1 up"):
+            NeuralGraph((3, 4), bad)
+        with pytest.raises(InputError, match="blocks must be two or more positive whole numbers"):
+            NeuralGraph((3, bad), 2)
+
+
 @pytest.mark.parametrize("k", [2.0, 2.5, "3"])
 def test_numbers_of_edges_that_are_no_whole_numbers_are_refused(k, unchecked):
     with pytest.raises(InputError, match="num_edges must be a whole number"):
@@ -217,6 +240,33 @@ def test_inputs_of_another_shape_are_refused(shape, unchecked):
 def test_given_candidates_are_used():
     candidates = CandidateEdges.adjacent(SIZES)
     graph = NeuralGraph(SIZES, K, candidates=candidates)
-    assert graph.candidates is candidates
+    assert graph.candidates.blocks == candidates.blocks
+    assert torch.equal(graph.candidates.weight, candidates.weight)
     with pytest.raises(InputError, match="more than the 36 candidate"):
         NeuralGraph(SIZES, 37, candidates=candidates)
+
+
+@pytest.mark.parametrize("dynamics", ["static", "discrete"])
+def test_graphs_of_the_same_candidates_have_weights_of_their_own(dynamics):
+    options = {"blocks": SIZES, "candidates": CandidateEdges.static(SIZES)}
+    if dynamics == "discrete":
+        options = {"num_nodes": 7, "num_inputs": 3, "num_outputs": 2, "dynamics": Discrete(2)}
+        options["candidates"] = CandidateEdges.dynamic(7)
+    first, second = (NeuralGraph(num_edges=K, **options) for _ in range(2))
+    before = second.candidates.weight.detach().clone()
+    with torch.no_grad():
+        first.candidates.weight.zero_()
+    assert torch.equal(second.candidates.weight, before)
+    assert torch.equal(options["candidates"].weight, before)
+
+
+@pytest.mark.parametrize("wiring", ["dnw", "random_graph", "complete"])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_reads_give_may_be_changed(wiring, training):
+    graph = make_graph(wiring=wiring, node_function=nn.Tanh()).train(training)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    expected, state = graph(x), {key: value.clone() for key, value in graph.state_dict().items()}
+    for tensor in (graph.real_index, graph.edge_index, graph.edge_weight):
+        tensor.zero_()
+    assert torch.equal(graph(x), expected)
+    assert all(torch.equal(value, state[key]) for key, value in graph.state_dict().items())

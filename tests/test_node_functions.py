@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,3 +125,34 @@ def test_a_stride_cannot_be_given_to_a_ready_module():
 def test_a_factory_must_return_a_module():
     with pytest.raises(InputError, match=r"must return an nn\.Module"):
         make_node_function(lambda num_nodes: F.relu, 3)
+
+
+@pytest.mark.parametrize("kind", [nn.LeakyReLU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Softplus, nn.ELU, nn.Dropout])
+def test_activations_and_dropouts_know_no_nodes(kind):
+    graph = NeuralGraph((3, 4, 2), 5, node_function=kind)
+    first, second, _ = (function for function, _ in graph.dynamics.functions())
+    assert repr(first) == repr(second) == repr(kind())
+    assert first is not second
+
+
+def test_a_prelu_has_a_slope_per_node():
+    assert make_node_function(nn.PReLU, 4).weight.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("factory", "stride", "why"),
+    [
+        (torch.relu, 1, "relu(): argument 'input' (position 1) must be Tensor, not int"),
+        (lambda z: z.relu(), 1, "'int' object has no attribute 'relu'"),
+        (nn.Linear, 1, "missing 1 required positional argument: 'out_features'"),
+        (nn.Threshold, 1, "missing 2 required positional arguments: 'threshold' and 'value'"),
+        (nn.BatchNorm2d, 2, "got an unexpected keyword argument 'stride'"),
+        (nn.ReLU, 2, "got an unexpected keyword argument 'stride'"),
+        (5, 1, "'int' object is not callable"),
+    ],
+)
+def test_what_is_no_factory_is_refused(factory, stride, why, unchecked):
+    message = rf"^node_function must be a name, a module, or a factory .* failed for 4 nodes, stride {stride}: .*"
+    with pytest.raises(InputError, match=message + re.escape(why)) as refused:
+        make_node_function(factory, 4, stride)
+    assert str(refused.value.__cause__) in str(refused.value)

@@ -15,7 +15,7 @@ from torch.func import grad, vmap
 
 from dnw_graph import InputError, NeuralGraph, selection
 from dnw_graph.ops.build import kernels
-from dnw_graph.selection import Selector, select_top_k
+from dnw_graph.selection import Selector, new_flag, select_top_k
 
 LARGE = 70_000  # beyond the size from which the threshold is guessed by sampling
 FEW_EXAMPLES = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -137,15 +137,15 @@ def test_a_sequence_of_selections_has_no_memory(way, data):
     size = data.draw(st.sampled_from([1, 2, 3, 40, 2_000, 70_001]))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     weight, k = torch.randn(size, generator=g), data.draw(st.integers(1, size))
-    carried = Selector()
+    carried, flag = Selector(), new_flag()
     for update in data.draw(st.lists(st.sampled_from(list(UPDATES)), min_size=1, max_size=6)):
         weight = UPDATES[update](weight, g).clamp(-1e30, 1e30)
         k = data.draw(st.sampled_from([k, k, k, 1, size, max(1, size // 7)]))
         dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16]))
         expected = full_sort(weight.to(dtype), k)
-        assert carried.select(weight.to(dtype), k, "graph").tolist() == expected
+        assert carried.select(weight.to(dtype), k, "graph", flag).tolist() == expected
         assert select_top_k(weight.to(dtype), k).tolist() == expected
-        carried.raise_non_finite()
+        carried.raise_non_finite(flag)
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_in_training_only_a_few_more_than_k_are_ranked(step, kernel, reached, mo
     for turn in range(12):
         if turn == 4:
             reached.clear()
-        assert carried.select(weight, k, "graph").tolist() == full_sort(weight, k)
+        assert carried.select(weight, k, "graph", new_flag()).tolist() == full_sort(weight, k)
         weight = step(weight)
     assert len(reached) == 8  # the first guesses are good
     assert max(low for low, _ in reached) < 1.5 * k
@@ -200,15 +200,15 @@ def test_weights_that_are_not_finite_are_refused(way, bad, size, k):
 def test_wherever_they_are_and_whatever_was_carried(way, data, dtype):
     size = data.draw(st.sampled_from([1, 3, 50, LARGE]))
     k = data.draw(st.integers(1, size))
-    weight, selector = torch.randn(size).to(dtype), Selector()
+    weight, selector, flag = torch.randn(size).to(dtype), Selector(), new_flag()
     for _ in range(data.draw(st.integers(0, 2))):
-        selector.select(weight, k, "stage4")
+        selector.select(weight, k, "stage4", flag)
     wrong = weight.clone()
     wrong[data.draw(st.integers(0, size - 1))] = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf]))
     with pytest.raises(InputError, match=f"^stage4: 1 of {size} candidate weights are NaN or infinite"):
-        (selector.select(wrong, k, "stage4"), selector.raise_non_finite())
-    assert selector.select(weight, k, "stage4").tolist() == full_sort(weight, k)
-    selector.raise_non_finite()
+        (selector.select(wrong, k, "stage4", flag), selector.raise_non_finite(flag))
+    assert selector.select(weight, k, "stage4", flag).tolist() == full_sort(weight, k)
+    selector.raise_non_finite(flag)
 
 
 def test_a_graph_with_weights_that_are_not_finite_is_named():
@@ -227,10 +227,10 @@ def test_impossible_numbers_of_edges_are_refused(way, k):
 @pytest.mark.parametrize("size", [50, LARGE])
 def test_within_transforms_of_functions(way, size):
     weight, x = torch.randn(size), torch.randn(3, size)
-    selector = Selector()
+    selector, flag = Selector(), new_flag()
 
     def loss(weight, x):
-        chosen = selector.select(weight, 20, "graph")
+        chosen = selector.select(weight, 20, "graph", flag)
         return (weight[chosen] * x[chosen]).sum()
 
     gradients = vmap(grad(loss), (None, 0))(weight, x)
@@ -238,17 +238,18 @@ def test_within_transforms_of_functions(way, size):
     for i in full_sort(weight, 20):
         expected[:, i] = x[:, i]
     assert torch.equal(gradients, expected)
-    selector.raise_non_finite()
+    selector.raise_non_finite(flag)
 
 
 def test_shapes_are_known_without_values(way):
     with FakeTensorMode():
-        assert Selector().select(torch.randn(LARGE), 30, "graph").shape == (30,)
+        assert Selector().select(torch.randn(LARGE), 30, "graph", new_flag()).shape == (30,)
 
 
-def test_the_operator_keeps_its_word():
+def test_the_operators_keep_their_word():
     weight, carried = torch.randn(300), torch.tensor([-1, 14, 14])
     torch.library.opcheck(torch.ops.dnw_graph.select, (weight, 20, "graph", carried))
+    torch.library.opcheck(torch.ops.dnw_graph.raise_flag, (torch.tensor(2), new_flag()))
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda selector: pickle.loads(pickle.dumps(selector))])
@@ -256,14 +257,14 @@ def test_copies_start_without_what_was_carried(way, duplicate):
     selector = Selector()
     size = len(pickle.dumps(selector))
     weight = torch.randn(100)
-    expected = selector.select(weight, 10, "graph")
+    expected = selector.select(weight, 10, "graph", new_flag())
     assert len(pickle.dumps(selector)) == size
-    assert torch.equal(duplicate(selector).select(weight, 10, "graph"), expected)
+    assert torch.equal(duplicate(selector).select(weight, 10, "graph", new_flag()), expected)
 
 
 def test_made_in_inference_mode_and_used_in_training(way):
     with torch.inference_mode():
-        selector = Selector()
-        selector.select(torch.randn(100), 10, "graph")
+        selector, flag = Selector(), new_flag()
+        selector.select(torch.randn(100), 10, "graph", flag)
     weight = torch.randn(100, requires_grad=True)
-    assert selector.select(weight, 10, "graph").tolist() == full_sort(weight.detach(), 10)
+    assert selector.select(weight, 10, "graph", flag).tolist() == full_sort(weight.detach(), 10)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from waits import Waits
 
 from dnw_graph import InputError, NeuralGraph, Schedule
 from dnw_graph.sparse_momentum import SparseMomentum, SparseMomentumRounds, momentum_layers
@@ -43,6 +44,27 @@ def train_step(model, optimizer, batch):
 
 def masks(model):
     return {name: graph.wiring.kept.clone() for name, graph in weight_graphs(model).items()}
+
+
+def test_the_host_waits_once_per_round():
+    model = two_layers()
+    rounds = SparseMomentumRounds(model, optimizer := sgd(model), num_steps=STEPS, every=EVERY)
+    looks = []
+    for batch in batches(2 * EVERY):
+        with Waits() as waits:
+            train_step(model, optimizer, batch)
+        looks.append(waits.found.count("aten.nonzero.default"))
+        real = {name: mask.nonzero().flatten().tolist() for name, mask in masks(model).items()}
+        assert {name: graph.real_index.tolist() for name, graph in weight_graphs(model).items()} == real
+        rounds.step()
+    assert looks == [0, 0, 0, 0, 2, 0, 0, 0]  # the table that sparsify made had looked
+    # A copy whose edges have changed as often as those of the original before.
+    before = {name: graph.real_index.tolist() for name, graph in weight_graphs(model).items()}
+    for name, graph in weight_graphs(copy.deepcopy(model)).items():
+        kept = graph.wiring.kept
+        while kept._version < weight_graphs(model)[name].wiring.kept._version:
+            kept.copy_(kept.roll(1))
+        assert graph.real_index.tolist() == kept.nonzero().flatten().tolist() != before[name]
 
 
 def plain_round(weights, momenta, real, rate):

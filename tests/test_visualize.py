@@ -293,3 +293,11 @@ def test_a_missing_package_is_named_with_the_extra(graph, monkeypatch, package, 
 def test_importing_the_module_imports_neither_matplotlib_nor_networkx():
     code = "import sys, dnw_graph.visualize; assert not {'matplotlib', 'networkx', 'lightning'} & set(sys.modules)"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_graphs_and_data_are_told_apart(graph, unchecked):
+    with pytest.raises(InputError, match="the adjacency shows a NeuralGraph with its candidates; got Data"):
+        plot_adjacency(graph.to_data())
+    for before, after in ((graph, graph), (graph.to_data(), graph), (graph, graph.to_data())):
+        with pytest.raises(InputError, match=r"what to_data\(\) returned at two moments; got NeuralGraph"):
+            plot_change(before, after)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dnw_graph.chains import parts
 from dnw_graph.compact.functions import steps
 from dnw_graph.compact.layers import Activation, Affine, Layer, MapMean
 from dnw_graph.dynamics import Static
@@ -17,16 +18,14 @@ MODELS = (MobileNetV1, MobileNetV1DNW, TinyClassifier, GraphClassifier)
 def chain(model: nn.Module) -> list[nn.Module]:
     """Return the modules that a model applies one after the other, or the model alone."""
     modules: list[nn.Module]
-    if type(model) is MobileNetV1DNW:
-        modules = [model.stem, *model.stages, model.head, model.classifier]
+    if type(model) in (nn.Sequential, MobileNetV1DNW):
+        modules = parts(model) or []
     elif type(model) is MobileNetV1:
         modules = [model.stem, model.features, MapMean(), model.classifier]
     elif type(model) is TinyClassifier:
         modules = [model.stem, model.graph, MapMean(2, 4), model.classifier]
     elif type(model) is GraphClassifier:
         modules = [model.graph, Affine(torch.ones_like(model.bias), model.bias.detach().clone())]
-    elif type(model) is nn.Sequential:
-        modules = list(model)
     else:
         return [model]
     flat = [part for module in modules for part in chain(module)]

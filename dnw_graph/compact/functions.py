@@ -92,8 +92,7 @@ def _norm(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.InstanceNorm2d) -> list[Lay
     if mean is None or variance is None:
         if not isinstance(norm, nn.InstanceNorm2d):
             return None  # It normalises over the batch, in evaluation too.
-        like = norm.weight if norm.affine else torch.ones(norm.num_features)
-        weight, bias = _scale_and_shift(norm, like)
+        weight, bias = _scale_and_shift(norm, norm.weight) if norm.affine else (None, None)
         return [InstanceNorm(weight, bias, norm.eps)]
     weight, bias = _scale_and_shift(norm, mean)
     scale = weight * (variance + norm.eps).rsqrt()

@@ -150,28 +150,35 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class ScaleAndShift(Layer):
-    """What works with a scale and a shift per channel."""
+    """What works with a scale and a shift per channel, or with none."""
 
-    scale: Tensor
-    shift: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
 
-    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+    def __init__(self, scale: Tensor | None, shift: Tensor | None) -> None:
         super().__init__()
-        require(scale.dim() == 1 and scale.shape == shift.shape, "scale and shift must be two vectors of one length")
+        if scale is not None or shift is not None:
+            fits = scale is not None and shift is not None and scale.dim() == 1 and scale.shape == shift.shape
+            require(fits, "scale and shift must be two vectors of one length")
         self.register(scale=scale, shift=shift)
 
     @property
-    def num_inputs(self) -> int:
+    def num_inputs(self) -> int | None:
         """Number of channels."""
-        return len(self.scale)
+        return None if self.scale is None else len(self.scale)
 
     def absorb(self, scale: Tensor, shift: Tensor) -> bool:
         """Apply a further scale and shift for good."""
-        self.scale, self.shift = self.scale * scale, self.shift * scale + shift
+        if self.scale is None or self.shift is None:
+            self.scale, self.shift = scale, shift
+        else:
+            self.scale, self.shift = self.scale * scale, self.shift * scale + shift
         return True
 
     def forward(self, z: Float[Tensor, "batch nodes *space"]) -> Float[Tensor, "batch nodes *space"]:
         """Scale and shift."""
+        if self.scale is None or self.shift is None:
+            return z
         shape = (-1, *[1] * (z.dim() - 2))
         return z * self.scale.view(shape) + self.shift.view(shape)
 
@@ -179,22 +186,27 @@ class ScaleAndShift(Layer):
 class Affine(ScaleAndShift):
     """A scale and a shift per channel: what a batch norm is in evaluation."""
 
+    scale: Tensor
+    shift: Tensor
+
     def cut(self, nodes: Tensor) -> Affine:
         """Return scale and shift of some channels."""
         return Affine(self.scale[nodes], self.shift[nodes])
 
 
 class InstanceNorm(ScaleAndShift):
-    """Instance norm: every map of every image by itself, then a scale and a shift per channel."""
+    """Instance norm: every map of every image by itself, then a scale and a shift per channel, if there are any."""
 
     options = ("eps",)
 
-    def __init__(self, scale: Tensor, shift: Tensor, eps: float) -> None:
+    def __init__(self, scale: Tensor | None, shift: Tensor | None, eps: float) -> None:
         super().__init__(scale, shift)
         self.eps = eps
 
     def cut(self, nodes: Tensor) -> InstanceNorm:
         """Return the norm of some channels."""
+        if self.scale is None or self.shift is None:
+            return self
         return InstanceNorm(self.scale[nodes], self.shift[nodes], self.eps)
 
     def forward(self, z: Float[Tensor, "batch nodes height width"]) -> Float[Tensor, "batch nodes height width"]:

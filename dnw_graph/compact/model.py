@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dnw_graph.candidates import CandidateEdges
+from dnw_graph.chains import channel_wise
 from dnw_graph.compact.chains import MODELS, chain, silent_features
 from dnw_graph.compact.convert import GraphConverter, can_be_compacted, is_adaptive, needed_nodes, whole_functions
 from dnw_graph.compact.functions import conv, steps
@@ -17,7 +18,7 @@ from dnw_graph.compact.layers import Chain, Conv, Linear, MapMean, Select
 from dnw_graph.compact.report import Report, Size, count_multiply_adds, count_parameters, relative_difference
 from dnw_graph.cost import neural_graphs
 from dnw_graph.dynamics import Continuous
-from dnw_graph.errors import unknown_name
+from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.sparsify import densify, weight_graphs
 
@@ -32,6 +33,12 @@ class CompactModel(Chain):
     """
 
     report: Report | None = None
+
+    def forward(self, z: Tensor, **options: Any) -> Tensor:
+        """Apply the layers; options of a graph, such as ``times``, are refused: the layers hold what outputs need."""
+        if options:
+            raise InputError(f"a compact model takes no options; got {', '.join(options)}: ask the original graph")
+        return super().forward(z)
 
 
 def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | None = None) -> nn.Module:
@@ -143,6 +150,8 @@ class _Compactor:
         if known is not None:
             return [layer if wanted is None else layer.cut(wanted) for layer in known], wanted
         new = self._plain(module)
+        if channel_wise(module) and not module.state_dict():  # Pooling, for one.
+            return [new], wanted
         if isinstance(new, Conv) and new.groups == 1:
             return [new if wanted is None else new.cut(wanted)], None
         layers = [new] if wanted is None else [new, Select(wanted)]

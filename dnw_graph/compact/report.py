@@ -121,5 +121,6 @@ def count_multiply_adds(module: nn.Module, example: Tensor) -> int:
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
-    """Return ‖a − b‖ / ‖b‖."""
-    return float((a - b).norm() / b.norm())
+    """Return ‖a − b‖ / ‖b‖, and 0 where both are zero."""
+    difference = (a - b).norm()
+    return float(difference / b.norm()) if difference else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -16,18 +17,20 @@ from torchdiffeq._impl.odeint import SOLVERS
 from dnw_graph.dynamics.recurrent import Recurrent
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.propagation import Propagate
+from dnw_graph.propagation.base import autocast_dtype
 
 
 class Continuous(Recurrent):
     r"""The solution of :math:`\dot Z(t) = f_\theta(A Z(t), t)`, Equation 13 of the paper.
 
     Solved with torchdiffeq (Chen et al. 2018). With fewer inputs than nodes this is an Augmented Neural ODE (Dupont et
-    al. 2019): the other nodes start at zero. The edges are chosen once per forward pass, not per evaluation.
+    al. 2019): the other nodes start at zero. The edges are chosen once per forward pass, not per evaluation. Under
+    autocast the solver computes in float32, and the field as autocast says. A compiler leaves the solver as it is.
 
     Args:
         method: Name of a torchdiffeq solver.
-        rtol: Relative tolerance of an adaptive solver.
-        atol: Absolute tolerance of an adaptive solver.
+        rtol: Relative tolerance of an adaptive solver, at least 0.
+        atol: Absolute tolerance of an adaptive solver, above 0: states that are zero have no relative error.
         options: Further options of the solver, such as ``{"step_size": 0.1}``.
         t_span: Start and end of time.
         adjoint: Solve the adjoint equation backwards instead of backpropagating through the solver: memory does not
@@ -44,8 +47,8 @@ class Continuous(Recurrent):
         - output: ``[batch, outputs, *space]``; with ``times=…``, ``[batch, times, outputs, *space]``
 
     Raises:
-        InputError: If the solver is unknown, or cannot give a gradient that is asked for; if the solution leaves the
-            finite numbers.
+        InputError: If the solver is unknown, a tolerance or the span is none, or the solver cannot give a gradient that
+            is asked for; if the inputs are not finite, or the solution leaves the finite numbers.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class Continuous(Recurrent):
             raise unknown_name("solver", method, SOLVERS)
         if len(t_span) != 2 or t_span[0] == t_span[1] or not all(map(math.isfinite, t_span)):
             raise InputError(f"t_span must be two different finite times, start and end; got {tuple(t_span)}")
+        if not (0 <= rtol < math.inf and 0 < atol < math.inf):
+            raise InputError(f"rtol must be at least 0 and atol above 0, both finite; got {rtol} and {atol}")
         self.method = method
         self.rtol = rtol
         self.atol = atol
@@ -74,6 +79,8 @@ class Continuous(Recurrent):
         self.num_evaluations = 0
         self.num_backward_evaluations = 0
 
+    # Most of a solver is Python that decides by values: compiled, it would be many small graphs and the breaks between.
+    @torch.compiler.disable
     def forward(
         self, x: Tensor, propagate: Propagate, *, times: Sequence[float] | Tensor | None = None, **options: Any
     ) -> Tensor:
@@ -98,6 +105,8 @@ class Continuous(Recurrent):
             raise InputError(
                 f"{self.name}: times must increase (or decrease) from the start, t = {self.t_span[0]}; got {ends}"
             )
+        if autocast_dtype(x) is not None:
+            x = x.float()
         grid = torch.tensor([self.t_span[0], *ends], dtype=torch.float64, device=x.device).to(x.dtype)
         z = F.pad(x, (*[0, 0] * (x.dim() - 2), 0, self.nodes.num_nodes - x.size(1)))
         # The solver's own arithmetic makes tensors in the usual layout: it gets the states as they lie in memory,
@@ -123,13 +132,24 @@ class Continuous(Recurrent):
                 states = odeint(field, z, grid, **solver)[1:]
         except AssertionError as error:
             # torchdiffeq asserts, among others, that its step stays above zero and its state finite.
+            self._refuse_start(z)
             raise InputError(self._diverged(field.time, str(error).split(":")[0])) from error
         finally:
             field.forward_done = True
         for time, state in zip(grid[1:].tolist(), states, strict=True):
             if not torch.isfinite(state).all():
+                self._refuse_start(z)
                 raise InputError(self._diverged(time, "the state is not finite"))
         return states
+
+    def _refuse_start(self, z: Tensor) -> None:
+        """Say so if a solver failed because of what it was given."""
+        if not z.numel():
+            raise InputError(f"{self.name}: the batch is empty, from which {self.method} cannot tell its steps")
+        if not torch.isfinite(z).all():
+            raise InputError(
+                f"{self.name}: the inputs of the graph are NaN or infinite; check images and earlier layers"
+            )
 
     def _diverged(self, time: float, reason: str) -> str:
         return (
@@ -159,14 +179,13 @@ class _Field(torch.nn.Module):
         object.__setattr__(self, "dynamics", dynamics)
         self.propagate = propagate
         self.order = order
-        self.time = dynamics.t_span[0]
+        # The last may be NaN, which is what an adaptive solver makes of a state that is no number.
+        self._times: deque[Tensor] = deque(maxlen=2)
         self.forward_done = False
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         dynamics = self.dynamics
-        time = float(t.detach())
-        if not math.isnan(time):  # what an adaptive solver makes of a state that is no number
-            self.time = time
+        self._times.append(t.detach())
         if self.forward_done:
             dynamics.num_backward_evaluations += 1
             # The adjoint solves again from the end; nothing else looks at what it finds on its way.
@@ -175,7 +194,13 @@ class _Field(torch.nn.Module):
         else:
             dynamics.num_evaluations += 1
         z = z.permute(*(self.order.index(dim) for dim in range(z.dim())))
-        return dynamics.step(self.propagate, dynamics.node_function, z, t).permute(*self.order)
+        return dynamics.step(self.propagate, dynamics.node_function, z, t).permute(*self.order).to(z.dtype)
+
+    @property
+    def time(self) -> float:
+        """The time of the last evaluation; read when it is asked for, since the host has to wait for it."""
+        times = [float(time) for time in self._times]
+        return next((time for time in reversed(times) if not math.isnan(time)), self.dynamics.t_span[0])
 
 
 def _memory_order(z: Tensor) -> list[int]:

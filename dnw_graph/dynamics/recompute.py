@@ -9,13 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dnw_graph.ops.layout import transformed
+
 
 def recomputed(module: nn.Module, call: Callable[..., Tensor], *arguments: Any, **keywords: Any) -> Tensor:
     """Return ``call(*arguments, **keywords)``, of which only the arguments are kept for the backward pass.
 
     The call is made again there and gives what it gave, bit for bit: random numbers are drawn again, and buffers, such
     as the running statistics of a norm, have the values of then. They are copies, so that the module's own are updated
-    once.
+    once. The transforms of ``torch.func`` know no such thing: within them the call is made once.
 
     Args:
         module: The module that computes.
@@ -23,6 +25,8 @@ def recomputed(module: nn.Module, call: Callable[..., Tensor], *arguments: Any, 
         arguments: Arguments of the call.
         keywords: Further arguments of the call.
     """
+    if transformed():
+        return call(*arguments, **keywords)
     buffers = _Buffers(module)
     return checkpoint(call, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), buffers), **keywords)
 

@@ -17,7 +17,8 @@ from dnw_graph.propagation import Propagate
 class Static(Dynamics):
     """Every node has one state, computed after those of all earlier blocks (Equation 1 and Section 2.4 of the paper).
 
-    Z_v = f_θv(Σ w_uv Z_u) block by block; the inputs are Z_v = f_θv(x_v), or x_v with ``input_function=False``.
+    Z_v = f_θv(Σ w_uv Z_u) block by block; the inputs are Z_v = f_θv(x_v), or x_v with ``input_function=False``. Only at
+    inputs and outputs a node function may change the size of the maps.
     """
 
     in_blocks = True
@@ -63,11 +64,23 @@ class Static(Dynamics):
         if options:
             raise InputError(f"{self.name}: a static graph takes no options; got {', '.join(options)}")
         states = propagate.start(self._feeding)
-        first, *others = self.node_functions
-        z = self.compute(first, x)
-        for number, function in enumerate(others):
-            z = self.compute(function, states.receive(number, z))
+        z = x
+        for block, function in enumerate(self.node_functions):
+            received = states.receive(block - 1, z) if block else x
+            z = self.compute(function, received)
+            self._check(block, z, received)
         return z
+
+    def _check(self, block: int, z: Tensor, received: Tensor) -> None:
+        """Refuse states that cannot be sources of one product with those of other blocks."""
+        ends = block in (0, len(self.node_functions) - 1)
+        kept = slice(2) if ends else slice(None)
+        if z.shape[kept] != received.shape[kept]:
+            expected = ", ".join([*map(str, received.shape[kept]), *(["…"] if ends else [])])
+            raise InputError(
+                f"{self.name}: the node function of block {block} gave states of shape {list(z.shape)}; expected "
+                f"[{expected}], since all blocks need the same batch and maps of one size"
+            )
 
 
 def _feeding_blocks(candidates: CandidateEdges, nodes: Nodes, number: int) -> slice:

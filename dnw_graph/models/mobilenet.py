@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dnw_graph.candidates import CandidateEdges
@@ -180,18 +180,6 @@ class MobileNetV1DNW(nn.Module):
         for stage in self.stages:
             z = stage(z)
         return self.classifier(self.head(z))
-
-    def live_nodes_by_graph(self) -> dict[NeuralGraph, Bool[Tensor, " nodes"]]:
-        """Return for every graph which nodes reach a logit over real edges of this and all later graphs."""
-        graphs = [stage for stage in self.stages if isinstance(stage, NeuralGraph)]
-        if isinstance(self.classifier, GraphClassifier):
-            graphs.append(self.classifier.graph)
-        live: dict[NeuralGraph, Tensor] = {}
-        live_outputs = None
-        for graph in reversed(graphs):
-            live[graph] = graph.live_nodes(live_outputs)
-            live_outputs = live[graph][: graph.num_inputs]
-        return live
 
 
 def edges_at_width(stage: Sequence[int], width: float | int) -> int:

@@ -47,8 +47,14 @@ def check_sources(columns: Tensor, lowest: int, highest: int) -> None:
         raise wrong_edges()
 
 
+def batched(grad: Tensor | None) -> bool:
+    """Return whether a gradient stands for several, as in ``torch.func.vmap`` and with ``is_grads_batched``."""
+    functorch = torch._C._functorch
+    return grad is not None and (functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad))
+
+
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse to be part of a backward pass that is to be differentiated itself, for the backward of a Function.
+    """Refuse to be part of a backward pass that is to be differentiated or vectorised, for the backward of a Function.
 
     PyTorch's ``once_differentiable`` lets such a pass through where the gradient that arrives is a constant.
     """
@@ -57,6 +63,8 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     def checked(ctx: Any, *grads: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             raise InputError("these gradients cannot be differentiated (create_graph=True); use propagation='block'")
+        if any(map(batched, grads)):
+            raise InputError("these gradients cannot be computed for several outputs at once; use propagation='block'")
         return backward(ctx, *grads)
 
     return checked

@@ -37,8 +37,18 @@ def takes(z: Tensor) -> bool:
 
 
 def unseen() -> bool:
-    """Return whether nothing traces or counts operators, which would miss what the kernels do."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode())
+    """Return whether nothing traces, transforms or counts operators, which would miss what the kernels do."""
+    return not (traced() or is_in_torch_dispatch_mode())
+
+
+def traced() -> bool:
+    """Return whether a compiler, ``torch.jit`` or a transform of ``torch.func`` looks at every operator."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed()
+
+
+def transformed() -> bool:
+    """Return whether a transform of ``torch.func``, such as ``vmap``, is at work, and no compiler."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 class _FromNodesLast(torch.autograd.Function):
@@ -46,7 +56,7 @@ class _FromNodesLast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
-        return _exchanged(z.movedim(1, -1)).movedim(-1, 0)
+        return owned(_exchanged(z.movedim(1, -1)).movedim(-1, 0))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -54,6 +64,14 @@ class _FromNodesLast(torch.autograd.Function):
         if torch.is_grad_enabled() or not grad.is_contiguous() or not takes(grad):
             return grads[0]
         return _exchanged(grad).movedim(-1, 1)
+
+
+def owned(made: Tensor) -> Tensor:
+    """Return what the forward pass of a Function has made, and nobody else holds, so that it may be changed in place.
+
+    PyTorch takes a tensor that was rearranged there for a view of another, and refuses that.
+    """
+    return made.data
 
 
 def _exchanged(z: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dnw_graph.ops.build import kernels, run
 from dnw_graph.ops.checks import first_order
-from dnw_graph.ops.layout import batch_last, is_batch_last, takes, unseen
+from dnw_graph.ops.layout import batch_last, is_batch_last, owned, takes, unseen
 
 NO_NORM, BATCH, INSTANCE, CONSTANT = range(4)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -113,10 +113,11 @@ class _NodeFunction(torch.autograd.Function):
         ctx.options = options
         ctx.save_for_backward(z, scale, shift, kernel, mean, variance)
         _run("node_function", z, options, scale, shift, kernel, mean, variance, out)
+        out = owned(out.movedim(-1, 0))
         if kind != BATCH:
-            return out.movedim(-1, 0), None, None
+            return out, None, None
         ctx.mark_non_differentiable(mean, variance)
-        return out.movedim(-1, 0), mean, variance
+        return out, mean, variance
 
     @staticmethod
     @first_order

@@ -11,14 +11,25 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dnw_graph.candidates import Block, CandidateEdges
+from dnw_graph.ops.layout import transformed
 
 
 def channels_last(x: Tensor) -> Tensor:
     """Return maps with the nodes last in memory, which suits dense products and convolutions; other tensors as is."""
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    # Within torch.func.vmap no memory format can be asked for.
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and not transformed() else x
 
 
-@dataclass(frozen=True)
+def autocast_dtype(z: Tensor) -> torch.dtype | None:
+    """Return the type that autocast has a linear layer compute in, or None where it leaves that to its input."""
+    kind = z.device.type
+    if z.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+# Compared and hashed by identity: after a graph break the compiler hashes an object before it has fields.
+@dataclass(frozen=True, eq=False)
 class RealEdges:
     """The real edges of one forward pass.
 
@@ -58,7 +69,7 @@ class RealEdges:
         return [part.view(block.shape) for part, block in zip(flat.split(sizes), blocks, strict=True)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Propagate:
     """The product Z → I over the real edges of one forward pass, block by block.
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnw_graph.candidates import Block
-from dnw_graph.errors import InputError
-from dnw_graph.propagation.base import Concatenated, Propagate, Propagation, RealEdges, States
+from dnw_graph.ops.checks import batched
+from dnw_graph.ops.layout import owned, traced, transformed
+from dnw_graph.propagation.base import Concatenated, Propagate, Propagation, RealEdges, States, autocast_dtype
 
 
 class BlockPropagation(Propagation):
@@ -28,7 +29,9 @@ class BlockPropagation(Propagation):
 
     def forward(self, edges: RealEdges, x: Tensor) -> Propagate:
         """Scatter the real weights into dense blocks."""
-        weights = edges.split(_RealWeights.apply(edges.candidates.weight, edges))
+        weights = edges.split(
+            _transformable(edges) if transformed() else _RealWeights.apply(edges.candidates.weight, edges)
+        )
 
         def product(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
             return F.linear(z.movedim(1, -1), weights[number][rows, columns]).movedim(-1, 1)
@@ -36,8 +39,9 @@ class BlockPropagation(Propagation):
         concatenating = Propagate(edges.candidates.blocks, weights, product)
 
         def states(feeding: Sequence[slice]) -> States:
-            # Where one block feeds each there is nothing to put together, and a compiler plans its own buffers.
-            if torch.compiler.is_compiling() or all(part.stop - part.start == 1 for part in feeding):
+            # Where one block feeds each there is nothing to put together; a compiler plans its own buffers, and a
+            # transform cannot follow writes to one that all blocks share.
+            if traced() or all(part.stop - part.start == 1 for part in feeding):
                 return Concatenated(concatenating, feeding)
             return _States(edges.candidates.blocks, weights)
 
@@ -59,6 +63,14 @@ class _RealWeights(torch.autograd.Function):
         return ctx.edges.restrict(grads[0]), None
 
 
+def _transformable(edges: RealEdges) -> Tensor:
+    """Return what :class:`_RealWeights` returns, with its gradients, by operators that ``torch.func`` transforms."""
+    weight = edges.candidates.weight
+    real = torch.zeros_like(weight).index_copy(0, edges.index, weight[edges.index])
+    # Exact: w + (w − w) is w, and w + (0 − w) is 0.
+    return weight + (real - weight).detach() if edges.updates_hallucinated else real
+
+
 class _States(States):
     """The states of a static graph in one buffer ``[batch, *space, sources]``, whose columns are filled block by block.
 
@@ -73,30 +85,16 @@ class _States(States):
     def receive(self, number: int, z: Tensor) -> Tensor:
         """Put the states into their columns and return the product of those that feed the next block."""
         if self.buffer is None:
-            dtype = _autocast_dtype(z)
+            dtype = autocast_dtype(z)
             if dtype is not None:
                 self.weights = [weight.to(dtype) for weight in self.weights]
             num_sources = self.blocks[-1].targets.start
             self.buffer = z.new_empty(z.size(0), *z.shape[2:], num_sources, dtype=dtype or z.dtype)
         block = self.blocks[number]
         start = 0 if self.filled is None else self.filled.size(-1)
-        expected = (len(self.buffer), block.targets.start - start, *self.buffer.shape[1:-1])
-        if z.shape != expected:
-            raise InputError(
-                f"the node function of block {number} gave states of shape {list(z.shape)}; expected {list(expected)}, "
-                "since all blocks need the same batch and maps of one size"
-            )
         columns = slice(block.sources.start, block.sources.stop)
         received, self.filled = _Receive.apply(self.filled, z, self.weights[number], self.buffer, start, columns)
         return received
-
-
-def _autocast_dtype(z: Tensor) -> torch.dtype | None:
-    """Return the type that autocast has a linear layer compute in, or None where it leaves that to its input."""
-    kind = z.device.type
-    if z.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
 
 
 class _Receive(torch.autograd.Function):
@@ -117,7 +115,7 @@ class _Receive(torch.autograd.Function):
         # An alias with a version of its own: what it shows stays as it is while further columns are filled.
         filled = buffer[..., :stop].data
         ctx.save_for_backward(filled, weight)
-        return (filled[..., columns] @ weight.t()).movedim(-1, 1), filled
+        return owned((filled[..., columns] @ weight.t()).movedim(-1, 1)), filled
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -126,25 +124,26 @@ class _Receive(torch.autograd.Function):
         to_filled, to_z, to_weight = ctx.needs_input_grad[:3]
         weight_grad = None
         if received_grad is not None:
-            received_grad = received_grad.movedim(1, -1)
+            # A copy, if any, for both products.
+            received_grad = received_grad.movedim(1, -1).reshape(-1, len(weight))
             if to_weight:
-                weight_grad = received_grad.flatten(0, -2).t() @ filled[..., ctx.columns].flatten(0, -2)
+                weight_grad = received_grad.t() @ filled[..., ctx.columns].flatten(0, -2)
             if to_filled or to_z:
-                filled_grad = _add_product(filled_grad, received_grad, weight, ctx.columns, filled.size(-1))
+                filled_grad = _add_product(filled_grad, received_grad, weight, ctx.columns, filled.shape)
         if filled_grad is None:
             return None, None, weight_grad, None, None, None
-        z_grad = filled_grad[..., ctx.start :].movedim(-1, 1)
-        return filled_grad[..., : ctx.start] if to_filled else None, z_grad, weight_grad, None, None, None
+        before, z_grad = filled_grad.tensor_split([ctx.start], -1)
+        return before if to_filled else None, z_grad.movedim(-1, 1), weight_grad, None, None, None
 
 
-def _add_product(total: Tensor | None, grad: Tensor, weight: Tensor, columns: slice, size: int) -> Tensor:
-    """Return ``total`` with ``grad W`` added to some of its ``size`` columns; zeros if it is None."""
-    if total is not None and not torch.is_grad_enabled():
+def _add_product(total: Tensor | None, grad: Tensor, weight: Tensor, columns: slice, shape: Sequence[int]) -> Tensor:
+    """Return ``total``, or zeros if it is None, of a shape, with ``grad W`` added to some of its columns."""
+    if total is not None and not torch.is_grad_enabled() and not batched(grad):
         # In place: a gradient of ``filled`` is made here, or of products with ``filled``, and nobody else holds it.
-        part = total.view(-1, size)[:, columns]
-        torch.addmm(part, grad.flatten(0, -2), weight, out=part)
+        part = total.view(-1, shape[-1])[:, columns]
+        torch.addmm(part, grad, weight, out=part)
         return total
-    product = grad @ weight
-    if columns != slice(0, size):
-        product = F.pad(product, (columns.start, size - columns.stop))
+    product = (grad @ weight).view(*shape[:-1], weight.size(1))
+    if columns != slice(0, shape[-1]):
+        product = F.pad(product, (columns.start, shape[-1] - columns.stop))
     return product if total is None else total + product

@@ -14,6 +14,7 @@ from torch_geometric.utils import spmm
 
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.ops.checks import first_order
+from dnw_graph.ops.layout import owned, transformed
 from dnw_graph.ops.sparse import by_source
 from dnw_graph.propagation.base import Propagate, Propagation, RealEdges
 
@@ -67,7 +68,7 @@ class MessagePassingPropagation(Propagation):
 
     Raises:
         InputError: If the adjacency is unknown or its package is not installed; in the forward pass, if the messages
-            would be larger than ``max_message_bytes``.
+            would be larger than ``max_message_bytes``, or it is transformed by ``torch.func``.
     """
 
     def __init__(self, adjacency: str = "edge_index", max_message_bytes: int = 2**31) -> None:
@@ -85,6 +86,10 @@ class MessagePassingPropagation(Propagation):
 
     def forward(self, edges: RealEdges, x: Tensor) -> Propagate:
         """Cut the ascending flat indices into the blocks' own edge lists."""
+        if transformed():
+            raise InputError(
+                "propagation='message_passing' cannot be transformed by torch.func; use propagation='auto'"
+            )
         blocks = edges.candidates.blocks
         weights = edges.split(_restricted(edges))
         local = edges.local
@@ -168,7 +173,7 @@ class _CandidateGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, received: Tensor, z: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(z)
-        return received.view_as(received)
+        return owned(received)
 
     @staticmethod
     @first_order
@@ -209,8 +214,8 @@ class _SparseProduct(torch.autograd.Function):
 
 
 def _in_tiles(weighted_sum: WeightedSum, z: Tensor, adjacency: Tensor) -> Tensor:
-    """Send the states some columns at a time, so that the rows of one tile stay in cache."""
-    if z.size(1) <= 2 * TILE:
+    """Send the states some columns at a time, on a CPU, so that the rows of one tile stay in its cache."""
+    if z.device.type != "cpu" or z.size(1) <= 2 * TILE:
         return weighted_sum(z, adjacency)
     return torch.cat([weighted_sum(tile.contiguous(), adjacency) for tile in z.split(TILE, dim=1)], dim=1)
 

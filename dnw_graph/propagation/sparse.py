@@ -15,9 +15,9 @@ from dnw_graph.candidates import Block
 from dnw_graph.errors import InputError
 from dnw_graph.ops.checks import first_order
 from dnw_graph.ops.dense import product_with_transpose
-from dnw_graph.ops.layout import batch_last, takes
+from dnw_graph.ops.layout import batch_last, owned, takes, traced
 from dnw_graph.ops.sparse import by_source, product_of_pieces, sampled
-from dnw_graph.propagation.base import Propagate, Propagation, RealEdges, States
+from dnw_graph.propagation.base import Propagate, Propagation, RealEdges, States, autocast_dtype
 
 
 class SparsePropagation(Propagation):
@@ -29,18 +29,23 @@ class SparsePropagation(Propagation):
     candidates get no gradient (:class:`~dnw_graph.RandomGraph`, …) there is no dense product at all.
 
     Raises:
-        InputError: In the forward pass, if the states are not float32 or float64 on a CPU, or it is traced; in the
-            backward pass, if it is to be differentiated itself.
+        InputError: In the forward pass, if the states are not float32 or float64 on a CPU, or it is traced or
+            transformed; in the backward pass, if it is to be differentiated itself or done for several gradients
+            at once.
     """
 
     def forward(self, edges: RealEdges, x: Tensor) -> Propagate:
         """Cut the ascending flat indices into the blocks' own edges."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            raise InputError("propagation='sparse' calls kernels that cannot be traced; use propagation='auto'")
-        if not takes(x) or edges.candidates.weight.dtype != x.dtype:
+        if traced():
             raise InputError(
-                f"propagation='sparse' takes float32 or float64 on a CPU; got states of {x.dtype} on {x.device}: use "
-                "propagation='auto'"
+                "propagation='sparse' calls kernels that cannot be traced or transformed; use propagation='auto'"
+            )
+        lower = autocast_dtype(x)
+        if not takes(x) or edges.candidates.weight.dtype != x.dtype or lower is not None:
+            autocast = "" if lower is None else f" under autocast to {lower}"
+            raise InputError(
+                f"propagation='sparse' takes float32 or float64 on a CPU; got states of {x.dtype} on {x.device}"
+                f"{autocast}: use propagation='auto'"
             )
         weights = edges.split(edges.candidates.weight)
         local = edges.local
@@ -100,7 +105,7 @@ class _Product(torch.autograd.Function):
         ctx.adjacency, ctx.updates_hallucinated = adjacency, updates_hallucinated
         ctx.save_for_backward(z)
         received = product_of_pieces([_rows(z)], adjacency.rowptr, adjacency.columns, adjacency.values)
-        return _maps(received, z)
+        return owned(_maps(received, z))
 
     @staticmethod
     @first_order
@@ -220,7 +225,7 @@ class _Receive(torch.autograd.Function):
         ctx.common, ctx.number = common, number
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(z)
-        return common.compute(number, z), chain.new_empty(0)
+        return owned(common.compute(number, z)), chain.new_empty(0)
 
     @staticmethod
     @first_order

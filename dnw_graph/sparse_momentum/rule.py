@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class SparseMomentum(Wiring):
         if not all(0 <= rate <= 1 for rate in (self.prune_rate.start, self.prune_rate.end)):
             raise InputError(f"the prune rate is a share of the real weights, within 0 … 1; got {prune_rate!r}")
         self.register_buffer("kept", torch.empty(0, dtype=torch.bool))
+        self._found: tuple[Tensor, int, Tensor] | None = None  # ``kept``, its version, and its edges
 
     def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
         """Draw k edges at random, and set all other weights to zero."""
@@ -56,8 +58,16 @@ class SparseMomentum(Wiring):
             weight.mul_(self.kept)
 
     def choose(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
-        """Return the edges as the last round left them."""
-        return torch.nonzero(self.kept).flatten()
+        """Return the edges as the last round left them; the host waits for a device once per round."""
+        kept = self.kept
+        if kept.is_inference():  # which keeps no version
+            return torch.nonzero(kept).flatten()
+        if self._found is None or self._found[0] is not kept or self._found[1] != kept._version:
+            self._found = kept, kept._version, torch.nonzero(kept).flatten()
+        return self._found[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_found": None}
 
     def extra_repr(self) -> str:
         """Options, for ``repr``."""

@@ -184,10 +184,15 @@ _TOKENS = itertools.count()
 _PASSES: weakref.WeakValueDictionary[str, ForwardPass] = weakref.WeakValueDictionary()
 
 
+# What it makes and keeps must not lie in the memory of a CUDA graph: the compiler records the parts around it.
+_UNSAFE: Any = {"tags": torch.Tag.cudagraph_unsafe} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
 @torch.library.custom_op(
     "dnw_graph::real_masks",
     mutates_args=(),
     schema="(Tensor[] parameters, Tensor[] like, str token, bool begins_pass) -> Tensor[]",
+    **_UNSAFE,
 )
 def _real_masks(parameters: Sequence[Tensor], like: Sequence[Tensor], token: str, begins_pass: bool) -> list[Tensor]:
     """The choice inside a compiled forward pass."""

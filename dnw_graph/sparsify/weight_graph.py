@@ -13,6 +13,7 @@ from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
 from dnw_graph.sparsify.layers import LayerWeight, candidate_edges
 from dnw_graph.wirings import Wiring, make_wiring
+from dnw_graph.wirings.checks import check_index
 
 
 class WeightGraph(nn.Module):
@@ -72,10 +73,10 @@ class WeightGraph(nn.Module):
     def real_index(self) -> Int[Tensor, " edges"]:
         """Indices of the real edges in :attr:`candidate_weight`, ascending, as evaluation would use them now."""
         if self.training:
-            return self._choose(self.candidate_weight)
+            return self._choose(self.candidate_weight).clone()
         self.masks([weight.parameter for weight in self.weights], begins_pass=False)
         assert self._chosen is not None
-        return self._chosen.index
+        return self._chosen.index.clone()
 
     @property
     def edge_weight(self) -> Float[Tensor, " edges"]:
@@ -134,11 +135,14 @@ class WeightGraph(nn.Module):
         index = choose(flat, self._num_edges, self.name)
         if not self.training:
             self.wiring.raise_non_finite()
+        if not torch.compiler.is_compiling():
+            check_index(index, self.wiring, self.num_candidates, self.name, wait=not self.training)
         return self._keep(parameters, index)
 
     def _choose(self, flat: Tensor) -> Tensor:
         index = self.wiring.choose(flat.detach(), self._num_edges, self.name)
         self.wiring.raise_non_finite()
+        check_index(index, self.wiring, self.num_candidates, self.name, wait=True)
         return index
 
     def _flat(self, parameters: Sequence[Tensor]) -> Tensor:

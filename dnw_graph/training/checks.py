@@ -18,6 +18,11 @@ from dnw_graph.training.options import RunOptions, flag
 MANY_IMAGES = 20_000
 
 
+def on_gpu(options: RunOptions) -> bool:
+    """Return whether a run is on GPUs."""
+    return options.accelerator != "cpu" and torch.cuda.device_count() > 0
+
+
 def check_hardware(options: RunOptions) -> None:
     """Refuse what this machine does not have.
 
@@ -27,10 +32,9 @@ def check_hardware(options: RunOptions) -> None:
     gpus = torch.cuda.device_count()
     if options.accelerator == "gpu" and not gpus:
         raise InputError("--accelerator is 'gpu', but no GPU is available: give --accelerator cpu")
-    on_gpu = gpus and options.accelerator != "cpu"
-    if on_gpu and options.devices > gpus:
+    if on_gpu(options) and options.devices > gpus:
         raise InputError(f"--devices is {options.devices}, but there are {gpus} GPUs: give {gpus} or fewer")
-    if options.precision == "16-mixed" and not on_gpu:
+    if options.precision == "16-mixed" and not on_gpu(options):
         raise InputError("--precision 16-mixed needs a GPU: give bf16-mixed or 32-true")
 
 

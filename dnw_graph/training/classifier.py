@@ -55,8 +55,10 @@ class Classifier(LightningModule):
         self.seed = seed
         self.label_smoothing = label_smoothing
         self.norm_weight_decay = norm_weight_decay
-        self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
-        self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
+        # Labels come from the images' classes; to look at them in every batch would wait for the device.
+        options: dict[str, Any] = {"average": "micro", "validate_args": False}
+        self.top1 = MulticlassAccuracy(num_classes, top_k=1, **options)
+        self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), **options)
         self.loss = MeanMetric()
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
@@ -72,11 +74,14 @@ class Classifier(LightningModule):
         images, labels = batch
         loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
-        penalty = wiring_penalty(self.model).to(loss.device)
+        # Nothing here goes from the host to the device, which the host would wait for: not a penalty of zero, and not a
+        # number, of which Lightning makes a tensor there.
+        self.log("train/lr", torch.tensor(self.lr * self.schedule(self.global_step)))
+        penalty = wiring_penalty(self.model)
         if penalty.requires_grad:
             self.log("train/penalty", penalty)
-        self.log("train/lr", self.lr * self.schedule(self.global_step))
-        return loss + penalty
+            loss = loss + penalty
+        return loss
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Add one batch to the metrics."""

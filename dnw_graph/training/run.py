@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
@@ -17,7 +19,14 @@ from dnw_graph.cost import neural_graphs
 from dnw_graph.errors import InputError
 from dnw_graph.training.checkpoint_io import SECTION, WholeFileIO, read_checkpoint
 from dnw_graph.training.checkpoints import Checkpoints
-from dnw_graph.training.checks import check_files, check_hardware, check_same_run, make_writable, output_folder
+from dnw_graph.training.checks import (
+    check_files,
+    check_hardware,
+    check_same_run,
+    make_writable,
+    on_gpu,
+    output_folder,
+)
 from dnw_graph.training.classifier import Classifier
 from dnw_graph.training.data_module import DataModule
 from dnw_graph.training.images import ImageData, hold_out, load_images
@@ -31,6 +40,9 @@ from dnw_graph.training.throughput import Throughput
 from dnw_graph.training.training_cost import TrainingCost
 from dnw_graph.training.wiring_monitor import WiringMonitor
 from dnw_graph.wirings import Wiring
+
+# Steps between two looks at the loss for the progress bar, for which the host waits for the device.
+STEPS_SHOWN_ON_GPU = 20
 
 
 def run(
@@ -115,7 +127,8 @@ def _train(module: Classifier, data: DataModule, options: RunOptions, identity: 
     callbacks = [monitor, training_cost, momentum, checkpoints]
     trainer = _trainer(options, data, callbacks, make_loggers(folder, steps))
     try:
-        trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)
+        with _repeatable():
+            trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)
     except InputError:
         # The other processes wait for this one.
         if trainer.strategy.launcher is not None:
@@ -139,6 +152,18 @@ def _train(module: Classifier, data: DataModule, options: RunOptions, identity: 
         written = [*write_files(summary, module.model, folder), *checkpoint_files, "metrics.csv", "tensorboard/"]
         print(f"written to {folder}: {', '.join(written)}")
     return summary
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """Have cuDNN take algorithms that give the same numbers in every run."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def _evaluate(
@@ -165,7 +190,8 @@ def _evaluate(
     throughput = Throughput()
     trainer = _trainer(options, data, [throughput])
     if options.compact:
-        module.model = compact(model, example=example)
+        # Sparse products are made for CPUs.
+        module.model = compact(model, products="dense" if on_gpu(options) else "sparse", example=example)
     trainer.validate(module, data, verbose=False)
     summary = summarize(model, data.image_size, trainer.callback_metrics, {**identity, "data": options.data})
     if trainer.is_global_zero:
@@ -183,7 +209,7 @@ def _evaluate(
 def _trainer(
     options: RunOptions,
     data: DataModule,
-    callbacks: list[Callback] | None = None,
+    callbacks: list[Callback],
     loggers: list[Logger] | None = None,
 ) -> Trainer:
     return Trainer(
@@ -193,7 +219,7 @@ def _trainer(
         precision=options.precision,  # type: ignore[arg-type]  # checked by RunOptions
         max_epochs=options.epochs,
         logger=loggers or False,
-        callbacks=callbacks,
+        callbacks=[TQDMProgressBar(STEPS_SHOWN_ON_GPU if on_gpu(options) else 1), *callbacks],
         plugins=[WholeFileIO()],
         enable_checkpointing=loggers is not None,
         enable_model_summary=False,

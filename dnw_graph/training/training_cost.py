@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from dnw_graph.cost import neural_graphs
 from dnw_graph.propagation import Propagate, Propagation, RealEdges
+from dnw_graph.propagation.base import States
 from dnw_graph.sparsify.forward_pass import RealWeights
 
 
@@ -94,7 +95,8 @@ class TrainingCost(Callback):
         weight, real, updated = _weight(layer)
         once = output.size(-1 if linear else 1) * weight[0].numel() * places
         to_weights = torch.is_grad_enabled() and weight.requires_grad
-        self._layers += round(once * (real * (passes(weight, args[0]) - to_weights) + updated * to_weights))
+        through = passes(weight, args[0].requires_grad) - to_weights
+        self._layers += round(once * (real * through + updated * to_weights))
 
     def _on_edges(
         self, counter: _GraphCounter, propagation: Propagation, args: tuple[RealEdges, Tensor], output: Propagate
@@ -135,11 +137,11 @@ def _weight(layer: nn.Module) -> tuple[Tensor, Fraction, Fraction]:
     return weight, real, Fraction(1) if sparse.parts[0][1].wiring.updates_hallucinated else real
 
 
-def passes(weight: Tensor, source: Tensor) -> int:
+def passes(weight: Tensor, to_source: bool) -> int:
     """Return how often a product is computed: forward, and for the gradients of its weight and of its source."""
     if not torch.is_grad_enabled():
         return 1
-    return 1 + weight.requires_grad + source.requires_grad
+    return 1 + weight.requires_grad + to_source
 
 
 class _GraphCounter:
@@ -157,17 +159,37 @@ class _GraphCounter:
         product: Callable[[int, Tensor, slice, slice], Tensor] = propagate.product
 
         def counted(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
-            weight = propagate.weights[number]
-            pairs = (rows.stop - rows.start) * (columns.stop - columns.start) * math.prod(z.shape[2:])
-            to_weights = torch.is_grad_enabled() and weight.requires_grad
-            self.to_weights += pairs * to_weights
-            self.through_edges += pairs * (passes(weight, z) - to_weights)
+            pairs = (rows.stop - rows.start) * (columns.stop - columns.start)
+            self.count(propagate.weights[number], pairs * math.prod(z.shape[2:]), z.requires_grad)
             return product(number, z, rows, columns)
 
-        return replace(propagate, product=counted, states=None)
+        states = propagate.states and partial(_CountedStates, self, propagate)
+        return replace(propagate, product=counted, states=states)
+
+    def count(self, weight: Tensor, products: int, to_source: bool) -> None:
+        """Add the products of a block."""
+        to_weights = torch.is_grad_enabled() and weight.requires_grad
+        self.to_weights += products * to_weights
+        self.through_edges += products * (passes(weight, to_source) - to_weights)
 
     def multiply_adds(self) -> float:
         if self.edges is None:
             return 0
         real = self.edges.index.numel() / self.edges.candidates.num_candidates
         return real * self.through_edges + (1 if self.edges.updates_hallucinated else real) * self.to_weights
+
+
+class _CountedStates(States):
+    """The states of a static graph in a way of its own: counting keeps no more of them than other steps do."""
+
+    def __init__(self, counter: _GraphCounter, propagate: Propagate, feeding: Sequence[slice]) -> None:
+        self.counter, self.weights, self.feeding = counter, propagate.weights, feeding
+        self.own = propagate.start(feeding)
+        self.learning: list[bool] = []
+
+    def receive(self, number: int, z: Tensor) -> Tensor:
+        self.learning.append(z.requires_grad)
+        weight = self.weights[number]
+        products = weight.numel() * math.prod(z.shape[2:])
+        self.counter.count(weight, products, any(self.learning[self.feeding[number]]))
+        return self.own.receive(number, z)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dnw_graph.candidates import CandidateEdges
-from dnw_graph.selection import Selector
+from dnw_graph.selection import Selector, new_flag
 
 
 class Wiring(nn.Module):
@@ -32,10 +32,13 @@ class Wiring(nn.Module):
     """
 
     updates_hallucinated: ClassVar[bool]
+    _flag: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self._selector = Selector()
+        # A buffer: it goes where the graph goes, and is a place that CUDA graphs may write to.
+        self.register_buffer("_flag", new_flag(), persistent=False)
         self.register_state_dict_pre_hook(_read_flag)
 
     def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
@@ -84,7 +87,9 @@ class Wiring(nn.Module):
         Raises:
             InputError: If k is out of range or, on a CPU, a weight is NaN or infinite.
         """
-        return self._selector.select(weight, k, name)
+        if self._flag.device != weight.device:  # a rule for a graph that had been moved before
+            self._flag = new_flag(weight.device)
+        return self._selector.select(weight, k, name, self._flag)
 
     def raise_non_finite(self) -> None:
         """Report weights that :meth:`largest` met on a GPU, now that the host may wait for the device.
@@ -95,11 +100,11 @@ class Wiring(nn.Module):
         Raises:
             InputError: If weights were NaN or infinite. Again until edges are chosen anew.
         """
-        self._selector.raise_non_finite()
+        self._selector.raise_non_finite(self._flag)
 
     def forget_weights(self) -> None:
         """Have nothing left of the weights so far: no flag, no threshold. Called when they were replaced."""
-        self._selector = Selector()
+        self._selector.forget(self._flag)
 
     def train(self, mode: bool = True) -> Wiring:
         """Switch between training and evaluation."""
@@ -114,6 +119,10 @@ class Wiring(nn.Module):
 
     def set_num_steps(self, num_steps: int) -> None:
         """Tell a rule with a schedule how many steps training has; other rules do not care."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.raise_non_finite()
+        return self.__dict__
 
 
 def _read_flag(wiring: Wiring, *_: Any) -> None:

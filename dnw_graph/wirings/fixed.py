@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -17,21 +18,24 @@ class Fixed(Kept):
     not a function of the weights.
 
     Args:
-        edge_index: The edges, row 0 the sources, row 1 the targets, without repetition, in any order.
+        edge_index: The edges, row 0 the sources, row 1 the targets, without repetition, in any order; int64 or int32.
 
     Shapes:
         - ``index``: ``[num_edges]``, flat indices, ascending
 
     Raises:
-        InputError: If the shape is another; when a graph takes the wiring, if an edge occurs twice, is no candidate of
+        InputError: If it is no such tensor; when a graph takes the wiring, if an edge occurs twice, is no candidate of
             the graph, or their number is not the graph's ``num_edges``.
     """
 
     def __init__(self, edge_index: Int[Tensor, "2 edges"]) -> None:
         super().__init__()
+        if not isinstance(edge_index, Tensor) or edge_index.dtype not in (torch.int64, torch.int32):
+            got = edge_index.dtype if isinstance(edge_index, Tensor) else type(edge_index).__name__
+            raise InputError(f"edge_index must be a tensor of whole numbers, such as torch.tensor(pairs).T; got {got}")
         if edge_index.dim() != 2 or edge_index.size(0) != 2:
             raise InputError(f"edge_index must be [2, edges], sources over targets; got {list(edge_index.shape)}")
-        self.edge_index = edge_index
+        self.edge_index = edge_index.long()
 
     def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
         """Find the edges among the candidates."""

@@ -19,6 +19,7 @@ class L1Anneal(Scheduled):
     "L1 + Anneal" in Section 3.3 of the paper. At step t the graph has n - s(t) (n - k) edges, n being the number of
     candidates and s the schedule ``removal``; a removed edge gets no gradient and never comes back. The loss gains
     :math:`\lambda(t) \sum_{(u,v) \in E} |w_{uv}|`: add :func:`dnw_graph.wiring_penalty` to it, as the examples do.
+    Every step of training waits for the device once, to learn which edges are left.
 
     The paper gives no numbers. The defaults come from a small search on held-out training images, see the page on ways
     of finding a wiring in the documentation.
@@ -63,6 +64,7 @@ class L1Anneal(Scheduled):
         """Return the edges that are left."""
         return torch.nonzero(~self.removed).flatten()
 
+    @torch.compiler.disable  # would be compiled anew for every step
     def choose_to_train(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
         """Remove as many edges as this step asks for, and return the others."""
         self.begin_step(self.strength, self.removal)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError, unknown_name
@@ -113,23 +113,25 @@ def as_schedule(what: str, value: float | Schedule | Mapping[str, float | str]) 
 class Scheduled(Wiring):
     """A rule with values that depend on the step of training.
 
-    The rule counts its own steps, one per forward pass in training, in a persistent buffer: a resumed run goes on where
-    the schedule was. Schedules in fractions need the number of steps of the whole training: from ``num_steps``, from
-    :meth:`set_num_steps`, which ``dnw_graph.training.run`` calls, or from a checkpoint.
+    The rule counts its own steps, one per forward pass in training, and the ``state_dict`` holds the count: a resumed
+    run goes on where the schedule was. Schedules in fractions need the number of steps of the whole training: from
+    ``num_steps``, from :meth:`set_num_steps`, which ``dnw_graph.training.run`` calls, or from a checkpoint.
 
     Args:
         num_steps: Steps of the whole training, if known.
 
-    Shapes:
-        - ``step``, ``num_steps``: scalars; ``num_steps`` is 0 as long as it is not known
+    Attributes:
+        step: Steps so far.
+        num_steps: Steps of the whole training; 0 as long as it is not known.
+        counters: Names of the whole numbers that the ``state_dict`` holds, as scalars. They are kept on the host, which
+            would have to wait for a device at every look.
 
     Raises:
         InputError: If ``num_steps`` is not a whole number from 1 up; in the first forward pass of training, if it is
             not known and a schedule needs it.
     """
 
-    step: Tensor
-    num_steps: Tensor
+    counters: ClassVar[tuple[str, ...]] = ("step", "num_steps")
 
     def __init__(self, num_steps: int | None = None) -> None:
         super().__init__()
@@ -137,19 +139,19 @@ class Scheduled(Wiring):
             _check_num_steps(num_steps)
         self.given_num_steps = num_steps
         self.name = "graph"
-        self.register_buffer("step", torch.tensor(0))
-        self.register_buffer("num_steps", torch.tensor(num_steps or 0))
+        self.step = 0
+        self.num_steps = num_steps or 0
 
     def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
         """Start to count anew."""
-        self.step.zero_()
+        self.step = 0
         self.name = name
 
     def set_num_steps(self, num_steps: int) -> None:
         """Take the number of steps of the whole training, unless the rule was given one of its own."""
         _check_num_steps(num_steps)
         if self.given_num_steps is None:
-            self.num_steps.fill_(num_steps)
+            self.num_steps = num_steps
 
     def now(self, schedule: Schedule) -> float:
         """Return a value at the step in progress: that of the last forward pass in training.
@@ -157,19 +159,41 @@ class Scheduled(Wiring):
         Args:
             schedule: The value's schedule.
         """
-        num_steps = int(self.num_steps)
-        if schedule.in_fractions and not num_steps:
+        if schedule.in_fractions and not self.num_steps:
             raise InputError(
                 f"{self.name}: {type(self).__name__} has a schedule in fractions of training, but does not know how "
                 "many steps training has: give it num_steps=…, call graph.wiring.set_num_steps(…), or give steps"
             )
-        return schedule.value(max(int(self.step) - 1, 0), num_steps)
+        return schedule.value(max(self.step - 1, 0), self.num_steps)
 
     def begin_step(self, *schedules: Schedule) -> None:
         """Count one step of training, unless one of the rule's schedules cannot be followed."""
         for schedule in schedules:
             self.now(schedule)
         self.step += 1
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: torch.tensor(getattr(self, name)) for name in self.counters})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        keys = {prefix + name: name for name in self.counters}
+        others = {key: value for key, value in state_dict.items() if key not in keys}
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        for key, name in keys.items():
+            if key in state_dict:
+                setattr(self, name, int(state_dict[key]))
+            elif strict:
+                missing_keys.append(key)
 
 
 def _check_num_steps(num_steps: int) -> None:

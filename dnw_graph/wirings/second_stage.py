@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -39,11 +42,13 @@ class SecondStage(Kept):
         self.trained = None if trained is None else trained.detach().clone()
         same = start is trained
         self.start = self.trained if same else None if start is None else start.detach().clone()
+        self.known = False  # whether the edges are; on the host, which could not look at them without waiting
 
     def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
         """Choose the edges and set the candidate weights."""
         if self.trained is None or self.start is None:
             self.index = torch.full((num_edges,), UNKNOWN, device=candidates.weight.device)
+            self.known = False
             return
         for weight in (self.trained, self.start):
             if weight.shape != candidates.weight.shape:
@@ -52,14 +57,21 @@ class SecondStage(Kept):
                     f"{candidates.num_candidates} candidates: give those of the complete graph of the same blocks"
                 )
         self.index = select_top_k(self.trained.to(candidates.weight.device), num_edges, name)
+        self.known = True
         with torch.no_grad():
             candidates.weight.copy_(self.start)
 
     def choose(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
         """Return the edges of the trained complete graph."""
-        if self.index.numel() and int(self.index[0]) == UNKNOWN:
+        if not self.known:
             raise InputError(
                 f"{name}: {type(self).__name__} needs a trained complete graph: train one with wiring 'complete', then "
                 "use dnw_graph.two_stage or, in the examples, --complete FOLDER; or load a checkpoint"
             )
         return self.index
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        index = state_dict.get(prefix + "index")
+        if index is not None:
+            self.known = bool((index != UNKNOWN).all())

@@ -29,7 +29,8 @@ class TargetedDropout(Scheduled):
     - ``"regular"``: the targets are the ⌊γ · fan-in⌋ weakest into each node, so that every node keeps some. The number
       of edges is the sum of what stays, somewhat more than k.
 
-    The masks are a function of (seed, graph, step), the same on every rank.
+    The masks are a function of (seed, graph, step), the same on every rank. Every step of training waits for the
+    device, to learn how many edges stay.
 
     Args:
         rho: ρ: a number in 0 … 1, ``"gamma"`` for ρ = γ, or a :class:`Schedule`.
@@ -68,6 +69,7 @@ class TargetedDropout(Scheduled):
             raise unknown_name("variant of targeted dropout", variant, VARIANTS)
         self.variant = variant
         self.seed = seed
+        # A buffer: DistributedDataParallel gives every rank that of the first.
         self.register_buffer("stream", torch.tensor(0))
 
     def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
@@ -86,11 +88,12 @@ class TargetedDropout(Scheduled):
         self.largest(weight, 1, name)  # refuses weights that are not finite
         return self._strongest_per_node(weight.detach().abs(), num_edges)
 
+    @torch.compiler.disable  # would be compiled anew for every step
     def choose_to_train(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
         """Return what stays in this step: the strongest, and those targets that are not dropped."""
         self.begin_step(*([] if self.rho is None else [self.rho]))
         rho = 1 - num_edges / weight.numel() if self.rho is None else self.now(self.rho)
-        generator = torch.Generator(weight.device).manual_seed(mix(int(self.stream), int(self.step)))
+        generator = torch.Generator(weight.device).manual_seed(mix(int(self.stream), self.step))
         stays = torch.rand(weight.numel(), generator=generator, device=weight.device) >= rho
         stays[self.choose(weight, num_edges, name)] = True
         return torch.nonzero(stays).flatten()

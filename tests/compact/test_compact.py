@@ -13,7 +13,7 @@ from torch import nn
 
 from dnw_graph import Continuous, Discrete, Fixed, InputError, NeuralGraph, RandomGraph, Wiring
 from dnw_graph.compact import CompactModel, compact
-from dnw_graph.compact.layers import Conv, Linear
+from dnw_graph.compact.layers import Conv, InstanceNorm, Linear
 from dnw_graph.compact.products import DenseProduct, SparseProduct
 from dnw_graph.cost import cost, live_nodes
 from dnw_graph.equivalence import lstm_to_discrete, mlp_to_discrete, static_to_discrete
@@ -373,6 +373,18 @@ def test_layers_between_graphs_are_cut_to_what_the_next_graph_needs(photos, trai
     assert [layer.num_outputs for layer in depthwise] == [live]
 
 
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_dead_nodes_are_found_through_layers_that_keep_channels_apart(products, photos, trained):
+    between = [nn.LeakyReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2)]
+    graphs = [NeuralGraph((6, 8, 4), 12, name="first"), NeuralGraph((4, 5, 3), 6, name="second")]
+    model = trained(nn.Sequential(nn.Conv2d(3, 6, 1), graphs[0], *between, graphs[1]), photos)
+    compacted = compact(model, products=products)
+    assert_same(model, compacted, photos)
+    live = live_nodes(model)["first"]
+    assert not live[-4:].all()
+    assert compacted.report.graphs["first"][1].nodes == live.sum()
+
+
 def test_sparse_models_hold_no_matrix_and_dense_ones_no_edge_list(photos, trained):
     model = trained(TinyClassifier("static"), photos)
     sparse = [type(module) for module in compact(model).modules()]
@@ -432,3 +444,49 @@ def test_the_package_needs_nothing_that_only_export_needs():
 
 def test_a_compact_model_is_a_chain(photos):
     assert isinstance(compact(MobileNetV1(0.1, 7)), CompactModel)
+
+
+@pytest.mark.parametrize("option", [{"times": [0.5]}, {"return_states": True}])
+def test_options_of_a_graph_are_refused(option):
+    compacted = compact(NeuralGraph((2, 4, 3), 5))
+    with pytest.raises(InputError, match=f"a compact model takes no options; got {next(iter(option))}"):
+        compacted(torch.zeros(1, 2, 3, 3), **option)
+
+
+def test_outputs_that_are_all_zero_do_not_differ():
+    compacted = compact(NeuralGraph((2, 4, 3), 5, node_function=nn.Tanh()), example=torch.zeros(2, 2, 3, 3))
+    assert compacted.report.difference == 0
+    assert "outputs differ by 0.0e+00" in str(compacted.report)
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize("with_batch_norm", [True, False])
+def test_norms_without_scale_and_shift(products, with_batch_norm, photos):
+    def function(num_nodes):
+        batch_norm = [nn.BatchNorm2d(num_nodes)] if with_batch_norm else []
+        conv = nn.Conv2d(num_nodes, num_nodes, 3, padding=1, groups=num_nodes)
+        return nn.Sequential(nn.InstanceNorm2d(num_nodes), *batch_norm, nn.ReLU(), conv)
+
+    graph = NeuralGraph((3, 8, 4), 14, node_function=function).double().eval()
+    for module in graph.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+    x = photos[:, :, :9, :7]
+    compacted = compact(graph, products=products)
+    assert_same(graph, compacted, x)
+    norms = [module for module in compacted.modules() if isinstance(module, InstanceNorm)]
+    assert len(norms) == 2
+    assert all((norm.scale is None) != with_batch_norm for norm in norms)
+    assert compacted.report.before.parameters >= compacted.report.after.parameters
+
+
+def test_norms_without_scale_and_shift_have_the_type_and_device_of_the_model(photos):
+    graph = NeuralGraph(
+        (3, 8, 4), 14, node_function=lambda n: nn.Sequential(nn.InstanceNorm2d(n), NormReluConv(n).conv)
+    ).bfloat16()
+    x = photos[:, :, :9, :7].bfloat16()
+    compacted = compact(graph, products="dense", example=x)
+    assert {tensor.dtype for tensor in compacted.buffers() if tensor.is_floating_point()} == {torch.bfloat16}
+    assert compacted(x).dtype == torch.bfloat16
+    assert compacted.report.difference < 0.05

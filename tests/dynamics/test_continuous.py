@@ -20,6 +20,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torchdiffeq import odeint
 from torchdiffeq._impl.odeint import SOLVERS
+from waits import Waits
 
 from dnw_graph import DNW, Continuous, InputError, NeuralGraph
 from dnw_graph.node_functions import NormReluConv
@@ -392,10 +393,84 @@ def test_solvers_with_fixed_steps_report_that_the_solution_blew_up(method, adjoi
 
 
 @pytest.mark.parametrize("method", ["dopri5", "euler"])
-def test_inputs_that_are_no_numbers_are_reported_with_the_time(method, x):
-    x[1, 0] = float("nan")
-    with pytest.raises(InputError, match=rf"^ode: {method} failed at t = [0-9]"):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_no_numbers_are_named_as_the_cause(method, value, x):
+    x[1, 0] = value
+    with pytest.raises(InputError, match=r"^ode: the inputs of the graph are NaN or infinite"):
         make_graph(Continuous(method), name="ode")(x)
+
+
+def test_a_field_that_is_no_number_is_reported_with_the_time(x):
+    graph = make_graph(Continuous(t_span=(0.25, 1.0)), name="ode")
+    with torch.no_grad():
+        next(graph.dynamics.parameters()).fill_(float("nan"))
+    with pytest.raises(InputError, match=r"^ode: dopri5 failed at t = 0.25 \(underflow in dt"):
+        graph(x)
+
+
+def test_a_loss_that_is_no_number_is_reported_with_the_time_at_which_the_adjoint_started(x):
+    loss = make_graph(Continuous(adjoint=True, t_span=(0.25, 0.75)), name="ode")(x).sum() * float("nan")
+    with pytest.raises(InputError, match=r"^ode: dopri5 failed at t = 0.75 \(the state is not finite, solved back"):
+        loss.backward()
+
+
+def test_no_images_give_nothing_or_are_named_as_the_cause(x):
+    assert make_graph(Continuous("rk4"))(x[:0]).shape == (0, OUTPUTS)
+    with pytest.raises(InputError, match=r"^ode: the batch is empty, from which dopri5 cannot tell its steps"):
+        make_graph(Continuous(), name="ode")(x[:0])
+
+
+@pytest.mark.parametrize("tolerances", [{"rtol": -1e-3}, {"atol": 0.0}, {"atol": -1.0}, {"rtol": float("nan")}])
+def test_tolerances_that_are_none_are_refused(tolerances):
+    with pytest.raises(InputError, match="rtol must be at least 0 and atol above 0, both finite; got"):
+        Continuous(**tolerances)
+
+
+def test_a_tolerance_may_be_absolute_alone(x):
+    graph = make_graph(Continuous(rtol=0.0, atol=1e-9), nn.Identity())
+    matrix, _ = twin(graph)
+    assert relative_error(graph(x), product(torch.matrix_exp(matrix), augmented(x))[:, -OUTPUTS:]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_under_autocast_the_solver_computes_in_single_precision(dtype, adjoint, x):
+    graph = make_graph(Continuous(adjoint=adjoint), nn.Tanh()).float()
+    expected = graph(x.to(dtype).float())
+    evaluations = graph.dynamics.num_evaluations
+    with torch.autocast("cpu", dtype=dtype):
+        out = graph(x.to(dtype))
+    out.sum().backward()
+    assert out.dtype == torch.float32
+    assert graph.dynamics.num_evaluations <= 2 * evaluations
+    assert relative_error(out, expected) < 8 * torch.finfo(dtype).eps
+    # Without autocast a model has the precision that it was given.
+    half = make_graph(Continuous("rk4", adjoint=adjoint), nn.Tanh()).to(dtype)
+    assert half(x.to(dtype)).dtype == dtype
+
+
+class Steep(nn.Module):
+    def forward(self, z):
+        return torch.full_like(z, 3e4)
+
+
+def test_slopes_are_added_up_in_single_precision_under_autocast(x):
+    # Eight slopes, which the solver adds up before it divides by 8, are too much for float16.
+    graph = make_graph(Continuous("rk4"), Steep()).float()
+    with torch.autocast("cpu", dtype=torch.float16):
+        out = graph(x.float())
+    assert torch.equal(out, torch.full_like(out, 3e4))
+
+
+def test_the_host_waits_per_step_not_per_evaluation(x):
+    counts = []
+    for method in ("euler", "rk4"):
+        graph = make_graph(Continuous(method, options={"step_size": 0.1}))
+        with Waits() as waits:
+            graph(x)
+        counts.append(waits.found.count("aten._local_scalar_dense.default"))
+    assert graph.dynamics.num_evaluations == 40
+    assert counts[0] == counts[1]
 
 
 def test_a_state_that_blows_up_on_the_adjoints_way_back_is_refused_with_the_graph_and_the_time():

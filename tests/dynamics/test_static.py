@@ -126,3 +126,45 @@ def test_skipping_candidates_may_be_left_out():
     assert layered.num_candidates == 18
     assert (groups_of((2, 3, 4))[layered.edge_index].diff(dim=0) == 1).all()
     assert layered(torch.randn(2, 2, 5, 5)).shape == (2, 4, 5, 5)
+
+
+class Named(nn.Module):
+    """A function known by what it does to the states."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, z):
+        return self.change(z)
+
+
+WRONG = {
+    "twice the nodes": lambda z: torch.cat([z, z], 1),
+    "fewer nodes": lambda z: z[:, 1:],
+    "fewer images": lambda z: z[:9],
+    "smaller maps": lambda z: z[..., ::2, ::2],
+    "vectors": lambda z: z.mean((2, 3)),
+    "no batch": lambda z: z[0],
+}
+
+
+@pytest.mark.parametrize("propagation", ["auto", "block", "message_passing"])
+@pytest.mark.parametrize("layered", [False, True])
+@pytest.mark.parametrize(("block", "kinds"), [(0, list(WRONG)[:3]), (1, list(WRONG)), (3, list(WRONG)[:3])])
+def test_states_of_another_shape_are_refused(propagation, layered, block, kinds):
+    candidates = CandidateEdges.adjacent(SIZES) if layered else None
+    for kind in kinds:
+        graph = NeuralGraph(SIZES, 9, propagation=propagation, candidates=candidates, name="stage3")
+        graph.dynamics.node_functions[block] = Named(WRONG[kind])
+        shape = f"20, {SIZES[block]}, " + ("6, 5" if block == 1 else "…")
+        with pytest.raises(InputError, match=rf"^stage3: .*block {block} gave .*; expected \[{shape}\], since all"):
+            graph(torch.randn(20, 3, 6, 5))
+
+
+@pytest.mark.parametrize("propagation", ["auto", "block", "message_passing"])
+def test_inputs_and_outputs_may_change_the_maps(propagation):
+    graph = NeuralGraph(SIZES, K, propagation=propagation, node_function=nn.Tanh(), output_function=True)
+    graph.dynamics.node_functions[0] = nn.MaxPool2d(2)
+    graph.dynamics.node_functions[-1] = nn.Flatten(2)
+    assert graph(torch.randn(20, 3, 6, 4)).shape == (20, 2, 6)

@@ -1,5 +1,6 @@
 """All propagations give one result: that of a plain loop, and each other's, per tensor by ‖a − b‖ / ‖b‖."""
 
+from functools import partial
 from itertools import combinations
 
 import pytest
@@ -8,7 +9,7 @@ from reference import candidate_gradient, plain_forward, relative_error, static_
 from torch import nn
 from torch.func import functional_call
 
-from dnw_graph import InputError, NeuralGraph, Wiring
+from dnw_graph import Discrete, InputError, NeuralGraph, Wiring
 from dnw_graph.propagation import MessagePassingPropagation
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -156,6 +157,35 @@ def test_inputs_in_either_memory_format_give_one_result(way):
     strided = torch.randn(3, 6, 12, 5, dtype=torch.float64)[:, ::2, ::2]
     with torch.no_grad():
         assert relative_error(graph(strided), graph(strided.contiguous())) <= 1e-10
+
+
+class Convolution(nn.Sequential):
+    """A node function that starts by changing what it receives, in place or not."""
+
+    def __init__(self, num_nodes, inplace):
+        super().__init__(nn.ReLU(inplace), nn.Conv2d(num_nodes, num_nodes, 3, padding=1, groups=num_nodes))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("function", ["fused", "own"])
+@pytest.mark.parametrize("options", [{}, {"output_function": True}, {"dynamics": Discrete(3)}])
+def test_what_a_graph_gives_may_be_changed_in_place(way, function, options):
+    nodes = {"num_nodes": 9, "num_inputs": 3, "num_outputs": 2} if "dynamics" in options else {"blocks": SIZES}
+    x = torch.randn(20, 3, 6, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    results = []
+    for inplace in (False, True):
+        torch.manual_seed(3)
+        own = partial(Convolution, inplace=inplace)
+        node_function = "norm_relu_conv" if function == "fused" else own
+        graph = NeuralGraph(num_edges=9, node_function=node_function, propagation=propagation(way), **options, **nodes)
+        # Not the leaf itself, which nobody may change.
+        model = nn.Sequential(nn.Conv2d(3, 3, 1), graph, nn.ReLU(inplace)).double()
+        results.append(tensors_of(model, x))
+    assert_agree(*results)
+    out = graph(x.clone())
+    expected = out + x[:, :2]
+    out += x[:, :2]
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("way", WAYS)

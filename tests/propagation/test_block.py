@@ -235,6 +235,14 @@ def test_one_product_per_block_and_direction_and_no_sums_or_copies_of_gradients(
     assert operators.count("cat") == 1  # of the gradients of the weights
 
 
+def test_a_gradient_with_the_nodes_first_is_copied_once_for_both_products():
+    graph = make(identity)
+    x = maps(5, 4).contiguous(memory_format=torch.channels_last)
+    with Operators() as operators:
+        torch.autograd.grad(graph(x), (x, graph.candidates.weight), torch.randn(2, SIZES[-1], 5, 4).double())
+    assert operators.count("copy_", "clone") == len(SIZES) - 1 + 1
+
+
 def test_products_are_counted_as_those_of_concatenated_states():
     graph = make()
     counts = []

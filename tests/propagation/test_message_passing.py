@@ -5,7 +5,7 @@ from torch import nn
 from torch_geometric.nn import SimpleConv
 
 from dnw_graph import InputError, NeuralGraph
-from dnw_graph.propagation import MessagePassingPropagation, WeightedSum
+from dnw_graph.propagation import MessagePassingPropagation, WeightedSum, message_passing
 
 
 def node_major(z):
@@ -60,6 +60,22 @@ def test_messages_above_the_stated_size_are_refused():
 def test_the_limit_is_for_messages_only():
     x = torch.randn(2, 4, 8, 8)
     NeuralGraph((4, 5), 10, propagation=MessagePassingPropagation("csr", max_message_bytes=1))(x)
+
+
+@pytest.mark.parametrize(("device", "tiles"), [("cpu", 3), ("meta", 1)])
+def test_states_go_in_tiles_where_there_is_a_cache_to_fit(device, tiles):
+    seen, weighted_sum = [], WeightedSum()
+
+    def product(z, adjacency):
+        seen.append(z.size(1))
+        return 2 * z
+
+    weighted_sum.forward = product
+    z = torch.randn(3, 2 * message_passing.TILE + 5).to(device)
+    out = message_passing._in_tiles(weighted_sum, z, torch.empty(0))
+    assert (len(seen), sum(seen), out.shape) == (tiles, z.size(1), z.shape)
+    if device == "cpu":
+        assert torch.equal(out, 2 * z)
 
 
 @pytest.mark.skipif(torch_geometric.typing.WITH_TORCH_SPARSE, reason="torch-sparse is installed")

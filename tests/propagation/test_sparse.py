@@ -194,6 +194,14 @@ def test_low_precision_is_refused(dtype):
         graph(torch.zeros(2, 3, 4, 4, dtype=dtype))
 
 
+def test_autocast_is_refused_unless_it_changes_nothing():
+    sparse, block = pair()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(gradients(sparse, X), gradients(block, X))
+        with pytest.raises(InputError, match=r"float32 on cpu under autocast to torch.bfloat16: use .*'auto'"):
+            sparse.float()(X.float())
+
+
 def test_without_kernels_it_gives_the_same(monkeypatch):
     sparse, block = pair()
     monkeypatch.setenv("DNW_GRAPH_KERNELS", "0")
@@ -210,7 +218,7 @@ def test_it_can_be_given_as_an_object():
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_tracing_is_refused():
     graph = NeuralGraph(SIZES, 20, propagation="sparse").eval()
-    with pytest.raises(InputError, match="cannot be traced; use propagation='auto'"):
+    with pytest.raises(InputError, match="cannot be traced or transformed; use propagation='auto'"):
         torch.jit.trace(graph, X.float())
 
 

@@ -6,9 +6,15 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
+from dnw_graph import TargetedDropout
 from dnw_graph.sparse_momentum import SparseMomentum, SparseMomentumRounds, momentum_layers
 
-RULES = {"dnw": "dnw", "random_graph": "random_graph", "sparse_momentum": SparseMomentum(0.5)}
+RULES = {
+    "dnw": "dnw",
+    "random_graph": "random_graph",
+    "sparse_momentum": SparseMomentum(0.5),
+    "targeted_dropout": TargetedDropout(0.5),
+}
 
 
 def make_model(dtype=torch.float64, num_layers=1):

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dnw_graph import L1Anneal, NeuralGraph, Schedule
 from dnw_graph.training import Classifier, ImageData, RunOptions, cosine, read_checkpoint, run
 from dnw_graph.training.data_module import DataModule
 from dnw_graph.training.schedules import after_warmup
@@ -72,6 +75,45 @@ def test_label_smoothing_is_for_training_only():
     torch.testing.assert_close(module.training_step((x, y), 0), -(target * log_p).sum(1).mean())
     module.validation_step((x, y), 0)
     torch.testing.assert_close(module.loss.compute(), -log_p.gather(1, y[:, None]).mean())
+
+
+class _Copies(TorchDispatchMode):
+    """Collects what makes a tensor on one device from one on another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if args and isinstance(args[0], Tensor) and isinstance(result, Tensor) and result.device != args[0].device:
+            self.found.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("rule", ["dnw", L1Anneal(0.5, Schedule(0.0, 0.0, 0, 0))])
+def test_a_step_brings_nothing_to_the_device(rule: str | L1Anneal):
+    model = nn.Sequential(NeuralGraph((3, 4, 5), 9, wiring=rule), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    module = Classifier(model, 5, cosine(1), 0.1, 0.9, 0.0, seed=0)
+    module._trainer = type("Trainer", (), {"global_step": 0})()
+    logged: dict[str, Any] = {}
+    module.log = lambda name, value, **options: logged.update({name: value})
+    x, y = torch.randn(6, 3, 4, 4), torch.tensor([0, 1, 2, 3, 4, 0])
+    loss = module.training_step((x, y), 0)
+    expected = nn.functional.cross_entropy(model(x), y)
+    if rule != "dnw":
+        assert logged["train/penalty"].item() == pytest.approx(0.5 * model[0].candidates.weight.abs().sum().item())
+        expected = expected + logged["train/penalty"]
+    torch.testing.assert_close(loss, expected)
+    if rule == "dnw":  # the other looks at its edges
+        module.to("meta")
+        batch = x.to("meta"), y.to("meta")
+        with _Copies() as copies:
+            module.training_step(batch, 0).backward()
+        assert copies.found == []
+    # Of a number Lightning makes a tensor on the device.
+    assert all(isinstance(value, Tensor) for value in logged.values())
+    assert logged["train/lr"].is_cpu
 
 
 def test_a_run_is_sgd_over_the_same_batches(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from dnw_graph import InputError
-from dnw_graph.training import ImageData, RunOptions, load_images, run
+from dnw_graph.training import Classifier, ImageData, RunOptions, load_images, run
 from dnw_graph.training.images import ArrayImages
 
 Create = Callable[[int, int], nn.Module]
@@ -167,3 +169,45 @@ def test_an_image_that_breaks_later_stops_the_run_with_its_steps_saved(
 
 def test_mixed_precision_runs(create: Create, small_digits: ImageData, options: Callable[..., RunOptions]):
     assert np.isfinite(run(create, MODEL, options(precision="bf16-mixed", epochs=1), small_digits).top1)
+
+
+def test_cudnn_is_deterministic_while_training_and_as_it_was_afterwards(
+    create: Create, small_digits: ImageData, options: Callable[..., RunOptions], monkeypatch: pytest.MonkeyPatch
+):
+    cudnn, seen = torch.backends.cudnn, []
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    before = cudnn.deterministic, cudnn.allow_tf32
+
+    def step(self: Classifier, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        seen.append((cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32))
+        return training_step(self, batch, batch_idx)
+
+    training_step = Classifier.training_step
+    monkeypatch.setattr(Classifier, "training_step", step)
+    run(create, MODEL, options(epochs=1), small_digits)
+    assert set(seen) == {(True, False, before[1])}
+    assert (cudnn.deterministic, cudnn.allow_tf32) == before
+    assert cudnn.benchmark
+
+
+@pytest.mark.parametrize(("gpu", "products", "steps"), [(False, "sparse", 1), (True, "dense", 20)])
+def test_what_differs_on_a_gpu(
+    gpu: bool,
+    products: str,
+    steps: int,
+    trained: RunOptions,
+    create: Create,
+    small_digits: ImageData,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    module = sys.modules["dnw_graph.training.run"]  # the package gives its name to the function
+    seen = []
+    compact, trainer = module.compact, module.Trainer
+    monkeypatch.setattr(module, "on_gpu", lambda options: gpu)
+    monkeypatch.setattr(
+        module, "compact", lambda *args, **given: seen.append(given["products"]) or compact(*args, **given)
+    )
+    monkeypatch.setattr(module, "Trainer", lambda **given: seen.append(given["callbacks"][0]) or trainer(**given))
+    run(create, MODEL, replace(trained, resume=None, evaluate=trained.resume, compact=True, output=None), small_digits)
+    assert seen[1] == products
+    assert seen[0].refresh_rate == steps

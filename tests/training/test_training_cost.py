@@ -286,3 +286,31 @@ def test_evaluation_costs_no_training(small_digits: ImageData, options: Callable
         small_digits,
     )
     assert evaluated.training_multiply_adds is None
+
+
+class Kept(Callback):
+    """The bytes that each step's forward pass keeps for its backward pass."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[int, int]] = []
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.steps[-1][storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.steps.append({})
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        self._hooks.__enter__()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self._hooks.__exit__(None, None, None)
+
+
+def test_a_step_that_is_counted_keeps_no_more_than_others(small_digits: ImageData, options: Callable[..., RunOptions]):
+    kept, model = Kept(), Net("dnw", K, None, nn.Tanh())
+    model.graph = NeuralGraph((CHANNELS, 5, 6, 7, OUTPUTS), K, node_function=nn.Tanh(), propagation="block")
+    fit(model, small_digits, options(epochs=1, lr=0.05, batch_size=16), kept)
+    assert len(kept.steps) > 1
+    assert len({sum(step.values()) for step in kept.steps}) == 1

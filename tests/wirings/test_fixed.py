@@ -123,3 +123,34 @@ def test_another_number_of_edges_than_given_is_refused(num_edges):
 def test_edges_of_another_shape_are_refused(edges, unchecked):
     with pytest.raises(InputError, match=r"edge_index must be \[2, edges\], sources over targets; got"):
         Fixed(edges)
+
+
+@pytest.mark.parametrize(
+    ("edges", "got"),
+    [
+        (EDGES.float(), "torch.float32"),
+        (EDGES > 2, "torch.bool"),
+        (EDGES.tolist(), "list"),
+        (EDGES.numpy(), "ndarray"),
+        (None, "NoneType"),
+    ],
+)
+def test_what_is_no_tensor_of_whole_numbers_is_refused(edges, got, unchecked):
+    with pytest.raises(InputError, match=rf"a tensor of whole numbers, such as torch.tensor\(pairs\).T; got {got}$"):
+        Fixed(edges)
+
+
+def test_short_whole_numbers_will_do():
+    x = torch.randn(20, 3, 5, 5, dtype=torch.float64)
+    for edges in (EDGES.int(), torch.tensor(EDGES.T.tolist(), dtype=torch.int32).T):
+        torch.manual_seed(1)
+        graph = make_graph(edges)
+        torch.manual_seed(1)
+        assert torch.equal(graph(x), make_graph()(x))
+        assert graph.real_index.dtype == torch.int64
+
+
+def test_without_a_number_of_edges_it_is_that_of_the_given_ones():
+    graph = NeuralGraph(SIZES, wiring=Fixed(EDGES))
+    assert graph.num_edges == 6
+    assert edge_set(graph) == edge_set(make_graph())

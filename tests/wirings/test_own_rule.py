@@ -50,3 +50,64 @@ def test_own_rule_may_choose_fewer_edges_and_keep_state(propagation):
 def test_what_is_no_rule_is_refused(wiring, unchecked):
     with pytest.raises(InputError, match="name or a Wiring object"):
         NeuralGraph((3, 4), 2, wiring=wiring)
+
+
+class Returns(Wiring):
+    updates_hallucinated = True
+
+    def __init__(self, chosen):
+        super().__init__()
+        self.chosen = chosen
+
+    def choose(self, weight, num_edges, name):
+        return self.chosen(weight)
+
+
+WRONG = {
+    "descending": (lambda w: torch.tensor([7, 3, 1]), "3 indices from 1 to 7, 2 of them wrong"),
+    "repeated": (lambda w: torch.tensor([1, 3, 3, 7]), "4 indices from 1 to 7, 1 of them wrong"),
+    "negative": (lambda w: torch.arange(4) - 1, "4 indices from -1 to 2, 1 of them wrong"),
+    "too large": (lambda w: torch.tensor([1, 26]), "2 indices from 1 to 26, 1 of them wrong"),
+    "mask": (lambda w: w > 0, r"torch.bool of shape \[26\]"),
+    "int32": (lambda w: torch.arange(3, dtype=torch.int32), r"torch.int32 of shape \[3\]"),
+    "matrix": (lambda w: torch.arange(4).view(2, 2), r"torch.int64 of shape \[2, 2\]"),
+    "list": (lambda w: [1, 3, 7], "a list"),
+    "nothing": (lambda w: None, "a NoneType"),
+}
+
+
+@pytest.mark.parametrize("use", ["train", "eval", "update_wiring", "real_index"])
+@pytest.mark.parametrize("kind", WRONG)
+def test_anything_but_ascending_indices_is_refused(kind, use, unchecked):
+    chosen, found = WRONG[kind]
+    graph = NeuralGraph((3, 4, 2), 6, wiring=Returns(chosen), name="stage3").train(use != "eval")
+    expected = (
+        rf"^stage3: Returns must choose an int64 vector of indices in 0 … 25, strictly ascending .*; got {found}$"
+    )
+    with pytest.raises(InputError, match=expected):
+        {"update_wiring": graph.update_wiring, "real_index": lambda: graph.real_index}.get(
+            use, lambda: graph(torch.rand(20, 3, 5, 5))
+        )()
+
+
+@pytest.mark.parametrize("edges", [[], [0], [25], [0, 25], list(range(26))])
+def test_any_ascending_indices_will_do(edges):
+    graph = NeuralGraph((3, 4, 2), 6, wiring=Returns(lambda w: torch.tensor(edges, dtype=torch.long)))
+    assert graph(torch.rand(20, 3, 5, 5)).shape == (20, 2, 5, 5)
+    assert graph.real_index.tolist() == edges
+
+
+def test_a_step_on_a_device_does_not_read_what_a_rule_of_ones_own_chose():
+    rule = Returns(lambda w: torch.arange(6, device=w.device))
+    graph = NeuralGraph((3, 4, 2), 6, wiring=rule, propagation="block").to("meta")  # where nothing can be read
+    graph(torch.rand(2, 3, 5, 5, device="meta")).sum().backward()
+    assert graph.eval()(torch.rand(2, 3, 5, 5, device="meta")).shape == (2, 2, 5, 5)
+
+
+def test_on_a_device_values_are_read_where_the_host_may_wait(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)  # as on a GPU
+    graph = NeuralGraph((3, 4, 2), 6, wiring=Returns(lambda w: torch.tensor([7, 3, 1])), propagation="block")
+    graph(torch.rand(2, 3, 5, 5))
+    for read in (lambda: graph.real_index, graph.update_wiring, lambda: graph.eval()(torch.rand(2, 3, 5, 5))):
+        with pytest.raises(InputError, match="2 of them wrong"):
+            read()

@@ -1,7 +1,9 @@
+import copy
 import math
 
 import pytest
 import torch
+from alone import run_alone
 
 from dnw_graph import InputError, L1Anneal, NeuralGraph, Schedule, TargetedDropout
 from dnw_graph.wirings import Wiring
@@ -160,3 +162,49 @@ def test_the_first_forward_pass_is_step_zero_and_only_training_counts():
     graph.reset_parameters()
     graph.train()(torch.rand(2, 3, 4, 4))
     assert graph.wiring.now(count) == 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_count_is_part_of_the_state(rule):
+    graph, other = (NeuralGraph((3, 4, 2), 9, wiring=RULES[rule]()) for _ in range(2))
+    graph.wiring.set_num_steps(8)
+    for _ in range(3):
+        loss(graph)
+    state = graph.state_dict()
+    assert (state["wiring.step"].tolist(), state["wiring.num_steps"].tolist()) == (3, 8)
+    other.load_state_dict(state)
+    weight = graph.candidates.weight
+    for _ in range(3):
+        edges = [
+            each.wiring.choose_to_train(weight, 9, "graph").tolist() for each in (graph, copy.deepcopy(other), other)
+        ]
+        assert edges[0] == edges[1] == edges[2]
+    for key in ("wiring.step", "wiring.num_steps"):
+        with pytest.raises(RuntimeError, match=f'Missing key.* "{key}"'):
+            other.load_state_dict({name: value for name, value in state.items() if name != key})
+    with pytest.raises(RuntimeError, match=r'Unexpected key.* "wiring.steps"'):
+        other.load_state_dict(state | {"wiring.steps": torch.tensor(3)})
+    other.load_state_dict({}, strict=False)
+    assert (other.wiring.step, other.wiring.num_steps) == (3, 8)
+
+
+# In a process of its own: the compiler cannot look through the type checks that the other tests run under.
+PROGRAM = """
+import torch
+
+from dnw_graph import L1Anneal, NeuralGraph, Schedule, TargetedDropout
+
+for rule in (L1Anneal(removal=Schedule(0.0, 1.0, 0, 30)), TargetedDropout(Schedule(0.2, 0.8, 0, 30))):
+    torch._dynamo.reset()
+    graph = NeuralGraph((3, 5, 4), 11, wiring=rule, propagation="block")
+    compiled = torch.compile(graph, backend="aot_eager")
+    for step in range(9):
+        with torch.compiler.set_stance("default" if step < 3 else "fail_on_recompile"):
+            compiled(torch.rand(2, 3, 4, 4)).square().mean().backward()
+    print(graph.wiring.step)
+"""
+
+
+def test_compiled_training_is_not_compiled_anew_for_every_step():
+    run = run_alone(PROGRAM)
+    assert run.stdout == "9\n9\n", run.stderr

@@ -1,0 +1,86 @@
+"""Modules that are applied one after the other: which layers and graphs feed a graph and nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TypeGuard, TypeVar
+
+from torch import nn
+
+from dnw_graph.models import GraphClassifier, MobileNetV1DNW, TinyClassifier
+from dnw_graph.neural_graph import NeuralGraph
+from dnw_graph.node_functions import NodeConv
+
+M = TypeVar("M", bound=nn.Module)
+
+CHANNEL_WISE = (
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm2d),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d),
+    NodeConv,
+)
+"""Modules that work on every channel of maps ``[batch, channels, height, width]`` by itself, whatever their options."""
+
+
+def channel_wise(module: nn.Module) -> bool:
+    """Return whether a module works on every channel by itself; of a subclass nothing is known."""
+    if _runs_as(module, nn.Conv2d):
+        return module.groups == module.in_channels == module.out_channels
+    return type(module) in CHANNEL_WISE
+
+
+def parts(module: nn.Module) -> list[nn.Module] | None:
+    """Return the modules that a module applies one after the other, or None where that is not known.
+
+    What a model of this package does between and after them works on every channel by itself.
+    """
+    if _runs_as(module, nn.Sequential):
+        return list(module)
+    if _runs_as(module, MobileNetV1DNW):
+        return [module.stem, *module.stages, module.head, module.classifier]
+    if _runs_as(module, TinyClassifier):
+        return [module.stem, module.graph, module.classifier]
+    if _runs_as(module, GraphClassifier):
+        return [module.graph]
+    return None
+
+
+def readers(model: nn.Module) -> dict[nn.Module, NeuralGraph]:
+    """Return, for graphs and layers whose output channels are the inputs of a graph and go nowhere else, that graph."""
+    uses = Counter(child for parent in model.modules() for child in parent._modules.values())
+    found: dict[nn.Module, NeuralGraph] = {}
+
+    def walk(module: nn.Module, reader: NeuralGraph | None) -> NeuralGraph | None:
+        """Given the graph that reads what a module returns, return the one that reads what flows into it."""
+        chain = parts(module)
+        if chain is not None:
+            reader = reader if uses[module] <= 1 else None
+            for part in reversed(chain):
+                reader = walk(part, reader)
+            return reader
+        if reader is not None and uses[module] <= 1 and _num_channels(module) == reader.num_inputs:
+            found[module] = reader
+        if isinstance(module, NeuralGraph):
+            known = _runs_as(module, NeuralGraph) and module.dynamics.node_dim == 1
+            return module if known else None
+        # Where as many channels come out of a flattening as flow into it, each is one value.
+        return reader if channel_wise(module) or type(module) is nn.Flatten else None
+
+    for module in model.modules():
+        walk(module, None)
+    return found
+
+
+def _runs_as(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
+    """Return whether a module does what a class does, as a subclass with a forward pass of its own may not."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
+
+
+def _num_channels(module: nn.Module) -> int | None:
+    if isinstance(module, NeuralGraph):
+        return module.num_outputs
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels
+    return module.out_features if isinstance(module, nn.Linear) else None
