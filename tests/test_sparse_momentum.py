@@ -312,7 +312,9 @@ def test_bad_input():
     rounds = SparseMomentumRounds(model, optimizer := sgd(model), num_steps=1, every=1)
     with pytest.raises(InputError, match=r"0.weight has no momentum yet"):
         rounds.step()
-    train_step(model, optimizer, (torch.full((1, 6), torch.inf, dtype=torch.float64), torch.zeros(1, 3)))
+    train_step(
+        model, optimizer, (torch.full((1, 6), torch.inf, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64))
+    )
     before = masks(model)
     with pytest.raises(InputError, match=r"0.weight: the momentum is NaN or infinite"):
         rounds.redistribute(1)

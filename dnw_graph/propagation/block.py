@@ -56,7 +56,8 @@ class _RealWeights(torch.autograd.Function):
         ctx.edges = edges
         if edges.complete:
             return weight.view_as(weight)
-        return torch.zeros_like(weight).index_copy_(0, edges.index, weight[edges.index])
+        # Not in place: of that, torch.compile of PyTorch 2.11 makes a gradient of zero.
+        return torch.zeros_like(weight).index_copy(0, edges.index, weight[edges.index])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -185,7 +185,7 @@ _PASSES: weakref.WeakValueDictionary[str, ForwardPass] = weakref.WeakValueDictio
 
 
 # What it makes and keeps must not lie in the memory of a CUDA graph: the compiler records the parts around it.
-_UNSAFE: Any = {"tags": torch.Tag.cudagraph_unsafe} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+_UNSAFE: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
 @torch.library.custom_op(
