@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,16 +35,15 @@ class BlockPropagation(Propagation):
         def product(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
             return F.linear(z.movedim(1, -1), weights[number][rows, columns]).movedim(-1, 1)
 
-        concatenating = Propagate(edges.candidates.blocks, weights, product)
-
         def states(feeding: Sequence[slice]) -> States:
             # Where one block feeds each there is nothing to put together; a compiler plans its own buffers, and a
             # transform cannot follow writes to one that all blocks share.
             if traced() or all(part.stop - part.start == 1 for part in feeding):
-                return Concatenated(concatenating, feeding)
+                return Concatenated(propagate, feeding)
             return _States(edges.candidates.blocks, weights)
 
-        return replace(concatenating, states=states)
+        propagate = Propagate(edges.candidates.blocks, weights, product, states=states)
+        return propagate
 
 
 class _RealWeights(torch.autograd.Function):
