@@ -178,7 +178,10 @@ class ForwardPass:
         self._register()
 
 
-_is_exporting = getattr(torch.compiler, "is_exporting", bool)  # from PyTorch 2.7 on
+def _is_exporting() -> bool:
+    """Return whether this is a ``torch.export``, from PyTorch 2.7 on; 2.11 calls every compilation one if asked."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
 
 _TOKENS = itertools.count()
 _PASSES: weakref.WeakValueDictionary[str, ForwardPass] = weakref.WeakValueDictionary()
