@@ -3,7 +3,8 @@
 A step is the forward pass on random images, the loss, the backward pass, and SGD with momentum and weight decay. The
 reference formulation (``reference_formulation.py``) starts from copies of the same weights, in the layout that is
 faster for it. Before anything is timed, its loss and all gradients are made sure to be the model's, in float64 on four
-images and in float32 on the batch. The floor is that of ``roofline.py``: the share reached is floor / time.
+images and in float32 on the batch, and with ``--compile`` those of the compiled model too. The floor is that of
+``roofline.py``: the share reached is floor / time.
 
 By default all models run on a CPU, with images of 32 pixels, and MobileNetV1-DNW alone on a GPU, at 224 pixels. Run
 with ``python benchmarks/train_step.py``; with ``--growth growth.png``, the models give way to graphs with growing
@@ -101,7 +102,7 @@ def main() -> None:
     machines, cases = [measure(options.device, dtype)], []
     for name in options.models:
         case = make_case(name, options)
-        check_case(case, dtype)
+        check_case(case, dtype, options.compile)
         times = median_times(steps_of(case, dtype, options), options.rounds, options.device)
         cases.append((case, groups(case.first, case.images, dtype), times))
         # What else runs on a shared machine makes it look slower than it is: the best of all counts.

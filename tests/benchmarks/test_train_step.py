@@ -180,6 +180,24 @@ def test_another_loss_in_half_precision_is_found_out(scripts: dict[str, ModuleTy
         steps.check_case(steps.Case("other", ways, other, *batch), torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiler_that_loses_a_gradient_is_found(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+):
+    def losing(model):
+        model.graph.candidates.weight.register_hook(torch.zeros_like)
+        return model
+
+    steps, batch = sys.modules["steps"], (torch.randn(4, 3, 32, 32), torch.tensor([3, 7, 7, 0]))
+    ways = {"dnw_graph": TinyClassifier("static")}
+    case = steps.Case("tiny", ways, scripts["reference_formulation"].from_ours, *batch)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    steps.check_case(case, dtype, compiled=True)
+    monkeypatch.setattr(torch, "compile", losing)
+    with pytest.raises(AssertionError, match=r"tiny: compiled, the gradient of graph.candidates.weight .* 1.0e\+00"):
+        steps.check_case(case, dtype, compiled=True)
+
+
 def test_growth_is_timed_and_drawn(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(scripts["growth"], "BLOCKS", (8, 12, 16))
     monkeypatch.setattr(scripts["growth"], "EDGES", 16)
