@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 import torch
 from dynamic_reference import (
+    Changed,
     all_pairs,
     dense_adjacency,
     plain_discrete,
@@ -176,17 +177,6 @@ def test_only_a_second_argument_without_default_is_time():
     assert not takes_time(nn.Sequential(nn.Tanh()))
 
 
-class Named(nn.Module):
-    """A function known by what it does to the shape."""
-
-    def __init__(self, change):
-        super().__init__()
-        self.change = change
-
-    def forward(self, z):
-        return self.change(z)
-
-
 @pytest.mark.parametrize(
     ("change", "made"),
     [
@@ -199,7 +189,7 @@ class Named(nn.Module):
 )
 @pytest.mark.parametrize("dynamics", [Discrete(2), Continuous()], ids=["discrete", "continuous"])
 def test_functions_that_change_nodes_or_enlarge_maps_are_refused(change, made, dynamics, unchecked):
-    graph = make_graph(dynamics, Named(change))
+    graph = make_graph(dynamics, Changed(change))
     with pytest.raises(InputError, match=f"a node function must keep batch and nodes and not enlarge maps; .*{made}"):
         graph(torch.zeros(2, 3, 4, 4, dtype=torch.float64))
 

@@ -2,6 +2,7 @@ import networkx as nx
 import pytest
 import torch
 import torch.nn.functional as F
+from dynamic_reference import Changed
 from reference import Algorithm1, batch_norm, convolve, instance_norm, static_pairs
 from torch import nn
 
@@ -128,17 +129,6 @@ def test_skipping_candidates_may_be_left_out():
     assert layered(torch.randn(2, 2, 5, 5)).shape == (2, 4, 5, 5)
 
 
-class Named(nn.Module):
-    """A function known by what it does to the states."""
-
-    def __init__(self, change):
-        super().__init__()
-        self.change = change
-
-    def forward(self, z):
-        return self.change(z)
-
-
 WRONG = {
     "twice the nodes": lambda z: torch.cat([z, z], 1),
     "fewer nodes": lambda z: z[:, 1:],
@@ -156,7 +146,7 @@ def test_states_of_another_shape_are_refused(propagation, layered, block, kinds)
     candidates = CandidateEdges.adjacent(SIZES) if layered else None
     for kind in kinds:
         graph = NeuralGraph(SIZES, 9, propagation=propagation, candidates=candidates, name="stage3")
-        graph.dynamics.node_functions[block] = Named(WRONG[kind])
+        graph.dynamics.node_functions[block] = Changed(WRONG[kind])
         shape = f"20, {SIZES[block]}, " + ("6, 5" if block == 1 else "…")
         with pytest.raises(InputError, match=rf"^stage3: .*block {block} gave .*; expected \[{shape}\], since all"):
             graph(torch.randn(20, 3, 6, 5))
