@@ -13,9 +13,7 @@ Run with ``python benchmarks/counted_step.py --dtype bfloat16 --operators 10``.
 
 from __future__ import annotations
 
-import copy
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +44,7 @@ class Call:
 
     def milliseconds(self, machine: Machine) -> float:
         """Return the least time that it takes."""
-        return 1e3 * max(self.operations / machine.peak, self.moved / machine.bandwidth)
+        return machine.milliseconds(self.operations, self.moved)
 
 
 class Counter(TorchDispatchMode):
@@ -117,12 +115,8 @@ def main() -> None:
     for name in options.models:
         model = make_model(name, options.size, propagation="block")
         least = floor(groups(model, torch.randn(2, *images.shape[1:]), dtype, options.batch), machine)
-        ways: dict[str, Callable[[], nn.Module]] = {
-            REFERENCE: lambda model=model: from_ours(model, torch.channels_last),  # type: ignore[misc]
-            f"{OURS}, block": lambda model=model: copy.deepcopy(model),  # type: ignore[misc]
-        }
-        for way, make in ways.items():
-            calls = found[f"{name}, {way}"] = calls_of(make().to("meta", dtype), images)
+        for way, step in ((REFERENCE, from_ours(model, torch.channels_last)), (f"{OURS}, block", model)):
+            calls = found[f"{name}, {way}"] = calls_of(step.to("meta", dtype), images)
             milliseconds = sum(call.milliseconds(machine) for call in calls)
             rows.append(
                 {

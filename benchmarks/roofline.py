@@ -61,6 +61,10 @@ class Machine:
     peak: float
     bandwidth: float
 
+    def milliseconds(self, operations: float, moved: float) -> float:
+        """Return the least time of so many operations and bytes that are read and written."""
+        return 1e3 * max(operations / self.peak, moved / self.bandwidth)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -80,7 +84,7 @@ class Group:
 
     def milliseconds(self, machine: Machine) -> float:
         """Return the least time that the group takes."""
-        return 1e3 * max(self.operations / machine.peak, self.moved / machine.bandwidth)
+        return machine.milliseconds(self.operations, self.moved)
 
 
 def measure(device: torch.device, dtype: torch.dtype, rounds: int = 9) -> Machine:
