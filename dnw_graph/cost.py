@@ -11,7 +11,6 @@ from itertools import chain
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from dnw_graph.candidates import CandidateEdges
@@ -22,8 +21,19 @@ from dnw_graph.multiply_adds import MultiplyAdds
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.sparsify.access import sparse_parameters
 
-NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-"""Modules whose weights and biases are those of a norm; ``_NormBase``: batch norm and instance norm."""
+NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+"""Modules whose weights and biases are those of a norm."""
 
 
 @dataclass(frozen=True)

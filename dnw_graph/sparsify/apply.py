@@ -14,7 +14,7 @@ from dnw_graph.sparsify.access import sparse_parameters
 from dnw_graph.sparsify.budget import edges_per_weight, kept
 from dnw_graph.sparsify.checks import Skip, reasons_to_skip, refuse_module, refuse_weights
 from dnw_graph.sparsify.forward_pass import ForwardPass, RealWeights
-from dnw_graph.sparsify.layers import LayerWeight, find_weights
+from dnw_graph.sparsify.layers import LayerWeight, find_weights, own_parameters
 from dnw_graph.sparsify.state import accept_dense_names
 from dnw_graph.sparsify.table import SparsityRow, SparsityTable
 from dnw_graph.sparsify.weight_graph import WeightGraph, set_up
@@ -119,7 +119,7 @@ def _attach(module: nn.Module, graphs: Sequence[WeightGraph]) -> None:
     for graph in graphs:
         for weight in graph.weights:
             parts.setdefault((weight.layer, weight.parameter_name), []).append((weight, graph))
-    orders = {layer: tuple(layer._parameters) for layer, _ in parts}
+    orders = {layer: tuple(name for name, _ in own_parameters(layer)) for layer, _ in parts}
     registered: set[WeightGraph] = set()
     for (layer, name), found in parts.items():
         owned = [graph for _, graph in found if graph not in registered]
