@@ -142,7 +142,9 @@ def cost(model: nn.Module, input_size: Sequence[int], *, paper: bool = False) ->
         InputError: If the model cannot take an image of that size, has lazy or scripted modules, or computes with an
             operator whose multiply-adds are unknown.
 
-    Example:
+    Examples:
+        >>> from torch import nn
+        >>> from dnw_graph.cost import cost
         >>> print(cost(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(128, 10)), (3, 4, 4)))
         part    parameters  multiply-adds
         0              224          3,456

@@ -73,7 +73,9 @@ class NeuralGraph(nn.Module):
             input has another shape than the graph expects, or a wiring or node function of the user's own returns what
             it must not.
 
-    Example:
+    Examples:
+        >>> import torch
+        >>> from dnw_graph import NeuralGraph
         >>> graph = NeuralGraph(blocks=(64, 128, 128), num_edges=1244)
         >>> graph(torch.randn(2, 64, 8, 8)).shape
         torch.Size([2, 128, 8, 8])

@@ -36,7 +36,9 @@ def sparse_product(
     Raises:
         InputError: If shapes, types or devices do not fit, or an index is out of range.
 
-    Example:
+    Examples:
+        >>> import torch
+        >>> from dnw_graph.ops import sparse_product
         >>> z = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         >>> sparse_product(z, torch.tensor([0, 2, 2]), torch.tensor([0, 1]), torch.tensor([10.0, 1.0]))
         tensor([[13., 24.],

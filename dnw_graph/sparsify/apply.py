@@ -58,7 +58,9 @@ def sparsify(
         InputError: Before anything is changed, if a density is none, a name or pattern is unknown, nothing is left to
             be made sparse, or a weight is sparse already, shared by two layers, lazy, quantised or without values.
 
-    Example:
+    Examples:
+        >>> from torch import nn
+        >>> from dnw_graph.sparsify import sparsify
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10))
         >>> print(sparsify(model, density=0.1, skip="0"))
         weight                 shape    weights  kept    share
