@@ -6,11 +6,15 @@ INSTALLED := $(VENV)/.installed
 EXT := .ext
 EXT_PACKAGES := "torch-scatter>=2.1.2" "torch-sparse>=0.6.18"
 
-.PHONY: help demo test test-ext lint types docs bench
+# A process for each core, up to four: each takes some 1.5 GB of memory.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+.PHONY: help demo test test-slow test-ext lint types docs bench
 
 help:
 	@echo "make demo      train MobileNetV1-DNW on scikit-learn's digits"
-	@echo "make test      run the tests"
+	@echo "make test      run the quick tests: every feature, 2 minutes on 2 cores"
+	@echo "make test-slow run the others: all combinations of settings, whole trainings"
 	@echo "make test-ext  build torch-scatter and torch-sparse, run the tests that concern them"
 	@echo "make lint      check style and format"
 	@echo "make types     check types"
@@ -22,7 +26,10 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/imagenet_mobilenet.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -1,11 +1,17 @@
-"""Tests over several settings in which every two values meet, without all combinations of all settings."""
+"""Parametrisations that cover every value, or every two values, of several settings without all combinations of all."""
 
+from functools import partial
 from itertools import combinations, product
 
 import pytest
 
 
-def covering(sizes):
+def all_values(sizes):
+    """As many rows of indices below the sizes as the largest size: all columns go round side by side."""
+    return [tuple(number % size for size in sizes) for number in range(max(sizes))]
+
+
+def all_pairs_of_values(sizes):
     """Few rows of indices below the sizes, such that every two indices of different columns meet in a row.
 
     Greedily: of all rows the one in which most of them meet for the first time, the first one among equals.
@@ -19,17 +25,16 @@ def covering(sizes):
     return sorted(chosen)
 
 
-def every_pair(*, rest=None, indirect=(), **settings):
-    """Like ``pytest.mark.parametrize`` over all combinations, of which a few are run that cover every pair of values.
-
-    Args:
-        rest: The mark of the other combinations, ``pytest.mark.slow``; without one they are left out.
-        indirect: Settings that are parameters of a fixture.
-        **settings: The values of each setting.
-    """
+def _parametrize(choose, *, rest=None, indirect=(), **settings):
     values = [list(each) for each in settings.values()]
     sizes = list(map(len, values))
-    few = covering(sizes)
+    few = choose(sizes)
     rows = product(*map(range, sizes)) if rest else few
     parameters = [pytest.param(*map(list.__getitem__, values, row), marks=() if row in few else rest) for row in rows]
     return pytest.mark.parametrize(tuple(settings), parameters, indirect=list(indirect))
+
+
+# Like ``pytest.mark.parametrize`` over all combinations of the settings ``name=values``, but with few of them. The
+# others get the mark ``rest``; without it they are left out. ``indirect`` lists parameters of fixtures.
+every_value = partial(_parametrize, all_values)
+every_pair = partial(_parametrize, all_pairs_of_values)

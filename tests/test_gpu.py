@@ -169,7 +169,7 @@ for p, q in zip(graph.parameters(), twin.parameters(), strict=True):
     assert (p.grad - q.grad).norm() <= 1e-3 * q.grad.norm()
 
 # The compiler's own CUDA graphs: a step that warms up, one that is recorded, and two that are replayed.
-torch._dynamo.reset()
+torch.compiler.reset()
 twin = copy.deepcopy(graph)
 compiled = torch.compile(graph, mode="reduce-overhead")
 optimizers = [torch.optim.SGD(each.parameters(), 0.1) for each in (graph, twin)]

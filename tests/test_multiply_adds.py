@@ -190,7 +190,7 @@ def test_a_fused_operator_without_a_formula_is_refused():
         def forward(self, x):
             return super().forward(x, x)
 
-    with pytest.raises(InputError, match=r"operator aten::_trilinear are unknown.*register_flop_formula"):
+    with pytest.raises(InputError, match=r"operator aten::\w+ are unknown.*register_flop_formula"):
         cost(Both(3, 3, 2), (3,))
     with pytest.raises(InputError, match="scripted"):
         cost(nn.Sequential(torch.jit.script(nn.Linear(4, 3))), (4,))

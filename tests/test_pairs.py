@@ -1,21 +1,26 @@
 from itertools import combinations, product
 
 import pytest
-from pairs import covering, every_pair
+from pairs import all_pairs_of_values, all_values, every_pair, every_value
 
 
 @pytest.mark.parametrize("sizes", [(2, 3), (2, 2, 2), (4, 1, 3, 2), (2, 4, 3, 2, 3, 2)])
 def test_every_two_values_meet(sizes):
-    rows = covering(sizes)
+    rows = all_pairs_of_values(sizes)
     assert len(set(rows)) == len(rows)
     for (i, first), (j, second) in combinations(enumerate(sizes), 2):
         assert {(row[i], row[j]) for row in rows} == set(product(range(first), range(second)))
 
 
 def test_the_rows_are_few():
-    assert len(covering((2, 2, 2))) == 4
-    assert len(covering((14, 4, 3))) == 14 * 4
-    assert len(covering((2, 4, 3, 2, 3, 2))) <= 14
+    assert len(all_pairs_of_values((2, 2, 2))) == 4
+    assert len(all_pairs_of_values((14, 4, 3))) == 14 * 4
+    assert len(all_pairs_of_values((2, 4, 3, 2, 3, 2))) <= 14
+
+
+def test_every_value_is_taken():
+    assert all_values((3, 2)) == [(0, 0), (1, 1), (2, 0)]
+    assert all_values((1, 4)) == [(0, 0), (0, 1), (0, 2), (0, 3)]
 
 
 def test_the_rest_is_marked_or_left_out():
@@ -27,3 +32,4 @@ def test_the_rest_is_marked_or_left_out():
     assert {row.values for row in everything} == set(product("xy", [1, 2], "uv"))
     assert [row.values for row in everything if not row.marks] == [row.values for row in few]
     assert {mark.name for row in everything for mark in row.marks} == {"slow"}
+    assert [row.values for row in every_value(**settings).args[1]] == [("x", 1, "u"), ("y", 2, "v")]

@@ -149,6 +149,13 @@ def run_small(small: object, *argv: object) -> int:
     return sys.modules["runner"].main(small, "", [*SHORT, "--seeds", "0", "--jobs", "2", *map(str, argv)])
 
 
+def test_a_row_is_run_and_told(small: object, tmp_path: Path):
+    configs = write_configs(tmp_path / "configs")
+    assert run_small(small, "--rows", "rg", "--configs", configs, "--output", tmp_path / "runs") == 0
+    top1 = results(tmp_path / "runs")["rg"]["summary"]["top1"]
+    assert f"| RG | 1.0 ± 0.1 | {100 * top1:.1f} | 1 | 32,000 |" in (tmp_path / "runs" / "small.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def finished(small: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all rows of the small table."""
@@ -165,6 +172,7 @@ def finished(small: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_all_rows_are_run_and_told(finished: Path):
     found = results(finished / "runs")
     assert set(found) == set(SMALL_CONFIGS)
@@ -175,6 +183,7 @@ def test_all_rows_are_run_and_told(finished: Path):
     assert figures == json.loads((finished / "runs" / "small.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_second_stage_starts_from_the_first_and_costs_both(finished: Path):
     found = results(finished / "runs")
     complete, tuned = (
@@ -188,6 +197,7 @@ def test_a_second_stage_starts_from_the_first_and_costs_both(finished: Path):
     assert rows["complete"]["training_multiply_adds"] == stages[0] > 4 * stages[1]
 
 
+@pytest.mark.slow
 def test_a_changed_setting_changes_its_row_and_no_other(small: object, finished: Path, tmp_path: Path):
     changed = {**SMALL_CONFIGS["td"], "wiring_options": {"rho": 0.5}}
     configs = write_configs(tmp_path / "configs", td=changed)
@@ -200,6 +210,7 @@ def test_a_changed_setting_changes_its_row_and_no_other(small: object, finished:
     assert dropout[1]["training_multiply_adds"] > 2 * dropout[0]["training_multiply_adds"]
 
 
+@pytest.mark.slow
 def test_complete_rows_are_not_run_again_and_a_failure_is_said(
     small: object, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -217,6 +228,7 @@ def test_complete_rows_are_not_run_again_and_a_failure_is_said(
     assert "| TD |" not in printed
 
 
+@pytest.mark.slow
 def test_a_folder_with_other_options_is_refused(small: object, finished: Path, capsys: pytest.CaptureFixture[str]):
     argv = ("--configs", finished / "configs", "--output", finished / "runs", "--workers", "1")
     assert run_small(small, *argv) == 0  # an option of the machine

@@ -99,6 +99,7 @@ def test_the_printed_table(table4: ModuleType, capsys: pytest.CaptureFixture[str
     assert lines[-2][3] == "25,557,032"
 
 
+@pytest.mark.slow
 def test_a_row_runs_and_is_told_with_top5(table4: ModuleType, tmp_path: Path):
     argv = ["--quick", "--rows", "resnet50_momentum_0.1", "--output", str(tmp_path), "--accelerator", "cpu"]
     argv += ["--batch-size", "512"]

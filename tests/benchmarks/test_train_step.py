@@ -142,6 +142,7 @@ def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, path: Path, *argv: 
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_a_step_is_timed_beside_the_reference_and_the_floor(
     scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -155,6 +156,7 @@ def test_a_step_is_timed_beside_the_reference_and_the_floor(
     assert "candidate gradient" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_model_with_another_loss_is_not_timed(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch):
     def other(model, layout):
         reference = scripts["reference_formulation"].from_ours(model, layout)

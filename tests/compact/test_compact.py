@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from dynamic_reference import Timed
-from pairs import every_pair
+from pairs import every_pair, every_value
 from reference import relative_error
 from torch import nn
 
@@ -75,8 +75,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("products", PRODUCTS)
-@pytest.mark.parametrize("kind", MODELS)
+@every_value(rest=pytest.mark.slow, kind=MODELS, products=PRODUCTS)
 def test_mobilenets_keep_their_outputs(kind, products, photos, trained):
     x = photos[:, :, ::2, ::2] if kind == "large kernel" else photos
     model = trained(MODELS[kind](), x)
@@ -92,8 +91,7 @@ def test_single_precision(products, photos, trained):
     assert_same(model, compact(model, products=products), photos.float(), 1e-5)
 
 
-@pytest.mark.parametrize("products", PRODUCTS)
-@pytest.mark.parametrize("dynamics", ["static", "discrete", "continuous"])
+@every_value(rest=pytest.mark.slow, dynamics=["static", "discrete", "continuous"], products=PRODUCTS)
 def test_tiny_classifiers_keep_their_outputs(dynamics, products, photos, trained):
     x = photos[:, :, ::2, ::2]
     model = TinyClassifier(dynamics, wiring="random_graph")
@@ -291,6 +289,7 @@ def test_an_untouched_network_keeps_its_size(products, photos, trained):
     assert compacted.report.before.parameters - compacted.report.after.parameters == norms
 
 
+@pytest.mark.slow
 def test_an_adaptive_solver_s_difference_is_reported(photos, trained):
     graph = NeuralGraph(num_nodes=24, num_inputs=3, num_outputs=4, num_edges=36, dynamics="continuous")
     x = photos[:, :, :9, :7]

@@ -5,6 +5,7 @@ from functools import partial
 import onnxruntime
 import pytest
 import torch
+from pairs import every_value
 from reference import relative_error
 from torch import nn
 
@@ -31,12 +32,17 @@ def _fresh(unchecked):
     torch.compiler.reset()
 
 
-@pytest.fixture(params=MODELS)
+# What a compiler takes long for is left to the slow tests.
+SMALL = ["tiny", "discrete"]
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name not in SMALL]
+
+
+@pytest.fixture(params=[*SMALL, *LARGE])
 def model(request, photos, trained):
     return trained(MODELS[request.param](), photos.float())
 
 
-@pytest.mark.parametrize("products", ["sparse", "dense"])
+@every_value(rest=pytest.mark.slow, model=MODELS, products=["sparse", "dense"], indirect=["model"])
 def test_export_save_load(model, products, photos, tmp_path):
     x = photos.float()
     compacted = compact(model, products=products)

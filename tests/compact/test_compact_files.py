@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from pairs import every_value
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -31,8 +32,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("products", ["sparse", "dense"])
-@pytest.mark.parametrize("kind", MODELS)
+@every_value(rest=pytest.mark.slow, kind=MODELS, products=["sparse", "dense"])
 def test_round_trip(kind, products, photos, trained, tmp_path):
     x = photos[:2]
     compacted = compact(trained(MODELS[kind](), x), products=products)

@@ -36,6 +36,7 @@ def multiply():
     return sparse_product(z, torch.tensor([0, 2]), torch.tensor([0, 1]), torch.tensor([2.0, 1.0]))
 
 
+@pytest.mark.slow
 def test_importing_builds_nothing_and_two_processes_may_build_at_once(cache, has_compiler):
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -424,7 +424,7 @@ from dnw_graph import Discrete, NeuralGraph
 
 discrete = {"num_nodes": 20, "num_inputs": 6, "num_outputs": 5, "dynamics": Discrete(3)}
 for options in ({"blocks": (6, 10, 12, 8)}, discrete):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch.manual_seed(0)
     graph = NeuralGraph(num_edges=80, propagation="auto", recompute=True, **options).double()
     twin = copy.deepcopy(graph)
@@ -442,6 +442,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_compiled_gradients_are_those_of_eager():
     run = run_alone(PROGRAM)
     assert run.stdout == "same\n", run.stderr

@@ -1,5 +1,6 @@
 """Compiled models with graph breaks, in a process of its own: the compiler cannot look through type checks."""
 
+import pytest
 from alone import run_alone
 
 PROGRAM = """
@@ -22,7 +23,7 @@ def models():
 torch.manual_seed(0)
 values = torch.randn(20, 6, 5, 5)
 for model in models():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     results = []
     for each in (torch.compile(copy.deepcopy(model), backend="eager"), model):
         x = values.clone().requires_grad_()
@@ -39,6 +40,7 @@ except InputError as error:
 """
 
 
+@pytest.mark.slow
 def test_compiled_gradients_are_those_of_eager():
     run = run_alone(PROGRAM)
     assert run.stdout.startswith("same\n" * 3 + "propagation='sparse' calls kernels that cannot be traced"), run.stderr

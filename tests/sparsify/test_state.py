@@ -50,7 +50,7 @@ def test_a_dense_checkpoint_loads_and_comes_back(make, wiring):
     torch.testing.assert_close(dense.eval()(image), model.eval()(image))
 
 
-@pytest.mark.parametrize("make", [resnet50, vit_b_16])
+@pytest.mark.parametrize("make", [resnet50, pytest.param(vit_b_16, marks=pytest.mark.slow)])
 def test_the_names_are_those_of_torchvision(make):
     with torch.device("meta"):
         names = list(make().state_dict())

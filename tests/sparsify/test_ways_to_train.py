@@ -25,6 +25,7 @@ def run(script, *arguments):
     return subprocess.Popen(command, env=environment)
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_learns_digits():
     model = make_model(torch.float32)
     sparsify(model, density=0.2)
@@ -36,6 +37,7 @@ def test_a_vision_transformer_learns_digits():
     assert all(swapped)
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph(tmp_path):
     assert run("compiled.py", tmp_path / "results.pt").wait(timeout=300) == 0
     results = torch.load(tmp_path / "results.pt", weights_only=True)

@@ -195,7 +195,7 @@ import torch
 from dnw_graph import L1Anneal, NeuralGraph, Schedule, TargetedDropout
 
 for rule in (L1Anneal(removal=Schedule(0.0, 1.0, 0, 30)), TargetedDropout(Schedule(0.2, 0.8, 0, 30))):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     graph = NeuralGraph((3, 5, 4), 11, wiring=rule, propagation="block")
     compiled = torch.compile(graph, backend="aot_eager")
     for step in range(9):

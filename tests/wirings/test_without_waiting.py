@@ -223,7 +223,7 @@ from dnw_graph import InputError, NeuralGraph, selection
 
 for on_host in (True, False):
     torch.manual_seed(0)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     selection._on_host = lambda weight: on_host
     graph = NeuralGraph((3, 5, 4), 11, propagation="block").double()
     twin = copy.deepcopy(graph)
