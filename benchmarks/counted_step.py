@@ -24,10 +24,10 @@ from roofline import Machine, floor, groups
 from steps import DTYPES, OURS, REFERENCE
 from timing import arguments, print_table, report
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from train_step import MOBILENET, MODELS, make_model
+
+from dnw_graph._compat import TorchDispatchMode, tree_leaves
 
 H200 = {torch.float32: 67.0, torch.bfloat16: 989.0}
 NOTHING = {"_unsafe_view", "empty", "empty_like", "new_empty", "empty_strided", "detach", "lift_fresh"}

@@ -1,13 +1,5 @@
 """Discovering neural wirings: graphs of single channels that learn which channels connect to which."""
 
-import warnings
-
-with warnings.catch_warnings():
-    # torch-geometric decorates functions with torch.jit.script, which newer PyTorch versions warn about.
-    warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
-    import torch_geometric  # noqa: F401
-
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.dynamics import Continuous, Discrete, Static
 from dnw_graph.errors import InputError

@@ -78,7 +78,8 @@ class CandidateEdges(nn.Module):
     Raises:
         InputError: If there is no candidate, a range is empty, has a step, leaves the nodes, or two blocks overlap.
 
-    Example:
+    Examples:
+        >>> from dnw_graph import CandidateEdges
         >>> candidates = CandidateEdges.static((2, 3, 1))
         >>> candidates.num_candidates, candidates.num_nodes
         (11, 6)

@@ -49,7 +49,12 @@ def parts(module: nn.Module) -> list[nn.Module] | None:
 
 def readers(model: nn.Module) -> dict[nn.Module, NeuralGraph]:
     """Return, for graphs and layers whose output channels are the inputs of a graph and go nowhere else, that graph."""
-    uses = Counter(child for parent in model.modules() for child in parent._modules.values())
+    uses = Counter(
+        child
+        for parent in model.modules()
+        for name, child in parent.named_modules(remove_duplicate=False)
+        if name and "." not in name
+    )
     found: dict[nn.Module, NeuralGraph] = {}
 
     def walk(module: nn.Module, reader: NeuralGraph | None) -> NeuralGraph | None:

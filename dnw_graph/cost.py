@@ -11,7 +11,6 @@ from itertools import chain
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from dnw_graph.candidates import CandidateEdges
@@ -22,8 +21,19 @@ from dnw_graph.multiply_adds import MultiplyAdds
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.sparsify.access import sparse_parameters
 
-NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-"""Modules whose weights and biases are those of a norm; ``_NormBase``: batch norm and instance norm."""
+NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+"""Modules whose weights and biases are those of a norm."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,9 @@ def cost(model: nn.Module, input_size: Sequence[int], *, paper: bool = False) ->
         InputError: If the model cannot take an image of that size, has lazy or scripted modules, or computes with an
             operator whose multiply-adds are unknown.
 
-    Example:
+    Examples:
+        >>> from torch import nn
+        >>> from dnw_graph.cost import cost
         >>> print(cost(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(128, 10)), (3, 4, 4)))
         part    parameters  multiply-adds
         0              224          3,456

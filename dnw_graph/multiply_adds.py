@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+import dnw_graph.ops.flops  # noqa: F401
+from dnw_graph._compat import OPERATORS_WITHOUT_FORMULA, TorchDispatchMode, tree_leaves
 from dnw_graph.errors import InputError
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.propagation import Propagate, Propagation, RealEdges
@@ -31,20 +31,6 @@ _VECTOR_FORMULAS = {
     aten.mv: lambda matrix, *_, **__: 2 * math.prod(matrix),
     aten.addmv: lambda _, matrix, *__, **___: 2 * math.prod(matrix),
     aten.dot: lambda vector, *_, **__: 2 * math.prod(vector),
-}
-# Other operators that multiply and have no formula, up to a version of PyTorch that brings one.
-_NO_FORMULA = {
-    "_addmm_activation",
-    "_cudnn_rnn",
-    "_int_mm",
-    "_native_multi_head_attention",
-    "_transformer_encoder_layer_fwd",
-    "_trilinear",
-    "_weight_int4pack_mm",
-    "_weight_int8pack_mm",
-    "addbmm",
-    "linalg_matrix_exp",
-    "mkldnn_rnn_layer",
 }
 
 
@@ -111,14 +97,15 @@ class MultiplyAdds(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at every operator that PyTorch's counter has split as far as it could."""
         result = func(*args, **(kwargs or {}))
-        if not self._in_product and func._overloadpacket in self._operators.flop_registry:
-            self._leave_out(func._overloadpacket, args, kwargs or {}, result)
-        known = func.namespace in ("aten", "prim", "prims") and func._opname not in _NO_FORMULA
-        if known or self._in_product or func._overloadpacket in flop_registry:
+        if not self._in_product and func.overloadpacket in self._operators.flop_registry:
+            self._leave_out(func.overloadpacket, args, kwargs or {}, result)
+        name = func.overloadpacket.__name__
+        known = func.namespace in ("aten", "prim", "prims") and name not in OPERATORS_WITHOUT_FORMULA
+        if known or self._in_product or func.overloadpacket in flop_registry:
             return result
         if any(isinstance(value, Tensor) and value.is_floating_point() for value in tree_leaves(result)):
             raise InputError(
-                f"the multiply-adds of the operator {func.namespace}::{func._opname} are unknown: use a module without "
+                f"the multiply-adds of the operator {func.namespace}::{name} are unknown: use a module without "
                 "it, or register a formula with torch.utils.flop_counter.register_flop_formula"
             )
         return result

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch_geometric.data import Data
 
+from dnw_graph._compat import import_pyg, in_backward_pass, version
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.dynamics import Dynamics, make_dynamics
 from dnw_graph.errors import InputError
@@ -20,6 +20,9 @@ from dnw_graph.ops.layout import transformed
 from dnw_graph.propagation import Propagation, RealEdges, make_propagation
 from dnw_graph.wirings import Fixed, Wiring, make_wiring
 from dnw_graph.wirings.checks import check_index
+
+if TYPE_CHECKING:
+    import torch_geometric.data
 
 
 class NeuralGraph(nn.Module):
@@ -70,7 +73,9 @@ class NeuralGraph(nn.Module):
             input has another shape than the graph expects, or a wiring or node function of the user's own returns what
             it must not.
 
-    Example:
+    Examples:
+        >>> import torch
+        >>> from dnw_graph import NeuralGraph
         >>> graph = NeuralGraph(blocks=(64, 128, 128), num_edges=1244)
         >>> graph(torch.randn(2, 64, 8, 8)).shape
         torch.Size([2, 128, 8, 8])
@@ -232,8 +237,7 @@ class NeuralGraph(nn.Module):
         """Remember the edges together with the weights that they were chosen for."""
         weight = self.candidates.weight
         # The detached alias keeps the storage alive: no other storage can come to lie at the same address.
-        version = -1 if weight.is_inference() else weight._version
-        self._chosen = (weight, weight.detach(), version, index)
+        self._chosen = (weight, weight.detach(), version(weight), index)
 
     def _real_edges(self) -> Tensor:
         """Return the flat indices for this forward pass, chosen anew where they have to be."""
@@ -246,12 +250,12 @@ class NeuralGraph(nn.Module):
         if self._chosen is not None:
             if self.training:
                 # Inside a backward pass a training forward is a recomputation: it must see the same edges.
-                fresh = torch._C._current_graph_task_id() != -1
+                fresh = in_backward_pass()
             else:
-                chosen_for, alias, version, _ = self._chosen
+                chosen_for, alias, changes, _ = self._chosen
                 same_storage = alias.data_ptr() == weight.data_ptr()
                 # Inference tensors keep no version: nothing tells whether they have changed.
-                unchanged = not weight.is_inference() and version == weight._version
+                unchanged = changes == version(weight) != -1
                 fresh = chosen_for is weight and same_storage and unchanged
             if fresh:
                 return self._chosen[3]
@@ -290,7 +294,7 @@ class NeuralGraph(nn.Module):
             live[source[live[target]]] = True
         return live
 
-    def to_data(self) -> Data:
+    def to_data(self) -> torch_geometric.data.Data:
         """Return the wiring as a PyG graph.
 
         The :class:`~torch_geometric.data.Data` holds ``edge_index [2, k]``, ``edge_weight [k]``, and for every node its
@@ -302,7 +306,7 @@ class NeuralGraph(nn.Module):
         block = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         place = torch.cat([(torch.arange(size) + 0.5) / size for size in self.blocks])
         node = torch.arange(self.num_nodes)
-        return Data(
+        return import_pyg().data.Data(
             edge_index=self.edge_index.cpu(),
             edge_weight=self.edge_weight.cpu(),
             num_nodes=self.num_nodes,

@@ -14,11 +14,15 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch_geometric import utils
-from torch_geometric.data import Data
 
+from dnw_graph._compat import import_pyg
 from dnw_graph.errors import InputError
 from dnw_graph.neural_graph import NeuralGraph
+
+import_pyg()
+
+from torch_geometric import utils  # noqa: E402
+from torch_geometric.data import Data  # noqa: E402
 
 if TYPE_CHECKING:
     import matplotlib.axes

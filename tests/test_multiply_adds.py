@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer, get_model, get_model_weights
 
@@ -13,8 +14,12 @@ from dnw_graph.models import MobileNetV1
 
 
 def counted_by_pytorch(model, input_size):
-    """Multiply-adds as PyTorch's own counter sees them. With gradients, so that attention is not fused."""
-    with FlopCounterMode(display=False) as counter:
+    """Multiply-adds as PyTorch's own counter sees them.
+
+    Not every version counts a fused attention: here it is computed by two products, and with gradients, without which
+    a whole encoder layer can be fused.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.eval()(torch.zeros(1, *input_size))
     return counter.get_total_flops() // 2
 
@@ -82,10 +87,39 @@ def test_timm_s_models_cost_what_pytorch_counts(name):
     assert cost(model, size).multiply_adds == counted_by_pytorch(model, size)
 
 
+def encoder_layer(tokens, width, hidden):
+    """Four projections, a perceptron, and for every two tokens a product of their vectors in scores and in values."""
+    return tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width
+
+
+def test_an_encoder_layer_by_hand():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    assert cost(layer, (5, 16)).multiply_adds == encoder_layer(5, 16, 32) == 11_040
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_by_hand(need_weights):
+    class Attention(nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x[:, :3], x, x, need_weights=need_weights)[0]
+
+    # Three queries, seven keys and values.
+    by_hand = 2 * 3 * 8**2 + 2 * 7 * 8**2 + 2 * 3 * 7 * 8
+    assert cost(Attention(8, 2, batch_first=True), (7, 8)).multiply_adds == by_hand
+
+
+def test_timm_s_vision_transformer_by_hand():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224")
+    tokens, width = 14**2 + 1, 192
+    embedding, head = 14**2 * width * 3 * 16**2, width * 1000
+    assert cost(model, (3, 224, 224)).multiply_adds == embedding + 12 * encoder_layer(tokens, width, 4 * width) + head
+
+
 def test_parts_of_a_vision_transformer_by_hand():
     tokens, width, hidden = 17, 16, 24
     model = VisionTransformer(**VIT, num_classes=10)
-    block = tokens * width * (4 * width + 2 * hidden) + 2 * tokens**2 * width  # projections, MLP, both products
+    block = encoder_layer(tokens, width, hidden)
     assert [(row.name, row.multiply_adds) for row in cost(model, (3, 32, 32)).rows] == [
         ("VisionTransformer", 0),  # the class token
         ("conv_proj", 16 * width * 3 * 8**2),

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from pairs import every_pair
 from torch import nn
 
 from dnw_graph import DNW, Discrete, InputError, NeuralGraph, RandomGraph
@@ -24,7 +25,10 @@ def discrete():
     ).double()
 
 
-@pytest.fixture(params=[static, discrete])
+GRAPHS = [static, discrete]
+
+
+@pytest.fixture(params=GRAPHS)
 def graph(request):
     return request.param()
 
@@ -55,9 +59,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("before", ["dnw", "random_graph"])
+@every_pair(graph=GRAPHS, case=REFUSED, training=[True, False], before=["dnw", "random_graph"], indirect=["graph"])
 def test_a_refused_rewiring_changes_nothing(before, training, case, graph, x):
     graph.rewire(before, 20)
     graph.train(training)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pairs import every_pair
 from reference import top_k
 from torch._subclasses import FakeTensorMode
 from torch.func import grad, vmap
@@ -21,7 +22,10 @@ LARGE = 70_000  # beyond the size from which the threshold is guessed by samplin
 FEW_EXAMPLES = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(params=["kernel", "plain", "device"])
+WAYS = ["kernel", "plain", "device"]
+
+
+@pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """With the compiled kernel, with NumPy, and as on a GPU."""
     if request.param == "kernel":
@@ -62,7 +66,7 @@ def test_ties_go_to_the_lower_index(way, data, dtype):
     assert_like_plain_sort(torch.tensor(weights, dtype=dtype), k)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@every_pair(way=WAYS, dtype=[torch.float64, torch.float32, torch.bfloat16, torch.float16], indirect=["way"])
 def test_the_whole_range_of_a_type(way, dtype):
     numbers = torch.finfo(dtype)
     weight = torch.tensor([numbers.max, -numbers.tiny, numbers.tiny / 2, 0.0, -1.0, numbers.min, 1.0], dtype=dtype)
@@ -70,8 +74,13 @@ def test_the_whole_range_of_a_type(way, dtype):
         assert_like_plain_sort(weight, k)
 
 
-@pytest.mark.parametrize("num_values", [1, 2, 5, 1000])
-@pytest.mark.parametrize("k", [1, 7, 2_000, 35_000, LARGE - 1])
+@every_pair(
+    rest=pytest.mark.slow,
+    way=WAYS,
+    num_values=[1, 2, 5, 1000],
+    k=[1, 7, 2_000, 35_000, LARGE - 1],
+    indirect=["way"],
+)
 def test_many_candidates_with_many_ties(way, num_values, k):
     rng = np.random.default_rng(num_values + k)
     weight = rng.choice([-1.0, 1.0], LARGE) * rng.integers(0, num_values, LARGE)
@@ -90,8 +99,7 @@ ADVERSARIAL = {
 }
 
 
-@pytest.mark.parametrize("order", ADVERSARIAL)
-@pytest.mark.parametrize("k", [1, 1_500, 34_000, 69_999])
+@every_pair(rest=pytest.mark.slow, way=WAYS, order=ADVERSARIAL, k=[1, 1_500, 34_000, 69_999], indirect=["way"])
 def test_many_candidates_in_an_adversarial_order(way, order, k):
     index = torch.arange(LARGE)
     weight = ADVERSARIAL[order](index).float() * torch.where(index % 3 == 0, -1.0, 1.0)
@@ -185,9 +193,7 @@ def test_all_candidates_may_be_chosen(way):
     assert select_top_k(torch.zeros(5), 5).tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("size", [5, LARGE])
-@pytest.mark.parametrize("k", ["2", "size"])
+@every_pair(way=WAYS, bad=[torch.nan, torch.inf, -torch.inf], size=[5, LARGE], k=["2", "size"], indirect=["way"])
 def test_weights_that_are_not_finite_are_refused(way, bad, size, k):
     weight = torch.zeros(size)
     weight[[1, 3]] = bad

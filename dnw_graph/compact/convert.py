@@ -7,7 +7,6 @@ import copy
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
-from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from dnw_graph.compact.dynamic_graphs import TABLEAUS, ContinuousGraph, DiscreteGraph, RungeKuttaGraph, Step
 from dnw_graph.compact.functions import WholeFunction, sending_steps, steps
@@ -171,9 +170,7 @@ class GraphConverter:
             return [ContinuousGraph(step, *solver), *self._select(self.live)]
         times = list(dynamics.t_span)
         if size := dynamics.options.get("step_size"):
-            forward = 1 if times[0] < times[1] else -1
-            grid = FixedGridODESolver._grid_constructor_from_step_size(size)
-            times = (forward * grid(None, None, forward * self.weight.new_tensor(times))).tolist()
+            times = _steps_of(size, self.weight.new_tensor(times)).tolist()
         return [RungeKuttaGraph(step, dynamics.method, times), *self._select(self.live)]
 
     def _step(self, function: nn.Module, have: Tensor, want: Tensor) -> Step:
@@ -187,6 +184,15 @@ class GraphConverter:
     def _select(self, nodes: Tensor) -> list[Layer]:
         """Return the selection of the outputs wanted from the states of some nodes."""
         return [Select(torch.searchsorted(nodes, self.outputs))]
+
+
+def _steps_of(size: float, times: Tensor) -> Tensor:
+    """Return the times at which torchdiffeq's one-step solvers evaluate: steps of one size, the last one shorter."""
+    start, end = times
+    count = int(((end - start).abs() / size + 1).ceil())
+    grid = start + torch.sign(end - start) * size * torch.arange(count, dtype=times.dtype, device=times.device)
+    grid[-1] = end
+    return grid
 
 
 def _can_be_cut(graph: NeuralGraph, function: nn.Module) -> bool:

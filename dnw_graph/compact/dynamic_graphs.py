@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchdiffeq import odeint
 
 from dnw_graph.compact.functions import WholeFunction
 from dnw_graph.compact.layers import Layer, require
@@ -195,6 +194,8 @@ class ContinuousGraph(Layer):
 
     def forward(self, x: Float[Tensor, "batch inputs *space"]) -> Float[Tensor, "batch nodes *space"]:
         """Solve from the inputs."""
+        from torchdiffeq import odeint
+
         times = torch.tensor(self.t_span, dtype=x.dtype, device=x.device)
         z = _pad_nodes(x, self.num_outputs)
         solver: dict[str, Any] = {"method": self.method, "options": self.solver_options}

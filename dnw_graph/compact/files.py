@@ -149,7 +149,8 @@ def _describe(layer: nn.Module, name: str) -> dict[str, Any]:
             parts[part] = [_describe(each, f"{where}.{number}") for number, each in enumerate(child)]
         else:
             parts[part] = _describe(child, where)
-    tensors = {key: None if tensor is None else list(tensor.shape) for key, tensor in layer._buffers.items()}
+    held = {key: getattr(layer, key) for key in layer.tensor_names}
+    tensors = {key: None if tensor is None else list(tensor.shape) for key, tensor in held.items()}
     options = {option: getattr(layer, option) for option in layer.options}
     return {"kind": kinds[0], "options": options, "tensors": tensors, "parts": parts}
 

@@ -22,12 +22,15 @@ class Layer(nn.Module):
 
     Attributes:
         options: Names of the constructor's arguments that are plain values.
+        tensor_names: Names of those that are tensors, or None.
     """
 
     options: ClassVar[tuple[str, ...]] = ()
+    tensor_names: tuple[str, ...] = ()
 
     def register(self, **tensors: Tensor | None) -> None:
         """Make tensors buffers."""
+        self.tensor_names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 

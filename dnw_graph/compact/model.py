@@ -70,7 +70,9 @@ def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | Non
     Raises:
         InputError: If ``products`` is unknown.
 
-    Example:
+    Examples:
+        >>> import torch
+        >>> from dnw_graph.compact import compact
         >>> from dnw_graph.models import MobileNetV1DNW
         >>> small = compact(MobileNetV1DNW(wiring="random_graph", num_classes=10))
         >>> small(torch.randn(1, 3, 64, 64)).shape

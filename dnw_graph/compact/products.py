@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+import dnw_graph.ops.flops  # noqa: F401
 from dnw_graph.compact.layers import Layer, require
 from dnw_graph.ops import sparse_product
 

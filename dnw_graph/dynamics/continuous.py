@@ -11,9 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchdiffeq import odeint, odeint_adjoint
-from torchdiffeq._impl.odeint import SOLVERS
 
+from dnw_graph._compat import not_compiled, solver_names
 from dnw_graph.dynamics.recurrent import Recurrent
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.propagation import Propagate
@@ -63,8 +62,8 @@ class Continuous(Recurrent):
         adjoint_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if method not in SOLVERS:
-            raise unknown_name("solver", method, SOLVERS)
+        if method not in solver_names():
+            raise unknown_name("solver", method, solver_names())
         if len(t_span) != 2 or t_span[0] == t_span[1] or not all(map(math.isfinite, t_span)):
             raise InputError(f"t_span must be two different finite times, start and end; got {tuple(t_span)}")
         if not (0 <= rtol < math.inf and 0 < atol < math.inf):
@@ -80,7 +79,7 @@ class Continuous(Recurrent):
         self.num_backward_evaluations = 0
 
     # Most of a solver is Python that decides by values: compiled, it would be many small graphs and the breaks between.
-    @torch.compiler.disable
+    @not_compiled
     def forward(
         self, x: Tensor, propagate: Propagate, *, times: Sequence[float] | Tensor | None = None, **options: Any
     ) -> Tensor:
@@ -120,6 +119,8 @@ class Continuous(Recurrent):
 
     def _solve(self, field: _Field, z: Tensor, grid: Tensor) -> Tensor:
         """Return the states of all nodes, as they lie in memory, at the times of the grid but the first."""
+        from torchdiffeq import odeint, odeint_adjoint
+
         solver: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": self.options}
         self.num_evaluations = self.num_backward_evaluations = 0
         try:

@@ -36,19 +36,28 @@ class _Buffers:
 
     def __init__(self, module: nn.Module) -> None:
         self.modules = list(module.modules())
-        self.values = [_copies(each._buffers) for each in self.modules]
-        self.own: list[dict[str, Tensor | None]] = []
+        self.values = [_copies(_buffers(each)) for each in self.modules]
+        self.own: list[dict[str, Tensor]] = []
 
     def __enter__(self) -> None:
-        self.own = [dict(each._buffers) for each in self.modules]
+        self.own = [_buffers(each) for each in self.modules]
         for each, values in zip(self.modules, self.values, strict=True):
             # Copies of copies: a backward pass may be repeated.
-            each._buffers.update(_copies(values))
+            _put(each, _copies(values))
 
     def __exit__(self, *error: object) -> None:
         for each, buffers in zip(self.modules, self.own, strict=True):
-            each._buffers.update(buffers)
+            _put(each, buffers)
 
 
-def _copies(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    return {name: buffer.clone() for name, buffer in buffers.items() if buffer is not None}
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_buffers(recurse=False, remove_duplicate=False))
+
+
+def _put(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    for name, buffer in buffers.items():
+        setattr(module, name, buffer)
+
+
+def _copies(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in buffers.items()}

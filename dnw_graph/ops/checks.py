@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dnw_graph._compat import is_batched
 from dnw_graph.errors import InputError
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -49,8 +50,7 @@ def check_sources(columns: Tensor, lowest: int, highest: int) -> None:
 
 def batched(grad: Tensor | None) -> bool:
     """Return whether a gradient stands for several, as in ``torch.func.vmap`` and with ``is_grads_batched``."""
-    functorch = torch._C._functorch
-    return grad is not None and (functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad))
+    return grad is not None and is_batched(grad)
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dnw_graph._compat import one_dnn_linear
 from dnw_graph.ops.layout import unseen
 
 
@@ -15,7 +16,7 @@ def product_with_transpose(a: Float[Tensor, "m k"], b: Float[Tensor, "n k"]) -> 
     For float32 on a CPU by oneDNN, whose product PyTorch has for its compiler: its own comes from a library that uses
     half of the width of other makers' processors (AMD EPYC, AVX-512: 200 against 430 GFLOP/s on 2 cores).
     """
-    one_dnn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    one_dnn = one_dnn_linear()
     usual = a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and b.numel()
     if one_dnn is None or not usual or not torch.backends.mkldnn.is_available() or not unseen():
         return a @ b.t()

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from dnw_graph._compat import functorch_active, is_in_torch_dispatch_mode
 from dnw_graph.ops.build import kernels, run
 
 DTYPES = (torch.float32, torch.float64)
@@ -48,7 +48,7 @@ def traced() -> bool:
 
 def transformed() -> bool:
     """Return whether a transform of ``torch.func``, such as ``vmap``, is at work, and no compiler."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return not torch.compiler.is_compiling() and functorch_active()
 
 
 class _FromNodesLast(torch.autograd.Function):

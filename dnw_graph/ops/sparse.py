@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dnw_graph.errors import InputError
 from dnw_graph.ops.build import kernels, run
@@ -37,7 +36,9 @@ def sparse_product(
     Raises:
         InputError: If shapes, types or devices do not fit, or an index is out of range.
 
-    Example:
+    Examples:
+        >>> import torch
+        >>> from dnw_graph.ops import sparse_product
         >>> z = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         >>> sparse_product(z, torch.tensor([0, 2, 2]), torch.tensor([0, 1]), torch.tensor([10.0, 1.0]))
         tensor([[13., 24.],
@@ -195,13 +196,3 @@ def _sampled_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | N
 
 _sparse_product.register_autograd(_product_backward, setup_context=_save_product)
 _sampled_product.register_autograd(_sampled_backward, setup_context=_save_product)
-
-
-@register_flop_formula(torch.ops.dnw_graph.sparse_product)
-def _product_flops(z: Any, rowptr: Any, columns: Any, values: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * columns[0] * z[1]
-
-
-@register_flop_formula(torch.ops.dnw_graph.sampled_product)
-def _sampled_flops(received: Any, z: Any, rowptr: Any, columns: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * columns[0] * z[1]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
 from dnw_graph.errors import InputError
 from dnw_graph.ops.build import kernels, run
@@ -176,18 +174,3 @@ def _plain(
         start += size
     # A copy in any case: what an operator returns must not be what it was given.
     return received.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-
-
-@register_flop_formula(torch.ops.dnw_graph.static_graph, get_raw=True)
-def _flops(x: Tensor, sizes: list[int], strides: list[int], rowptr: Tensor, *args: Any, **kwargs: Any) -> int:
-    # The edges of a block are known from the row pointers alone, so that these must be real tensors.
-    bounds = rowptr[[0, *accumulate(sizes[1:], initial=0)]].tolist()
-    multiply_adds = 0
-    height, width = x.shape[2:]
-    for size, stride, (begin, end) in zip(sizes, strides, pairwise(bounds), strict=True):
-        multiply_adds += (end - begin) * height * width
-        if stride == 2:
-            height, width = (height + 1) // 2, (width + 1) // 2
-        if stride:
-            multiply_adds += 9 * size * height * width
-    return 2 * x.size(0) * multiply_adds

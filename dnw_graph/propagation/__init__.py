@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from dnw_graph.propagation.auto import AutoPropagation
 from dnw_graph.propagation.base import Propagate, Propagation, RealEdges, States
 from dnw_graph.propagation.block import BlockPropagation
-from dnw_graph.propagation.message_passing import MessagePassingPropagation, WeightedSum
+from dnw_graph.propagation.message_passing import MessagePassingPropagation
 from dnw_graph.propagation.sparse import SparsePropagation
 from dnw_graph.registry import resolve
+
+if TYPE_CHECKING:
+    from dnw_graph.propagation.weighted_sum import WeightedSum
 
 __all__ = [
     "PROPAGATIONS",
@@ -34,3 +39,12 @@ PROPAGATIONS: dict[str, type[Propagation]] = {
 def make_propagation(propagation: str | Propagation) -> Propagation:
     """Return a propagation of its own for one graph, see ``dnw_graph.registry.resolve``."""
     return resolve("propagation", propagation, Propagation, PROPAGATIONS)
+
+
+def __getattr__(name: str) -> Any:
+    """Import PyG's part when it is asked for."""
+    if name == "WeightedSum":
+        from dnw_graph.propagation.weighted_sum import WeightedSum
+
+        return WeightedSum
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

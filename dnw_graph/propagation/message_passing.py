@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch_geometric.typing
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch_geometric.nn import MessagePassing
-from torch_geometric.utils import spmm
 
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.ops.checks import first_order
@@ -18,43 +17,11 @@ from dnw_graph.ops.layout import owned, transformed
 from dnw_graph.ops.sparse import by_source
 from dnw_graph.propagation.base import Propagate, Propagation, RealEdges
 
-# Said once by PyTorch when the first CSR matrix is made; nothing here depends on what may still change.
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+if TYPE_CHECKING:
+    from dnw_graph.propagation.weighted_sum import WeightedSum
 
 ADJACENCIES = ("edge_index", "csr", "torch_sparse")
 TILE = 2048
-
-
-class WeightedSum(MessagePassing):
-    r"""The message passing of a neural graph, :math:`I_v = \sum_{(u,v) \in E} w_{uv} Z_u`.
-
-    Shapes:
-        - states: node-major ``[sources, features]``, for images ``features = batch · height · width``
-        - edges: ``edge_index [2, k]`` with ``edge_weight [k]``, or a sparse (targets × sources) adjacency
-        - output: ``[targets, features]``
-    """
-
-    def __init__(self) -> None:
-        super().__init__(aggr="sum", node_dim=0)
-
-    def forward(
-        self, z: Tensor, edge_index: Any, edge_weight: Tensor | None = None, num_targets: int | None = None
-    ) -> Tensor:
-        """Send the states over the edges."""
-        size = None if num_targets is None else (z.size(0), num_targets)
-        return self.propagate(edge_index, x=(z, None), edge_weight=edge_weight, size=size)
-
-    def message(self, x_j: Tensor, edge_weight: Tensor) -> Tensor:
-        """Return w_uv Z_u for every edge."""
-        return edge_weight.view(-1, 1) * x_j
-
-    def message_and_aggregate(self, adj_t: Any, x: tuple[Tensor, None]) -> Tensor:
-        """Return the sparse product of the adjacency with the states."""
-        if isinstance(adj_t, Tensor) and not adj_t.is_cuda:
-            # With a reduction named, PyTorch takes a kernel of its own, two to three times as fast as the library's
-            # product that it takes otherwise.
-            return torch.sparse.mm(adj_t, x[0], "sum")
-        return spmm(adj_t, x[0], reduce=self.aggr)
 
 
 class MessagePassingPropagation(Propagation):
@@ -75,13 +42,16 @@ class MessagePassingPropagation(Propagation):
         super().__init__()
         if adjacency not in ADJACENCIES:
             raise unknown_name("adjacency", adjacency, ADJACENCIES)
-        if adjacency == "torch_sparse" and not torch_geometric.typing.WITH_TORCH_SPARSE:
+        if adjacency == "torch_sparse" and importlib.util.find_spec("torch_sparse") is None:
             raise InputError(
                 "adjacency 'torch_sparse' needs torch-sparse, which is not installed; "
                 "use 'csr', or install the extra dnw-graph[pyg-ext]"
             )
         self.adjacency = adjacency
         self.max_message_bytes = max_message_bytes
+        # PyG is imported by those who ask for message passing only.
+        from dnw_graph.propagation.weighted_sum import WeightedSum
+
         self.weighted_sum = WeightedSum()
 
     def forward(self, edges: RealEdges, x: Tensor) -> Propagate:
@@ -221,5 +191,14 @@ def _in_tiles(weighted_sum: WeightedSum, z: Tensor, adjacency: Tensor) -> Tensor
 
 
 def _csr(rowptr: Tensor, columns: Tensor, values: Tensor, num_columns: int) -> Tensor:
+    _let_pytorch_warn()
     size = (rowptr.numel() - 1, num_columns)
     return torch.sparse_csr_tensor(rowptr, columns, values, size, check_invariants=False)
+
+
+@functools.cache
+def _let_pytorch_warn() -> None:
+    """Make a first CSR matrix, at which PyTorch warns once that some of its support may change; none of it is here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)

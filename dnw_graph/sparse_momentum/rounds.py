@@ -54,7 +54,10 @@ class SparseMomentumRounds:
         InputError: If no layer has the rule, the optimiser has no momentum or does not know a layer, or a number is no
             whole number from 1 up.
 
-    Example:
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from dnw_graph.sparse_momentum import SparseMomentum, SparseMomentumRounds
         >>> from dnw_graph.sparsify import sparsify
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
         >>> _ = sparsify(model, density=0.25, wiring=SparseMomentum())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dnw_graph._compat import version
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
 from dnw_graph.selection import select_top_k
@@ -62,8 +63,8 @@ class SparseMomentum(Wiring):
         kept = self.kept
         if kept.is_inference():  # which keeps no version
             return torch.nonzero(kept).flatten()
-        if self._found is None or self._found[0] is not kept or self._found[1] != kept._version:
-            self._found = kept, kept._version, torch.nonzero(kept).flatten()
+        if self._found is None or self._found[0] is not kept or self._found[1] != version(kept):
+            self._found = kept, version(kept), torch.nonzero(kept).flatten()
         return self._found[2]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch_geometric.data import Data
 
+from dnw_graph._compat import import_pyg
 from dnw_graph.errors import unknown_name
 from dnw_graph.sparsify.forward_pass import RealWeights
 from dnw_graph.sparsify.layers import LayerWeight, weight_name
 from dnw_graph.sparsify.weight_graph import WeightGraph
+
+if TYPE_CHECKING:
+    import torch_geometric.data
 
 
 def sparse_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, RealWeights]]:
@@ -53,7 +57,7 @@ def weight_graphs(module: nn.Module) -> dict[str, WeightGraph]:
     return {name: graph for graph, name in graphs.items()}
 
 
-def to_data(module: nn.Module, name: str) -> Data:
+def to_data(module: nn.Module, name: str) -> torch_geometric.data.Data:
     """Return the real weights of one layer as a bipartite PyG graph.
 
     Nodes are channels: first the input channels, then the output channels. Each real weight is an edge, so that a
@@ -85,7 +89,7 @@ def to_data(module: nn.Module, name: str) -> Data:
     at = torch.cat([(torch.arange(size) + 0.5) / size for size in (inputs, outputs)])
     live = node >= inputs
     live[source] = True
-    return Data(
+    return import_pyg().data.Data(
         edge_index=torch.stack([source, inputs + target]),
         edge_weight=weight.flat(weight.parameter.detach()).cpu()[index.cpu()],
         kernel_position=place,

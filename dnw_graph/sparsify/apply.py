@@ -14,7 +14,7 @@ from dnw_graph.sparsify.access import sparse_parameters
 from dnw_graph.sparsify.budget import edges_per_weight, kept
 from dnw_graph.sparsify.checks import Skip, reasons_to_skip, refuse_module, refuse_weights
 from dnw_graph.sparsify.forward_pass import ForwardPass, RealWeights
-from dnw_graph.sparsify.layers import LayerWeight, find_weights
+from dnw_graph.sparsify.layers import LayerWeight, find_weights, own_parameters
 from dnw_graph.sparsify.state import accept_dense_names
 from dnw_graph.sparsify.table import SparsityRow, SparsityTable
 from dnw_graph.sparsify.weight_graph import WeightGraph, set_up
@@ -58,7 +58,9 @@ def sparsify(
         InputError: Before anything is changed, if a density is none, a name or pattern is unknown, nothing is left to
             be made sparse, or a weight is sparse already, shared by two layers, lazy, quantised or without values.
 
-    Example:
+    Examples:
+        >>> from torch import nn
+        >>> from dnw_graph.sparsify import sparsify
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10))
         >>> print(sparsify(model, density=0.1, skip="0"))
         weight                 shape    weights  kept    share
@@ -119,7 +121,7 @@ def _attach(module: nn.Module, graphs: Sequence[WeightGraph]) -> None:
     for graph in graphs:
         for weight in graph.weights:
             parts.setdefault((weight.layer, weight.parameter_name), []).append((weight, graph))
-    orders = {layer: tuple(layer._parameters) for layer, _ in parts}
+    orders = {layer: tuple(name for name, _ in own_parameters(layer)) for layer, _ in parts}
     registered: set[WeightGraph] = set()
     for (layer, name), found in parts.items():
         owned = [graph for _, graph in found if graph not in registered]

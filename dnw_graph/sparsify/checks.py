@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.sparsify.access import sparse_parameters
-from dnw_graph.sparsify.layers import LayerWeight, find_weights
+from dnw_graph.sparsify.layers import LayerWeight, find_weights, own_parameters
 
 Skip = str | type[nn.Module]
 
@@ -91,9 +91,8 @@ def refuse_weights(module: nn.Module, weights: Sequence[LayerWeight]) -> None:
         )
     owners: dict[int, list[str]] = {}
     for path, layer in module.named_modules():
-        for name, parameter in layer._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+        for name, own in own_parameters(layer):
+            owners.setdefault(id(own), []).append(f"{path}.{name}" if path else name)
     for weight in weights:
         parameter = weight.parameter
         if len(names := owners[id(parameter)]) > 1:

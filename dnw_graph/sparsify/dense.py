@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dnw_graph._compat import remove_hooks
 from dnw_graph.errors import InputError
 from dnw_graph.sparsify.access import sparse_parameters
 from dnw_graph.sparsify.forward_pass import ForwardPass
+from dnw_graph.sparsify.layers import own_parameters
 from dnw_graph.sparsify.state import accept_dense_names
 
 
@@ -41,7 +43,7 @@ def densify(module: nn.Module, *, keep_hallucinated: bool = False) -> None:
         real.active = False
         _make_plain(layer, name, real.order)
     for each in module.modules():
-        _remove_hooks(each)
+        remove_hooks(each, _is_ours)
 
 
 def _make_plain(layer: nn.Module, name: str, order: Sequence[str]) -> None:
@@ -56,16 +58,11 @@ def _make_plain(layer: nn.Module, name: str, order: Sequence[str]) -> None:
         del layer.parametrizations
         layer.__class__ = shared.__bases__[0]
     layer.register_parameter(name, parameter)
-    for key in order:
-        if key in layer._parameters:
-            layer._parameters[key] = layer._parameters.pop(key)
+    own = dict(own_parameters(layer))
+    for key in [key for key in order if key in own]:
+        delattr(layer, key)
+        layer.register_parameter(key, own[key])
 
 
-def _remove_hooks(module: nn.Module) -> None:
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), ForwardPass)]:
-            del hooks[key]
-            module._forward_hooks_always_called.pop(key, None)
-    loading = module._load_state_dict_pre_hooks
-    for key in [key for key, hook in loading.items() if getattr(hook, "hook", None) is accept_dense_names]:
-        del loading[key]
+def _is_ours(hook: Any) -> bool:
+    return hook is accept_dense_names or isinstance(getattr(hook, "__self__", None), ForwardPass)

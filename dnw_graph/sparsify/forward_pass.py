@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dnw_graph._compat import exporting, is_replica
 from dnw_graph.errors import InputError
 from dnw_graph.sparsify.layers import LayerWeight
 from dnw_graph.sparsify.weight_graph import WeightGraph
@@ -122,7 +123,7 @@ class ForwardPass:
         Raises:
             InputError: If the module is a copy that ``nn.DataParallel`` made on another device.
         """
-        if getattr(module, "_is_replica", False):
+        if is_replica(module):
             raise InputError(
                 "nn.DataParallel on several devices copies a module for every forward pass, and sparse weights are not "
                 "copied with it: use nn.parallel.DistributedDataParallel"
@@ -147,7 +148,7 @@ class ForwardPass:
         Raises:
             InputError: Under ``torch.export``: the exported program could not call this object.
         """
-        if _is_exporting():
+        if exporting():
             raise InputError("a module with sparse weights cannot be exported: densify(…) it first, or a copy of it")
         parameters = [weight.parameter for graph in self.graphs() for weight in graph.weights]
         if torch.compiler.is_compiling():
@@ -176,11 +177,6 @@ class ForwardPass:
         self._weights = state["weights"]
         self.begun = False
         self._register()
-
-
-def _is_exporting() -> bool:
-    """Return whether this is a ``torch.export``, from PyTorch 2.7 on; 2.11 calls every compilation one if asked."""
-    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 _TOKENS = itertools.count()

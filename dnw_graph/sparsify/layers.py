@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
 
 from dnw_graph.candidates import CandidateEdges
 
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 PROJECTIONS = ("q", "k", "v")
 
 
@@ -36,10 +37,9 @@ class LayerWeight:
     @property
     def parameter(self) -> Tensor:
         """The parameter as the optimiser has it, whether or not it is sparse by now."""
-        own: Any = self.layer._parameters
-        if self.parameter_name in own:
-            return own[self.parameter_name]
-        return self.layer.parametrizations[self.parameter_name].original  # type: ignore[union-attr, index]
+        if parametrize.is_parametrized(self.layer, self.parameter_name):
+            return self.layer.parametrizations[self.parameter_name].original  # type: ignore[union-attr, index]
+        return getattr(self.layer, self.parameter_name)
 
     @property
     def shape(self) -> torch.Size:
@@ -55,12 +55,12 @@ class LayerWeight:
     @property
     def groups(self) -> int:
         """Groups of a convolution; each is a graph of its own channels."""
-        return self.layer.groups if isinstance(self.layer, _ConvNd) else 1
+        return self.layer.groups if isinstance(self.layer, CONVOLUTIONS) else 1
 
     @property
     def transposed(self) -> bool:
         """Whether the parameter has its input channels first, as transposed convolutions do."""
-        return isinstance(self.layer, _ConvTransposeNd)
+        return isinstance(self.layer, TRANSPOSED)
 
     @property
     def channels(self) -> tuple[int, int]:
@@ -106,14 +106,20 @@ def find_weights(module: nn.Module) -> Iterator[LayerWeight]:
         prefix = f"{path}." if path else ""
         if isinstance(layer, nn.MultiheadAttention):
             names: tuple[str, ...] = ("in_proj_weight", *(f"{each}_proj_weight" for each in PROJECTIONS))
-        elif isinstance(layer, nn.Linear | _ConvNd):
+        elif isinstance(layer, (nn.Linear, *CONVOLUTIONS)):
             names = ("weight",)
         else:
             continue
+        own = dict(own_parameters(layer))
         for name in names:
-            if layer._parameters.get(name) is not None:
+            if name in own:
                 for third in range(3) if name == "in_proj_weight" else (None,):
                     yield LayerWeight(weight_name(prefix + name, third), layer, name, third)
+
+
+def own_parameters(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a layer itself, each by every name that it has there."""
+    return layer.named_parameters(recurse=False, remove_duplicate=False)
 
 
 def weight_name(parameter: str, third: int | None) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dnw_graph.errors import InputError
 from dnw_graph.sparsify.access import sparse_parameters
+from dnw_graph.sparsify.layers import own_parameters
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any], module: nn.Module) -> None:
@@ -71,7 +72,7 @@ def dense_named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Paramete
     for path, each in module.named_modules():
         if each in inside:
             continue
-        own = {**each._parameters, **sparse.get(each, {})}
+        own = {**dict(own_parameters(each)), **sparse.get(each, {})}
         for name in dict.fromkeys((*orders.get(each, ()), *own)):
             parameter = own.get(name)
             if parameter is not None and parameter not in seen:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dnw_graph._compat import in_backward_pass, version
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
 from dnw_graph.sparsify.layers import LayerWeight, candidate_edges
@@ -125,7 +126,7 @@ class WeightGraph(nn.Module):
                 Otherwise somebody looks at a weight: training shows the edges of evaluation and keeps nothing.
         """
         # Inside a backward pass a training forward is a recomputation: it must see the same edges.
-        recomputed = self.training and torch._C._current_graph_task_id() != -1
+        recomputed = self.training and in_backward_pass()
         if self._chosen is not None and (recomputed or (not self.training and self._chosen.fits(parameters))):
             return self._chosen.masks
         flat = self._flat(parameters).detach()
@@ -188,19 +189,15 @@ class _Chosen:
         self.index = index
         self.masks = masks
         # The detached aliases keep the storage alive: no other storage can come to lie at the same address.
-        self.chosen_for = [(weight, weight.detach(), _version(weight)) for weight in parameters]
+        self.chosen_for = [(weight, weight.detach(), version(weight)) for weight in parameters]
 
     def fits(self, parameters: Sequence[Tensor]) -> bool:
         """Whether these are the same weights, as far as object, storage and version tell."""
         return all(
             # Inference tensors keep no version: nothing tells whether they have changed.
-            now is weight and alias.data_ptr() == now.data_ptr() and version == _version(now) != -1
-            for now, (weight, alias, version) in zip(parameters, self.chosen_for, strict=True)
+            now is weight and alias.data_ptr() == now.data_ptr() and changes == version(now) != -1
+            for now, (weight, alias, changes) in zip(parameters, self.chosen_for, strict=True)
         )
-
-
-def _version(weight: Tensor) -> int:
-    return -1 if weight.is_inference() else weight._version
 
 
 def set_up(

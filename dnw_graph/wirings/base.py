@@ -23,12 +23,16 @@ class Wiring(nn.Module):
             Algorithm 1). If not, only the real edges of the forward pass get one. No gradient ever flows *through* a
             hallucinated edge.
 
-    Example:
+    Examples:
+        >>> from dnw_graph import NeuralGraph, Wiring
         >>> class StrongestPositive(Wiring):
         ...     updates_hallucinated = True
         ...
         ...     def choose(self, weight, num_edges, name):
         ...         return weight.topk(num_edges).indices.sort().values
+        >>> graph = NeuralGraph(blocks=(3, 4, 2), num_edges=3, wiring=StrongestPositive())
+        >>> bool((graph.edge_weight > 0).all())
+        True
     """
 
     updates_hallucinated: ClassVar[bool]

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dnw_graph._compat import not_compiled
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
 from dnw_graph.wirings.schedule import Schedule, Scheduled, as_schedule
@@ -64,7 +65,7 @@ class L1Anneal(Scheduled):
         """Return the edges that are left."""
         return torch.nonzero(~self.removed).flatten()
 
-    @torch.compiler.disable  # would be compiled anew for every step
+    @not_compiled  # would be compiled anew for every step
     def choose_to_train(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
         """Remove as many edges as this step asks for, and return the others."""
         self.begin_step(self.strength, self.removal)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dnw_graph._compat import not_compiled
 from dnw_graph.candidates import Block, CandidateEdges
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.seeding import mix
@@ -88,7 +89,7 @@ class TargetedDropout(Scheduled):
         self.largest(weight, 1, name)  # refuses weights that are not finite
         return self._strongest_per_node(weight.detach().abs(), num_edges)
 
-    @torch.compiler.disable  # would be compiled anew for every step
+    @not_compiled  # would be compiled anew for every step
     def choose_to_train(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
         """Return what stays in this step: the strongest, and those targets that are not dropped."""
         self.begin_step(*([] if self.rho is None else [self.rho]))

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from dynamic_reference import Timed
+from pairs import every_pair
 from reference import relative_error
 from torch import nn
 
@@ -137,17 +138,17 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("products", PRODUCTS)
-@pytest.mark.parametrize(
-    ("dynamics", "function"),
-    [
-        *((dynamics, function) for dynamics in DISCRETE for function in FUNCTIONS),
-        *((dynamics, function) for dynamics in FIXED_STEP for function in ("batch", "timed")),
-        *((Continuous("rk4"), function) for function in FUNCTIONS),
-    ],
-    ids=repr,
-)
+@every_pair(rest=pytest.mark.slow, dynamics=[*DISCRETE, Continuous("rk4")], function=FUNCTIONS, products=PRODUCTS)
 def test_dynamic_graphs_keep_their_outputs(dynamics, function, products, photos, trained):
+    assert_dynamic_graphs_keep_their_outputs(dynamics, function, products, photos, trained)
+
+
+@every_pair(rest=pytest.mark.slow, dynamics=FIXED_STEP, function=["batch", "timed"], products=PRODUCTS)
+def test_graphs_solved_with_fixed_steps_keep_their_outputs(dynamics, function, products, photos, trained):
+    assert_dynamic_graphs_keep_their_outputs(dynamics, function, products, photos, trained)
+
+
+def assert_dynamic_graphs_keep_their_outputs(dynamics, function, products, photos, trained):
     graph = NeuralGraph(
         num_nodes=24, num_inputs=3, num_outputs=4, num_edges=60, dynamics=dynamics, node_function=FUNCTIONS[function]
     )
@@ -161,10 +162,10 @@ def test_dynamic_graphs_keep_their_outputs(dynamics, function, products, photos,
     assert compacted.report.after.nodes == (24 if kept else int(graph.live_nodes().sum()))
 
 
-@pytest.mark.parametrize("products", PRODUCTS)
-@pytest.mark.parametrize("function", ["batch", "send"])
-@pytest.mark.parametrize(
-    "dynamics", [Discrete(steps=3), Discrete(steps=2, input_mode="hold"), Continuous("rk4")], ids=repr
+@every_pair(
+    dynamics=[Discrete(steps=3), Discrete(steps=2, input_mode="hold"), Continuous("rk4")],
+    function=["batch", "send"],
+    products=PRODUCTS,
 )
 def test_strided_functions_keep_their_outputs(dynamics, function, products, photos, trained):
     function = partial(FUNCTIONS[function], stride=2)

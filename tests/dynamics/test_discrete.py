@@ -15,6 +15,7 @@ from dynamic_reference import (
     plain_timed,
     summed_gradient,
 )
+from pairs import every_pair
 from reference import relative_error
 from torch import nn
 from torch_geometric.utils import to_networkx
@@ -119,9 +120,12 @@ def compare_with_plain_loop(graph, function, x, input_mode="initial", steps=STEP
     return by_hand
 
 
-@pytest.mark.parametrize("propagation", PROPAGATIONS)
-@pytest.mark.parametrize("input_mode", ["initial", "hold", "sequence"])
-@pytest.mark.parametrize("function", FUNCTIONS)
+@every_pair(
+    rest=pytest.mark.slow,
+    function=FUNCTIONS,
+    input_mode=["initial", "hold", "sequence"],
+    propagation=PROPAGATIONS,
+)
 def test_equation_11_and_all_gradients_by_a_plain_loop(function, input_mode, propagation, maps, sequence):
     steps = None if input_mode == "sequence" else STEPS
     graph = make_graph(Discrete(steps, input_mode=input_mode), function, propagation=PROPAGATIONS[propagation])

@@ -1,5 +1,5 @@
-import pytest
 import torch
+from pairs import every_pair
 
 from dnw_graph.ops.layout import batch_last, is_batch_last
 
@@ -16,9 +16,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("nodes_last", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@every_pair(shape=SHAPES, nodes_last=[True, False], dtype=[torch.float32, torch.float64, torch.bfloat16])
 def test_same_values_in_another_layout(shape, nodes_last, dtype):
     z = torch.randn(shape, dtype=dtype)
     if nodes_last:

@@ -1,10 +1,12 @@
 """The fused node function against PyTorch's own layers."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pairs import every_pair
 from torch import nn
 
 from dnw_graph import InputError
@@ -67,15 +69,15 @@ def assert_same(function, z, norm, relu, conv):
             assert difference(value.double(), layer.get_buffer(name).double()) < TOLERANCE[z.dtype], name
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("size", [(2, 4, 4), (8, 5, 3), (16, 1, 3), (19, 6, 7)])  # Around a register's length.
-@pytest.mark.parametrize("norm", ["batch", "instance", None])
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("stride", [None, 1, 2])
-@pytest.mark.parametrize("training", [True, False])
-def test_equals_the_layers(dtype, size, norm, relu, stride, training):
-    if norm is None and not relu and stride is None:
-        pytest.skip("nothing is computed")
+@every_pair(
+    rest=pytest.mark.slow,
+    layers=[layers for layers in product(["batch", "instance", None], [True, False], [None, 1, 2]) if any(layers)],
+    size=[(2, 4, 4), (8, 5, 3), (16, 1, 3), (19, 6, 7)],  # Around a register's length.
+    dtype=[torch.float64, torch.float32],
+    training=[True, False],
+)
+def test_equals_the_layers(layers, size, dtype, training):
+    norm, relu, stride = layers
     norm, conv = make_norm(norm), make_conv(stride)
     for module in (norm, conv):
         if module is not None:

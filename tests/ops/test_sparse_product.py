@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from pairs import every_pair
 from reference import relative_error
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,9 +34,14 @@ def dense(rowptr, columns, values, sources):
     return matrix
 
 
-@pytest.mark.parametrize("index", [torch.int32, torch.int64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("features", [1, 5, 16, 17, 49, 196, 257, 1000])
+@every_pair(
+    rest=pytest.mark.slow,
+    way=["kernel", "plain"],
+    features=[1, 5, 16, 17, 49, 196, 257, 1000],
+    dtype=[torch.float32, torch.float64],
+    index=[torch.int32, torch.int64],
+    indirect=["way"],
+)
 def test_equals_the_dense_product(way, features, dtype, index):
     csr = random_csr(37, 50, 180, dtype, index)
     z = torch.randn(50, features, dtype=dtype)

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from pairs import every_pair
 from reference import relative_error
 from torch import nn
 from torch.nn import functional as F
@@ -70,8 +71,7 @@ def plain_loop(x, sizes, strides, rowptr, columns, values, scale, shift, kernel,
     return torch.stack(states[-sizes[-1] :], dim=1)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@every_pair(rest=pytest.mark.slow, way=["kernel", "plain"], case=CASES, bias=[False, True], indirect=["way"])
 def test_equals_a_plain_loop_over_nodes(way, case, bias):
     graph = random_graph(*CASES[case], bias=bias)
     for height, width in ((1, 1), (8, 8), (5, 19), (33, 6)):
@@ -79,8 +79,13 @@ def test_equals_a_plain_loop_over_nodes(way, case, bias):
         assert relative_error(static_graph(x, *graph), plain_loop(x, *graph)) <= 1e-12
 
 
-@pytest.mark.parametrize("index", [torch.int32, torch.int64])
-@pytest.mark.parametrize("side", [7, 14, 15, 16, 17, 28, 56])
+@every_pair(
+    rest=pytest.mark.slow,
+    way=["kernel", "plain"],
+    side=[7, 14, 15, 16, 17, 28, 56],
+    index=[torch.int32, torch.int64],
+    indirect=["way"],
+)
 def test_equals_a_plain_loop_over_nodes_in_float32(way, side, index):
     graph = random_graph((4, 6, 5, 3), (1, 2, 1, 0), dtype=torch.float32, index=index)
     x = torch.randn(2, 4, side, side)

@@ -27,7 +27,7 @@ LONGEST = 500
 Case = tuple[str, Callable[[], object]]
 
 
-class Bad(Exception):
+class Bad(Exception):  # noqa: N818
     """What a case found that is neither a result nor a refusal."""
 
 
@@ -41,7 +41,7 @@ def verdict(call: Callable[[], object]) -> str | None:
             return f"a message of {len(message)} characters and {message.count(chr(10)) + 1} lines"
     except Bad as error:
         return str(error)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
     return None
 
