@@ -5,17 +5,20 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 EXT := .ext
 EXT_PACKAGES := "torch-scatter>=2.1.2" "torch-sparse>=0.6.18"
+# The releases of PyTorch that test-matrix takes, the oldest supported one first.
+VERSIONS ?= 2.8 2.11 2.14.1 newest
 
 # A process for each core, up to four: each takes some 1.5 GB of memory.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-slow test-ext lint types docs bench
+.PHONY: help demo test test-slow test-ext test-matrix lint types docs bench
 
 help:
 	@echo "make demo      train MobileNetV1-DNW on scikit-learn's digits"
 	@echo "make test      run the quick tests: every feature, 2 minutes on 2 cores"
 	@echo "make test-slow run the others: all combinations of settings, whole trainings"
 	@echo "make test-ext  build torch-scatter and torch-sparse, run the tests that concern them"
+	@echo "make test-matrix VERSIONS=\"2.11 newest\"  run the tests under other versions of PyTorch, each in an environment of its own"
 	@echo "make lint      check style and format"
 	@echo "make types     check types"
 	@echo "make docs      build the documentation into site/"
@@ -51,6 +54,9 @@ bench: $(INSTALLED)
 test-ext: $(EXT)/.built
 	PYTHONPATH=$(CURDIR)/$(EXT) $(BIN)/python -m pytest -m ext
 	PYTHONPATH=$(CURDIR)/$(EXT) $(BIN)/python -m pytest tests/propagation
+
+test-matrix:
+	$(PYTHON) tests/matrix.py $(VERSIONS)
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
