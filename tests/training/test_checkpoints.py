@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import every_value
 from torch import Tensor, nn
 
 from dnw_graph import InputError
@@ -94,8 +95,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("place", PLACES)
+@every_value(rest=pytest.mark.slow, place=PLACES, workers=[0, 2])
 def test_resume_is_exact(
     place: str,
     workers: int,

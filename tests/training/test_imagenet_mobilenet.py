@@ -75,7 +75,7 @@ def trained(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder / "last.ckpt"
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "pt2", "onnx"])
+@pytest.mark.parametrize("ending", ["safetensors", "pt2", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_compact_evaluation_and_export(
     ending: str,
     trained: Path,

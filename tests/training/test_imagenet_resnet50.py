@@ -51,7 +51,14 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 # Steps 0 … 5 in epochs of two: stopped in the middle of an epoch, and at the end of one, before its round.
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(
-    ("wiring", "last_step"), [("dnw", 2), ("sparse_momentum", 2), ("sparse_momentum", 3), ("targeted_dropout", 3)]
+    ("wiring", "last_step"),
+    [
+        ("sparse_momentum", 3),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (("dnw", 2), ("sparse_momentum", 2), ("targeted_dropout", 3))
+        ),
+    ],
 )
 def test_training_resume_and_evaluation(
     wiring: str,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from pairs import every_value
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -145,8 +146,7 @@ NODE_FUNCTIONS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("node_function", NODE_FUNCTIONS)
-@pytest.mark.parametrize("dynamics", DYNAMICS)
+@every_value(rest=pytest.mark.slow, dynamics=DYNAMICS, node_function=NODE_FUNCTIONS)
 def test_with_all_candidates_real_it_is_what_pytorch_counts(
     dynamics: str, node_function: str, small_digits: ImageData, options: Callable[..., RunOptions]
 ):
@@ -186,8 +186,7 @@ RULES: dict[str, tuple[Callable[[], str | Wiring], int, int]] = {
 }
 
 
-@pytest.mark.parametrize("propagation", ["block", "message_passing"])
-@pytest.mark.parametrize("rule", RULES)
+@every_value(rest=pytest.mark.slow, rule=RULES, propagation=["block", "message_passing"])
 def test_rules_by_hand(
     rule: str, propagation: str, small_digits: ImageData, options: Callable[..., RunOptions], tmp_path: Path
 ):

@@ -195,7 +195,9 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", ["l1_anneal", *(pytest.param(rule, marks=pytest.mark.slow) for rule in RULES if rule != "l1_anneal")]
+)
 def test_a_resumed_run_gives_the_numbers_of_an_unbroken_one(
     rule: str, small_digits: ImageData, options: Callable[..., RunOptions], tmp_path: Path
 ):
