@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dnw_graph.errors import InputError, unknown_name
-from dnw_graph.ops.node_function import fused_node_function
+from dnw_graph.ops.node_function import computes_as_usual, fused_node_function, fusible
 
 EPS = 1e-5
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {
@@ -37,6 +37,7 @@ def make_norm(norm: str, num_nodes: int, eps: float = EPS) -> nn.Module:
     return NORMS[norm](num_nodes, eps)
 
 
+@fusible
 class NodeConv(nn.Conv2d):
     """A single-channel convolution for every node, without bias.
 
@@ -79,7 +80,8 @@ class NormReluConv(nn.Module):
         - output: ``[batch, num_nodes, ⌈height / stride⌉, ⌈width / stride⌉]``
 
     Raises:
-        InputError: If the norm is unknown, the kernel size even, or eps not above 0.
+        InputError: If the norm is unknown, the kernel size even, or eps not above 0; if maps of another number of nodes
+            arrive.
     """
 
     def __init__(
@@ -88,19 +90,30 @@ class NormReluConv(nn.Module):
         super().__init__()
         if kernel_size % 2 == 0:
             raise InputError(f"kernel_size must be odd, so that stride 1 keeps the resolution; got {kernel_size}")
+        self.num_nodes = num_nodes
         self.norm = make_norm(norm, num_nodes, eps)
         self.conv = NodeConv(num_nodes, kernel_size, stride)
 
     @property
     def node_wise(self) -> bool:
         """Whether the function can be applied to some nodes only, without a trace at the others."""
-        return isinstance(self.norm, nn.InstanceNorm2d)
+        return _node_wise(self.norm) and isinstance(self.conv, NodeConv) and computes_as_usual(self.conv)
 
     def forward(
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes h w"]:
         """Apply f_θ to the input of every node, or of the given ones if ``node_wise``."""
+        self._check(z, nodes)
         return _apply(z, self.norm, True, self.conv, nodes)
+
+    def _check(self, z: Tensor, nodes: range | None) -> None:
+        """Refuse maps of another number of nodes."""
+        have = range(self.num_nodes) if nodes is None else nodes
+        if have.start < 0 or have.stop > self.num_nodes or z.dim() != 4 or z.size(1) != len(have):
+            raise InputError(
+                f"this node function is for {self.num_nodes} nodes, maps [batch, {len(have)}, height, width]; got "
+                f"{list(z.shape)}: for groups of other sizes give a name or a factory (num_nodes, stride) -> module"
+            )
 
 
 class NormReluConvNormRelu(NormReluConv):
@@ -115,6 +128,11 @@ class NormReluConvNormRelu(NormReluConv):
     ) -> None:
         super().__init__(num_nodes, stride, norm, kernel_size, eps)
         self.norm2 = make_norm(norm, num_nodes, eps)
+
+    @property
+    def node_wise(self) -> bool:
+        """Whether the function can be applied to some nodes only, without a trace at the others."""
+        return super().node_wise and _node_wise(self.norm2)
 
     def forward(
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
@@ -135,12 +153,14 @@ class ReluConvSendNorm(NormReluConv):
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes h w"]:
         """Return what the nodes send, or the given ones; zero for a state of zero."""
+        self._check(z, nodes)
         return _apply(z, None, True, self.conv, nodes)
 
     def forward(
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes height width"]:
         """Return the states that follow from what the nodes receive, or the given ones if ``node_wise``."""
+        self._check(z, nodes)
         return _apply(z, self.norm, False, None, nodes)
 
 
@@ -168,23 +188,31 @@ class Blockwise(nn.Module):
 
 def _apply(z: Tensor, norm: nn.Module | None, relu: bool, conv: NodeConv | None, nodes: range | None) -> Tensor:
     """Apply norm, ReLU and convolution, each of which may be left out, to the maps of all or of the given nodes."""
-    if nodes is not None and isinstance(norm, nn.BatchNorm2d):
-        raise InputError(f"only an instance norm can be applied to some nodes; got {norm}")
+    if nodes is not None and norm is not None and not _node_wise(norm):
+        raise InputError(f"only a plain instance norm can be applied to some nodes; got {type(norm).__name__}")
     fused = fused_node_function(z, norm, relu, conv, nodes)
     if fused is not None:
         return fused
     if norm is not None:
         z = _normalise(norm, z, nodes)
     if relu:
-        z = F.relu(z, inplace=norm is not None)
-    return z if conv is None else conv(z, nodes)
+        z = F.relu(z, inplace=norm is not None and computes_as_usual(norm))
+    if conv is None:
+        return z
+    return conv(z) if nodes is None else conv(z, nodes)
+
+
+def _node_wise(norm: nn.Module) -> bool:
+    """Return whether a norm treats every node by itself, and nothing but the norm sees what it is given."""
+    return isinstance(norm, nn.InstanceNorm2d) and not norm.track_running_stats and computes_as_usual(norm)
 
 
 def _normalise(norm: nn.Module, z: Tensor, nodes: range | None) -> Tensor:
-    if nodes is None or not isinstance(norm, nn.InstanceNorm2d):
+    if nodes is None:
         return norm(z)
-    part = slice(nodes.start, nodes.stop)
-    return F.instance_norm(z, weight=norm.weight[part], bias=norm.bias[part], eps=norm.eps)
+    assert isinstance(norm, nn.InstanceNorm2d)
+    weight, bias = (None if each is None else each[nodes.start : nodes.stop] for each in (norm.weight, norm.bias))
+    return F.instance_norm(z, weight=weight, bias=bias, eps=norm.eps)
 
 
 NodeFunction = str | nn.Module | Callable[..., nn.Module]
@@ -211,8 +239,8 @@ def make_node_function(node_function: NodeFunction, num_nodes: int, stride: int 
         stride: Stride that the module must have.
 
     Raises:
-        InputError: If the name is unknown, a stride is asked of a ready module, or a factory cannot be called so or
-            returns no module.
+        InputError: If the name is unknown, a stride is asked of a ready module or it is for another number of nodes, or
+            a factory cannot be called so or returns no module.
     """
     if isinstance(node_function, str):
         if node_function not in NODE_FUNCTIONS:
@@ -223,6 +251,11 @@ def make_node_function(node_function: NodeFunction, num_nodes: int, stride: int 
             raise InputError(
                 f"stride {stride} cannot be given to a ready module; "
                 "pass a factory (num_nodes, stride) -> module as node_function"
+            )
+        if isinstance(node_function, NormReluConv) and node_function.num_nodes != num_nodes:
+            raise InputError(
+                f"the node function is for {node_function.num_nodes} nodes, a group of the graph has {num_nodes}; "
+                "pass its name, or a factory (num_nodes, stride) -> module, for groups of several sizes"
             )
         return node_function
     # The first argument of an activation is something else: nn.LeakyReLU(num_nodes) would have a slope of num_nodes.

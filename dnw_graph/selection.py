@@ -11,11 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dnw_graph.errors import InputError
-from dnw_graph.ops.build import kernels, run
+from dnw_graph.ops.call import run
 
 # Below this many candidates a sampled guess saves nothing; above it, one weight in _SAMPLE_STRIDE is sampled.
 _SAMPLE_FROM = 1 << 16
 _SAMPLE_STRIDE = 61
+_MARGINS = range(2, 31)  # How small a margin around a guess may be, a power of 1/2.
 # The integers that hold the bits of each type, and infinity among them.
 _BITS = {
     torch.float16: (torch.int16, 0x1F << 10),
@@ -85,8 +86,7 @@ class Selector:
         Raises:
             InputError: If k is out of range or, on a CPU, a weight is NaN or infinite.
         """
-        if not 1 <= k <= weight.numel():
-            raise InputError(f"{name}: cannot choose {k} edges among {weight.numel()} candidates")
+        _check(weight, k, name)
         if _on_host(weight):
             return _select(weight.detach(), k, name, self._carried)
         magnitude = _magnitude(weight)
@@ -126,6 +126,16 @@ class Selector:
         return Selector, ()
 
 
+def _check(weight: Tensor, k: int, name: str) -> None:
+    if weight.dim() != 1 or weight.dtype not in _BITS:
+        raise InputError(
+            f"{name}: expected one weight for each candidate, of {', '.join(map(str, _BITS))}; got "
+            f"{list(weight.shape)} of {weight.dtype}"
+        )
+    if not 1 <= k <= weight.numel():
+        raise InputError(f"{name}: cannot choose {k} edges among {weight.numel()} candidates")
+
+
 def _on_host(weight: Tensor) -> bool:
     """Whether the host can read values without waiting for a device."""
     return weight.device.type == "cpu"
@@ -153,12 +163,17 @@ def _ranked(magnitude: Int[Tensor, " candidates"], k: int) -> Int[Tensor, " edge
 )
 def _select(weight: Tensor, k: int, name: str, carried: Tensor) -> Tensor:
     """The choice on a CPU; ``carried`` holds the last threshold, or -1, and how small the margins around it are."""
+    _check(weight, k, name)
+    if carried.shape != (3,) or carried.dtype != torch.int64:
+        raise InputError(f"{name}: expected three int64 carried; got {list(carried.shape)} of {carried.dtype}")
     weight = weight.contiguous()
+    infinity = _BITS[weight.dtype][1]
     if k == weight.numel():
-        infinity = _BITS[weight.dtype][1]
         _largest(weight, k, infinity, infinity, name)
         return torch.arange(k)
     last, below, above = carried.tolist()
+    if not (-1 <= last < infinity and below in _MARGINS and above in _MARGINS):
+        last, below, above = -1, _MARGINS.start, _MARGINS.start
     for low, high in _guesses(weight, k, last, below, above):
         index, threshold, reaching, chosen = _largest(weight, k, low, high, name)
         below, above = _adapted(below, reaching - k, k), _adapted(above, k - chosen, k)
@@ -217,7 +232,7 @@ def _adapted(margin: int, ranked: int, k: int) -> int:
         k: Number of edges.
     """
     step = -3 if ranked <= 0 else (ranked > k // 8 + 64) - (ranked < k // 32)
-    return min(max(margin + step, 2), 30)
+    return min(max(margin + step, _MARGINS.start), _MARGINS.stop - 1)
 
 
 def _largest(weight: Tensor, k: int, low: int, high: int, name: str) -> tuple[Tensor, int, int, int]:
@@ -228,10 +243,8 @@ def _largest(weight: Tensor, k: int, low: int, high: int, name: str) -> tuple[Te
     Raises:
         InputError: If a weight is NaN or infinite.
     """
-    library = kernels() if weight.dtype in (torch.float32, torch.float64) else None
-    if library is not None:
-        index, found = torch.empty(k, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
-        run(library, "largest", (weight.dtype,), weight.numel(), k, low, high, weight, index, found)
+    index, found = torch.empty(k, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    if run("largest", (weight.numel(), k, low, high), weight, index, found):
         reaching, chosen, not_finite, threshold = found.tolist()
     else:
         magnitude = _magnitude(weight)

@@ -127,6 +127,14 @@ def test_every_kind_of_hook_is_found(register):
     assert _compat.has_hooks(module), f"nn.Module no longer lists what register_{register} takes where it did"
 
 
+def test_hooks_of_all_modules_are_found():
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert _compat.has_hooks(nn.Linear(1, 1)), "nn.modules.module._has_any_global_hook no longer tells"
+    finally:
+        handle.remove()
+
+
 def test_own_hooks_are_removed_and_others_stay():
     calls = []
 

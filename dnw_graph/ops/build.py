@@ -9,20 +9,16 @@ import os
 import shlex
 import shutil
 import subprocess
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from dnw_graph.ops.checks import wrong_edges
+from dnw_graph.ops.signatures import symbols
 
 SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno")
-WRONG_EDGES = 1  # The kernels' status for an index out of range.
-_Argument = int | float | Sequence[int] | Tensor | None
+SYMBOLS = tuple(symbols())
+LONGEST = 600  # Seconds that a compiler may take.
 
 
 def kernels() -> ctypes.CDLL | None:
@@ -30,81 +26,65 @@ def kernels() -> ctypes.CDLL | None:
 
     They are compiled by the first call that needs them, with ``$CXX`` or else ``c++``, ``g++`` or ``clang++``, which
     takes seconds, and kept in ``$XDG_CACHE_HOME/dnw_graph`` (default ``~/.cache/dnw_graph``) under a name that says for
-    which source, compiler and processor. Without a compiler a warning says so once. ``DNW_GRAPH_KERNELS=0`` in the
-    environment switches the kernels off.
+    which source, compiler and processor, and what the file contains. Only files of the user's own, in a folder that
+    nobody else can write to, are loaded. Whatever goes wrong, a warning says so once.
+
+    In the environment, ``DNW_GRAPH_KERNELS=0`` switches the kernels off, and ``DNW_GRAPH_CXXFLAGS`` holds further flags
+    for the compiler, such as ``-fsanitize=address``.
     """
     return None if os.environ.get("DNW_GRAPH_KERNELS") == "0" else _load()
-
-
-def run(library: ctypes.CDLL, name: str, types: Sequence[torch.dtype], *arguments: _Argument) -> None:
-    """Call a kernel with as many threads as PyTorch uses.
-
-    Args:
-        library: The compiled kernels.
-        name: Name of the kernel without its types.
-        types: The types that it is compiled for.
-        arguments: What the kernel takes after the number of threads; tensors must be contiguous.
-
-    Raises:
-        InputError: If the kernel finds an index out of range.
-    """
-    function = getattr(library, "_".join([name, *map(str, types)]).replace("torch.", ""))
-    status = function(*map(_as_c, (torch.get_num_threads(), *arguments)))
-    if status == WRONG_EDGES:
-        raise wrong_edges()
-    if status:
-        raise MemoryError(f"not enough memory for {name}")
-
-
-def _as_c(argument: _Argument) -> ctypes.c_int64 | ctypes.c_double | ctypes.c_void_p | ctypes.Array:
-    if argument is None or isinstance(argument, Tensor):
-        return ctypes.c_void_p(None if argument is None else argument.data_ptr())
-    if isinstance(argument, int):
-        return ctypes.c_int64(argument)
-    if isinstance(argument, float):
-        return ctypes.c_double(argument)
-    return (ctypes.c_int64 * len(argument))(*argument)
 
 
 @functools.cache
 def _load() -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(str(_build()))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = str(error)
+        return _built()
+    except Exception as error:  # Nothing that a machine lacks may end a forward pass.
+        reason = str(error) or type(error).__name__
         if isinstance(error, subprocess.CalledProcessError):
-            lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()[-1:]
+            printed = error.stderr.decode(errors="replace").splitlines()
+            lines = [line for line in printed if "error" in line] or printed[-1:]
             reason = f"{shlex.join(error.cmd[:1])} failed{': ' if lines else ''}{''.join(lines[:1])}"
         warnings.warn(
-            f"the CPU kernels of dnw_graph could not be built, so slower PyTorch operations take their place: {reason} "
-            "(DNW_GRAPH_KERNELS=0 turns the kernels and this warning off)",
-            stacklevel=2,
+            f"the CPU kernels of dnw_graph could not be built, so slower PyTorch operations take their place: "
+            f"{' '.join(reason.split())[:300]} (DNW_GRAPH_KERNELS=0 turns the kernels and this warning off)",
+            stacklevel=3,
         )
         return None
 
 
-def _build() -> Path:
+def _built() -> ctypes.CDLL:
     """Return the library for this source, compiler and processor, compiled unless it is there."""
+    from dnw_graph.ops.cache import open_cache  # It needs what only Unix has.
+
     found = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if found is None:
         raise OSError("no C++ compiler found as c++, g++, clang++ or $CXX")
     compiler = shlex.split(found)
+    extra = shlex.split(os.environ.get("DNW_GRAPH_CXXFLAGS", ""))
+    flags = [*FLAGS, *extra]
     # The compiler's predefined macros name its version and what the processor can do.
-    macros = _output([*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
-    sources = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]*"))]
-    key = hashlib.sha256("\n".join([*sources, *FLAGS, macros]).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dnw_graph"
-    library = cache / f"kernels-{key}.so"
-    if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
-            _output([*compiler, *FLAGS, "-c", str(SOURCES / "kernels.cpp"), "-o", str(compiled)])
-            # Linked without OpenMP: its functions are those that PyTorch has loaded, so that there is one thread pool.
-            _output([*compiler, "-shared", str(compiled), "-o", str(linked)])
-            linked.replace(library)
+    macros = _output([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+    sources = [path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]*"))]
+    key = hashlib.sha256(b"\n".join([*sources, *map(os.fsencode, flags), macros])).hexdigest()[:16]
+    with open_cache() as cache:
+        path = cache.find(f"kernels-{key}")
+        if path is None:
+            with cache.workplace() as folder:
+                compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
+                _output([*compiler, *flags, "-c", str(SOURCES / "kernels.cpp"), "-o", str(compiled)])
+                # Linked without OpenMP: its functions are those that PyTorch has loaded, so that there is one thread
+                # pool.
+                _output([*compiler, *extra, "-shared", str(compiled), "-o", str(linked)])
+                path = cache.keep(linked, f"kernels-{key}")
+        library = ctypes.CDLL(str(path))
+    missing = [name for name in SYMBOLS if not hasattr(library, name)]
+    if missing:
+        raise OSError(f"the compiled library lacks {missing[0]}")
     return library
 
 
-def _output(command: Sequence[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def _output(command: Sequence[str]) -> bytes:
+    """Return what a compiler prints; its messages are to be in English, whatever the user's language."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(command, check=True, capture_output=True, env=environment, timeout=LONGEST).stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -34,6 +35,14 @@ def check_types(numbers: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
     devices = {tensor.device for tensor in (*numbers, *indices)}
     if len(devices) > 1:
         raise InputError(f"all tensors must be on one device; got {_names(devices)}")
+
+
+def check_memory(*shapes: Iterable[int | torch.SymInt]) -> None:
+    """Refuse sizes of tensors whose number of bytes no integer holds."""
+    for shape in shapes:
+        sizes = [size for size in shape if isinstance(size, int) and size]
+        if math.prod(sizes) >= 2**60:
+            raise InputError(f"no memory holds a tensor of shape {list(shape)}")
 
 
 def check_pointers(rowptr: Tensor, columns: Tensor) -> None:

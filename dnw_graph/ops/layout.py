@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dnw_graph._compat import functorch_active, is_in_torch_dispatch_mode
-from dnw_graph.ops.build import kernels, run
+from dnw_graph.ops.build import kernels
+from dnw_graph.ops.call import readable, run
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -19,6 +21,7 @@ def batch_last(z: Tensor) -> Tensor:
     A register then holds one place of as many images, so that the borders of maps and small maps cost nothing, and all
     that a node receives is one piece of memory.
     """
+    z = z.resolve_neg()
     if is_batch_last(z):
         return z
     if z.dim() > 2 and z.movedim(1, -1).is_contiguous() and takes(z) and unseen() and kernels() is not None:
@@ -33,7 +36,7 @@ def is_batch_last(z: Tensor) -> bool:
 
 def takes(z: Tensor) -> bool:
     """Return whether z is a tensor that the kernels can read."""
-    return z.device.type == "cpu" and z.dtype in DTYPES and type(z) in (Tensor, torch.nn.Parameter)
+    return z.dtype in DTYPES and readable(z)
 
 
 def unseen() -> bool:
@@ -76,8 +79,9 @@ def owned(made: Tensor) -> Tensor:
 
 def _exchanged(z: Tensor) -> Tensor:
     """Return a contiguous tensor with the first and the last dimension exchanged."""
-    out = z.new_empty(z.size(-1), *z.shape[1:-1], z.size(0))
-    library = kernels()
-    assert library is not None
-    run(library, "exchanged", (z.dtype,), z.size(0), z[0, ..., 0].numel() if z.numel() else 0, z.size(-1), z, out)
-    return out
+    first, *middle, last = z.shape
+    out = z.new_empty(last, *middle, first)
+    flat = first, math.prod(middle), last
+    if run("exchanged", flat, z.view(flat), out.view(flat[::-1])):
+        return out
+    return z.transpose(0, -1).contiguous()

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dnw_graph.ops.build import kernels, run
+from dnw_graph._compat import has_hooks
+from dnw_graph.errors import InputError
+from dnw_graph.ops.call import fits, run
 from dnw_graph.ops.checks import first_order
 from dnw_graph.ops.layout import batch_last, is_batch_last, owned, takes, unseen
+from dnw_graph.ops.signatures import BATCH, CONSTANT, INSTANCE, NO_NORM
 
-NO_NORM, BATCH, INSTANCE, CONSTANT = range(4)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONVOLUTION = {"kernel_size": (3, 3), "padding": (1, 1), "dilation": (1, 1), "padding_mode": "zeros", "bias": None}
+# The exact types: a subclass, such as a norm that is synchronised over devices, computes something else.
+_FORWARD: dict[type[nn.Module], Callable[..., Tensor]] = {
+    kind: kind.forward for kind in (nn.BatchNorm2d, nn.InstanceNorm2d, nn.Conv2d)
+}
+_Module = TypeVar("_Module", bound=type[nn.Module])
+_Options = tuple[int, int, int, float]
+
+
+def fusible(convolution: _Module) -> _Module:
+    """Declare, as a decorator, that a class computes what ``nn.Conv2d`` does."""
+    _FORWARD[convolution] = convolution.forward
+    return convolution
+
+
+def computes_as_usual(module: nn.Module | None) -> bool:
+    """Return whether a norm or a convolution computes what its class does, without hooks, parametrizations and such."""
+    if module is None:
+        return True
+    forward: Any = module.forward
+    return (
+        type(module) in _FORWARD
+        and not has_hooks(module)
+        and getattr(forward, "__func__", None) is _FORWARD[type(module)]
+        and getattr(forward, "__self__", None) is module
+    )
 
 
 def fused_node_function(
@@ -22,8 +49,8 @@ def fused_node_function(
     """Apply norm, ReLU and convolution in one pass, or return None where PyTorch's operations have to do it.
 
     The kernel takes maps on the CPU in float32 or float64 that lie as :func:`~dnw_graph.ops.layout.batch_last` makes
-    them. It does not call the modules, so that it leaves those alone that somebody listens to. Its gradients cannot be
-    differentiated again.
+    them, and parameters and running statistics of the same type and of the right shapes. It does not call the modules,
+    so that modules with hooks are not fused. Its gradients cannot be differentiated again.
 
     Args:
         z: Maps ``[batch, nodes, height, width]``.
@@ -32,44 +59,43 @@ def fused_node_function(
         conv: A 3×3 convolution of stride 1 or 2 with one kernel for every node, or None.
         nodes: The nodes that z holds, if not all that the modules are for.
     """
-    if not _fits(z, norm, conv) or kernels() is None:
+    if not takes(z) or z.dim() != 4 or z.size(0) < 2 or z.numel() == 0 or not is_batch_last(z):
         return None
-    kind, mean, variance, eps = NO_NORM, None, None, 0.0
+    if torch.is_autocast_enabled("cpu") or not unseen() or not _usual(z, norm, conv):
+        return None
+    kind, eps = NO_NORM, 0.0
+    statistics: list[Tensor | None] = []  # The running ones.
     if isinstance(norm, nn.InstanceNorm2d):
         kind, eps = INSTANCE, norm.eps
     elif isinstance(norm, nn.BatchNorm2d):
-        kind, eps = BATCH, norm.eps
-        if not norm.training and norm.running_mean is not None:
-            kind, mean, variance = CONSTANT, norm.running_mean, norm.running_var
-    part = slice(None) if nodes is None else slice(nodes.start, nodes.stop)
-    scale, shift, kernel = (
-        None if module is None or getattr(module, name) is None else getattr(module, name)[part]
+        if norm.running_mean is not None or norm.running_var is not None:
+            statistics = [norm.running_mean, norm.running_var]
+        kind, eps = CONSTANT if statistics and not norm.training else BATCH, norm.eps
+    parameters = [
+        None if module is None else getattr(module, name)
         for module, name in ((norm, "weight"), (norm, "bias"), (conv, "weight"))
-    )
-    stride = 0 if conv is None else conv.stride[0]
-    out, mean, variance = _NodeFunction.apply(
-        z, scale, shift, kernel, mean, variance, (kind, int(relu), stride, float(eps))
-    )
-    if isinstance(norm, nn.BatchNorm2d) and kind == BATCH:
+    ]
+    if nodes is not None:
+        parameters = [None if each is None else each[nodes.start : nodes.stop] for each in parameters]
+    options = (kind, int(relu), 0 if conv is None else conv.stride[0], eps)
+    # Running statistics must be what the kernel reads, even where it does not.
+    looked_at = (CONSTANT, *options[1:]) if statistics else options
+    if not fits("node_function", _numbers(z, looked_at), _memory(z), *parameters, *statistics):
+        return None
+    mean, variance = statistics if kind == CONSTANT else (None, None)
+    out, mean, variance = _NodeFunction.apply(z, *parameters, mean, variance, options)
+    if isinstance(norm, nn.BatchNorm2d) and kind == BATCH and statistics:
         _follow(norm, mean, variance, z.numel() // z.size(1))
     return out
 
 
-def _fits(z: Tensor, norm: nn.Module | None, conv: nn.Conv2d | None) -> bool:
-    if not takes(z) or z.dim() != 4 or z.size(0) < 2 or z.numel() == 0 or not is_batch_last(z):
+def _usual(z: Tensor, norm: nn.Module | None, conv: nn.Conv2d | None) -> bool:
+    """Return whether the kernel computes what these modules do."""
+    if not computes_as_usual(norm) or not computes_as_usual(conv):
         return False
-    if torch.is_autocast_enabled("cpu") or not unseen():
+    if norm is not None and not (isinstance(norm.eps, float) and norm.eps > 0):
         return False
-    for module in (norm, conv):
-        if module is not None and (
-            any(getattr(module, hooks) for hooks in _HOOKS) or any(p.dtype != z.dtype for p in module.parameters())
-        ):
-            return False
-    # The exact types: a subclass, such as a norm that is synchronised over devices, computes something else.
-    if isinstance(norm, nn.InstanceNorm2d):
-        if type(norm) is not nn.InstanceNorm2d or norm.track_running_stats or z.size(2) * z.size(3) == 1:
-            return False
-    elif norm is not None and type(norm) is not nn.BatchNorm2d:
+    if isinstance(norm, nn.InstanceNorm2d) and (norm.track_running_stats or z.size(2) * z.size(3) == 1):
         return False
     if conv is None:
         return True
@@ -79,14 +105,27 @@ def _fits(z: Tensor, norm: nn.Module | None, conv: nn.Conv2d | None) -> bool:
 
 def _follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
     """Update the running statistics of a batch norm as it would itself."""
-    if not norm.training or norm.running_mean is None:
+    if not norm.track_running_stats:
         return
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1 / float(norm.num_batches_tracked)
+    assert norm.running_mean is not None
     assert norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
     norm.running_mean.lerp_(mean, momentum)
     norm.running_var.lerp_(variance * (count / (count - 1)), momentum)
+
+
+def _memory(z: Tensor) -> Tensor:
+    """Return maps in the order in which they lie in memory, ``[nodes, height, width, batch]``."""
+    return z.movedim(0, -1)
+
+
+def _numbers(z: Tensor, options: _Options) -> tuple[int | float, ...]:
+    batch, nodes, height, width = z.shape
+    return nodes, height, width, batch, *options
 
 
 class _NodeFunction(torch.autograd.Function):
@@ -101,15 +140,14 @@ class _NodeFunction(torch.autograd.Function):
         kernel: Tensor | None,
         mean: Tensor | None,
         variance: Tensor | None,
-        options: tuple[int, int, int, float],
+        options: _Options,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         kind, _, stride, _ = options
         batch, nodes, height, width = z.shape
         if kind in (BATCH, INSTANCE):
-            mean, variance = z.new_empty(2, nodes if kind == BATCH else nodes * batch)
+            mean, variance = z.new_empty(2, *((nodes,) if kind == BATCH else (nodes, batch)))
         step = stride or 1
         out = z.new_empty(nodes, (height + step - 1) // step, (width + step - 1) // step, batch)
-        scale, shift, kernel = (None if each is None else each.contiguous() for each in (scale, shift, kernel))
         ctx.options = options
         ctx.save_for_backward(z, scale, shift, kernel, mean, variance)
         _run("node_function", z, options, scale, shift, kernel, mean, variance, out)
@@ -122,21 +160,21 @@ class _NodeFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        z, scale, shift, kernel, mean, variance = ctx.saved_tensors
-        # In the memory of z there is no other layout than its own.
-        z_grad = torch.empty_like(z) if ctx.needs_input_grad[0] else None
+        # Hooks of saved tensors may have given them another layout.
+        z, *constants = ctx.saved_tensors
+        z = batch_last(z)
+        constants = [None if each is None else each.contiguous() for each in constants]
+        z_grad = z.new_empty(_memory(z).shape) if ctx.needs_input_grad[0] else None
         own = [
-            torch.empty_like(each) if each is not None and needed else None
-            for each, needed in zip((scale, shift, kernel), ctx.needs_input_grad[1:4], strict=True)
+            each.new_empty(each.shape) if each is not None and needed else None
+            for each, needed in zip(constants[:3], ctx.needs_input_grad[1:4], strict=True)
         ]
         assert grads[0] is not None
-        out_grad = batch_last(grads[0])
-        _run("node_function_grad", z, ctx.options, scale, shift, kernel, mean, variance, out_grad, z_grad, *own)
-        return z_grad, *own, None, None, None
+        out_grad = _memory(batch_last(grads[0]))
+        _run("node_function_grad", z, ctx.options, *constants, out_grad, z_grad, *own)
+        return None if z_grad is None else z_grad.movedim(-1, 0), *own, None, None, None
 
 
-def _run(name: str, z: Tensor, options: tuple[int, int, int, float], *tensors: Tensor | None) -> None:
-    library = kernels()
-    assert library is not None
-    batch, nodes, height, width = z.shape
-    run(library, name, (z.dtype,), nodes, height, width, batch, *options, z, *tensors)
+def _run(name: str, z: Tensor, options: _Options, *tensors: Tensor | None) -> None:
+    if not run(name, _numbers(z, options), _memory(z), *tensors):
+        raise InputError("a node function's kernel takes gradients that are dense tensors; use propagation='block'")

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dnw_graph.errors import InputError
-from dnw_graph.ops.build import kernels, run
-from dnw_graph.ops.checks import check_csr, check_pointers, check_sources, check_types, is_half
+from dnw_graph.ops.call import run
+from dnw_graph.ops.checks import check_csr, check_memory, check_pointers, check_sources, check_types, is_half
 
 MAX_MESSAGES = 2**24  # Values in the products of edges that are formed at a time without a kernel.
 
@@ -54,14 +54,12 @@ def sparse_product(
 )
 def _sparse_product(z: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     _check(z, rowptr, columns, values)
-    check_types((z, values), (rowptr, columns))
     return product(z, rowptr, columns, values)
 
 
 @_sparse_product.register_fake
 def _(z: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     _check(z, rowptr, columns, values)
-    check_types((z, values), (rowptr, columns))
     return z.new_empty(rowptr.size(0) - 1, z.size(1))
 
 
@@ -77,6 +75,7 @@ def _sampled_product(received: Tensor, z: Tensor, rowptr: Tensor, columns: Tenso
     if z.dim() != 2 or received.shape != (len(rowptr) - 1, z.size(1)):
         shapes = f"{list(received.shape)} and {list(z.shape)}"
         raise InputError(f"expected received [targets, features] and z [sources, features]; got {shapes}")
+    check_memory(z.shape, received.shape)
     if is_half(z):
         return _sampled_product(received.float(), z.float(), rowptr, columns).to(z.dtype)
     received, z, rowptr, columns = received.contiguous(), z.contiguous(), rowptr.contiguous(), columns.contiguous()
@@ -98,11 +97,11 @@ def product(z: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor) -> Tenso
 def product_of_pieces(pieces: Sequence[Tensor], rowptr: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     """Compute A z of contiguous tensors; z lies in pieces, each ``[sources, features]``."""
     z = pieces[0]
-    if z.device.type == "cpu" and (library := kernels()) is not None:
+    if z.device.type == "cpu":
         out = z.new_empty(len(rowptr) - 1, z.size(1))
-        types = (z.dtype, columns.dtype)
-        run(library, "sparse_product", types, *_sizes(out, pieces), len(columns), rowptr, columns, values, out)
-        return out
+        numbers = (*out.shape, len(columns), [len(piece) for piece in pieces])
+        if run("sparse_product", numbers, pieces, rowptr, columns, values, out):
+            return out
     z = _checked(pieces, rowptr, columns)
     csr = torch.sparse_csr_tensor(rowptr, columns, values, (len(rowptr) - 1, len(z)), check_invariants=False)
     return torch.sparse.mm(csr, z, "sum") if z.device.type == "cpu" else csr @ z
@@ -111,11 +110,11 @@ def product_of_pieces(pieces: Sequence[Tensor], rowptr: Tensor, columns: Tensor,
 def sampled(pieces: Sequence[Tensor], rowptr: Tensor, columns: Tensor, received: Tensor) -> Tensor:
     """Compute ⟨received_v, z_u⟩ for every edge, of contiguous tensors; z lies in pieces."""
     z = pieces[0]
-    if z.device.type == "cpu" and (library := kernels()) is not None:
+    if z.device.type == "cpu":
         out = z.new_empty(len(columns))
-        types = (z.dtype, columns.dtype)
-        run(library, "sampled_product", types, *_sizes(received, pieces), len(columns), rowptr, columns, received, out)
-        return out
+        numbers = (*received.shape, len(columns), [len(piece) for piece in pieces])
+        if run("sampled_product", numbers, pieces, rowptr, columns, received, out):
+            return out
     z = _checked(pieces, rowptr, columns)
     step = max(1, MAX_MESSAGES // max(1, z.size(1)))
     parts = zip(_targets(rowptr, columns).split(step), columns.split(step), strict=True)
@@ -124,18 +123,11 @@ def sampled(pieces: Sequence[Tensor], rowptr: Tensor, columns: Tensor, received:
 
 def by_source(rowptr: Tensor, columns: Tensor, sources: int) -> tuple[Tensor, Tensor]:
     """Return where the edges of each source start in the order of Aᵀ, and that order of the edges of A."""
-    if columns.device.type == "cpu" and (library := kernels()) is not None:
-        starts, order = columns.new_empty(sources + 1), torch.empty_like(columns)
-        sizes = (len(rowptr) - 1, sources, len(columns))
-        run(library, "by_source", (torch.float32, columns.dtype), *sizes, rowptr, columns, starts, order)
-        return starts, order
+    if columns.device.type == "cpu":
+        starts, order = columns.new_empty(sources + 1), columns.new_empty(len(columns))
+        if run("by_source", (len(rowptr) - 1, sources, len(columns)), rowptr, columns, starts, order):
+            return starts, order
     return _by_source(columns, sources)
-
-
-def _sizes(received: Tensor, pieces: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Return what a kernel has to know of the states: sizes and where the pieces lie."""
-    counts, places = [len(piece) for piece in pieces], [piece.data_ptr() for piece in pieces]
-    return *received.shape, len(pieces), counts, places
 
 
 def _checked(pieces: Sequence[Tensor], rowptr: Tensor, columns: Tensor) -> Tensor:
@@ -150,6 +142,8 @@ def _check(z: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor) -> None:
     if z.dim() != 2:
         raise InputError(f"expected states of shape [sources, features]; got {list(z.shape)}: flatten the maps")
     check_csr(rowptr, columns, values)
+    check_types((z, values), (rowptr, columns))
+    check_memory(z.shape, (rowptr.size(0) - 1, z.size(1)))
 
 
 def _targets(rowptr: Tensor, columns: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dnw_graph.errors import InputError
-from dnw_graph.ops.build import kernels, run
-from dnw_graph.ops.checks import check_csr, check_pointers, check_types, is_half
+from dnw_graph.ops.call import run
+from dnw_graph.ops.checks import check_csr, check_memory, check_pointers, check_types, is_half
 from dnw_graph.ops.sparse import product
 
 
@@ -83,13 +83,12 @@ def _static_graph(
     numbers = [x, values, scale, shift, kernel] + ([] if bias is None else [bias])
     x, values, *functions = [(number.float() if is_half(x) else number).contiguous() for number in numbers]
     rowptr, columns = rowptr.contiguous(), columns.contiguous()
-    if x.device.type != "cpu" or (library := kernels()) is None:
-        return _plain(x, sizes, strides, rowptr, columns, values, *functions).to(dtype)
-    out = x.new_empty(_output_shape(x, sizes, strides))
-    shape = (x.size(0), *x.shape[2:], len(sizes), sizes, strides, len(columns))
-    tensors = (x, rowptr, columns, values, *functions, *([None] if bias is None else []), out)
-    run(library, "static_graph", (x.dtype, columns.dtype), *shape, *tensors)
-    return out.to(dtype)
+    if x.device.type == "cpu":
+        out = x.new_empty(_output_shape(x, sizes, strides))
+        tensors = (x, rowptr, columns, values, *functions, *([None] if bias is None else []), out)
+        if run("static_graph", (x.size(0), *x.shape[2:], len(columns), sizes, strides), *tensors):
+            return out.to(dtype)
+    return _plain(x, sizes, strides, rowptr, columns, values, *functions).to(dtype)
 
 
 @_static_graph.register_fake
@@ -126,6 +125,8 @@ def _check(
                 f"[{functions}, 3, 3]; got {list(tensor.shape)}"
             )
     check_types((x, values, *vectors, kernel), (rowptr, columns))
+    # All states and their borders, of one image at least.
+    check_memory((x.size(0), 2 * (sum(sizes) + 1), x.size(2) + 2, x.size(3) + 2))
 
 
 def _output_shape(x: Tensor, sizes: list[int], strides: list[int]) -> tuple[int | torch.SymInt, ...]:

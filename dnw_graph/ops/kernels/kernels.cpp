@@ -1,4 +1,8 @@
-// The entry points, called through ctypes: one of each for every pair of number and index type.
+// The entry points, called through ctypes: one of each for every type of numbers and of indices. Python checks all
+// tensors against ../signatures.py; what only their values tell is checked here.
+
+#include <new>
+#include <stdexcept>
 
 #include "node_function.h"
 #include "selection.h"
@@ -6,41 +10,66 @@
 #include "static.h"
 #include "transpose.h"
 
-#define ENTRY(T, Index, SUFFIX)                                                                                       \
+namespace {
+
+// An exception must not leave a function that C calls.
+template <class Work>
+int guarded(Work work) {
+  try {
+    return work();
+  } catch (const std::bad_alloc &) {
+    return NO_MEMORY;
+  } catch (const std::length_error &) {
+    return NO_MEMORY;
+  }
+}
+
+}  // namespace
+
+#define SPARSE(T, Index, SUFFIX)                                                                                      \
   extern "C" int sparse_product_##SUFFIX(                                                                             \
-      int64_t threads, int64_t targets, int64_t features, int64_t pieces, const int64_t *sizes, const T *const *z,    \
-      int64_t count, const Index *rowptr, const Index *columns, const T *values, T *out) {                            \
+      int64_t threads, int64_t targets, int64_t features, int64_t count, int64_t pieces, const int64_t *sizes,        \
+      const T *const *z, const Index *rowptr, const Index *columns, const T *values, T *out) {                        \
     const Edges<T, Index> edges{rowptr, columns, values, count};                                                      \
-    return sparse_product(threads, targets, features, Rows<T>(pieces, sizes, z, features), edges, out);               \
+    return guarded([&] {                                                                                              \
+      return sparse_product(threads, targets, features, Rows<T>(pieces, sizes, z, features), edges, out);             \
+    });                                                                                                               \
   }                                                                                                                   \
   extern "C" int sampled_product_##SUFFIX(                                                                            \
-      int64_t threads, int64_t targets, int64_t features, int64_t pieces, const int64_t *sizes, const T *const *z,    \
-      int64_t count, const Index *rowptr, const Index *columns, const T *received, T *out) {                          \
+      int64_t threads, int64_t targets, int64_t features, int64_t count, int64_t pieces, const int64_t *sizes,        \
+      const T *const *z, const Index *rowptr, const Index *columns, const T *received, T *out) {                      \
     const Edges<T, Index> edges{rowptr, columns, nullptr, count};                                                     \
-    return sampled_product(threads, targets, features, received, Rows<T>(pieces, sizes, z, features), edges, out);    \
+    return guarded([&] {                                                                                              \
+      return sampled_product(threads, targets, features, received, Rows<T>(pieces, sizes, z, features), edges, out);  \
+    });                                                                                                               \
   }                                                                                                                   \
+  extern "C" int static_graph_##SUFFIX(                                                                               \
+      int64_t threads, int64_t batch, int64_t height, int64_t width, int64_t count, int64_t blocks,                   \
+      const int64_t *sizes, int64_t, const int64_t *strides, const T *x, const Index *rowptr, const Index *columns,   \
+      const T *values, const T *scale, const T *shift, const T *kernel, const T *bias, T *out) {                      \
+    const Edges<T, Index> edges{rowptr, columns, values, count};                                                      \
+    const StaticGraph<T, Index> graph{                                                                                \
+        blocks, sizes, strides, {height, width}, x, edges, scale, shift, kernel, bias, out};                          \
+    return guarded([&] { return graph.run(threads, batch); });                                                        \
+  }
+
+SPARSE(float, int32_t, float32_int32)
+SPARSE(float, int64_t, float32_int64)
+SPARSE(double, int32_t, float64_int32)
+SPARSE(double, int64_t, float64_int64)
+
+#define INDICES(Index, SUFFIX)                                                                                        \
   extern "C" int by_source_##SUFFIX(                                                                                  \
       int64_t, int64_t targets, int64_t sources, int64_t count, const Index *rowptr, const Index *columns,            \
       Index *out_rowptr, Index *order) {                                                                              \
-    const Edges<T, Index> edges{rowptr, columns, nullptr, count};                                                     \
-    return by_source(targets, sources, edges, out_rowptr, order);                                                     \
-  }                                                                                                                   \
-  extern "C" int static_graph_##SUFFIX(                                                                               \
-      int64_t threads, int64_t batch, int64_t height, int64_t width, int64_t blocks, const int64_t *sizes,            \
-      const int64_t *strides, int64_t count, const T *x, const Index *rowptr, const Index *columns, const T *values,  \
-      const T *scale, const T *shift, const T *kernel, const T *bias, T *out) {                                       \
-    const Edges<T, Index> edges{rowptr, columns, values, count};                                                      \
-    const Map<T> map{height, width};                                                                                  \
-    return StaticGraph<T, Index>{blocks, sizes, strides, map, x, edges, scale, shift, kernel, bias, out}.run(         \
-        threads, batch);                                                                                              \
+    const Edges<void, Index> edges{rowptr, columns, nullptr, count};                                                  \
+    return guarded([&] { return by_source(targets, sources, edges, out_rowptr, order); });                            \
   }
 
-ENTRY(float, int32_t, float32_int32)
-ENTRY(float, int64_t, float32_int64)
-ENTRY(double, int32_t, float64_int32)
-ENTRY(double, int64_t, float64_int64)
+INDICES(int32_t, int32)
+INDICES(int64_t, int64)
 
-#define FUNCTION(T, SUFFIX)                                                                                           \
+#define NUMBERS(T, SUFFIX)                                                                                            \
   extern "C" int largest_##SUFFIX(                                                                                    \
       int64_t threads, int64_t count, int64_t k, int64_t low, int64_t high, const T *weight, int64_t *out,            \
       int64_t *found) {                                                                                               \
@@ -70,5 +99,5 @@ ENTRY(double, int64_t, float64_int64)
     return exchanged(threads, first, middle, last, from, to);                                                         \
   }
 
-FUNCTION(float, float32)
-FUNCTION(double, float64)
+NUMBERS(float, float32)
+NUMBERS(double, float64)

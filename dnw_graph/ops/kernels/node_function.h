@@ -267,7 +267,7 @@ struct TrainedFunction {
   template <class Work>
   int each_node(int64_t threads, int64_t maps, Work work) const {
     const int64_t room = maps * padded() * S::lanes;
-    const int members = team(threads, nodes * places() * batch);
+    const int members = int(std::min<int64_t>(team(threads, double(nodes) * places() * batch), nodes));
     std::unique_ptr<T[]> scratch(new (std::nothrow) T[members * room]());
     if (!scratch) return NO_MEMORY;
 #pragma omp parallel for schedule(dynamic) num_threads(members)

@@ -51,13 +51,13 @@ struct Edges {  // CSR
   }
 };
 
-// States in one piece of memory.
+// States in one piece of memory, from source `first` on.
 template <class T>
 struct Matrix {
   const T *z;
-  int64_t pitch;
+  int64_t pitch, first;
 
-  const T *row(int64_t source) const { return z + source * pitch; }
+  const T *row(int64_t source) const { return z + (source - first) * pitch; }
 };
 
 // States in several pieces, one after the other in the numbering of the sources.
@@ -119,8 +119,8 @@ void weighted_sum(
   }
 }
 
-// Threads that are worth waking for so many multiply-adds.
-int team(int64_t threads, int64_t multiply_adds) { return multiply_adds < 1 << 17 ? 1 : int(threads); }
+// Threads that are worth waking for so many multiply-adds; a product of sizes may be larger than an integer.
+int team(int64_t threads, double multiply_adds) { return multiply_adds < 1 << 17 ? 1 : int(threads); }
 
 template <class T, class Index>
 int sparse_product(
@@ -128,8 +128,9 @@ int sparse_product(
   const int64_t sources = z.size();
   if (!edges.pointers_valid(targets) || !edges.sources_within(0, targets, 0, sources)) return WRONG_EDGES;
   constexpr int64_t lanes = Simd<T>::lanes, group = 8;
+  if (!targets) return OK;  // Then the number of features is bounded by no memory.
   if (features < lanes) {
-#pragma omp parallel for schedule(dynamic, 64) num_threads(team(threads, edges.count * features))
+#pragma omp parallel for schedule(dynamic, 64) num_threads(team(threads, double(edges.count) * features))
     for (int64_t v = 0; v < targets; ++v)
       for (int64_t f = 0; f < features; ++f) {
         T sum = 0;
@@ -143,7 +144,7 @@ int sparse_product(
   const int64_t step = REGISTERS * lanes;
   const int64_t tile = std::max(fitting / step * step, step);
   const int64_t tiles = (features + tile - 1) / tile;
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(team(threads, edges.count * features))
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(team(threads, double(edges.count) * features))
   for (int64_t t = 0; t < tiles; ++t)
     for (int64_t first = 0; first < targets; first += group) {
       const int64_t width = std::max(std::min(tile, features - t * tile), lanes);
@@ -161,7 +162,7 @@ int sampled_product(
     const Edges<T, Index> &edges, T *out) {
   using S = Simd<T>;
   if (!edges.pointers_valid(targets) || !edges.sources_within(0, targets, 0, z.size())) return WRONG_EDGES;
-#pragma omp parallel for schedule(dynamic, 8) num_threads(team(threads, edges.count * features))
+#pragma omp parallel for schedule(dynamic, 8) num_threads(team(threads, double(edges.count) * features))
   for (int64_t v = 0; v < targets; ++v)
     for (int64_t e = edges.rowptr[v]; e < edges.rowptr[v + 1]; ++e) {
       const T *x = received + v * features, *y = z.row(edges.columns[e]);

@@ -145,6 +145,14 @@ struct StaticGraph {
     return round_up(largest, BYTES);
   }
 
+  // Whether the sizes below may be larger than an integer: more than any memory holds.
+  bool too_large(int64_t threads) const {
+    double nodes = 0;
+    for (int64_t b = 0; b < num_blocks; ++b) nodes += double(sizes[b]);
+    const double places = (map.height + 2.0) * (map.width + 4.0 * BYTES);
+    return (nodes + 1) * places * threads * 16 * sizeof(T) > double(int64_t(1) << 62);
+  }
+
   // One thread's room for what a node receives, its state, and the padded map.
   int64_t scratch() const {
     return round_up(2 * (map.pitch() + Simd<T>::lanes) + 2 * (map.height + 2) * map.padded_row(), BYTES);
@@ -175,7 +183,7 @@ struct StaticGraph {
         std::copy_n(image + v * size, size, input);
       else
         weighted_sum(
-            edges, at.nodes - sizes[0] + v, Matrix<T>{at.sources - at.first * pitch, pitch}, 0,
+            edges, at.nodes - sizes[0] + v, Matrix<T>{at.sources, pitch, at.first}, 0,
             round_up(size, Simd<T>::lanes), input);
       if (stride == 1)
         function(at.functions + v).stride1(input, at.map, padded, state);
@@ -225,6 +233,7 @@ struct StaticGraph {
     int64_t targets = -sizes[0];
     for (int64_t b = 0; b < num_blocks; ++b) targets += sizes[b];
     if (!edges.pointers_valid(targets) || !valid()) return WRONG_EDGES;
+    if (too_large(threads)) return NO_MEMORY;
     const int64_t per_thread = 2 * room() + scratch(), alone = batch / threads * threads;
     std::unique_ptr<T, decltype(&std::free)> memory(
         static_cast<T *>(std::aligned_alloc(BYTES, threads * per_thread * sizeof(T))), &std::free);

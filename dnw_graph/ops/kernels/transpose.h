@@ -13,8 +13,9 @@ template <class T>
 int exchanged(int64_t threads, int64_t first, int64_t middle, int64_t last, const T *from, T *to) {
   // Squares of one cache line's width, so that each line is read and written once.
   constexpr int64_t side = 64 / sizeof(T);
+  if (!first || !middle || !last) return OK;
   const int64_t strips = (last + side - 1) / side;
-#pragma omp parallel for collapse(2) schedule(static) num_threads(team(threads, first *middle *last))
+#pragma omp parallel for collapse(2) schedule(static) num_threads(team(threads, double(first) * middle * last))
   for (int64_t strip = 0; strip < strips; ++strip)
     for (int64_t m = 0; m < middle; ++m) {
       const int64_t l0 = strip * side, l1 = std::min(l0 + side, last);

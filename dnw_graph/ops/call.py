@@ -1,0 +1,110 @@
+"""Calls of the compiled kernels, which get the address of no tensor that has not been checked."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dnw_graph.ops.build import kernels
+from dnw_graph.ops.checks import wrong_edges
+from dnw_graph.ops.signatures import SIGNATURES, TYPES, Expected
+
+_WRONG_EDGES = 1  # A kernel's status for an index out of range.
+Number = int | float | Sequence[int]
+Given = Tensor | Sequence[Tensor] | None
+
+
+def run(name: str, numbers: Sequence[Number], *tensors: Given) -> bool:
+    """Call a kernel with as many threads as PyTorch uses.
+
+    Args:
+        name: Name of the kernel without its types.
+        numbers: The numbers that it takes.
+        tensors: The tensors that it takes, those that it writes included.
+
+    Returns:
+        Whether it was called. If not, PyTorch's operations have to do: there are no kernels, or a tensor is not what
+        the kernel takes.
+
+    Raises:
+        InputError: If the kernel finds an index out of range.
+    """
+    library = kernels()
+    bound = None if library is None else _bind(name, numbers, tensors)
+    if bound is None:
+        return False
+    symbol, addresses = bound
+    status = getattr(library, symbol)(ctypes.c_int64(torch.get_num_threads()), *_as_c(numbers), *addresses)
+    if status == _WRONG_EDGES:
+        raise wrong_edges()
+    if status:
+        raise MemoryError(f"not enough memory for {name}")
+    return True
+
+
+def fits(name: str, numbers: Sequence[Number], *tensors: Given) -> bool:
+    """Return whether :func:`run` would call the kernel, as far as the first of its tensors tell."""
+    return kernels() is not None and _bind(name, numbers, tensors) is not None
+
+
+def readable(tensor: Tensor) -> bool:
+    """Return whether the values of a tensor lie in this machine's memory as they are."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)  # A subclass may keep them elsewhere.
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+    )
+
+
+def _bind(
+    name: str, numbers: Sequence[Number], tensors: Sequence[Given]
+) -> tuple[str, list[ctypes.c_void_p | ctypes.Array]] | None:
+    """Return the kernel for tensors of these types and their addresses, or None if one is not what it takes."""
+    signature, kinds = SIGNATURES[name]
+    types: dict[str, torch.dtype] = {}
+    addresses: list[ctypes.c_void_p | ctypes.Array] = []
+    for expected, given in zip(signature(*numbers), tensors, strict=False):
+        if isinstance(expected, Expected):
+            assert given is None or isinstance(given, Tensor)
+            found = [_address(given, expected, types)]
+        else:
+            assert isinstance(given, Sequence)
+            found = [_address(*pair, types) for pair in zip(given, expected, strict=True)]
+        if None in found:
+            return None
+        single = isinstance(expected, Expected)
+        addresses.append(ctypes.c_void_p(found[0]) if single else (ctypes.c_void_p * len(found))(*found))
+    return "_".join([name, *(TYPES[kind][types[kind]] for kind in kinds)]), addresses
+
+
+def _address(tensor: Tensor | None, expected: Expected, types: dict[str, torch.dtype]) -> int | None:
+    """Return where a tensor lies, 0 for one that is left out, or None if it is not what is expected."""
+    if tensor is None:
+        return 0 if expected.optional else None
+    if (
+        tensor.dtype not in TYPES[expected.kind]
+        or types.setdefault(expected.kind, tensor.dtype) != tensor.dtype
+        or tensor.shape != expected.shape
+        or not readable(tensor)
+        or not tensor.is_contiguous()
+    ):
+        return None
+    address = tensor.data_ptr()
+    return address if address or not tensor.numel() else None  # None: its storage has been freed.
+
+
+def _as_c(numbers: Sequence[Number]) -> list[ctypes.c_int64 | ctypes.c_double | ctypes.Array]:
+    """Return numbers as C takes them, a sequence as its length and its address."""
+    arguments: list[ctypes.c_int64 | ctypes.c_double | ctypes.Array] = []
+    for number in numbers:
+        if isinstance(number, int):
+            arguments.append(ctypes.c_int64(number))
+        elif isinstance(number, float):
+            arguments.append(ctypes.c_double(number))
+        else:
+            arguments += [ctypes.c_int64(len(number)), (ctypes.c_int64 * len(number))(*number)]
+    return arguments

@@ -1,0 +1,121 @@
+"""What each kernel takes after the number of threads: numbers, then tensors whose shapes follow from the numbers.
+
+The other side of ``kernels/kernels.cpp``. A sequence of numbers is given as its length and its address, a sequence of
+tensors as the address of their addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import NamedTuple
+
+import torch
+
+# The types of each kind of tensor; those of a call that are of one kind have one type.
+TYPES = {
+    "number": {torch.float32: "float32", torch.float64: "float64"},
+    "index": {torch.int32: "int32", torch.int64: "int64"},
+    "place": {torch.int64: "int64"},
+}
+NO_NORM, BATCH, INSTANCE, CONSTANT = range(4)  # Norms of a node function; CONSTANT: mean and variance are given.
+
+
+class Expected(NamedTuple):
+    """A contiguous tensor."""
+
+    kind: str
+    shape: tuple[int, ...]
+    optional: bool = False
+
+
+def _number(*shape: int, optional: bool = False) -> Expected:
+    return Expected("number", shape, optional)
+
+
+def _index(*shape: int) -> Expected:
+    return Expected("index", shape)
+
+
+Arguments = list[Expected | list[Expected]]
+
+
+def _csr(targets: int, edges: int) -> Arguments:
+    return [_index(targets + 1), _index(edges)]
+
+
+def _sparse_product(targets: int, features: int, edges: int, sizes: Sequence[int]) -> Arguments:
+    pieces = [_number(size, features) for size in sizes]
+    return [pieces, *_csr(targets, edges), _number(edges), _number(targets, features)]
+
+
+def _sampled_product(targets: int, features: int, edges: int, sizes: Sequence[int]) -> Arguments:
+    pieces = [_number(size, features) for size in sizes]
+    return [pieces, *_csr(targets, edges), _number(targets, features), _number(edges)]
+
+
+def _by_source(targets: int, sources: int, edges: int) -> Arguments:
+    return [*_csr(targets, edges), _index(sources + 1), _index(edges)]
+
+
+def _static_graph(
+    batch: int, height: int, width: int, edges: int, sizes: Sequence[int], strides: Sequence[int]
+) -> Arguments:
+    functions = sum(size for size, stride in zip(sizes, strides, strict=True) if stride)
+    vector, kernels = _number(functions), _number(functions, 3, 3)
+    x, bias = _number(batch, sizes[0], height, width), _number(functions, optional=True)
+    for _ in range(strides.count(2)):
+        height, width = (height + 1) // 2, (width + 1) // 2
+    out = _number(batch, sizes[-1], height, width)
+    return [x, *_csr(sum(sizes[1:]), edges), _number(edges), vector, vector, kernels, bias, out]
+
+
+def _largest(count: int, k: int, low: int, high: int) -> Arguments:
+    return [_number(count), Expected("place", (k,)), Expected("place", (4,))]
+
+
+def _function(
+    nodes: int, height: int, width: int, batch: int, norm: int, relu: int, stride: int, eps: float
+) -> tuple[Arguments, Expected, list[Expected]]:
+    """Return what both kernels of a node function take first, its result, and its gradients."""
+    maps = (nodes, height, width, batch)
+    vector, kernels = _number(nodes, optional=True), _number(nodes, 1, 3, 3, optional=True)
+    statistics = _number(*((nodes, batch) if norm == INSTANCE else (nodes,)), optional=norm == NO_NORM)
+    first = [_number(*maps), vector, vector, kernels._replace(optional=not stride), statistics, statistics]
+    step = max(stride, 1)
+    result = _number(nodes, (height + step - 1) // step, (width + step - 1) // step, batch)
+    return [*first], result, [_number(*maps, optional=True), vector, vector, kernels]
+
+
+def _node_function(*numbers: int) -> Arguments:
+    first, result, _ = _function(*numbers)
+    return [*first, result]
+
+
+def _node_function_grad(*numbers: int) -> Arguments:
+    first, result, grads = _function(*numbers)
+    return [*first, result, *grads]
+
+
+def _exchanged(first: int, middle: int, last: int) -> Arguments:
+    return [_number(first, middle, last), _number(last, middle, first)]
+
+
+SIGNATURES: dict[str, tuple[Callable[..., Arguments], tuple[str, ...]]] = {
+    "sparse_product": (_sparse_product, ("number", "index")),
+    "sampled_product": (_sampled_product, ("number", "index")),
+    "by_source": (_by_source, ("index",)),
+    "static_graph": (_static_graph, ("number", "index")),
+    "largest": (_largest, ("number",)),
+    "node_function": (_node_function, ("number",)),
+    "node_function_grad": (_node_function_grad, ("number",)),
+    "exchanged": (_exchanged, ("number",)),
+}
+"""For each kernel the tensors that follow from its numbers, and the kinds for whose types there is a kernel each."""
+
+
+def symbols() -> Iterator[str]:
+    """Return the names of all kernels in the library."""
+    for name, (_, kinds) in SIGNATURES.items():
+        for types in product(*(TYPES[kind].values() for kind in kinds)):
+            yield "_".join([name, *types])
