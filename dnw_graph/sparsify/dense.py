@@ -11,7 +11,7 @@ from torch import nn
 from dnw_graph.errors import InputError
 from dnw_graph.sparsify.access import sparse_parameters
 from dnw_graph.sparsify.forward_pass import ForwardPass
-from dnw_graph.sparsify.state import accept_dense_names
+from dnw_graph.sparsify.state import before_loading
 
 
 def densify(module: nn.Module, *, keep_hallucinated: bool = False) -> None:
@@ -67,5 +67,5 @@ def _remove_hooks(module: nn.Module) -> None:
             del hooks[key]
             module._forward_hooks_always_called.pop(key, None)
     loading = module._load_state_dict_pre_hooks
-    for key in [key for key, hook in loading.items() if getattr(hook, "hook", None) is accept_dense_names]:
+    for key in [key for key, hook in loading.items() if getattr(hook, "hook", None) is before_loading]:
         del loading[key]

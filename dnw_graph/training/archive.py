@@ -33,7 +33,7 @@ def read_archive(path: Path) -> Any:
             raise InputError("the entries are larger than the file")
         (program,) = (each for each in entries if each.filename.endswith("/data.pkl"))
         for operation, argument, _ in pickletools.genops(archive.read(program)):
-            if operation.name == "STACK_GLOBAL" or (operation.name == "GLOBAL" and not NAMES.fullmatch(argument)):
+            if operation.name == "STACK_GLOBAL" or (operation.name == "GLOBAL" and not NAMES.fullmatch(str(argument))):
                 raise InputError(f"the file refers to {argument}")
     # Mapped, a tensor that claims to be larger than the file takes no memory, and reads none that is not the file's.
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

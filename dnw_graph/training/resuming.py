@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from dnw_graph.cost import neural_graphs
@@ -42,14 +42,20 @@ def check_weights(path: str, given: Mapping[str, Any], model_state: Mapping[str,
 
 
 def check_resumable(
-    path: str, checkpoint: Mapping[str, Any], trainer: Trainer, module: Classifier, steps_per_epoch: int
+    path: str,
+    checkpoint: Mapping[str, Any],
+    trainer: Trainer,
+    callbacks: Sequence[Callback],
+    module: Classifier,
+    steps_per_epoch: int,
 ) -> None:
     """Refuse a checkpoint from which a run could not go on exactly.
 
     Args:
         path: The checkpoint.
         checkpoint: Its content.
-        trainer: The trainer that is to go on, with its callbacks.
+        trainer: The trainer that is to go on.
+        callbacks: Its callbacks.
         module: What it trains.
         steps_per_epoch: Steps of one epoch.
 
@@ -59,8 +65,8 @@ def check_resumable(
     """
     check_weights(path, checkpoint["state_dict"], module.state_dict(), "give a checkpoint of this run")
     try:
-        _check_callbacks(checkpoint, trainer, module)
-        _check_loops(checkpoint, trainer, steps_per_epoch)
+        _check_callbacks(checkpoint, callbacks, module)
+        _check_loops(checkpoint, trainer, callbacks, steps_per_epoch)
         _check_optimizer(checkpoint, module)
         plugin = trainer.precision_plugin
         if state := plugin.state_dict():
@@ -70,16 +76,16 @@ def check_resumable(
         raise damaged(path, f"cannot be continued from ({error})") from error
 
 
-def _check_callbacks(checkpoint: Mapping[str, Any], trainer: Trainer, module: Classifier) -> None:
+def _check_callbacks(checkpoint: Mapping[str, Any], callbacks: Sequence[Callback], module: Classifier) -> None:
     graphs = neural_graphs(module.model)
-    like: dict[str, Any] = {each.state_key: each.state_dict() for each in trainer.callbacks if each.state_dict()}
-    for each in trainer.callbacks:
+    like: dict[str, Any] = {each.state_key: each.state_dict() for each in callbacks if each.state_dict()}
+    for each in callbacks:
         if isinstance(each, Checkpoints):
             like[each.state_key]["best_top1"] = float | None
         if isinstance(each, WiringMonitor):
             like[each.state_key] = {"initial": dict, "epoch_start": dict}
     match(checkpoint.get("callbacks"), like, "callbacks")
-    for each in trainer.callbacks:
+    for each in callbacks:
         if isinstance(each, WiringMonitor):
             for kind, edges in checkpoint["callbacks"][each.state_key].items():
                 where = f"callbacks.{each.state_key}.{kind}"
@@ -99,13 +105,15 @@ def _ascending(index: Tensor, num_candidates: int) -> bool:
     return bool((index.diff(prepend=index.new_tensor([-1]), append=index.new_tensor([num_candidates])) > 0).all())
 
 
-def _check_loops(checkpoint: Mapping[str, Any], trainer: Trainer, steps_per_epoch: int) -> None:
+def _check_loops(
+    checkpoint: Mapping[str, Any], trainer: Trainer, callbacks: Sequence[Callback], steps_per_epoch: int
+) -> None:
     steps = checkpoint["global_step"]
     loop = checkpoint["loops"]["fit_loop"]
     match(loop, trainer.fit_loop.state_dict(), "loops.fit_loop")
     complete = next(
         checkpoint["callbacks"][each.state_key]["epoch_complete"]
-        for each in trainer.callbacks
+        for each in callbacks
         if isinstance(each, Checkpoints)
     )
     expected = loop_state(steps, steps_per_epoch, complete)
@@ -127,12 +135,11 @@ def _check_optimizer(checkpoint: Mapping[str, Any], module: Classifier) -> None:
             raise InputError(f"optimizer_states.0.param_groups.{number} has another {wrong[0]} than the run")
     # A parameter without a gradient so far has no momentum.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    like = {number: {"momentum_buffer": parameter} for number, parameter in enumerate(parameters)}
-    known = {number: like[number] for number in given["state"] if number in like}
+    known = {n: {"momentum_buffer": each} for n, each in enumerate(parameters) if n in given["state"]}
     match(given["state"], known, "optimizer_states.0.state")
     if bool(known) != bool(checkpoint["global_step"] and module.momentum):
         raise InputError(f"optimizer_states.0.state has the momentum of {len(known)} parameters")
-    like = {name: value for name, value in scheduler.state_dict().items() if name in SCHEDULE}
-    match(checkpoint.get("lr_schedulers"), [like], "lr_schedulers", exact=False)
+    schedule = {name: value for name, value in scheduler.state_dict().items() if name in SCHEDULE}
+    match(checkpoint.get("lr_schedulers"), [schedule], "lr_schedulers", exact=False)
     if checkpoint["lr_schedulers"][0]["last_epoch"] != checkpoint["global_step"]:
         raise InputError(f"lr_schedulers.0.last_epoch is not step {checkpoint['global_step']}")

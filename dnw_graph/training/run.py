@@ -135,7 +135,7 @@ def _train(
     steps = checkpoint["global_step"] if checkpoint else 0
     trainer = _trainer(options, data, callbacks, make_loggers(folder, steps))
     if options.resume and checkpoint:
-        check_resumable(options.resume, checkpoint, trainer, module, data.steps_per_epoch)
+        check_resumable(options.resume, checkpoint, trainer, callbacks, module, data.steps_per_epoch)
     try:
         with _repeatable():
             trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)

@@ -41,7 +41,8 @@ def second_stage(rule: str, folder: Path, complete: nn.Module, expected: dict[st
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
     if epochs != options.get("epochs"):
         raise InputError(
-            f"{folder / LAST} stands at epoch {epochs} of {options.get('epochs')!r:.20}: finish the run first, with --resume"
+            f"{folder / LAST} stands at epoch {epochs} of {options.get('epochs')!r:.20}: finish the run first, "
+            "with --resume"
         )
     complete.load_state_dict(_weights(folder / LAST, checkpoint, complete))
     if rule == "fine_tune":
