@@ -20,6 +20,7 @@ from dnw_graph.ops.layout import transformed
 from dnw_graph.propagation import Propagation, RealEdges, make_propagation
 from dnw_graph.wirings import Fixed, Wiring, make_wiring
 from dnw_graph.wirings.checks import check_index
+from dnw_graph.wirings.saved import check_saved_wiring
 
 if TYPE_CHECKING:
     import torch_geometric.data
@@ -121,6 +122,7 @@ class NeuralGraph(nn.Module):
             num_edges = wiring.edge_index.size(1) if isinstance(wiring, Fixed) else self.num_candidates
         self.rewire(wiring, num_edges)
         self.propagation = make_propagation(propagation)
+        self.register_load_state_dict_pre_hook(check_saved_wiring)
         self.register_load_state_dict_post_hook(_forget_wiring)
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor
 import dnw_graph.ops.flops  # noqa: F401
 from dnw_graph.compact.layers import Layer, require
 from dnw_graph.ops import sparse_product
+from dnw_graph.ops.non_finite import follow_edges, spread
 
 
 class SparseProduct(Layer):
@@ -97,8 +98,12 @@ class DenseProduct(Layer):
     def forward(self, z: Float[Tensor, "batch sources *space"]) -> Float[Tensor, "batch targets *space"]:
         """Return what the targets receive."""
         if z.dim() == 4:
-            return F.conv2d(z, self.weight[:, :, None, None], self.bias)
-        return F.linear(z.movedim(1, -1), self.weight, self.bias).movedim(-1, 1)
+            received = F.conv2d(z, self.weight[:, :, None, None], self.bias)
+        else:
+            received = F.linear(z.movedim(1, -1), self.weight, self.bias).movedim(-1, 1)
+        if spread(received):
+            follow_edges(received, z, *self.weight.nonzero(as_tuple=True), self.weight, self.bias)
+        return received
 
 
 Product = SparseProduct | DenseProduct

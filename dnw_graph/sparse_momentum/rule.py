@@ -13,6 +13,7 @@ from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
 from dnw_graph.selection import select_top_k
 from dnw_graph.wirings import Schedule, Wiring
+from dnw_graph.wirings.saved import refuse_mask
 from dnw_graph.wirings.schedule import as_schedule
 
 
@@ -66,6 +67,11 @@ class SparseMomentum(Wiring):
         if self._found is None or self._found[0] is not kept or self._found[1] != version(kept):
             self._found = kept, version(kept), torch.nonzero(kept).flatten()
         return self._found[2]
+
+    def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
+        """Refuse a state without a real edge; how many they are, the rounds decide."""
+        if "kept" in saved:
+            refuse_mask(saved["kept"], num_candidates, range(1, num_candidates + 1), f"{name}: wiring.kept")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_found": None}

@@ -15,7 +15,7 @@ from dnw_graph.sparsify.budget import edges_per_weight, kept
 from dnw_graph.sparsify.checks import Skip, reasons_to_skip, refuse_module, refuse_weights
 from dnw_graph.sparsify.forward_pass import ForwardPass, RealWeights
 from dnw_graph.sparsify.layers import LayerWeight, find_weights, own_parameters
-from dnw_graph.sparsify.state import accept_dense_names
+from dnw_graph.sparsify.state import before_loading
 from dnw_graph.sparsify.table import SparsityRow, SparsityTable
 from dnw_graph.sparsify.weight_graph import WeightGraph, set_up
 from dnw_graph.wirings import Wiring
@@ -130,7 +130,7 @@ def _attach(module: nn.Module, graphs: Sequence[WeightGraph]) -> None:
         parametrize.register_parametrization(layer, name, real, unsafe=True)
         type(layer).__getstate__ = _refuse_pickling  # type: ignore[method-assign]
     for layer in orders:
-        layer.register_load_state_dict_pre_hook(accept_dense_names)
+        layer.register_load_state_dict_pre_hook(before_loading)
     for each in module.modules():
         if below := dict.fromkeys(real for _, _, _, real in sparse_parameters(each)):
             forward_pass = ForwardPass(tuple(below))

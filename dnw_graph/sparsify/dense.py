@@ -13,7 +13,7 @@ from dnw_graph.errors import InputError
 from dnw_graph.sparsify.access import sparse_parameters
 from dnw_graph.sparsify.forward_pass import ForwardPass
 from dnw_graph.sparsify.layers import own_parameters
-from dnw_graph.sparsify.state import accept_dense_names
+from dnw_graph.sparsify.state import before_loading
 
 
 def densify(module: nn.Module, *, keep_hallucinated: bool = False) -> None:
@@ -65,4 +65,4 @@ def _make_plain(layer: nn.Module, name: str, order: Sequence[str]) -> None:
 
 
 def _is_ours(hook: Any) -> bool:
-    return hook is accept_dense_names or isinstance(getattr(hook, "__self__", None), ForwardPass)
+    return hook is before_loading or isinstance(getattr(hook, "__self__", None), ForwardPass)

@@ -9,16 +9,27 @@ from torch import Tensor, nn
 
 from dnw_graph.errors import InputError
 from dnw_graph.sparsify.access import sparse_parameters
+from dnw_graph.wirings.saved import check_saved_wiring
 
 
-def accept_dense_names(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-    """Have a layer load the weights of a dense one (a pre-hook of ``load_state_dict``); rules keep their state."""
+def before_loading(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Have a sparse layer load the weights of a dense one, and refuse edges that it cannot have.
+
+    A pre-hook of ``load_state_dict``. With the weights of a dense layer, rules keep their state.
+
+    Raises:
+        InputError: See :meth:`~dnw_graph.wirings.Wiring.check_saved`.
+    """
     for path, _, name, real in sparse_parameters(layer):
-        if not path and prefix + name in state_dict:
-            chain = f"{prefix}parametrizations.{name}."
+        if path:
+            continue
+        chain = f"{prefix}parametrizations.{name}."
+        if prefix + name in state_dict:
             state_dict[chain + "original"] = state_dict.pop(prefix + name)
             for key, value in real.state_dict().items():
                 state_dict.setdefault(f"{chain}0.{key}", value)
+        for number, graph in enumerate(real.owned):
+            check_saved_wiring(graph, state_dict, f"{chain}0.owned.{number}.")
 
 
 def dense_state_dict(module: nn.Module, *, keep_hallucinated: bool = False) -> dict[str, Tensor]:

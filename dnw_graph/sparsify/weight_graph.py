@@ -15,6 +15,7 @@ from dnw_graph.errors import InputError
 from dnw_graph.sparsify.layers import LayerWeight, candidate_edges
 from dnw_graph.wirings import Wiring, make_wiring
 from dnw_graph.wirings.checks import check_index
+from dnw_graph.wirings.saved import check_saved_wiring
 
 
 class WeightGraph(nn.Module):
@@ -38,6 +39,7 @@ class WeightGraph(nn.Module):
         self.training = self.wiring.training
         self._num_edges = num_edges
         self._chosen: _Chosen | None = None
+        self.register_load_state_dict_pre_hook(check_saved_wiring)
         self.register_load_state_dict_post_hook(_forget_wiring)
 
     @property

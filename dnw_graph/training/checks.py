@@ -68,18 +68,20 @@ def check_same_run(path: str, then: dict[str, Any], now: dict[str, Any], names: 
             raise InputError(f"{path} is a checkpoint of another program: it knows no {flag(name)}")
         if then[name] == now[name]:
             continue
-        if name == "classes":
-            given, trained = (f"{len(c)} classes, {c[0]!r} ... {c[-1]!r}" for c in (now[name], then[name]))
-            name = "data"
-        elif name == "train_images":
-            given, trained = (f"{n:,} training images" for n in (now[name], then[name]))
-            name = "data"
-        else:
-            given, trained = repr(now[name]), repr(then[name])
+        given, trained = (_shown(name, value) for value in (now[name], then[name]))
+        name = "data" if name in ("classes", "train_images") else name
         raise InputError(
             f"{flag(name)} is {given}, but {path} was trained with {trained}: "
             "give what it was trained with, or start a new run"
         )
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "classes" and isinstance(value, list) and value:
+        return f"{len(value)} classes, {str(value[0])[:50]!r} ... {str(value[-1])[:50]!r}"
+    if name == "train_images" and isinstance(value, int):
+        return f"{value:,} training images"
+    return repr(value)[:100]
 
 
 def output_folder(options: RunOptions) -> Path:

@@ -32,6 +32,7 @@ from dnw_graph.training.data_module import DataModule
 from dnw_graph.training.images import ImageData, hold_out, load_images
 from dnw_graph.training.loggers import make_loggers
 from dnw_graph.training.options import RunOptions
+from dnw_graph.training.resuming import check_resumable, check_weights
 from dnw_graph.training.schedules import SCHEDULES, after_warmup
 from dnw_graph.training.shipping import check_export, export
 from dnw_graph.training.sparse_momentum import SparseMomentumCallback
@@ -104,7 +105,7 @@ def run(
     )
     if options.evaluate and checkpoint:
         return _evaluate(module, data, options, identity, checkpoint)
-    return _train(module, data, options, identity, int(checkpoint["global_step"]) if checkpoint else 0)
+    return _train(module, data, options, identity, checkpoint)
 
 
 def _recompute(model: nn.Module) -> None:
@@ -115,7 +116,13 @@ def _recompute(model: nn.Module) -> None:
         graph.dynamics.recompute = True
 
 
-def _train(module: Classifier, data: DataModule, options: RunOptions, identity: dict[str, Any], steps: int) -> Summary:
+def _train(
+    module: Classifier,
+    data: DataModule,
+    options: RunOptions,
+    identity: dict[str, Any],
+    checkpoint: dict[str, Any] | None,
+) -> Summary:
     folder = output_folder(options)
     if options.check_images:
         check_files(data.images.train, data.images.test)
@@ -125,7 +132,10 @@ def _train(module: Classifier, data: DataModule, options: RunOptions, identity: 
     num_steps = options.epochs * data.steps_per_epoch
     momentum = SparseMomentumCallback(module.model, num_steps, data.steps_per_epoch)
     callbacks = [monitor, training_cost, momentum, checkpoints]
+    steps = checkpoint["global_step"] if checkpoint else 0
     trainer = _trainer(options, data, callbacks, make_loggers(folder, steps))
+    if options.resume and checkpoint:
+        check_resumable(options.resume, checkpoint, trainer, callbacks, module, data.steps_per_epoch)
     try:
         with _repeatable():
             trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)
@@ -178,12 +188,9 @@ def _evaluate(
         make_writable(folder)
     if options.check_images:
         check_files(data.images.test)
-    try:
-        module.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        raise InputError(
-            f"the weights in {options.evaluate} do not fit the model: give a checkpoint of this model"
-        ) from error
+    weights = checkpoint["state_dict"]
+    check_weights(str(options.evaluate), weights, module.state_dict(), "give a checkpoint of this model")
+    module.load_state_dict(weights)
     model = module.model
     # The images decide nothing: they are for counting and for tracing.
     example = torch.zeros(2, 3, data.image_size, data.image_size)

@@ -9,6 +9,7 @@ from torch import nn
 
 from dnw_graph.errors import InputError
 from dnw_graph.training.checkpoint_io import SECTION, read_checkpoint
+from dnw_graph.training.resuming import check_weights
 from dnw_graph.two_stage import fine_tune, lottery_ticket
 
 FIRST, LAST = "first.ckpt", "last.ckpt"
@@ -38,23 +39,20 @@ def second_stage(rule: str, folder: Path, complete: nn.Module, expected: dict[st
                 f"{options.get(name)!r}: train the complete graph first, with --wiring complete"
             )
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
-    if epochs != options["epochs"]:
+    if epochs != options.get("epochs"):
         raise InputError(
-            f"{folder / LAST} stands at epoch {epochs} of {options['epochs']}: finish the run first, with --resume"
+            f"{folder / LAST} stands at epoch {epochs} of {options.get('epochs')!r:.20}: finish the run first, "
+            "with --resume"
         )
-    _load(complete, checkpoint["state_dict"], folder / LAST)
+    complete.load_state_dict(_weights(folder / LAST, checkpoint, complete))
     if rule == "fine_tune":
         return fine_tune(complete)
-    return lottery_ticket(complete, _weights(read_checkpoint(folder / FIRST)["state_dict"]))
+    return lottery_ticket(complete, _weights(folder / FIRST, read_checkpoint(folder / FIRST), complete))
 
 
-def _weights(state: dict[str, Any]) -> dict[str, Any]:
+def _weights(path: Path, checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Return the model's part of the state of a run."""
-    return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-
-
-def _load(model: nn.Module, state: dict[str, Any], path: Path) -> None:
-    try:
-        model.load_state_dict(_weights(state))
-    except RuntimeError as error:
-        raise InputError(f"the weights in {path} do not fit the model: give a run of this model") from error
+    state = checkpoint["state_dict"].items()
+    weights = {name.removeprefix("model."): value for name, value in state if str(name).startswith("model.")}
+    check_weights(str(path), weights, model.state_dict(), "give a run of this model")
+    return weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from jaxtyping import Float, Int
@@ -105,6 +106,21 @@ class Wiring(nn.Module):
             InputError: If weights were NaN or infinite. Again until edges are chosen anew.
         """
         self._selector.raise_non_finite(self._flag)
+
+    def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
+        """Refuse a saved state that the rule cannot go on with. Called before anything of a graph is loaded.
+
+        Of a rule that keeps edges these are distinct candidates in ascending order, as many as the rule keeps.
+
+        Args:
+            saved: The rule's part of a state dict, by the names of its buffers; it may lack some.
+            num_candidates: Number of candidates.
+            num_edges: k.
+            name: The graph's name, for messages.
+
+        Raises:
+            InputError: If it is no state of this rule for such a graph.
+        """
 
     def forget_weights(self) -> None:
         """Have nothing left of the weights so far: no flag, no threshold. Called when they were replaced."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dnw_graph.wirings.base import Wiring
+from dnw_graph.wirings.saved import refuse_edges
 
 
 class Kept(Wiring):
@@ -27,3 +31,8 @@ class Kept(Wiring):
     def choose(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
         """Return the edges that were chosen at the start."""
         return self.index
+
+    def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
+        """Refuse other than k edges, distinct and ascending."""
+        if "index" in saved:
+            refuse_edges(saved["index"], num_candidates, num_edges, f"{name}: wiring.index")

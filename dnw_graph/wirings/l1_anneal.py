@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from torch import Tensor
 from dnw_graph._compat import not_compiled
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
+from dnw_graph.wirings.saved import refuse_mask
 from dnw_graph.wirings.schedule import Schedule, Scheduled, as_schedule
 
 
@@ -82,6 +84,13 @@ class L1Anneal(Scheduled):
     def penalty(self, weight: Tensor) -> Float[Tensor, ""]:
         """Return λ Σ |w| over the edges that are left."""
         return self.now(self.strength) * (weight.abs() * ~self.removed).sum()
+
+    def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
+        """Refuse a state that leaves fewer than k edges."""
+        super().check_saved(saved, num_candidates, num_edges, name)
+        if "removed" in saved:
+            counts = range(num_candidates - num_edges + 1)
+            refuse_mask(saved["removed"], num_candidates, counts, f"{name}: wiring.removed")
 
     def extra_repr(self) -> str:
         """Options, for ``repr``."""

@@ -12,6 +12,7 @@ import torch
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.wirings.base import Wiring
+from dnw_graph.wirings.saved import refuse_counts
 
 # Share of the way from `start` to `end`, at a share of the time between `begin` and `until`.
 SHAPES = {
@@ -171,6 +172,10 @@ class Scheduled(Wiring):
         for schedule in schedules:
             self.now(schedule)
         self.step += 1
+
+    def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
+        """Refuse counters that are no numbers of steps."""
+        refuse_counts(saved, self.counters, f"{name}: wiring")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

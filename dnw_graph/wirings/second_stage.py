@@ -70,6 +70,13 @@ class SecondStage(Kept):
             )
         return self.index
 
+    def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
+        """Refuse other than k edges, distinct and ascending, or as many that are all unknown."""
+        index = saved.get("index")
+        if isinstance(index, Tensor) and not index.is_meta and index.numel() and bool((index == UNKNOWN).all()):
+            saved = {**saved, "index": torch.arange(len(index)).to(index.dtype)}
+        super().check_saved(saved, num_candidates, num_edges, name)
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         index = state_dict.get(prefix + "index")

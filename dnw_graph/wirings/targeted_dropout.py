@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +15,7 @@ from dnw_graph._compat import not_compiled
 from dnw_graph.candidates import Block, CandidateEdges
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.seeding import mix
+from dnw_graph.wirings.saved import refuse_counts
 from dnw_graph.wirings.schedule import Schedule, Scheduled, as_schedule
 
 VARIANTS = ("unconstrained", "regular")
@@ -98,6 +100,11 @@ class TargetedDropout(Scheduled):
         stays = torch.rand(weight.numel(), generator=generator, device=weight.device) >= rho
         stays[self.choose(weight, num_edges, name)] = True
         return torch.nonzero(stays).flatten()
+
+    def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
+        """Refuse a stream or counters that are no whole numbers."""
+        super().check_saved(saved, num_candidates, num_edges, name)
+        refuse_counts(saved, ("stream",), f"{name}: wiring")
 
     def _strongest_per_node(self, magnitude: Float[Tensor, " candidates"], num_edges: int) -> Int[Tensor, " edges"]:
         """Return, for every node, its edges but the ⌊γ · fan-in⌋ weakest, ties to the lower index."""

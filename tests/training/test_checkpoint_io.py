@@ -14,7 +14,12 @@ from dnw_graph.training.checkpoint_io import FORMAT, SECTION, WholeFileIO, read_
 
 
 def checkpoint(value: int) -> dict[str, Any]:
-    return {SECTION: {"format": FORMAT, "options": {}}, "weights": torch.full((1000,), value)}
+    return {
+        SECTION: {"format": FORMAT, "options": {}},
+        "global_step": value,
+        "loops": {"fit_loop": {"epoch_progress": {"current": {"completed": 0}}}},
+        "state_dict": {"weights": torch.full((1000,), value)},
+    }
 
 
 @pytest.fixture
@@ -51,9 +56,9 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_round_trip(path: Path):
-    assert torch.equal(read_checkpoint(path)["weights"], torch.full((1000,), 1))
+    assert torch.equal(read_checkpoint(path)["state_dict"]["weights"], torch.full((1000,), 1))
     WholeFileIO().save_checkpoint(checkpoint(2), path)
-    assert torch.equal(WholeFileIO().load_checkpoint(path)["weights"], torch.full((1000,), 2))
+    assert torch.equal(WholeFileIO().load_checkpoint(path)["state_dict"]["weights"], torch.full((1000,), 2))
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
 
 
@@ -62,7 +67,7 @@ def test_full_disk_leaves_the_previous_checkpoint(path: Path, monkeypatch: pytes
         fill_disk(patch)
         with pytest.raises(InputError, match=f"cannot write checkpoint {path} \\(No space left on device\\)"):
             WholeFileIO().save_checkpoint(checkpoint(2), path)
-    assert torch.equal(read_checkpoint(path)["weights"], torch.full((1000,), 1))
+    assert torch.equal(read_checkpoint(path)["state_dict"]["weights"], torch.full((1000,), 1))
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
 
 
@@ -75,7 +80,7 @@ def test_killed_process_leaves_the_previous_checkpoint(path: Path, moment: str):
         WholeFileIO().save_checkpoint(checkpoint(2), path)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 9
-    assert torch.equal(read_checkpoint(path)["weights"], torch.full((1000,), 1))
+    assert torch.equal(read_checkpoint(path)["state_dict"]["weights"], torch.full((1000,), 1))
     assert not [p for p in path.parent.glob("*.ckpt") if p != path]
     WholeFileIO().save_checkpoint(checkpoint(3), path)
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]

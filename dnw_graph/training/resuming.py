@@ -1,0 +1,143 @@
+"""What a checkpoint must hold for a run to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from dnw_graph.cost import neural_graphs
+from dnw_graph.errors import InputError
+from dnw_graph.training.checkpoint_io import damaged
+from dnw_graph.training.checkpoints import Checkpoints, loop_state
+from dnw_graph.training.classifier import Classifier
+from dnw_graph.training.structure import match
+from dnw_graph.training.training_cost import TrainingCost
+from dnw_graph.training.wiring_monitor import WiringMonitor
+
+# What optimiser and schedule cannot do without; what else they have differs between versions of PyTorch.
+GROUP = ("params", "lr", "initial_lr", "momentum", "dampening", "weight_decay", "nesterov")
+SCHEDULE = ("base_lrs", "last_epoch", "_step_count", "_last_lr")
+
+
+def check_weights(path: str, given: Mapping[str, Any], model_state: Mapping[str, Tensor], hint: str) -> None:
+    """Refuse weights of another model.
+
+    Args:
+        path: The checkpoint.
+        given: Its weights.
+        model_state: ``state_dict`` of the model.
+        hint: What to give instead.
+
+    Raises:
+        InputError: If names, shapes or types differ, or a number is NaN or infinite.
+    """
+    try:
+        match(given, model_state, "state_dict")
+    except InputError as error:
+        raise InputError(f"the weights in {path} do not fit the model: {hint} ({error})") from error
+
+
+def check_resumable(
+    path: str,
+    checkpoint: Mapping[str, Any],
+    trainer: Trainer,
+    callbacks: Sequence[Callback],
+    module: Classifier,
+    steps_per_epoch: int,
+) -> None:
+    """Refuse a checkpoint from which a run could not go on exactly.
+
+    Args:
+        path: The checkpoint.
+        checkpoint: Its content.
+        trainer: The trainer that is to go on.
+        callbacks: Its callbacks.
+        module: What it trains.
+        steps_per_epoch: Steps of one epoch.
+
+    Raises:
+        InputError: If weights, state of the optimiser or the schedule, position or state of a callback are missing, are
+            built otherwise than those of this run, or contradict one another.
+    """
+    check_weights(path, checkpoint["state_dict"], module.state_dict(), "give a checkpoint of this run")
+    try:
+        _check_callbacks(checkpoint, callbacks, module)
+        _check_loops(checkpoint, trainer, callbacks, steps_per_epoch)
+        _check_optimizer(checkpoint, module)
+        plugin = trainer.precision_plugin
+        if state := plugin.state_dict():
+            name = type(plugin).__qualname__
+            match(checkpoint.get(name), state, name)
+    except InputError as error:
+        raise damaged(path, f"cannot be continued from ({error})") from error
+
+
+def _check_callbacks(checkpoint: Mapping[str, Any], callbacks: Sequence[Callback], module: Classifier) -> None:
+    graphs = neural_graphs(module.model)
+    like: dict[str, Any] = {each.state_key: each.state_dict() for each in callbacks if each.state_dict()}
+    for each in callbacks:
+        if isinstance(each, Checkpoints):
+            like[each.state_key]["best_top1"] = float | None
+        if isinstance(each, WiringMonitor):
+            like[each.state_key] = {"initial": dict, "epoch_start": dict}
+    match(checkpoint.get("callbacks"), like, "callbacks")
+    for each in callbacks:
+        if isinstance(each, WiringMonitor):
+            for kind, edges in checkpoint["callbacks"][each.state_key].items():
+                where = f"callbacks.{each.state_key}.{kind}"
+                if kind == "initial" or edges:  # of an epoch that has not begun there are none
+                    match(edges, dict.fromkeys(graphs, Tensor), where)
+                for name, index in edges.items():
+                    if not _ascending(index, graphs[name].num_candidates):
+                        raise InputError(f"{where}.{name} is no list of candidates, ascending")
+        if isinstance(each, TrainingCost) and checkpoint["callbacks"][each.state_key]["multiply_adds"] < 0:
+            raise InputError(f"callbacks.{each.state_key}.multiply_adds is below 0")
+
+
+def _ascending(index: Tensor, num_candidates: int) -> bool:
+    if index.dim() != 1 or index.dtype != torch.int32:
+        return False
+    index = index.long()
+    return bool((index.diff(prepend=index.new_tensor([-1]), append=index.new_tensor([num_candidates])) > 0).all())
+
+
+def _check_loops(
+    checkpoint: Mapping[str, Any], trainer: Trainer, callbacks: Sequence[Callback], steps_per_epoch: int
+) -> None:
+    steps = checkpoint["global_step"]
+    loop = checkpoint["loops"]["fit_loop"]
+    match(loop, trainer.fit_loop.state_dict(), "loops.fit_loop")
+    complete = next(
+        checkpoint["callbacks"][each.state_key]["epoch_complete"] for each in callbacks if isinstance(each, Checkpoints)
+    )
+    expected = loop_state(steps, steps_per_epoch, complete)
+    done = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
+    if {**loop, **expected} != loop or done != steps:
+        raise InputError(f"loops.fit_loop is not that of step {steps}")
+
+
+def _check_optimizer(checkpoint: Mapping[str, Any], module: Classifier) -> None:
+    fresh = module.configure_optimizers()
+    optimizer, scheduler = fresh["optimizer"], fresh["lr_scheduler"]["scheduler"]
+    match(checkpoint.get("optimizer_states"), [{"state": dict, "param_groups": list}], "optimizer_states")
+    ((given,), state) = checkpoint["optimizer_states"], optimizer.state_dict()
+    groups = [{name: group[name] for name in GROUP} for group in state["param_groups"]]
+    match(given["param_groups"], groups, "optimizer_states.0.param_groups", exact=False)
+    for number, (group, like) in enumerate(zip(given["param_groups"], groups, strict=True)):
+        wrong = [name for name in GROUP if name != "lr" and group[name] != like[name]]
+        if wrong:
+            raise InputError(f"optimizer_states.0.param_groups.{number} has another {wrong[0]} than the run")
+    # A parameter without a gradient so far has no momentum.
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    known = {n: {"momentum_buffer": each} for n, each in enumerate(parameters) if n in given["state"]}
+    match(given["state"], known, "optimizer_states.0.state")
+    if bool(known) != bool(checkpoint["global_step"] and module.momentum):
+        raise InputError(f"optimizer_states.0.state has the momentum of {len(known)} parameters")
+    schedule = {name: value for name, value in scheduler.state_dict().items() if name in SCHEDULE}
+    match(checkpoint.get("lr_schedulers"), [schedule], "lr_schedulers", exact=False)
+    if checkpoint["lr_schedulers"][0]["last_epoch"] != checkpoint["global_step"]:
+        raise InputError(f"lr_schedulers.0.last_epoch is not step {checkpoint['global_step']}")

@@ -1,0 +1,104 @@
+"""What the saved state of a rule must be: it may come from a file, and products over the edges rely on it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnw_graph.errors import InputError
+
+
+def check_saved_wiring(graph: Any, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+    """Refuse saved edges that a graph cannot have, before anything of the graph is loaded.
+
+    A pre-hook of ``load_state_dict``.
+
+    Args:
+        graph: A graph with a wiring.
+        state_dict: What is loaded.
+        prefix: The part of its names that leads to the graph.
+        others: Not used.
+
+    Raises:
+        InputError: See :meth:`~dnw_graph.wirings.Wiring.check_saved`.
+    """
+    prefix += "wiring."
+    saved = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    graph.wiring.check_saved(saved, graph.num_candidates, graph.num_edges, graph.name)
+
+
+def refuse_edges(index: object, num_candidates: int, num_edges: int, what: str) -> None:
+    """Refuse what are not k distinct candidates in ascending order.
+
+    Args:
+        index: The flat indices of the edges.
+        num_candidates: Number of candidates.
+        num_edges: k.
+        what: What they are, for the message.
+
+    Raises:
+        InputError: If it is another tensor; values on the meta device are not looked at.
+    """
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.shape != (num_edges,):
+        raise InputError(f"{what} must be an int64 tensor of the {num_edges:,} edges; got {_shown(index)}")
+    if index.is_meta:
+        return
+    bounds = index.new_tensor([-1]), index.new_tensor([num_candidates])
+    if bool((index.diff(prepend=bounds[0], append=bounds[1]) <= 0).any()):
+        raise InputError(
+            f"{what} must be distinct candidates in 0 … {num_candidates - 1:,}, ascending; got "
+            f"{_count(index, num_candidates)}: the file is damaged or of another graph"
+        )
+
+
+def refuse_mask(mask: object, num_candidates: int, counts: range, what: str) -> None:
+    """Refuse what does not say of each candidate whether it belongs to a set.
+
+    Args:
+        mask: The mask.
+        num_candidates: Number of candidates.
+        counts: How many the set may hold.
+        what: What it is, for the message.
+
+    Raises:
+        InputError: If it is another tensor, or the set is smaller or larger.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (num_candidates,):
+        raise InputError(f"{what} must be a bool tensor of the {num_candidates:,} candidates; got {_shown(mask)}")
+    if not mask.is_meta and int(mask.sum()) not in counts:
+        raise InputError(
+            f"{what} must hold {counts.start:,} to {counts.stop - 1:,} candidates; got {int(mask.sum()):,}: the file "
+            "is damaged or of another graph"
+        )
+
+
+def refuse_counts(saved: Mapping[str, Any], names: Collection[str], what: str) -> None:
+    """Refuse numbers of steps and the like that are none.
+
+    Args:
+        saved: Saved state by name.
+        names: Those that are whole numbers from 0 up; they may be missing.
+        what: Whose they are, for the message.
+
+    Raises:
+        InputError: If one is something else.
+    """
+    for key in saved.keys() & names:
+        value = saved[key]
+        if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim():
+            raise InputError(f"{what}.{key} must be one int64 number; got {_shown(value)}")
+        if not value.is_meta and int(value) < 0:
+            raise InputError(f"{what}.{key} must be 0 or more; got {int(value)}: the file is damaged")
+
+
+def _count(index: Tensor, num_candidates: int) -> str:
+    outside = int(((index < 0) | (index >= num_candidates)).sum())
+    repeated = len(index) - len(index.unique())
+    return f"{outside:,} outside, {repeated:,} repeated, {int((index.diff() < 0).sum()):,} out of order"
+
+
+def _shown(value: object) -> str:
+    return f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
