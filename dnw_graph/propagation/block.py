@@ -22,8 +22,8 @@ class BlockPropagation(Propagation):
     included, and the gradient with respect to Z goes through the non-zero entries only. So the method needs no more
     than a W whose backward hands that gradient to the candidates unmasked.
 
-    A state that is NaN or infinite reaches what real edges lead to and nothing else, as in sparse propagation. The zeros
-    of W would spread it (0 · ∞ is NaN): on a CPU one target of every product is looked at, and where a source is not
+    A state that is NaN or infinite reaches what real edges lead to and nothing else, as in sparse propagation. Zeros of
+    W would spread it (0 · ∞ is NaN): on a CPU one target of every product is looked at, and where a source is not
     finite the product is computed over the edges. On a GPU, for which the host would have to wait, and in compiled or
     transformed code nobody looks: there, all targets of the block get NaN.
 
