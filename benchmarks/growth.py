@@ -6,6 +6,7 @@ quarter to sixteen times as many real edges while the nodes stay.
 
 from __future__ import annotations
 
+import io
 from argparse import Namespace
 from collections.abc import Callable
 from fractions import Fraction
@@ -20,6 +21,7 @@ from timing import median_times
 from torch import nn
 
 from dnw_graph import NeuralGraph
+from dnw_graph.whole_file import write_whole
 
 BLOCKS, EDGES = (256, 512, 512, 512, 512, 512, 512), 72_990
 SCALES = (Fraction(1, 2), Fraction(1), Fraction(2))
@@ -92,9 +94,9 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
         axis.grid(color="#dddddd")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("milliseconds per training step")
-    unfinished = path.with_name(path.name + ".part")
-    figure.savefig(unfinished, format="png", dpi=130)
-    unfinished.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    write_whole(path, picture.getbuffer(), "path")
 
 
 def _case(blocks: tuple[int, ...], edges: int, side: int, options: Namespace) -> Case:

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch_geometric
 
+from dnw_graph.whole_file import write_whole
+
 Way = TypeVar("Way")
 
 
@@ -87,9 +89,8 @@ def report(
     print(f"{title}\n{', '.join(f'{key} {value}' for key, value in where.items())}\n")
     print_table(rows)
     if options.json is not None:
-        unfinished = options.json.with_name(options.json.name + ".part")
-        unfinished.write_text(json.dumps({"title": title, "machine": where, "rows": list(rows)}, indent=1) + "\n")
-        unfinished.replace(options.json)
+        content = json.dumps({"title": title, "machine": where, "rows": list(rows)}, indent=1) + "\n"
+        write_whole(options.json, content.encode(), "--json")
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

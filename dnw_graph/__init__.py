@@ -1,23 +1,39 @@
 """Discovering neural wirings: graphs of single channels that learn which channels connect to which."""
 
-from dnw_graph.candidates import CandidateEdges
-from dnw_graph.dynamics import Continuous, Discrete, Static
-from dnw_graph.errors import InputError
-from dnw_graph.neural_graph import NeuralGraph, wiring_penalty
-from dnw_graph.wirings import (
-    DNW,
-    Complete,
-    FineTune,
-    Fixed,
-    L1Anneal,
-    LotteryTicket,
-    NoUpdate,
-    RandomGraph,
-    Schedule,
-    TargetedDropout,
-    Wiring,
-    create_wiring,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dnw_graph.candidates import CandidateEdges
+    from dnw_graph.dynamics import Continuous, Discrete, Static
+    from dnw_graph.errors import InputError
+    from dnw_graph.neural_graph import NeuralGraph, wiring_penalty
+    from dnw_graph.wirings import (
+        DNW,
+        Complete,
+        FineTune,
+        Fixed,
+        L1Anneal,
+        LotteryTicket,
+        NoUpdate,
+        RandomGraph,
+        Schedule,
+        TargetedDropout,
+        Wiring,
+        create_wiring,
+    )
+
+# Where the public names are. They are imported when they are first used, so that a program can prepare for Ctrl-C (see
+# dnw_graph.stopping) before the seconds that PyTorch takes to load.
+_HOMES = {
+    "CandidateEdges": "candidates",
+    "Continuous": "dynamics",
+    "Discrete": "dynamics",
+    "InputError": "errors",
+    "NeuralGraph": "neural_graph",
+    "Static": "dynamics",
+    "wiring_penalty": "neural_graph",
+}
 
 __all__ = [
     "DNW",
@@ -41,3 +57,14 @@ __all__ = [
     "wiring_penalty",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'wirings')}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,6 +15,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dnw_graph import stopping
+
+if __name__ == "__main__":
+    stopping.start()  # before the imports that take seconds
+
 from torch import nn
 
 from dnw_graph.models import TINY_DYNAMICS, create_model

@@ -16,6 +16,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dnw_graph import stopping
+
+if __name__ == "__main__":
+    stopping.start()  # before the imports that take seconds
+
 import torchvision
 from torch import nn
 

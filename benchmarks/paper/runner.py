@@ -26,6 +26,7 @@ from rows import Row, Table
 
 from dnw_graph import InputError
 from dnw_graph.training import RunOptions
+from dnw_graph.whole_file import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -72,7 +73,10 @@ class Run:
                         f"{self.folder} holds a run with {name} {before.get(name)!r}, not {self.options.get(name)!r}: "
                         "give another --output, or remove the folder"
                     )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make folder {self.folder} ({error.strerror}): give another --output") from error
         write(asked, self.options)
 
     def execute(self, threads: int) -> dict[str, Any] | None:
@@ -107,9 +111,7 @@ def machine_options() -> set[str]:
 
 def write(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    partial.replace(path)
+    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(), "--output")
 
 
 def main(table: Table, description: str, argv: Sequence[str] | None = None) -> int:
@@ -129,20 +131,19 @@ def main(table: Table, description: str, argv: Sequence[str] | None = None) -> i
         runs = _runs(table, rows, options, _pairs(further))
         for run in runs:
             run.check()
+        results = _execute(runs, options.jobs)
+        lines, figures = table_lines(table, rows, results)
+        if lines:
+            print("\n" + "\n".join(lines))
+            write_whole(options.output / f"{table.name}.md", ("\n".join(lines) + "\n").encode(), "--output")
+            for path in (options.output / f"{table.name}.json", *([options.json] if options.json else [])):
+                write(path, figures)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    try:
-        results = _execute(runs, options.jobs)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 1
-    lines, figures = table_lines(table, rows, results)
-    if lines:
-        print("\n" + "\n".join(lines))
-        (options.output / f"{table.name}.md").write_text("\n".join(lines) + "\n")
-        for path in (options.output / f"{table.name}.json", *([options.json] if options.json else [])):
-            write(path, figures)
     return 0 if len(results) == len(runs) else 1
 
 

@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +31,7 @@ from dnw_graph import InputError
 from dnw_graph.cost import cost
 from dnw_graph.errors import unknown_name
 from dnw_graph.models import STAGES, create_model, edges_at_width
+from dnw_graph.whole_file import write_whole
 
 TITLE = f"Table 3: models for ImageNet, images of {SIDE} pixels"
 TOLERANCE = 0.02
@@ -209,9 +209,7 @@ def _write(path: Path, results: Sequence[tuple[Row, Counted]]) -> None:
         for row, counted in results
     ]
     content = {"title": TITLE, "versions": {name: version(name) for name in libraries}, "rows": rows}
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode(), "--json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -231,12 +229,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.json is not None and not options.json.parent.is_dir():
             raise InputError(f"--json: there is no folder {options.json.parent}")
         results = [(row, count(row, checkpoints.get(row.name or ""))) for row in ROWS]
+        print("\n".join([TITLE, "", *lines(results)]))
+        if options.json is not None:
+            _write(options.json, results)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    print("\n".join([TITLE, "", *lines(results)]))
-    if options.json is not None:
-        _write(options.json, results)
     return 0
 
 

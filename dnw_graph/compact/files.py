@@ -28,6 +28,7 @@ from dnw_graph.compact.model import CompactModel
 from dnw_graph.compact.products import DenseProduct, SparseProduct
 from dnw_graph.compact.static_graphs import FusedGraph, StaticGraph
 from dnw_graph.errors import InputError
+from dnw_graph.whole_file import write_whole
 
 FORMAT = "dnw_graph.compact"
 VERSION = 1
@@ -58,7 +59,7 @@ KINDS: dict[str, type[Layer]] = {
 def save_compact(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a compact model to a file from which :func:`load_compact` makes it again, without the original model.
 
-    The file is written whole or not at all: to a temporary file beside it, which is then renamed.
+    The file is written whole or not at all.
 
     Args:
         module: What :func:`~dnw_graph.compact.compact` returned.
@@ -77,17 +78,7 @@ def save_compact(module: nn.Module, path: str | os.PathLike[str]) -> None:
     config = json.dumps(_describe(module, ""))
     metadata = {"format": FORMAT, "version": str(VERSION), "config": config}
     contents = save({name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}, metadata)
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path} ({error.strerror}): make room, or give another path") from error
+    write_whole(Path(path), contents, "path")
 
 
 def load_compact(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> CompactModel:

@@ -14,6 +14,7 @@ from dnw_graph.checksum import checksum
 from dnw_graph.errors import InputError
 from dnw_graph.training.archive import read_archive
 from dnw_graph.training.structure import match
+from dnw_graph.whole_file import write_whole
 
 # Where a checkpoint says that it is ours, of which run, and what the checksum of all the rest is.
 SECTION = "dnw_graph"
@@ -28,10 +29,9 @@ CONTENT = {
 
 
 class WholeFileIO(CheckpointIO):
-    """Writes to a temporary file beside the checkpoint and renames it once it is on the disk.
+    """Writes a checkpoint whole or not at all.
 
-    A run that is killed, or a disk that fills up, leaves the previous checkpoint as it was; at most a file
-    ``<name>.partial`` is left, which the next checkpoint overwrites.
+    A run that is killed, or a disk that fills up, leaves the previous checkpoint as it was.
     """
 
     def save_checkpoint(
@@ -45,19 +45,7 @@ class WholeFileIO(CheckpointIO):
         checkpoint = {**checkpoint, SECTION: {**checkpoint[SECTION], "checksum": checksum(checkpoint)}}
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            with open(partial, "wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise InputError(
-                f"cannot write checkpoint {path} ({error.strerror}): make room, or give another --output"
-            ) from error
+        write_whole(Path(path), buffer.getbuffer(), "--output")
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None

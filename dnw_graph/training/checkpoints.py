@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from dnw_graph import stopping
 from dnw_graph.errors import InputError
 from dnw_graph.training.checkpoint_io import FORMAT, SECTION
+from dnw_graph.training.loggers import Table
 
 
 class Checkpoints(Checkpoint):
@@ -24,14 +22,15 @@ class Checkpoints(Checkpoint):
     ``first.ckpt`` is the checkpoint before the first step, ``best.ckpt`` that of the epoch with the highest top-1
     accuracy. All can be resumed from.
 
-    Checkpoints are taken between steps only, where weights, optimiser and schedule belong together. A run on one
-    device that fails or is stopped (Ctrl-C, SIGTERM) saves its last complete step on the way out; Ctrl-C lets the step
-    in progress end first, a second Ctrl-C does not. A state that is not finite is refused.
+    Checkpoints are taken between steps only, where weights, optimiser and schedule belong together. A run that is
+    stopped (Ctrl-C, SIGTERM) ends the step in progress and saves it, on all devices the same; a run on one device that
+    fails saves its last complete step on the way out. A state that is not finite is refused.
 
     Args:
         folder: Folder of the checkpoints.
         save_every: Steps between checkpoints within an epoch; 0 for none.
         identity: Options of the run, saved so that a resumed run can be compared.
+        table: The run's ``metrics.csv``; a checkpoint says how many of its rows came before.
 
     Attributes:
         best_top1: Highest top-1 accuracy so far, or None.
@@ -39,17 +38,18 @@ class Checkpoints(Checkpoint):
         seconds: Time spent in training, over all parts of a resumed run.
     """
 
-    def __init__(self, folder: Path, save_every: int, identity: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, save_every: int, identity: dict[str, Any], table: Table | None = None) -> None:
         self.folder = folder
         self.save_every = save_every
         self.identity = identity
+        self.table = table
         self.best_top1: float | None = None
         self.best_epoch = 0
         self._seconds_before = 0.0
         self._started = time.monotonic()
         self._in_step = False
         self._epoch_complete = True
-        self._sigint: Any = None
+        self._stoppable = False
 
     @property
     def last(self) -> Path:
@@ -72,17 +72,36 @@ class Checkpoints(Checkpoint):
         return self._seconds_before + time.monotonic() - self._started
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock, save the start, and take over Ctrl-C, which Lightning gives back at the end."""
+        """Save the start, and start the clock; from now on Ctrl-C and SIGTERM wait for the end of a step."""
+        stopping.defer()
+        self._stoppable = True
         if not trainer.global_step:
-            trainer.save_checkpoint(self.first)
+            self._save(trainer, self.first)
         self._started = time.monotonic()
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            self._sigint = signal.signal(signal.SIGINT, self._stop)
+        self._save_last(trainer, due=False)
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, self._sigint)
-        print("\nstopping after this step; Ctrl-C again to stop at once", file=sys.stderr)
-        signal.raise_signal(signal.SIGTERM)  # Lightning ends the step, then the run
+    def _save(self, trainer: Trainer, path: Path) -> None:
+        trainer.save_checkpoint(path)
+        stopping.saved(path)
+
+    def _save_last(self, trainer: Trainer, due: bool) -> None:
+        """Save if it is time, and save and stop if any rank was told to.
+
+        All ranks call this at the same places, so they stop at the same.
+        """
+        number = stopping.requested()
+        if trainer.world_size > 1:
+            told = torch.tensor(number, device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+            number = int(told)
+        stopping.agree(number)
+        if due or number:
+            self._save(trainer, self.last)
+        if not number:
+            return
+        if trainer.is_global_zero:
+            stopping.say(f"stopped after step {trainer.global_step}: {stopping.how_to_continue()}")
+        raise stopping.Stopped(number)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note that a step is in progress."""
@@ -92,10 +111,14 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save every so many steps."""
+        """Save every so many steps, and stop if told to."""
         self._in_step = False
-        if self.save_every and trainer.global_step % self.save_every == 0:
-            trainer.save_checkpoint(self.last)
+        self._save_last(trainer, due=bool(self.save_every) and trainer.global_step % self.save_every == 0)
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Stop if told to, within an evaluation that is part of the training."""
+        if self._stoppable:
+            self._save_last(trainer, due=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save at the end of an epoch, after validation."""
@@ -104,16 +127,23 @@ class Checkpoints(Checkpoint):
         if self.best_top1 is None or top1 > self.best_top1:
             self.best_top1, self.best_epoch = top1, trainer.current_epoch + 1
             trainer.save_checkpoint(self.best)
-        trainer.save_checkpoint(self.last)
+        self._save_last(trainer, due=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave evaluations that follow alone."""
+        self._stoppable = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save the last complete step of a run on one device."""
+        """Save the last complete step of a run on one device that fails."""
         # With several devices the others may not be at the same step, and saving would wait for them.
-        if trainer.world_size == 1 and not self._in_step and trainer.global_step:
-            trainer.save_checkpoint(self.last)
-            if isinstance(exception, SIGTERMException):
-                step = f"step {trainer.global_step}"
-                print(f"\nstopped after {step}: continue with --resume {self.last}", file=sys.stderr)
+        if trainer.world_size > 1 or isinstance(exception, stopping.Stopped) or not self._stoppable or self._in_step:
+            return
+        if trainer.global_step:
+            try:
+                self._save(trainer, self.last)
+            except InputError as error:
+                if not isinstance(exception, InputError):  # the error that is about to be shown says enough
+                    stopping.say(f"the last complete step is lost: {error}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best result, the time, and whether the epoch has been evaluated."""
@@ -145,6 +175,8 @@ class Checkpoints(Checkpoint):
                 "or infinite: this state is not saved, and earlier checkpoints stay as they are; lower --lr"
             )
         checkpoint[SECTION] = {"format": FORMAT, "options": self.identity}
+        if self.table is not None:
+            checkpoint[SECTION]["metrics_rows"] = self.table.rows
         checkpoint["loops"]["fit_loop"].update(
             loop_state(trainer.global_step, int(trainer.num_training_batches), self._epoch_complete)
         )

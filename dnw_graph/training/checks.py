@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 
 from dnw_graph.errors import InputError
+from dnw_graph.stopping import is_first_process
 from dnw_graph.training.image_check import check_images
 from dnw_graph.training.images import FileImages, Images
 from dnw_graph.training.options import RunOptions, flag
@@ -38,13 +36,14 @@ def check_hardware(options: RunOptions) -> None:
         raise InputError("--precision 16-mixed needs a GPU: give bf16-mixed or 32-true")
 
 
-@rank_zero_only
 def check_files(*parts: Images) -> None:
-    """Look at the files of all images that are files.
+    """Look at the files of all images that are files; in the first process of a run.
 
     Raises:
         InputError: If any of them is broken.
     """
+    if not is_first_process():
+        return
     paths = [path for part in parts if isinstance(part, FileImages) for path in part.paths]
     if len(paths) >= MANY_IMAGES:
         print(f"checking {len(paths):,} image files (--no-check-images skips this)", flush=True)
@@ -82,40 +81,3 @@ def _shown(name: str, value: Any) -> str:
     if name == "train_images" and isinstance(value, int):
         return f"{value:,} training images"
     return repr(value)[:100]
-
-
-def output_folder(options: RunOptions) -> Path:
-    """Return the folder of a training run, made if needed.
-
-    Raises:
-        InputError: If it cannot be written to, or holds another run.
-    """
-    if options.output is not None:
-        folder = Path(options.output)
-    elif options.resume is not None:
-        folder = Path(options.resume).parent
-    else:
-        folder = next(path for n in itertools.count(1) if not (path := Path("runs", str(n))).exists())
-    last = folder / "last.ckpt"
-    if last.exists() and not options.resume:
-        raise InputError(f"{folder} already holds a run: continue it with --resume {last}, or give another --output")
-    make_writable(folder)
-    return folder
-
-
-@rank_zero_only
-def make_writable(folder: Path) -> None:
-    """Make a folder if needed and see that files can be made in it.
-
-    Raises:
-        InputError: If not.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"cannot write to output folder {folder} ({error.strerror}): give another one with --output"
-        ) from error

@@ -12,14 +12,13 @@ from dataclasses import fields
 from typing import Any, get_type_hints
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentError, ArgumentParser, DefaultHelpFormatter
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dnw_graph.errors import InputError
+from dnw_graph.stopping import Stopped
 from dnw_graph.training.options import ModelOptions, RunOptions, flag
 from dnw_graph.training.run import run
 
 BAD_INPUT = 2
-STOPPED = 143
 
 # Said by Lightning where it does not apply here, or is of no use to whoever runs an example.
 NOISE = (
@@ -46,7 +45,8 @@ def main(description: str, models: type[ModelOptions], defaults: RunOptions, arg
         argv: Arguments, if not those of the process.
 
     Returns:
-        The exit status: 0; 2 after one line on stderr for input that cannot be used; 143 if the run was stopped.
+        The exit status: 0; 2 after one line on stderr for input that cannot be used; 130 if the run was stopped by
+        Ctrl-C and 143 if by SIGTERM, after one line that says how to go on.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -60,8 +60,8 @@ def main(description: str, models: type[ModelOptions], defaults: RunOptions, arg
     except (InputError, ArgumentError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
-    except SIGTERMException:
-        return STOPPED
+    except Stopped as stopped:
+        return int(stopped.code or 0)
     return 0
 
 

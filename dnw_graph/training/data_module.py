@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dnw_graph.errors import InputError
+from dnw_graph.stopping import SIGNALS
 from dnw_graph.training.augmentation import transforms
 from dnw_graph.training.images import EvaluationSamples, ImageData, TrainSamples
 from dnw_graph.training.options import RunOptions
@@ -19,11 +21,26 @@ DEFAULT_SIZES = {"digits": 16, "cifar10": 32, "folder": 224}
 MAX_DEFAULT_WORKERS = 8
 
 
-def _leave_stopping_to_the_parent(worker: int) -> None:
-    # Ctrl-C, and often SIGTERM, reach the whole process group. If a worker failed of it, the step in progress, which is
-    # to be finished and saved, would fail too. SIGTERM must still end a worker: that is how its parent stops it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+class _Loader(DataLoader[tuple[Tensor, int]]):
+    """Has workers that leave stopping to their parent.
+
+    Ctrl-C, and often SIGTERM, reach the whole process group. If a worker ended of it, the step in progress, which is to
+    be finished and saved, would fail too. A worker ends when its parent says so, or is gone.
+    """
+
+    def __iter__(self) -> Any:
+        if not self.num_workers or not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which workers inherit until they ignore signals
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ignore_signals(worker: int) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class DataModule(LightningDataModule):
@@ -93,11 +110,11 @@ class DataModule(LightningDataModule):
         self, samples: TrainSamples | EvaluationSamples, order: TrainOrder | EvaluationOrder
     ) -> DataLoader[tuple[Tensor, int]]:
         assert self.trainer is not None
-        return DataLoader(
+        return _Loader(
             samples,
             batch_sampler=order,
             num_workers=self.workers,
-            worker_init_fn=_leave_stopping_to_the_parent,
+            worker_init_fn=_ignore_signals,
             persistent_workers=self.workers > 0,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )

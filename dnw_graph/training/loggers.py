@@ -3,31 +3,151 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
+from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from dnw_graph.errors import InputError
+from dnw_graph.stopping import is_first_process
+from dnw_graph.whole_file import write_whole
 
 
-def make_loggers(folder: Path, steps: int) -> list[Logger]:
-    """Return the loggers to ``metrics.csv`` and ``tensorboard/``.
-
-    What an interrupted run logged after the checkpoint that is resumed from is dropped: it will be logged again.
+class Table(Logger):
+    """Writes ``metrics.csv``: a row per call, on the disk when the call returns.
 
     Args:
         folder: Folder of the run.
-        steps: Steps trained before; 0 for a new run.
+        rows: Rows of the file to keep, which are those that a resumed checkpoint has seen; None for all. Others, of
+            which the last may be torn, are dropped: they will come again.
+
+    Attributes:
+        rows: Number of rows in the file.
+
+    Raises:
+        InputError: If the file cannot be read or written.
     """
-    table = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
-    _keep_rows(table, folder / "metrics.csv", steps)
-    return [table, TensorBoardLogger(folder, name="tensorboard", version="", purge_step=steps or None)]
+
+    def __init__(self, folder: Path, rows: int | None) -> None:
+        super().__init__()
+        self.path = folder / "metrics.csv"
+        self.columns: list[str] = []
+        self.rows = 0
+        if is_first_process():
+            self._keep(rows)
+
+    @property
+    def name(self) -> str:
+        """No name: there is one table in the folder of a run."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """No version."""
+        return ""
+
+    def _keep(self, rows: int | None) -> None:
+        kept = self._read(rows)
+        self.rows = len(kept)
+        if kept:
+            self._rewrite(kept)
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def _read(self, rows: int | None) -> list[dict[str, Any]]:
+        try:
+            with open(self.path, newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                kept = list(islice(reader, rows))
+                self.columns = list(reader.fieldnames or [])
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, csv.Error) as error:
+            raise InputError(f"{self.path} cannot be read ({error}): move it away; its rows are lost") from error
+        return kept
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.path, text.getvalue().encode(), "--output")
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add a row. One with new columns has the file written anew.
+
+        Raises:
+            InputError: If the file cannot be written.
+        """
+        if not is_first_process():
+            return
+        row = {**metrics, "step": step}
+        new = set(row) - set(self.columns)
+        if new:
+            rows = self._read(self.rows)
+            self.columns = sorted({*self.columns, *new})
+            self._rewrite([*rows, row])
+        else:
+            text = io.StringIO(newline="")
+            csv.DictWriter(text, self.columns).writerow(row)
+            self._append(text.getvalue().encode())
+        self.rows += 1
+
+    def _append(self, line: bytes) -> None:
+        try:
+            with open(self.path, "ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self.path} ({error.strerror or error}): make room, or give another --output"
+            ) from error
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Leave options to the summary of a run."""
 
 
-@rank_zero_only
-def _keep_rows(logger: CSVLogger, file: Path, steps: int) -> None:
-    rows = []
-    if file.exists():
-        with open(file, newline="") as lines:
-            rows = [row for row in csv.DictReader(lines) if int(row["step"]) < steps]
-    logger.experiment.metrics.extend(rows)  # the logger deletes the file when it makes its experiment
-    logger.save()
+class Events(TensorBoardLogger):
+    """Writes ``tensorboard/``.
+
+    Args:
+        folder: Folder of the run.
+        steps: Steps trained before; events after them are dropped, since they will come again.
+
+    Raises:
+        InputError: If a file cannot be written.
+    """
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        super().__init__(folder, name="tensorboard", version="", purge_step=steps or None)
+
+
+class StepLog(Callback):
+    """Logs what a training step has logged under ``train/``, every so many steps.
+
+    It does so before a checkpoint of that step can be written. Lightning, which does not log steps then
+    (``log_every_n_steps=0``), would do so afterwards, and a run that stops in between would lack the row.
+
+    Args:
+        every: Steps from one row to the next.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log this step if it is time."""
+        if trainer.global_step % self.every:
+            return
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step - 1)
+            logger.save()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,20 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
+from dnw_graph import stopping
 from dnw_graph.compact import compact
 from dnw_graph.cost import neural_graphs
 from dnw_graph.errors import InputError
 from dnw_graph.training.checkpoint_io import SECTION, WholeFileIO, read_checkpoint
 from dnw_graph.training.checkpoints import Checkpoints
-from dnw_graph.training.checks import (
-    check_files,
-    check_hardware,
-    check_same_run,
-    make_writable,
-    on_gpu,
-    output_folder,
-)
+from dnw_graph.training.checks import check_files, check_hardware, check_same_run, on_gpu
 from dnw_graph.training.classifier import Classifier
 from dnw_graph.training.data_module import DataModule
+from dnw_graph.training.folder import run_folder
 from dnw_graph.training.images import ImageData, hold_out, load_images
-from dnw_graph.training.loggers import make_loggers
+from dnw_graph.training.loggers import Events, StepLog, Table
 from dnw_graph.training.options import RunOptions
+from dnw_graph.training.ranks import keep_signal_handlers, start_ranks
 from dnw_graph.training.resuming import check_resumable, check_weights
 from dnw_graph.training.schedules import SCHEDULES, after_warmup
 from dnw_graph.training.shipping import check_export, export
@@ -44,6 +39,8 @@ from dnw_graph.wirings import Wiring
 
 # Steps between two looks at the loss for the progress bar, for which the host waits for the device.
 STEPS_SHOWN_ON_GPU = 20
+# Steps between two rows of a log, if an epoch has as many.
+STEPS_PER_ROW = 50
 
 
 def run(
@@ -65,6 +62,7 @@ def run(
 
     Raises:
         InputError: If anything that the user gave cannot be used; found before training starts wherever possible.
+        Stopped: If the run was told to stop while it trained. Raised after it has saved its last step.
     """
     check_hardware(options)
     if options.export is not None:
@@ -104,8 +102,12 @@ def run(
         options.norm_weight_decay,
     )
     if options.evaluate and checkpoint:
-        return _evaluate(module, data, options, identity, checkpoint)
-    return _train(module, data, options, identity, checkpoint)
+        with run_folder(options) if options.output else nullcontext() as folder:
+            return _evaluate(module, data, options, identity, checkpoint, folder)
+    if options.resume:
+        stopping.saved(Path(options.resume))
+    with run_folder(options) as folder:
+        return _train(module, data, options, identity, checkpoint, folder)
 
 
 def _recompute(model: nn.Module) -> None:
@@ -122,28 +124,25 @@ def _train(
     options: RunOptions,
     identity: dict[str, Any],
     checkpoint: dict[str, Any] | None,
+    folder: Path,
 ) -> Summary:
-    folder = output_folder(options)
     if options.check_images:
         check_files(data.images.train, data.images.test)
     monitor, training_cost = WiringMonitor(module.model), TrainingCost(module.model)
-    checkpoints = Checkpoints(folder, options.save_every, identity)
+    table = Table(folder, checkpoint[SECTION].get("metrics_rows") if checkpoint else 0)
+    events = Events(folder, int(checkpoint["global_step"]) if checkpoint else 0)
+    checkpoints = Checkpoints(folder, options.save_every, identity, table)
     # Checkpoints come last: they hold what the others made of a step.
     num_steps = options.epochs * data.steps_per_epoch
     momentum = SparseMomentumCallback(module.model, num_steps, data.steps_per_epoch)
-    callbacks = [monitor, training_cost, momentum, checkpoints]
-    steps = checkpoint["global_step"] if checkpoint else 0
-    trainer = _trainer(options, data, callbacks, make_loggers(folder, steps))
+    log = StepLog(min(STEPS_PER_ROW, data.steps_per_epoch))
+    callbacks = [monitor, training_cost, momentum, log, checkpoints]
+    trainer = _trainer(options, callbacks, [table, events])
     if options.resume and checkpoint:
         check_resumable(options.resume, checkpoint, trainer, callbacks, module, data.steps_per_epoch)
-    try:
-        with _repeatable():
-            trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)
-    except InputError:
-        # The other processes wait for this one.
-        if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signal.SIGKILL)
-        raise
+    with stopping.watched(), _repeatable():
+        start_ranks(trainer, folder)
+        trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)
     if "val/top1" not in trainer.callback_metrics:  # resumed where it had ended
         trainer.validate(module, data, verbose=False)
     summary = summarize(
@@ -182,10 +181,8 @@ def _evaluate(
     options: RunOptions,
     identity: dict[str, Any],
     checkpoint: dict[str, Any],
+    folder: Path | None,
 ) -> Summary:
-    folder = Path(options.output) if options.output else None
-    if folder:
-        make_writable(folder)
     if options.check_images:
         check_files(data.images.test)
     weights = checkpoint["state_dict"]
@@ -195,11 +192,13 @@ def _evaluate(
     # The images decide nothing: they are for counting and for tracing.
     example = torch.zeros(2, 3, data.image_size, data.image_size)
     throughput = Throughput()
-    trainer = _trainer(options, data, [throughput])
+    trainer = _trainer(options, [throughput])
     if options.compact:
         # Sparse products are made for CPUs.
         module.model = compact(model, products="dense" if on_gpu(options) else "sparse", example=example)
-    trainer.validate(module, data, verbose=False)
+    with stopping.watched():
+        start_ranks(trainer, folder)
+        trainer.validate(module, data, verbose=False)
     summary = summarize(model, data.image_size, trainer.callback_metrics, {**identity, "data": options.data})
     if trainer.is_global_zero:
         print("\n".join(["", *summary.lines(), f"throughput     {throughput.images_per_second:,.0f} images/s"]))
@@ -213,13 +212,8 @@ def _evaluate(
     return summary
 
 
-def _trainer(
-    options: RunOptions,
-    data: DataModule,
-    callbacks: list[Callback],
-    loggers: list[Logger] | None = None,
-) -> Trainer:
-    return Trainer(
+def _trainer(options: RunOptions, callbacks: list[Callback], loggers: list[Logger] | None = None) -> Trainer:
+    trainer = Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
@@ -232,5 +226,7 @@ def _trainer(
         enable_model_summary=False,
         num_sanity_val_steps=0,  # images have been checked, and a resumed run must not evaluate twice
         use_distributed_sampler=False,  # the order of images is ours
-        log_every_n_steps=min(50, data.steps_per_epoch),
+        log_every_n_steps=0,  # see StepLog
     )
+    keep_signal_handlers(trainer)
+    return trainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from dnw_graph.compact import CompactModel, compact, save_compact
 from dnw_graph.errors import InputError
-from dnw_graph.training.whole_file import whole_file
+from dnw_graph.whole_file import check_writable, write_whole
 
 # What writes a kind of file besides PyTorch.
 FORMATS = {".safetensors": ("safetensors",), ".pt2": (), ".onnx": ("onnx", "onnxscript")}
@@ -20,7 +21,7 @@ def check_export(path: Path) -> None:
     """Refuse a file that could not be written after an evaluation.
 
     Raises:
-        InputError: If the kind of file is unknown, a package for it is missing, or its folder does not exist.
+        InputError: If the kind of file is unknown, a package for it is missing, or its folder cannot be written to.
     """
     if path.suffix not in FORMATS:
         raise InputError(f"--export is {str(path)!r}: expected a file ending in {', '.join(FORMATS)}")
@@ -31,6 +32,7 @@ def check_export(path: Path) -> None:
         )
     if not path.parent.is_dir():
         raise InputError(f"--export is {str(path)!r}: the folder {path.parent} does not exist")
+    check_writable(path.parent, "--export")
 
 
 def export(model: nn.Module, path: Path, example: Tensor) -> None:
@@ -60,10 +62,12 @@ def export(model: nn.Module, path: Path, example: Tensor) -> None:
             )
         save_compact(small, path)
         return
-    with whole_file(path, "--export") as partial:
-        if path.suffix == ".pt2":
-            torch.export.save(torch.export.export(small, (example,), dynamic_shapes=batch), partial)
-        else:
-            torch.onnx.export(
-                small, (example,), partial, dynamo=True, dynamic_shapes=batch, external_data=False, verbose=False
-            )
+    if path.suffix == ".pt2":
+        buffer = io.BytesIO()
+        torch.export.save(torch.export.export(small, (example,), dynamic_shapes=batch), buffer)
+        content = buffer.getvalue()
+    else:
+        program = torch.onnx.export(small, (example,), dynamo=True, dynamic_shapes=batch, verbose=False)
+        assert program is not None
+        content = program.model_proto.SerializeToString()
+    write_whole(path, content, "--export")

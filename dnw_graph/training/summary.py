@@ -19,8 +19,8 @@ from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.sparsify import to_data, weight_graphs
 from dnw_graph.sparsify.access import sparse_weights
 from dnw_graph.sparsify.layers import LayerWeight
-from dnw_graph.training.whole_file import whole_file
 from dnw_graph.training.wiring_monitor import edges_swapped, real_edges
+from dnw_graph.whole_file import write_whole
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,7 @@ def write_files(summary: Summary, model: nn.Module, folder: Path) -> list[str]:
     Raises:
         InputError: If a file cannot be written.
     """
-    with whole_file(folder / "summary.json", "--output") as partial:
-        partial.write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    write_whole(folder / "summary.json", (json.dumps(asdict(summary), indent=2) + "\n").encode(), "--output")
     graphs, weights = neural_graphs(model), sparse_weights(model)
     files = [folder / "wiring" / name for name in _file_names([*graphs, *weights])]
     if not files:
@@ -215,12 +214,12 @@ def _save_picture(graph: NeuralGraph, path: Path) -> None:
 
     figure = Figure(figsize=(7.5, 6.5), layout="constrained")
     plot_adjacency(graph, ax=figure.subplots())
-    with whole_file(path, "--output") as partial:
-        figure.savefig(partial, dpi=150)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_whole(path, buffer.getbuffer(), "--output")
 
 
 def _save_data(data: Data, path: Path) -> None:
-    buffer = io.BytesIO()  # straight to a full disk, torch.save raises no OSError
+    buffer = io.BytesIO()
     torch.save(data.to_dict(), buffer)
-    with whole_file(path, "--output") as partial:
-        partial.write_bytes(buffer.getbuffer())
+    write_whole(path, buffer.getbuffer(), "--output")

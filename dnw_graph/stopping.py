@@ -1,0 +1,289 @@
+"""How the processes of a run end: on Ctrl-C, on SIGTERM, or because one of them is lost.
+
+A program calls :func:`start` before the imports that take seconds, so this module needs the standard library only.
+
+A thread watches. The main thread may be within an import or a collective operation, where Python runs no handlers of
+signals; and an exception out of a handler can come up anywhere.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import select
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import active_children
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+FAILED = 1
+# Set for the ranks that a main process starts: its process id, and the folder of the run.
+MAIN_PROCESS, FOLDER = "DNW_GRAPH_MAIN_PROCESS", "DNW_GRAPH_FOLDER"
+# Environment variables of which each is 0, or not set, in the first process of a run.
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+
+LOOK_SECONDS = 0.2  # between two looks at the other processes
+LOSS_SECONDS = 2.0  # in which the loss of another process shows
+NOTICE_SECONDS = 3.0  # before a stop that waits for the end of a step is announced
+ENDING_SECONDS = 10.0  # in which the other ranks end on their own
+# The third signal does not wait for the end of a step. Signals at the same time, such as those of `timeout`, are one.
+PATIENCE, SAME_SECONDS = 3, 0.5
+
+
+class Stopped(SystemExit):
+    """Ends a run that was told to stop, by Ctrl-C or SIGTERM; ``code`` is 128 + the number of the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+
+
+def is_first_process() -> bool:
+    """Return whether this process writes the files of its run and speaks for it."""
+    return all(os.environ.get(name, "0") == "0" for name in RANKS)
+
+
+def say(text: str) -> None:
+    """Print a line to stderr, below the progress bar."""
+    with suppress(OSError):
+        if sys.stdout.isatty():
+            print(flush=True)
+        print(text, file=sys.stderr, flush=True)
+
+
+class _Process:
+    """What this process knows of its run, and the thread that watches."""
+
+    def __init__(self) -> None:
+        self.command: tuple[list[str], list[str]] | None = None
+        self.checkpoint: Path | None = None
+        self.ranks: list[subprocess.Popen[bytes]] = []
+        self.main = int(os.environ.get(MAIN_PROCESS, "0"))
+        self.together = bool(self.main)  # whether the loss of another process ends this one
+        self.deferring = False  # whether signals wait until somebody asks for them
+        self.number = self.agreed = 0  # the signal that waits, and that for which all ranks stop now
+        self.signals, self.times, self.announced = 0, (0.0, 0.0), False
+        self.lock = threading.Lock()
+        self.watching = False
+        self.handlers: dict[signal.Signals, Any] = {}
+
+    def watch(self) -> None:
+        """Start the thread."""
+        self.reader, self.writer = socket.socketpair()
+        self.reader.setblocking(False)
+        self.writer.setblocking(False)
+        self.watching = True
+        threading.Thread(target=self._watch, name="dnw_graph.stopping", daemon=True).start()
+
+    def _watch(self) -> None:
+        while self.watching:
+            select.select([self.reader], [], [], LOOK_SECONDS)
+            with self.lock:
+                self._read_signals()
+                if self.together:
+                    self._look_at_others()
+                if self.deferring and self.number and not (self.agreed or self.announced):
+                    self._announce()
+
+    def take_signals(self) -> None:
+        """Have the thread, and :attr:`number`, see signals instead of who has seen them so far."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self.handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self.wakeup = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+
+    def give_signals_back(self) -> None:
+        """Undo :meth:`take_signals`."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.handlers:
+            signal.set_wakeup_fd(self.wakeup)
+        self.handlers = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = self.number or number
+
+    def _read_signals(self) -> None:
+        """Take note of signals, each of which has written its number."""
+        try:
+            numbers = self.reader.recv(1024)
+        except BlockingIOError:
+            return
+        for number in numbers:
+            if number not in SIGNALS:
+                continue
+            now = time.monotonic()
+            first, last = self.times
+            self.number = self.number or number
+            self.signals += now - last > SAME_SECONDS
+            self.times = first or now, now
+            if not self.deferring or self.signals >= PATIENCE:
+                self._stop_at_once(number)
+
+    def _stop_at_once(self, number: int) -> None:
+        if self.agreed:
+            self._end(128 + self.agreed)
+        self._end(128 + number, f"stopped: {how_to_continue()}" if is_first_process() else "")
+
+    def _announce(self) -> None:
+        if time.monotonic() - self.times[0] > NOTICE_SECONDS:
+            self.announced = True
+            if is_first_process():
+                say("stopping at the end of this step")
+
+    def _look_at_others(self) -> None:
+        for rank, process in enumerate(self.ranks, 1):
+            status = process.poll()
+            if not status or (self.agreed and status == 128 + self.agreed):
+                continue
+            number = -status if status < 0 else status - 128
+            if number in SIGNALS:
+                self._stop_at_once(number)
+            if status > 0:
+                self._end(status)  # it has said why
+            name = signal.Signals(number).name
+            self._end(FAILED, f"error: rank {rank} (process {process.pid}) was killed by {name}: {how_to_continue()}")
+        if self.main and os.getppid() != self.main:
+            if self.agreed:
+                self._end(128 + self.agreed)
+            lost = f"error: rank 0 (process {self.main}) was killed: {how_to_continue()}"
+            self._end(FAILED, lost if os.environ.get("LOCAL_RANK") == "1" else "")
+
+    def _end(self, status: int, text: str = "") -> None:
+        """End this process and those that it started."""
+        if text:
+            say(text)
+        for rank in self.ranks:
+            rank.kill()
+        for worker in active_children():
+            worker.kill()
+        os._exit(status)
+
+    def end_deferral(self) -> int:
+        """Have signals act at once again, and return the one that nobody asked for, or 0."""
+        with self.lock:
+            if not self.deferring:
+                return 0
+            self._read_signals()
+            number = 0 if self.agreed else self.number
+            self.deferring = False
+            if self.command is None:
+                self.give_signals_back()
+        return number
+
+
+_this = _Process()
+
+
+def start() -> None:
+    """Have Ctrl-C and SIGTERM end this program with one line and status 130 or 143, from now on."""
+    _this.command = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], sys.argv[1:]
+    _this.watch()
+    _this.take_signals()
+    # The first function given is the last one called: nothing changes the status any more.
+    atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in SIGNALS])
+
+
+def saved(checkpoint: Path) -> None:
+    """Note the newest checkpoint of the run."""
+    _this.checkpoint = checkpoint
+
+
+def how_to_continue() -> str:
+    """Return how to go on from the newest checkpoint: by a command, if :func:`start` was called."""
+    if _this.checkpoint is None:
+        return "nothing was saved yet"
+    words = ["--resume", str(_this.checkpoint)]
+    if _this.command is not None:
+        program, options = _this.command
+        words = [*program, *_without_resume(options), *words]
+    return f"continue with {shlex.join(words)}"
+
+
+def _without_resume(options: list[str]) -> list[str]:
+    kept = []
+    values = iter(options)
+    for word in values:
+        if word == "--resume":
+            next(values, None)
+        elif not word.startswith("--resume="):
+            kept.append(word)
+    return kept
+
+
+def add_rank(process: subprocess.Popen[bytes]) -> None:
+    """Watch a rank that this process has started."""
+    _this.ranks.append(process)
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Watch the ranks of a run while they work together.
+
+    If a rank is lost, which is what exceptions of its peers then come from, this process ends with one line. An
+    exception of its own ends the ranks that it started.
+    """
+    own = not _this.watching
+    if own:
+        _this.watch()
+    _this.together = True
+    try:
+        yield
+    except Stopped:
+        raise
+    except BaseException:
+        if _this.ranks or _this.main:
+            # The main process, whose exception it may be as well, goes first.
+            time.sleep(LOSS_SECONDS * (2 if _this.main else 1))
+        for rank in _this.ranks:
+            rank.kill()
+        raise
+    finally:
+        _this.together = False
+        number = _this.end_deferral()
+        _this.watching = not own
+    if number:
+        if is_first_process():
+            say(f"stopped: {how_to_continue()}")
+        raise Stopped(number)
+
+
+def defer() -> None:
+    """Have signals wait, until the end of :func:`watched`, for somebody to ask for them."""
+    if not _this.watching:
+        return
+    with _this.lock:
+        _this.number = _this.agreed = _this.signals = 0
+        _this.times, _this.announced = (0.0, 0.0), False
+        _this.deferring = True
+    if _this.command is None:
+        _this.take_signals()
+
+
+def requested() -> int:
+    """Return the number of the signal that waits, or 0."""
+    return _this.number
+
+
+def agree(number: int) -> None:
+    """Note that all ranks stop now, because of a signal."""
+    _this.agreed = number
+
+
+@atexit.register
+def _wait_for_ranks() -> None:
+    deadline = time.monotonic() + ENDING_SECONDS
+    for rank in _this.ranks:
+        try:
+            rank.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.kill()

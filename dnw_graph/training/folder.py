@@ -1,0 +1,85 @@
+"""The folder of a run: found, made, and locked against other runs."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from dnw_graph.errors import InputError
+from dnw_graph.stopping import FOLDER, is_first_process
+from dnw_graph.training.options import RunOptions
+from dnw_graph.whole_file import check_writable
+
+if sys.platform != "win32":  # which has no such locks
+    import fcntl
+
+
+@contextmanager
+def run_folder(options: RunOptions) -> Iterator[Path]:
+    """Give the folder of a run, made if needed; no other run can use it until the end.
+
+    The first process of the run makes and locks it. The lock ends with the process, however that ends.
+
+    Raises:
+        InputError: If it cannot be written to, is in use, or holds another run that is not resumed.
+    """
+    if not is_first_process():
+        yield Path(os.environ.get(FOLDER) or options.output or options.resume or ".")
+        return
+    try:
+        folder = _made(options)
+        lock = open(folder / ".lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(
+            f"cannot write to output folder {error.filename} ({error.strerror}): give another one with --output"
+        ) from error
+    with lock:
+        _take(lock, folder)
+        check_writable(folder, "--output")
+        last = folder / "last.ckpt"
+        if last.exists() and not (options.resume or options.evaluate):
+            raise InputError(
+                f"{folder} already holds a run: continue it with --resume {last}, or give another --output"
+            )
+        yield folder
+
+
+def _made(options: RunOptions) -> Path:
+    if options.output is not None or options.resume is not None:
+        folder = Path(options.output) if options.output is not None else Path(str(options.resume)).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    runs = Path("runs")
+    runs.mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        folder = runs / str(number)
+        try:
+            folder.mkdir()
+        except FileExistsError:  # also by a run that starts at the same time
+            continue
+        break
+    return folder
+
+
+def _take(lock: TextIO, folder: Path) -> None:
+    if sys.platform == "win32":
+        return
+    try:
+        # Not flock, whose locks the processes that load images would inherit and hold for seconds longer.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        lock.seek(0)
+        raise InputError(
+            f"another run ({lock.read() or 'of unknown process'}) uses {folder}: wait for its end, or give another "
+            "--output"
+        ) from error
+    except OSError:  # a file system without locks
+        return
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()}")
+    lock.flush()
