@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dnw_graph.arguments import checked, fits, require, wrong
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.ops.node_function import fused_node_function
 
@@ -19,6 +20,7 @@ NORMS: dict[str, Callable[[int, float], nn.Module]] = {
 }
 
 
+@checked
 def make_norm(norm: str, num_nodes: int, eps: float = EPS) -> nn.Module:
     """Return a normalisation with a scale and a shift per node.
 
@@ -32,8 +34,7 @@ def make_norm(norm: str, num_nodes: int, eps: float = EPS) -> nn.Module:
     """
     if norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)
-    if not eps > 0:
-        raise InputError(f"eps of a norm must be above 0; got {eps!r}")
+    require(eps > 0, "eps of a norm", "above 0", eps)
     return NORMS[norm](num_nodes, eps)
 
 
@@ -50,7 +51,11 @@ class NodeConv(nn.Conv2d):
         - output: ``[batch, nodes, ⌈height / stride⌉, ⌈width / stride⌉]``
     """
 
+    @checked
     def __init__(self, num_nodes: int, kernel_size: int, stride: int = 1) -> None:
+        for name, number in (("num_nodes", num_nodes), ("kernel_size", kernel_size), ("stride", stride)):
+            require(number >= 1, name, "an integer from 1 up", number)
+        require(kernel_size % 2 == 1, "kernel_size", "odd, so that stride 1 keeps the resolution", kernel_size)
         super().__init__(num_nodes, num_nodes, kernel_size, stride, kernel_size // 2, groups=num_nodes, bias=False)
 
     def forward(
@@ -82,12 +87,11 @@ class NormReluConv(nn.Module):
         InputError: If the norm is unknown, the kernel size even, or eps not above 0.
     """
 
+    @checked
     def __init__(
         self, num_nodes: int, stride: int = 1, norm: str = "batch", kernel_size: int = 3, eps: float = EPS
     ) -> None:
         super().__init__()
-        if kernel_size % 2 == 0:
-            raise InputError(f"kernel_size must be odd, so that stride 1 keeps the resolution; got {kernel_size}")
         self.norm = make_norm(norm, num_nodes, eps)
         self.conv = NodeConv(num_nodes, kernel_size, stride)
 
@@ -100,7 +104,17 @@ class NormReluConv(nn.Module):
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes h w"]:
         """Apply f_θ to the input of every node, or of the given ones if ``node_wise``."""
+        self._check(z, nodes)
         return _apply(z, self.norm, True, self.conv, nodes)
+
+    def _check(self, z: object, nodes: range | None) -> None:
+        """Refuse what convolution and norm would refuse less clearly, or take for a single image."""
+        weight = self.conv.weight
+        count = len(weight) if nodes is None else len(nodes)
+        if not fits(z, weight) or z.dim() != 4 or z.size(1) != count:
+            kind = str(weight.dtype).removeprefix("torch.")
+            expected = f"a tensor of {kind} [batch, {count}, height, width] on {weight.device}"
+            raise wrong(f"the input of {type(self).__name__}", expected, z)
 
 
 class NormReluConvNormRelu(NormReluConv):
@@ -110,6 +124,7 @@ class NormReluConvNormRelu(NormReluConv):
     for weight. Arguments, shapes and errors as for :class:`NormReluConv`.
     """
 
+    @checked
     def __init__(
         self, num_nodes: int, stride: int = 1, norm: str = "batch", kernel_size: int = 3, eps: float = EPS
     ) -> None:
@@ -135,12 +150,14 @@ class ReluConvSendNorm(NormReluConv):
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes h w"]:
         """Return what the nodes send, or the given ones; zero for a state of zero."""
+        self._check(z, nodes)
         return _apply(z, None, True, self.conv, nodes)
 
     def forward(
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes height width"]:
         """Return the states that follow from what the nodes receive, or the given ones if ``node_wise``."""
+        self._check(z, nodes)
         return _apply(z, self.norm, False, None, nodes)
 
 
@@ -155,6 +172,7 @@ class Blockwise(nn.Module):
         - input and output: ``[batch, nodes, *space]``
     """
 
+    @checked
     def __init__(self, functions: list[nn.Module], sizes: list[int]) -> None:
         super().__init__()
         self.functions = nn.ModuleList(functions)
@@ -200,6 +218,7 @@ NODELESS = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 """Modules whose classes take no number of nodes; ``nn.PReLU`` does."""
 
 
+@checked
 def make_node_function(node_function: NodeFunction, num_nodes: int, stride: int = 1) -> nn.Module:
     """Return the module that applies f_θ to a group of nodes.
 

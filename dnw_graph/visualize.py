@@ -17,6 +17,7 @@ from torch import Tensor
 from torch_geometric import utils
 from torch_geometric.data import Data
 
+from dnw_graph.arguments import checked, require
 from dnw_graph.errors import InputError
 from dnw_graph.neural_graph import NeuralGraph
 
@@ -40,6 +41,7 @@ _MOST_CELLS, _BINNED_CELLS = 400, 128
 _STEPS = 24
 
 
+@checked
 def plot(graph: NeuralGraph | Data, top: int = 1000, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
     """Draw a wiring: nodes in one column per block, from inputs to outputs, and the strongest real edges.
 
@@ -76,6 +78,7 @@ def plot(graph: NeuralGraph | Data, top: int = 1000, ax: matplotlib.axes.Axes | 
     return ax
 
 
+@checked
 def plot_change(
     before: Data, after: Data, top: int = 1000, ax: matplotlib.axes.Axes | None = None
 ) -> matplotlib.axes.Axes:
@@ -94,9 +97,6 @@ def plot_change(
         InputError: If they are graphs, which know their edges of now alone; if the blocks of the two differ, ``top`` is
             less than 1 or matplotlib is not installed.
     """
-    for data in (before, after):
-        if not isinstance(data, Data):
-            raise InputError(f"before and after are what to_data() returned at two moments; got {type(data).__name__}")
     if not torch.equal(before.block, after.block):
         sizes = [data.block.bincount().tolist() for data in (before, after)]
         raise InputError(
@@ -121,6 +121,7 @@ def plot_change(
     return ax
 
 
+@checked
 def plot_adjacency(graph: NeuralGraph, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
     """Draw the adjacency matrix: targets downwards, sources across, lines between the blocks.
 
@@ -138,8 +139,6 @@ def plot_adjacency(graph: NeuralGraph, ax: matplotlib.axes.Axes | None = None) -
     Raises:
         InputError: If it is no graph, or matplotlib is not installed.
     """
-    if not isinstance(graph, NeuralGraph):
-        raise InputError(f"the adjacency shows a NeuralGraph with its candidates; got {type(graph).__name__}")
     ax = _pyplot().subplots(figsize=(7.5, 6.5), layout="constrained")[1] if ax is None else ax
     from matplotlib.colors import FuncNorm, LinearSegmentedColormap, ListedColormap
 
@@ -198,6 +197,7 @@ def _candidates_per_cell(graph: NeuralGraph, side: int) -> Float[Tensor, "cells 
     return torch.stack([torch.outer(overlap(block.targets), overlap(block.sources)) for block in blocks]).sum(0).float()
 
 
+@checked
 def to_networkx(graph: NeuralGraph | Data) -> Any:
     """Return a wiring as a ``networkx.DiGraph``, by way of PyG's ``to_networkx``.
 
@@ -223,8 +223,7 @@ def _to_data(graph: NeuralGraph | Data) -> Data:
 
 def _strongest(data: Data, edges: Int[Tensor, " edges"], top: int) -> Int[Tensor, " chosen"]:
     """Return the ``top`` of some edges that have the largest |w|, in ascending order: the strongest is drawn last."""
-    if top < 1:
-        raise InputError(f"top is the largest number of edges to draw, 1 or more; got {top}")
+    require(top >= 1, "top", "the largest number of edges to draw, an integer from 1 up", top)
     return edges[data.edge_weight[edges].abs().argsort()[-top:]]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 from torchdiffeq._impl.odeint import SOLVERS
 
+from dnw_graph.arguments import checked, require
 from dnw_graph.dynamics.recurrent import Recurrent
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.propagation import Propagate
@@ -51,6 +52,7 @@ class Continuous(Recurrent):
             is asked for; if the inputs are not finite, or the solution leaves the finite numbers.
     """
 
+    @checked
     def __init__(
         self,
         method: str = "dopri5",
@@ -65,15 +67,14 @@ class Continuous(Recurrent):
         super().__init__()
         if method not in SOLVERS:
             raise unknown_name("solver", method, SOLVERS)
-        if len(t_span) != 2 or t_span[0] == t_span[1] or not all(map(math.isfinite, t_span)):
-            raise InputError(f"t_span must be two different finite times, start and end; got {tuple(t_span)}")
-        if not (0 <= rtol < math.inf and 0 < atol < math.inf):
-            raise InputError(f"rtol must be at least 0 and atol above 0, both finite; got {rtol} and {atol}")
+        require(len(set(t_span)) == len(t_span) == 2, "t_span", "two different times, start and end", t_span)
+        require(rtol >= 0, "rtol", "a number from 0 up", rtol)
+        require(atol > 0, "atol", "a number above 0", atol)
         self.method = method
         self.rtol = rtol
         self.atol = atol
         self.options = dict(options or {})
-        self.t_span = (float(t_span[0]), float(t_span[1]))
+        self.t_span = (t_span[0], t_span[1])
         self.adjoint = adjoint
         self.adjoint_options = dict(adjoint_options or {})
         self.num_evaluations = 0

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch_geometric.data import Data
 
+from dnw_graph.arguments import checked
 from dnw_graph.errors import unknown_name
 from dnw_graph.sparsify.forward_pass import RealWeights
 from dnw_graph.sparsify.layers import LayerWeight, weight_name
@@ -39,6 +40,7 @@ def sparse_weights(module: nn.Module) -> dict[str, tuple[LayerWeight, WeightGrap
     return found
 
 
+@checked
 def weight_graphs(module: nn.Module) -> dict[str, WeightGraph]:
     """Return the graphs of a module's sparse weights by name: one per weight, or one in all with ``"global"``.
 
@@ -53,6 +55,7 @@ def weight_graphs(module: nn.Module) -> dict[str, WeightGraph]:
     return {name: graph for graph, name in graphs.items()}
 
 
+@checked
 def to_data(module: nn.Module, name: str) -> Data:
     """Return the real weights of one layer as a bipartite PyG graph.
 

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.sparsify.access import sparse_parameters
 from dnw_graph.sparsify.forward_pass import ForwardPass
 from dnw_graph.sparsify.state import accept_dense_names
 
 
+@checked
 def densify(module: nn.Module, *, keep_hallucinated: bool = False) -> None:
     """Make the weights of a module plain, dense parameters again, in place and as the same objects.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.sparsify.access import sparse_parameters
 
@@ -21,6 +22,7 @@ def accept_dense_names(layer: nn.Module, state_dict: dict[str, Any], prefix: str
                 state_dict.setdefault(f"{chain}0.{key}", value)
 
 
+@checked
 def dense_state_dict(module: nn.Module, *, keep_hallucinated: bool = False) -> dict[str, Tensor]:
     """Return the state dict that the module would have without sparse weights, for a dense model to load.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from dnw_graph.arguments import checked
 from dnw_graph.cost import NORMS
 from dnw_graph.neural_graph import wiring_penalty
 from dnw_graph.training.order import Purpose, mix
@@ -34,6 +35,7 @@ class Classifier(LightningModule):
             (of the classes ``BatchNorm…``, ``InstanceNorm…``, ``GroupNorm``, ``LayerNorm`` and ``RMSNorm``).
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,

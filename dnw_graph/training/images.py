@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.training.order import Purpose, mix
 
@@ -199,6 +200,7 @@ def folder(root: Path) -> ImageData:
     return ImageData("folder", FileImages(train, classes), FileImages(test, classes), classes)
 
 
+@checked
 def load_images(data: str) -> ImageData:
     """Return the images that ``--data`` names: ``digits``, ``cifar10`` or a folder.
 
@@ -210,6 +212,7 @@ def load_images(data: str) -> ImageData:
     return cifar10() if data == "cifar10" else folder(Path(data))
 
 
+@checked
 def hold_out(images: ImageData, count: int) -> ImageData:
     """Return the same training images without some of them, which take the place of the test images.
 

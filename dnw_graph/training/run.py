@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
+from dnw_graph.arguments import checked
 from dnw_graph.compact import compact
 from dnw_graph.cost import neural_graphs
 from dnw_graph.errors import InputError
@@ -45,6 +46,7 @@ from dnw_graph.wirings import Wiring
 STEPS_SHOWN_ON_GPU = 20
 
 
+@checked
 def run(
     create: Callable[[int, int], nn.Module],
     model_options: dict[str, Any],

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from dnw_graph.arguments import checked
 
+
+@checked
 def cosine(num_steps: int) -> Callable[[int], float]:
     """Return (1 + cos(π t / T)) / 2 over T = ``num_steps`` steps: 1 at the first step, 0 after the last.
 
@@ -15,6 +18,7 @@ def cosine(num_steps: int) -> Callable[[int], float]:
     return lambda step: (1 + math.cos(math.pi * step / num_steps)) / 2
 
 
+@checked
 def after_warmup(
     schedule: Callable[[int], Callable[[int], float]], warmup_steps: int, num_steps: int
 ) -> Callable[[int], float]:
@@ -32,6 +36,7 @@ def after_warmup(
     return lambda step: (step + 1) / warmup_steps if step < warmup_steps else after(step - warmup_steps)
 
 
+@checked
 def step(num_steps: int) -> Callable[[int], float]:
     """Return 1, ×0.1 after half and again after three quarters of the steps: after epochs 80 and 120 of 160.
 
