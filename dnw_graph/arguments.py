@@ -172,6 +172,8 @@ def _evaluated(hint: Any, names: dict[str, Any]) -> Any:
 
 
 def _convert(value: Any, hint: Any) -> Any:
+    if hint is Any:
+        return value
     if hint is None or hint is type(None):
         return _if(value is None, value)
     if hint in _NUMBERS:

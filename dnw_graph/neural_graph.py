@@ -378,6 +378,8 @@ def wiring_penalty(model: nn.Module) -> Float[Tensor, ""]:
     Args:
         model: Any module with neural graphs or sparse layers in it.
     """
+    if not isinstance(model, nn.Module):
+        raise wrong("wiring_penalty: model", "a Module", model)
     # Neural graphs, and the graphs of sparse layers, which this module does not know.
     graphs: list[Any] = [each for each in model.modules() if isinstance(getattr(each, "wiring", None), Wiring)]
     terms = [term for graph in graphs if (term := graph.penalty()) is not None]

@@ -35,6 +35,7 @@ def make_norm(norm: str, num_nodes: int, eps: float = EPS) -> nn.Module:
     if norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)
     require(eps > 0, "eps of a norm", "above 0", eps)
+    require(num_nodes >= 1, "num_nodes", "an integer from 1 up", num_nodes)
     return NORMS[norm](num_nodes, eps)
 
 
@@ -111,7 +112,7 @@ class NormReluConv(nn.Module):
         """Refuse what convolution and norm would refuse less clearly, or take for a single image."""
         weight = self.conv.weight
         count = len(weight) if nodes is None else len(nodes)
-        if not fits(z, weight) or z.dim() != 4 or z.size(1) != count:
+        if not fits(z, weight) or z.dim() != 4 or z.size(1) != count or not z.size(2) * z.size(3):
             kind = str(weight.dtype).removeprefix("torch.")
             expected = f"a tensor of {kind} [batch, {count}, height, width] on {weight.device}"
             raise wrong(f"the input of {type(self).__name__}", expected, z)
@@ -199,6 +200,11 @@ def _apply(z: Tensor, norm: nn.Module | None, relu: bool, conv: NodeConv | None,
 
 
 def _normalise(norm: nn.Module, z: Tensor, nodes: range | None) -> Tensor:
+    if norm.training and z.numel() == z.size(1) * (len(z) if isinstance(norm, nn.InstanceNorm2d) else 1):
+        raise InputError(
+            f"a norm in training needs more than one value per node; got maps {list(z.shape)}: give more images, or "
+            "maps of more than one pixel"
+        )
     if nodes is None or not isinstance(norm, nn.InstanceNorm2d):
         return norm(z)
     part = slice(nodes.start, nodes.stop)

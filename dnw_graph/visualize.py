@@ -63,6 +63,7 @@ def plot(graph: NeuralGraph | Data, top: int = 1000, ax: matplotlib.axes.Axes | 
     Raises:
         InputError: If ``top`` is less than 1 or matplotlib is not installed.
     """
+    _check_axes(ax)
     data = _to_data(graph)
     edges = _strongest(data, torch.arange(data.num_edges), top)
     ax = _new_axes(data) if ax is None else ax
@@ -97,6 +98,7 @@ def plot_change(
         InputError: If they are graphs, which know their edges of now alone; if the blocks of the two differ, ``top`` is
             less than 1 or matplotlib is not installed.
     """
+    _check_axes(ax)
     if not torch.equal(before.block, after.block):
         sizes = [data.block.bincount().tolist() for data in (before, after)]
         raise InputError(
@@ -139,6 +141,7 @@ def plot_adjacency(graph: NeuralGraph, ax: matplotlib.axes.Axes | None = None) -
     Raises:
         InputError: If it is no graph, or matplotlib is not installed.
     """
+    _check_axes(ax)
     ax = _pyplot().subplots(figsize=(7.5, 6.5), layout="constrained")[1] if ax is None else ax
     from matplotlib.colors import FuncNorm, LinearSegmentedColormap, ListedColormap
 
@@ -215,6 +218,14 @@ def to_networkx(graph: NeuralGraph | Data) -> Any:
         return utils.to_networkx(_to_data(graph), node_attrs=node_attrs, edge_attrs=["edge_weight"])
     except ModuleNotFoundError as error:
         raise InputError("networkx is not installed: pip install 'dnw-graph[train]'") from error
+
+
+def _check_axes(ax: object) -> None:
+    if ax is not None:
+        _pyplot()
+        from matplotlib.axes import Axes
+
+        require(isinstance(ax, Axes), "ax", "axes of matplotlib", ax)
 
 
 def _to_data(graph: NeuralGraph | Data) -> Data:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 from torchdiffeq._impl.odeint import SOLVERS
 
-from dnw_graph.arguments import checked, require
+from dnw_graph.arguments import check, checked, require
 from dnw_graph.dynamics.recurrent import Recurrent
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.propagation import Propagate
@@ -100,7 +100,10 @@ class Continuous(Recurrent):
                 f"{self.name}: scipy_solver computes outside PyTorch and yields no gradient; "
                 "train with adjoint=True or another solver"
             )
-        ends = self.t_span[1:] if times is None else [float(time) for time in times]
+        if isinstance(times, Tensor):
+            require(times.dim() == 1, f"{self.name}: times", "a vector", times)
+            times = times.tolist()
+        ends = self.t_span[1:] if times is None else check(f"{self.name}: times", times, Sequence[float])
         moves = [after - before for before, after in pairwise([self.t_span[0], *ends])]
         if not (all(move > 0 for move in moves) or all(move < 0 for move in moves)):
             raise InputError(

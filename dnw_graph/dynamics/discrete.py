@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnw_graph.arguments import checked, require
+from dnw_graph.arguments import checked, require, wrong
 from dnw_graph.dynamics.recurrent import Recurrent
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.node_functions import NodeFunction, make_node_function
@@ -72,6 +72,8 @@ class Discrete(Recurrent):
         """Run the steps and return the outputs, or all states."""
         if options:
             raise InputError(f"{self.name}: unknown options {', '.join(options)}; known is return_states")
+        if not isinstance(return_states, bool):
+            raise wrong(f"{self.name}: return_states", "True or False", return_states)
         steps = self.steps or x.size(1)
         if steps < 1:
             raise InputError(f"{self.name}: the sequence has no elements: {list(x.shape)}")

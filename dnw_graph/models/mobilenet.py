@@ -21,6 +21,9 @@ from dnw_graph.wirings import Wiring
 STAGES = ((32, 64), (64, 128, 128), (128, 256, 256), (256, *[512] * 6), (512, 1024, 1024))
 """Channels of each stage at width 1: what enters it, then one number per pointwise convolution."""
 
+WIDEST = 32
+"""Largest width of MobileNetV1, with three billion weights."""
+
 
 def _check(width: float | int, num_classes: int, stem_stride: int) -> None:
     require(width > 0, "width", "a positive number, such as 0.225", width)
@@ -63,6 +66,7 @@ class MobileNetV1(nn.Module):
     def __init__(self, width: float | int = 1.0, num_classes: int = 1000, stem_stride: int = 2) -> None:
         super().__init__()
         _check(width, num_classes, stem_stride)
+        require(width <= WIDEST, "width", f"at most {WIDEST}", width)
         self.width = width
 
         def scaled(channels: int) -> int:

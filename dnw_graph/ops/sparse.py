@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dnw_graph.errors import InputError
 from dnw_graph.ops.build import kernels, run
-from dnw_graph.ops.checks import check_csr, check_pointers, check_sources, check_types, is_half
+from dnw_graph.ops.checks import check_csr, check_pointers, check_sources, check_tensors, check_types, is_half
 
 MAX_MESSAGES = 2**24  # Values in the products of edges that are formed at a time without a kernel.
 
@@ -43,6 +43,7 @@ def sparse_product(
         tensor([[13., 24.],
                 [ 0.,  0.]])
     """
+    check_tensors(z=z, rowptr=rowptr, columns=columns, values=values)
     return _sparse_product(z, rowptr, columns, values)
 
 

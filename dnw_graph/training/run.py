@@ -39,6 +39,7 @@ from dnw_graph.training.sparse_momentum import SparseMomentumCallback
 from dnw_graph.training.summary import Summary, summarize, write_files
 from dnw_graph.training.throughput import Throughput
 from dnw_graph.training.training_cost import TrainingCost
+from dnw_graph.training.trial import check_step
 from dnw_graph.training.wiring_monitor import WiringMonitor
 from dnw_graph.wirings import Wiring
 
@@ -88,6 +89,7 @@ def run(
     if path and checkpoint:
         names = [*model_options, "image_size", "classes"] if options.evaluate else list(identity)
         check_same_run(path, checkpoint[SECTION]["options"], identity, names)
+    check_step(model, data.image_size, options, on_gpu(options))
     num_steps = options.epochs * data.steps_per_epoch
     for wiring in model.modules():
         if isinstance(wiring, Wiring):

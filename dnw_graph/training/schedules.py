@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from dnw_graph.arguments import checked
+from dnw_graph.arguments import checked, require
 
 
 @checked
@@ -15,6 +15,7 @@ def cosine(num_steps: int) -> Callable[[int], float]:
     Args:
         num_steps: Optimiser steps of the whole run.
     """
+    require(num_steps >= 1, "num_steps", "an integer from 1 up", num_steps)
     return lambda step: (1 + math.cos(math.pi * step / num_steps)) / 2
 
 
@@ -43,6 +44,7 @@ def step(num_steps: int) -> Callable[[int], float]:
     Args:
         num_steps: Optimiser steps of the whole run.
     """
+    require(num_steps >= 1, "num_steps", "an integer from 1 up", num_steps)
     return lambda step: 0.1 ** ((step >= num_steps / 2) + (step >= num_steps * 3 / 4))
 
 
