@@ -199,12 +199,18 @@ def _apply(z: Tensor, norm: nn.Module | None, relu: bool, conv: NodeConv | None,
     return z if conv is None else conv(z, nodes)
 
 
+def _refuse_single_values(norm: nn.Module, z: Tensor) -> None:
+    if isinstance(norm, nn.InstanceNorm2d):
+        single, where = z.size(2) * z.size(3) == 1, "per map: give maps of more than one pixel"
+    else:
+        single = isinstance(norm, nn.BatchNorm2d) and norm.training and z.numel() == z.size(1)
+        where = "per node in training: give more images, or maps of more than one pixel"
+    if single:
+        raise InputError(f"a {type(norm).__name__} has nothing to norm in maps {list(z.shape)}, one value {where}")
+
+
 def _normalise(norm: nn.Module, z: Tensor, nodes: range | None) -> Tensor:
-    if norm.training and z.numel() == z.size(1) * (len(z) if isinstance(norm, nn.InstanceNorm2d) else 1):
-        raise InputError(
-            f"a norm in training needs more than one value per node; got maps {list(z.shape)}: give more images, or "
-            "maps of more than one pixel"
-        )
+    _refuse_single_values(norm, z)
     if nodes is None or not isinstance(norm, nn.InstanceNorm2d):
         return norm(z)
     part = slice(nodes.start, nodes.stop)

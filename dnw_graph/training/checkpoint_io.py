@@ -68,7 +68,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         InputError: If the file is missing, torn or not such a checkpoint.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"checkpoint {str(path)!r} is not a file: give a .ckpt file, such as runs/.../last.ckpt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

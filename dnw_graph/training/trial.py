@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,10 +18,10 @@ from dnw_graph.training.options import RunOptions
 SIDE = 64
 # No model keeps more than so many times its input: up to there an estimate is not worth the trial.
 MOST_PER_INPUT = 1000
-# Memory limits and use of a container (control groups, versions 2 and 1).
+# Where a container finds its limit and what it uses (control groups, versions 2 and 1).
 GROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
 
 
@@ -74,11 +75,11 @@ def free_memory() -> int | None:
     except (OSError, KeyError, ValueError):
         if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
             free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for limit, used in GROUPS:
-        try:
-            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such group, or "max"
-            pass
+    for group, limit, used in GROUPS:
+        with suppress(OSError, ValueError, KeyError):  # no such group, or a limit of "max"
+            stat = dict(line.split() for line in Path(group, "memory.stat").read_text().splitlines())
+            cached = int(stat["inactive_file"])  # given back when it is needed
+            free.append(int(Path(group, limit).read_text()) - int(Path(group, used).read_text()) + cached)
     return min(free, default=None)
 
 
