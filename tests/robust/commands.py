@@ -31,57 +31,19 @@ from fuzz import LONGEST, Bad, Case
 from lightning.pytorch import Trainer
 from PIL import Image
 
+import dnw_graph
 from dnw_graph.training import RunOptions
 
 EXAMPLES = ("cifar10_tiny", "imagenet_mobilenet", "imagenet_resnet50")
 PATHS = ("folder", "pipe.yaml", "missing", "/dev/null", "/dev/zero", "text.txt", "x" * 300, "text.txt/below")
-TEXTS = (
-    "",
-    " ",
-    "-1",
-    "0",
-    "1",
-    "2",
-    "1.5",
-    "1e400",
-    ".inf",
-    "nan",
-    "-.inf",
-    "true",
-    "null",
-    "no",
-    "é\u2028",
-    "\x1b[31m",
-)
-HOSTILE = (
-    *TEXTS,
-    "[]",
-    "{}",
-    "[1, 2]",
-    "{a: 1}",
-    "a: b: c",
-    "&a [*a]",
-    "1" * 5000,
-    "!!python/object:os.system x",
-    *PATHS,
-)
+NUMBERS = ("-1", "0", "1", "2", "1.5", "1e400", ".inf", "nan", "-.inf", "1" * 5000)
+WORDS = ("", " ", "true", "null", "no", "é\u2028", "\x1b[31m", "!!python/object:os.system x")
+HOSTILE = (*NUMBERS, *WORDS, *PATHS, "[]", "{}", "[1, 2]", "{a: 1}", "a: b: c", "&a [*a]")
 YAML = (
     *HOSTILE,
-    *(
-        "~",
-        "{1: 2}",
-        "- 1\n- 2",
-        "2001-01-01",
-        "0x1f",
-        "1_000",
-        "'0.1'",
-        '"a\\0b"',
-        "!!binary aGk=",
-        "!!set {a}",
-        "? [a]\n: b",
-    ),
+    *("~", "{1: 2}", "- 1\n- 2", "2001-01-01", "0x1f", "1_000", "'0.1'", '"a\\0b"'),
+    *("!!binary aGk=", "!!set {a}", "? [a]\n: b"),
 )
-# What may not be 0.
 FROM_ONE = ("epochs", "batch_size", "devices", "num_nodes", "width", "density", "lr")
 LAYOUTS = (
     *("good", "one_class", "empty_class", "no_val", "extra_class", "nested", "loop", "is_folder", "files"),
@@ -99,7 +61,7 @@ def start(*_: Any, **__: Any) -> None:
 
 
 def example(name: str) -> ModuleType:
-    folder = str(Path(__file__).parents[2] / "examples")
+    folder = str(Path(dnw_graph.__file__).parents[1] / "examples")
     if folder not in sys.path:
         sys.path.insert(0, folder)
     return importlib.import_module(name)
