@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.nodes import Nodes
 
@@ -85,6 +86,7 @@ class CandidateEdges(nn.Module):
         (11, 6)
     """
 
+    @checked
     def __init__(self, blocks: Iterable[tuple[range, range]], num_nodes: int | None = None) -> None:
         super().__init__()
         ranges = [(sources, targets) for sources, targets in blocks]
@@ -108,6 +110,7 @@ class CandidateEdges(nn.Module):
         self.reset_parameters()
 
     @classmethod
+    @checked
     def static(cls, sizes: Sequence[int]) -> CandidateEdges:
         """Acyclic: nodes lie in groups of the given sizes, edges lead from any earlier group to any later one.
 
@@ -117,11 +120,13 @@ class CandidateEdges(nn.Module):
         return cls((range(group.start), group) for group in groups[1:])
 
     @classmethod
+    @checked
     def adjacent(cls, sizes: Sequence[int]) -> CandidateEdges:
         """Layers: edges lead from each group of nodes to the next one only, as in a network of pointwise products."""
         return cls(pairwise(Nodes.in_blocks(sizes).block_ranges))
 
     @classmethod
+    @checked
     def dynamic(cls, num_nodes: int) -> CandidateEdges:
         """All-to-all: every ordered pair of nodes, cycles and self-loops included, in one block."""
         if num_nodes < 1:
@@ -129,6 +134,7 @@ class CandidateEdges(nn.Module):
         return cls([(range(num_nodes), range(num_nodes))])
 
     @classmethod
+    @checked
     def bipartite(cls, num_sources: int, num_targets: int) -> CandidateEdges:
         """A linear layer or 1×1 convolution: every source (nodes 0 … S-1) to every target (nodes S … S+T-1)."""
         return cls.static((num_sources, num_targets))
@@ -148,6 +154,7 @@ class CandidateEdges(nn.Module):
         weight = self.weight if weight is None else weight
         return weight[block.flat].view(block.shape)
 
+    @checked
     def pairs(self, index: Int[Tensor, " edges"]) -> Int[Tensor, "2 edges"]:
         """Return the nodes (u, v) of flat indices: row 0 the sources, row 1 the targets.
 
@@ -170,6 +177,7 @@ class CandidateEdges(nn.Module):
         local = index - offset
         return torch.stack([source + local % width, target + local // width])
 
+    @checked
     def flat_index(self, edge_index: Int[Tensor, "2 edges"]) -> Int[Tensor, " edges"]:
         """Return the flat indices of pairs (u, v): the inverse of :meth:`pairs`.
 

@@ -13,6 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from dnw_graph.arguments import checked, require
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.chains import readers
 from dnw_graph.errors import InputError
@@ -83,6 +84,7 @@ class Cost:
         return "\n".join(f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in cells)
 
 
+@checked
 def neural_graphs(model: nn.Module) -> dict[str, NeuralGraph]:
     """Return the neural graphs of a model by name, in the order of the model.
 
@@ -93,6 +95,7 @@ def neural_graphs(model: nn.Module) -> dict[str, NeuralGraph]:
     return {graph.name if names.count(graph.name) == 1 else path: graph for path, graph in graphs}
 
 
+@checked
 def live_nodes(model: nn.Module) -> dict[str, Bool[Tensor, " nodes"]]:
     """Return, by graph name, which nodes reach an output of the model over real edges; the others are dead.
 
@@ -118,6 +121,7 @@ def live_nodes(model: nn.Module) -> dict[str, Bool[Tensor, " nodes"]]:
     return {name: live(graph) for name, graph in neural_graphs(model).items()}
 
 
+@checked
 def cost(model: nn.Module, input_size: Sequence[int], *, paper: bool = False) -> Cost:
     """Count the parameters and multiply-adds of a model, part by part, without its dead nodes.
 
@@ -151,11 +155,8 @@ def cost(model: nn.Module, input_size: Sequence[int], *, paper: bool = False) ->
         2            1,290          1,280
         in sum       1,514          4,736
     """
-    sizes = input_size if isinstance(input_size, Sequence) else ()
-    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise InputError(
-            f"input_size is the size of one image without the batch, such as (3, 224, 224); got {input_size!r}"
-        )
+    expected = "the size of one image without the batch, such as (3, 224, 224)"
+    require(len(input_size) > 0 and min(input_size) > 0, "input_size", expected, input_size)
     if any(map(is_lazy, chain(model.parameters(), model.buffers()))):
         raise InputError(f"{type(model).__name__} has lazy modules without a shape: send one batch through it first")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):

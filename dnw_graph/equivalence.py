@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dnw_graph.arguments import checked
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.dynamics import Discrete, Static
 from dnw_graph.errors import InputError
@@ -32,6 +33,7 @@ class Biased(nn.Module):
         - input and output: ``[batch, nodes]``
     """
 
+    @checked
     def __init__(self, bias: Tensor | None, activation: nn.Module) -> None:
         super().__init__()
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
@@ -42,6 +44,7 @@ class Biased(nn.Module):
         return self.activation(z if self.bias is None else z + self.bias)
 
 
+@checked
 def mlp_to_discrete(mlp: nn.Sequential) -> NeuralGraph:
     """Return the discrete graph that equals a multi-layer perceptron (Figure 1 of the paper).
 
@@ -84,6 +87,7 @@ def mlp_to_discrete(mlp: nn.Sequential) -> NeuralGraph:
     return _with_weights(graph, [layer.weight for layer in layers], like=layers[0].weight)
 
 
+@checked
 def static_to_discrete(graph: NeuralGraph) -> nn.Sequential:
     """Return the discrete graph that equals a static one: its inputs held, one step per block after the first.
 
@@ -143,6 +147,7 @@ class LSTMGraph(nn.Module):
           ``[layers, batch, H]``
     """
 
+    @checked
     def __init__(self, graph: NeuralGraph, layers: int, hidden: int, batch_first: bool) -> None:
         super().__init__()
         self.graph = graph
@@ -178,6 +183,7 @@ class Gates(nn.Module):
         - input and output: ``[batch, nodes]``
     """
 
+    @checked
     def __init__(self, biases: list[Tensor], num_inputs: int) -> None:
         super().__init__()
         self.biases = nn.ParameterList(nn.Parameter(bias) for bias in biases)
@@ -207,6 +213,7 @@ def lstm_nodes(num_inputs: int, layers: int, hidden: int) -> list[tuple[range, r
     ]
 
 
+@checked
 def lstm_to_discrete(lstm: nn.LSTM) -> LSTMGraph:
     """Return the discrete graph with input at every step that equals an LSTM.
 

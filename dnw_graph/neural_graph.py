@@ -11,11 +11,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dnw_graph._compat import import_pyg, in_backward_pass, version
+from dnw_graph.arguments import checked, fits, require, wrong
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.dynamics import Dynamics, make_dynamics
 from dnw_graph.errors import InputError
-from dnw_graph.node_functions import NodeFunction
-from dnw_graph.nodes import Nodes, whole_number
+from dnw_graph.node_functions import NodeFunction, NormReluConv
+from dnw_graph.nodes import Nodes
 from dnw_graph.ops.layout import transformed
 from dnw_graph.propagation import Propagation, RealEdges, make_propagation
 from dnw_graph.wirings import Fixed, Wiring, make_wiring
@@ -84,6 +85,7 @@ class NeuralGraph(nn.Module):
         torch.Size([2, 1244])
     """
 
+    @checked
     def __init__(
         self,
         blocks: Sequence[int] | None = None,
@@ -104,6 +106,7 @@ class NeuralGraph(nn.Module):
         name: str = "graph",
     ) -> None:
         super().__init__()
+        require(stride >= 1, f"{name}: stride", "an integer from 1 up", stride)
         self._chosen: tuple[Tensor, Tensor, int, Tensor] | None = None
         self.name = name
         self.dynamics = make_dynamics(dynamics)
@@ -114,10 +117,11 @@ class NeuralGraph(nn.Module):
             self.nodes,
             copy.deepcopy(candidates),
             node_function,
-            _from_one(name, "stride", stride),
+            stride,
             input_function,
             output_function,
         )
+        self._takes_maps = any(isinstance(function, NormReluConv) for function, _ in self.dynamics.functions())
         if num_edges is None:
             num_edges = wiring.edge_index.size(1) if isinstance(wiring, Fixed) else self.num_candidates
         self.rewire(wiring, num_edges)
@@ -187,15 +191,32 @@ class NeuralGraph(nn.Module):
                 a continuous one.
         """
         dim = self.dynamics.node_dim
-        if x.dim() <= dim or x.size(dim) != self.num_inputs:
-            raise InputError(
-                f"{self.name}: expected an input of shape [batch, {'time, ' if dim == 2 else ''}{self.num_inputs}, …], "
-                f"one map or value per input node; got {list(x.shape)}"
-            )
+        if not self._fits(x, dim):
+            raise self._wrong_input(x)
         edges = RealEdges(self.candidates, self._real_edges(), self.wiring.updates_hallucinated)
         propagate = self.propagation(edges, x)
         return self.dynamics(propagate.arrange(x) if dim == 1 else x, propagate, **options)
 
+    def _fits(self, x: Tensor, dim: int) -> bool:
+        """Return whether the graph can take an input; called in every forward pass."""
+        return (
+            fits(x, self.candidates.weight)
+            and (x.dim() == dim + 3 if self._takes_maps else x.dim() > dim)
+            and x.size(dim) == self.num_inputs
+        )
+
+    def _wrong_input(self, x: object) -> InputError:
+        weight = self.candidates.weight
+        time = "time, " if self.dynamics.node_dim == 2 else ""
+        kind = str(weight.dtype).removeprefix("torch.")
+        return wrong(
+            f"{self.name}: the input",
+            f"a tensor of {kind} [batch, {time}{self.num_inputs}, {'height, width' if self._takes_maps else '…'}] on "
+            f"{weight.device}, one map or value per input node",
+            x,
+        )
+
+    @checked
     def rewire(self, wiring: str | Wiring, num_edges: int) -> None:
         """Give the graph another wiring, or another number of edges.
 
@@ -209,7 +230,7 @@ class NeuralGraph(nn.Module):
         Raises:
             InputError: If k is not in 1 … number of candidates, or the name is unknown.
         """
-        num_edges = _from_one(self.name, "num_edges", num_edges)
+        require(num_edges >= 1, f"{self.name}: num_edges", "an integer from 1 up", num_edges)
         if num_edges > self.num_candidates:
             raise InputError(
                 f"{self.name}: num_edges = {num_edges:,} is more than the {self.num_candidates:,} candidate edges of "
@@ -281,6 +302,7 @@ class NeuralGraph(nn.Module):
         self.wiring.setup(self.candidates, self.num_edges, self.name)
         _forget_wiring(self)
 
+    @checked
     def live_nodes(self, live_outputs: Bool[Tensor, " outputs"] | None = None) -> Bool[Tensor, " nodes"]:
         """Return which nodes reach an output over real edges; the others are dead.
 
@@ -347,13 +369,6 @@ def _make_nodes(
     return Nodes.flat(num_nodes, num_inputs, num_outputs)
 
 
-def _from_one(name: str, what: str, given: object) -> int:
-    number = whole_number(given)
-    if number is None or number < 1:
-        raise InputError(f"{name}: {what} must be a whole number from 1 up; got {given!r}")
-    return number
-
-
 def _forget_wiring(graph: NeuralGraph, *_: Any) -> None:
     """Have a graph choose its edges anew, after its weights were loaded or drawn anew."""
     graph._chosen = None
@@ -369,6 +384,8 @@ def wiring_penalty(model: nn.Module) -> Float[Tensor, ""]:
     Args:
         model: Any module with neural graphs or sparse layers in it.
     """
+    if not isinstance(model, nn.Module):
+        raise wrong("wiring_penalty: model", "a Module", model)
     # Neural graphs, and the graphs of sparse layers, which this module does not know.
     graphs: list[Any] = [each for each in model.modules() if isinstance(getattr(each, "wiring", None), Wiring)]
     terms = [term for graph in graphs if (term := graph.penalty()) is not None]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dnw_graph.arguments import checked, fits, require, wrong
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.ops.node_function import computes_as_usual, fused_node_function, fusible
 
@@ -19,6 +20,7 @@ NORMS: dict[str, Callable[[int, float], nn.Module]] = {
 }
 
 
+@checked
 def make_norm(norm: str, num_nodes: int, eps: float = EPS) -> nn.Module:
     """Return a normalisation with a scale and a shift per node.
 
@@ -32,8 +34,8 @@ def make_norm(norm: str, num_nodes: int, eps: float = EPS) -> nn.Module:
     """
     if norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)
-    if not eps > 0:
-        raise InputError(f"eps of a norm must be above 0; got {eps!r}")
+    require(eps > 0, "eps of a norm", "above 0", eps)
+    require(num_nodes >= 1, "num_nodes", "an integer from 1 up", num_nodes)
     return NORMS[norm](num_nodes, eps)
 
 
@@ -51,7 +53,11 @@ class NodeConv(nn.Conv2d):
         - output: ``[batch, nodes, ⌈height / stride⌉, ⌈width / stride⌉]``
     """
 
+    @checked
     def __init__(self, num_nodes: int, kernel_size: int, stride: int = 1) -> None:
+        for name, number in (("num_nodes", num_nodes), ("kernel_size", kernel_size), ("stride", stride)):
+            require(number >= 1, name, "an integer from 1 up", number)
+        require(kernel_size % 2 == 1, "kernel_size", "odd, so that stride 1 keeps the resolution", kernel_size)
         super().__init__(num_nodes, num_nodes, kernel_size, stride, kernel_size // 2, groups=num_nodes, bias=False)
 
     def forward(
@@ -84,12 +90,11 @@ class NormReluConv(nn.Module):
             arrive.
     """
 
+    @checked
     def __init__(
         self, num_nodes: int, stride: int = 1, norm: str = "batch", kernel_size: int = 3, eps: float = EPS
     ) -> None:
         super().__init__()
-        if kernel_size % 2 == 0:
-            raise InputError(f"kernel_size must be odd, so that stride 1 keeps the resolution; got {kernel_size}")
         self.num_nodes = num_nodes
         self.norm = make_norm(norm, num_nodes, eps)
         self.conv = NodeConv(num_nodes, kernel_size, stride)
@@ -106,13 +111,19 @@ class NormReluConv(nn.Module):
         self._check(z, nodes)
         return _apply(z, self.norm, True, self.conv, nodes)
 
-    def _check(self, z: Tensor, nodes: range | None) -> None:
-        """Refuse maps of another number of nodes."""
+    def _check(self, z: object, nodes: range | None) -> None:
+        """Refuse what convolution and norm would refuse less clearly, or take for a single image or for other nodes."""
+        weight = self.conv.weight
         have = range(self.num_nodes) if nodes is None else nodes
-        if have.start < 0 or have.stop > self.num_nodes or z.dim() != 4 or z.size(1) != len(have):
-            raise InputError(
-                f"this node function is for {self.num_nodes} nodes, maps [batch, {len(have)}, height, width]; got "
-                f"{list(z.shape)}: for groups of other sizes give a name or a factory (num_nodes, stride) -> module"
+        count = len(have)
+        known = have.start >= 0 and have.stop <= self.num_nodes
+        if not (known and fits(z, weight)) or z.dim() != 4 or z.size(1) != count or not z.size(2) * z.size(3):
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise wrong(
+                f"the input of this {type(self).__name__} for {self.num_nodes} nodes",
+                f"a tensor of {kind} [batch, {count}, height, width] on {weight.device} (a graph whose groups of nodes "
+                "differ in size takes a name or a factory (num_nodes, stride) -> module)",
+                z,
             )
 
 
@@ -123,6 +134,7 @@ class NormReluConvNormRelu(NormReluConv):
     for weight. Arguments, shapes and errors as for :class:`NormReluConv`.
     """
 
+    @checked
     def __init__(
         self, num_nodes: int, stride: int = 1, norm: str = "batch", kernel_size: int = 3, eps: float = EPS
     ) -> None:
@@ -175,6 +187,7 @@ class Blockwise(nn.Module):
         - input and output: ``[batch, nodes, *space]``
     """
 
+    @checked
     def __init__(self, functions: list[nn.Module], sizes: list[int]) -> None:
         super().__init__()
         self.functions = nn.ModuleList(functions)
@@ -207,7 +220,18 @@ def _node_wise(norm: nn.Module) -> bool:
     return isinstance(norm, nn.InstanceNorm2d) and not norm.track_running_stats and computes_as_usual(norm)
 
 
+def _refuse_single_values(norm: nn.Module, z: Tensor) -> None:
+    if isinstance(norm, nn.InstanceNorm2d):
+        single, where = z.size(2) * z.size(3) == 1, "per map: give maps of more than one pixel"
+    else:
+        single = isinstance(norm, nn.BatchNorm2d) and norm.training and z.numel() == z.size(1)
+        where = "per node in training: give more images, or maps of more than one pixel"
+    if single:
+        raise InputError(f"a {type(norm).__name__} has nothing to norm in maps {list(z.shape)}, one value {where}")
+
+
 def _normalise(norm: nn.Module, z: Tensor, nodes: range | None) -> Tensor:
+    _refuse_single_values(norm, z)
     if nodes is None:
         return norm(z)
     assert isinstance(norm, nn.InstanceNorm2d)
@@ -228,6 +252,7 @@ NODELESS = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 """Modules whose classes take no number of nodes; ``nn.PReLU`` does."""
 
 
+@checked
 def make_node_function(node_function: NodeFunction, num_nodes: int, stride: int = 1) -> nn.Module:
     """Return the module that applies f_θ to a group of nodes.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from dnw_graph.errors import InputError
+from dnw_graph.arguments import checked, require
 
 
 @dataclass(frozen=True)
@@ -25,18 +24,19 @@ class Nodes:
     num_outputs: int
 
     @classmethod
+    @checked
     def in_blocks(cls, blocks: Sequence[int]) -> Nodes:
         """Nodes whose first block are the inputs and whose last block are the outputs.
 
         Raises:
             InputError: If there are fewer than two blocks or one is empty.
         """
-        sizes = tuple(whole_number(size) or 0 for size in blocks)
-        if len(sizes) < 2 or min(sizes) < 1:
-            raise InputError(f"blocks must be two or more positive whole numbers of nodes; got {tuple(blocks)}")
+        sizes = tuple(blocks)
+        require(len(sizes) >= 2 and min(sizes) >= 1, "blocks", "two or more positive integers", sizes)
         return cls(sizes, sizes[0], sizes[-1])
 
     @classmethod
+    @checked
     def flat(cls, num_nodes: int, num_inputs: int, num_outputs: int) -> Nodes:
         """Nodes of a dynamic graph. Inputs and outputs may overlap, as in a neural ODE without further nodes.
 
@@ -44,8 +44,7 @@ class Nodes:
             InputError: If there are no inputs or outputs, or more of them than nodes.
         """
         for kind, number in (("num_inputs", num_inputs), ("num_outputs", num_outputs)):
-            if not 1 <= number <= num_nodes:
-                raise InputError(f"{kind} must lie in 1 … num_nodes = {num_nodes}; got {number}")
+            require(1 <= number <= num_nodes, kind, f"in 1 … num_nodes = {num_nodes}", number)
         inner = num_nodes - num_inputs - num_outputs
         blocks = (num_nodes,) if inner < 0 else tuple(n for n in (num_inputs, inner, num_outputs) if n)
         return cls(blocks, num_inputs, num_outputs)
@@ -74,11 +73,3 @@ class Nodes:
     def block_ranges(self) -> list[range]:
         """The nodes of each block."""
         return [range(start, stop) for start, stop in pairwise([0, *accumulate(self.blocks)])]
-
-
-def whole_number(given: object) -> int | None:
-    """Return a whole number, of NumPy too, as an ``int``; None if it is anything else, a truth value included."""
-    try:
-        return None if isinstance(given, bool) else operator.index(given)  # type: ignore[arg-type]  # that is the question
-    except TypeError:
-        return None

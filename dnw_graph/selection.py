@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.ops.call import run
 
@@ -26,6 +27,7 @@ _BITS = {
 }
 
 
+@checked
 def select_top_k(weight: Float[Tensor, " candidates"], k: int, name: str = "graph") -> Int[Tensor, " edges"]:
     """Return the flat indices of the k weights of largest |w|, ascending.
 

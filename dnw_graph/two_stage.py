@@ -7,12 +7,14 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.sparsify import WeightGraph
 from dnw_graph.wirings import FineTune, LotteryTicket
 
 
+@checked
 def fine_tune(complete: nn.Module) -> nn.Module:
     """Return a copy of a trained complete model that keeps the k strongest edges of each graph, to be retrained.
 
@@ -30,6 +32,7 @@ def fine_tune(complete: nn.Module) -> nn.Module:
     return model
 
 
+@checked
 def lottery_ticket(complete: nn.Module, initial: Mapping[str, Tensor]) -> nn.Module:
     """Return a copy of a trained complete model that keeps the k strongest edges of each graph, reset to its beginning.
 

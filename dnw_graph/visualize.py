@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dnw_graph._compat import import_pyg
+from dnw_graph.arguments import checked, require
 from dnw_graph.errors import InputError
 from dnw_graph.neural_graph import NeuralGraph
 
@@ -44,6 +45,7 @@ _MOST_CELLS, _BINNED_CELLS = 400, 128
 _STEPS = 24
 
 
+@checked
 def plot(graph: NeuralGraph | Data, top: int = 1000, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
     """Draw a wiring: nodes in one column per block, from inputs to outputs, and the strongest real edges.
 
@@ -65,6 +67,7 @@ def plot(graph: NeuralGraph | Data, top: int = 1000, ax: matplotlib.axes.Axes | 
     Raises:
         InputError: If ``top`` is less than 1 or matplotlib is not installed.
     """
+    _check_axes(ax)
     data = _to_data(graph)
     edges = _strongest(data, torch.arange(data.num_edges), top)
     ax = _new_axes(data) if ax is None else ax
@@ -80,6 +83,7 @@ def plot(graph: NeuralGraph | Data, top: int = 1000, ax: matplotlib.axes.Axes | 
     return ax
 
 
+@checked
 def plot_change(
     before: Data, after: Data, top: int = 1000, ax: matplotlib.axes.Axes | None = None
 ) -> matplotlib.axes.Axes:
@@ -98,9 +102,7 @@ def plot_change(
         InputError: If they are graphs, which know their edges of now alone; if the blocks of the two differ, ``top`` is
             less than 1 or matplotlib is not installed.
     """
-    for data in (before, after):
-        if not isinstance(data, Data):
-            raise InputError(f"before and after are what to_data() returned at two moments; got {type(data).__name__}")
+    _check_axes(ax)
     if not torch.equal(before.block, after.block):
         sizes = [data.block.bincount().tolist() for data in (before, after)]
         raise InputError(
@@ -125,6 +127,7 @@ def plot_change(
     return ax
 
 
+@checked
 def plot_adjacency(graph: NeuralGraph, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
     """Draw the adjacency matrix: targets downwards, sources across, lines between the blocks.
 
@@ -142,8 +145,7 @@ def plot_adjacency(graph: NeuralGraph, ax: matplotlib.axes.Axes | None = None) -
     Raises:
         InputError: If it is no graph, or matplotlib is not installed.
     """
-    if not isinstance(graph, NeuralGraph):
-        raise InputError(f"the adjacency shows a NeuralGraph with its candidates; got {type(graph).__name__}")
+    _check_axes(ax)
     ax = _pyplot().subplots(figsize=(7.5, 6.5), layout="constrained")[1] if ax is None else ax
     from matplotlib.colors import FuncNorm, LinearSegmentedColormap, ListedColormap
 
@@ -202,6 +204,7 @@ def _candidates_per_cell(graph: NeuralGraph, side: int) -> Float[Tensor, "cells 
     return torch.stack([torch.outer(overlap(block.targets), overlap(block.sources)) for block in blocks]).sum(0).float()
 
 
+@checked
 def to_networkx(graph: NeuralGraph | Data) -> Any:
     """Return a wiring as a ``networkx.DiGraph``, by way of PyG's ``to_networkx``.
 
@@ -221,14 +224,21 @@ def to_networkx(graph: NeuralGraph | Data) -> Any:
         raise InputError("networkx is not installed: pip install 'dnw-graph[train]'") from error
 
 
+def _check_axes(ax: object) -> None:
+    if ax is not None:
+        _pyplot()
+        from matplotlib.axes import Axes
+
+        require(isinstance(ax, Axes), "ax", "axes of matplotlib", ax)
+
+
 def _to_data(graph: NeuralGraph | Data) -> Data:
     return graph.to_data() if isinstance(graph, NeuralGraph) else graph
 
 
 def _strongest(data: Data, edges: Int[Tensor, " edges"], top: int) -> Int[Tensor, " chosen"]:
     """Return the ``top`` of some edges that have the largest |w|, in ascending order: the strongest is drawn last."""
-    if top < 1:
-        raise InputError(f"top is the largest number of edges to draw, 1 or more; got {top}")
+    require(top >= 1, "top", "the largest number of edges to draw, an integer from 1 up", top)
     return edges[data.edge_weight[edges].abs().argsort()[-top:]]
 
 

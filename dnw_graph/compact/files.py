@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dnw_graph.arguments import checked, wrong
 from dnw_graph.compact.dynamic_graphs import ContinuousGraph, DiscreteGraph, RungeKuttaGraph, Step
 from dnw_graph.compact.functions import PerBlock
 from dnw_graph.compact.layers import (
@@ -56,6 +57,7 @@ KINDS: dict[str, type[Layer]] = {
 """The layers that a file can hold. Adding one, or an option that has no default, makes a new version."""
 
 
+@checked
 def save_compact(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a compact model to a file from which :func:`load_compact` makes it again, without the original model.
 
@@ -81,6 +83,7 @@ def save_compact(module: nn.Module, path: str | os.PathLike[str]) -> None:
     write_whole(Path(path), contents, "path")
 
 
+@checked
 def load_compact(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> CompactModel:
     """Return the compact model that :func:`save_compact` wrote; nothing in the file is executed.
 
@@ -94,8 +97,12 @@ def load_compact(path: str | os.PathLike[str], device: str | torch.device = "cpu
     """
     from safetensors import SafetensorError, safe_open
 
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise wrong("device", "a device of this machine, such as 'cpu' or 'cuda'", device) from error
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{str(path)!r} is not a file: give a file that save_compact wrote")
     try:
         with safe_open(path, framework="pt") as file:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dnw_graph.arguments import checked, shown
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.chains import channel_wise
 from dnw_graph.compact.chains import MODELS, chain, silent_features
@@ -41,6 +42,7 @@ class CompactModel(Chain):
         return super().forward(z)
 
 
+@checked
 def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | None = None) -> nn.Module:
     """Return a model as a plain inference module without dead nodes, with the same outputs.
 
@@ -68,7 +70,7 @@ def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | Non
         The compact model, in evaluation mode, with the :class:`~dnw_graph.compact.Report` as its attribute ``report``.
 
     Raises:
-        InputError: If ``products`` is unknown.
+        InputError: If ``products`` is unknown, or the model cannot take the example.
 
     Examples:
         >>> import torch
@@ -80,6 +82,8 @@ def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | Non
     """
     if products not in PRODUCTS:
         raise unknown_name("kind of products", products, PRODUCTS)
+    if example is not None:
+        _check_example(model, example)
     if weight_graphs(model):
         model = copy.deepcopy(model)
         densify(model)
@@ -199,6 +203,22 @@ class _Compactor:
             elif isinstance(child, NeuralGraph):
                 self.report.kept.append(f"{child.name}: a graph with {type(child.dynamics).__name__} dynamics")
         return copy.deepcopy(module, memo)
+
+
+def _check_example(model: nn.Module, example: Tensor) -> None:
+    """Refuse an example that the model cannot take, before any work is done."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    except InputError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{type(model).__name__} cannot take the example, {shown(example)}: {reason}") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _count_parameters(model: nn.Module, edges: int) -> int:

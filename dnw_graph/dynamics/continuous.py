@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnw_graph._compat import not_compiled, solver_names
+from dnw_graph.arguments import check, checked, require
 from dnw_graph.dynamics.recurrent import Recurrent
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.propagation import Propagate
@@ -50,6 +51,7 @@ class Continuous(Recurrent):
             is asked for; if the inputs are not finite, or the solution leaves the finite numbers.
     """
 
+    @checked
     def __init__(
         self,
         method: str = "dopri5",
@@ -64,15 +66,14 @@ class Continuous(Recurrent):
         super().__init__()
         if method not in solver_names():
             raise unknown_name("solver", method, solver_names())
-        if len(t_span) != 2 or t_span[0] == t_span[1] or not all(map(math.isfinite, t_span)):
-            raise InputError(f"t_span must be two different finite times, start and end; got {tuple(t_span)}")
-        if not (0 <= rtol < math.inf and 0 < atol < math.inf):
-            raise InputError(f"rtol must be at least 0 and atol above 0, both finite; got {rtol} and {atol}")
+        require(len(set(t_span)) == len(t_span) == 2, "t_span", "two different times, start and end", t_span)
+        require(rtol >= 0, "rtol", "a number from 0 up", rtol)
+        require(atol > 0, "atol", "a number above 0", atol)
         self.method = method
         self.rtol = rtol
         self.atol = atol
         self.options = dict(options or {})
-        self.t_span = (float(t_span[0]), float(t_span[1]))
+        self.t_span = (t_span[0], t_span[1])
         self.adjoint = adjoint
         self.adjoint_options = dict(adjoint_options or {})
         self.num_evaluations = 0
@@ -98,7 +99,10 @@ class Continuous(Recurrent):
                 f"{self.name}: scipy_solver computes outside PyTorch and yields no gradient; "
                 "train with adjoint=True or another solver"
             )
-        ends = self.t_span[1:] if times is None else [float(time) for time in times]
+        if isinstance(times, Tensor):
+            require(times.dim() == 1, f"{self.name}: times", "a vector", times)
+            times = times.tolist()
+        ends = self.t_span[1:] if times is None else check(f"{self.name}: times", times, Sequence[float])
         moves = [after - before for before, after in pairwise([self.t_span[0], *ends])]
         if not (all(move > 0 for move in moves) or all(move < 0 for move in moves)):
             raise InputError(

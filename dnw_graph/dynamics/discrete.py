@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dnw_graph.arguments import checked, require, wrong
 from dnw_graph.dynamics.recurrent import Recurrent
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.node_functions import NodeFunction, make_node_function
@@ -36,6 +37,7 @@ class Discrete(Recurrent):
         InputError: If steps or input_mode are no such thing.
     """
 
+    @checked
     def __init__(
         self, steps: int | None = None, *, input_mode: str = "initial", function_per_step: bool = False
     ) -> None:
@@ -47,8 +49,7 @@ class Discrete(Recurrent):
             raise InputError(
                 "the steps of input_mode='sequence' are those of the input; give no steps and one function"
             )
-        if not sequence and (not isinstance(steps, int) or steps < 1):
-            raise InputError(f"steps must be a whole number from 1 up; got {steps!r}")
+        require(sequence or (steps is not None and steps >= 1), "steps", "an integer from 1 up", steps)
         self.steps = steps
         self.input_mode = input_mode
         self.function_per_step = function_per_step
@@ -71,6 +72,8 @@ class Discrete(Recurrent):
         """Run the steps and return the outputs, or all states."""
         if options:
             raise InputError(f"{self.name}: unknown options {', '.join(options)}; known is return_states")
+        if not isinstance(return_states, bool):
+            raise wrong(f"{self.name}: return_states", "True or False", return_states)
         steps = self.steps or x.size(1)
         if steps < 1:
             raise InputError(f"{self.name}: the sequence has no elements: {list(x.shape)}")

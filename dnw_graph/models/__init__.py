@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from dnw_graph.arguments import checked
 from dnw_graph.models.mobilenet import STAGES, GraphClassifier, MobileNetV1, MobileNetV1DNW, edges_at_width
 from dnw_graph.models.tiny import TINY_DYNAMICS, TinyClassifier
 from dnw_graph.registry import build
@@ -43,6 +44,7 @@ def model_names() -> list[str]:
     return sorted(MODELS)
 
 
+@checked
 def create_model(name: str, **options: Any) -> nn.Module:
     """Return a model by name.
 

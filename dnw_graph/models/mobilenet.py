@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dnw_graph.arguments import checked, fits, require, wrong
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
 from dnw_graph.neural_graph import NeuralGraph
@@ -20,14 +21,27 @@ from dnw_graph.wirings import Wiring
 STAGES = ((32, 64), (64, 128, 128), (128, 256, 256), (256, *[512] * 6), (512, 1024, 1024))
 """Channels of each stage at width 1: what enters it, then one number per pointwise convolution."""
 
+WIDEST = 32
+"""Largest width of MobileNetV1, with three billion weights."""
+
 
 def _check(width: float | int, num_classes: int, stem_stride: int) -> None:
-    if not (isinstance(width, int | float) and math.isfinite(width) and width > 0):
-        raise InputError(f"width must be a positive number, such as 0.225; got {width!r}")
-    if num_classes < 1:
-        raise InputError(f"num_classes must be at least 1; got {num_classes}")
-    if stem_stride not in (1, 2):
-        raise InputError(f"stem_stride must be 2, or 1 for small images; got {stem_stride}")
+    require(width > 0, "width", "a positive number, such as 0.225", width)
+    require(num_classes >= 1, "num_classes", "an integer from 1 up", num_classes)
+    require(stem_stride in (1, 2), "stem_stride", "2, or 1 for small images", stem_stride)
+
+
+def check_images(model: nn.Module, x: object) -> None:
+    """Refuse what is no batch of images for a model.
+
+    Raises:
+        InputError: If it is no tensor ``[batch, 3, height, width]`` of the type and on the device of the parameters.
+    """
+    weight = next(model.parameters())
+    if not fits(x, weight) or x.dim() != 4 or x.size(1) != 3 or not x.size(2) * x.size(3):
+        kind = str(weight.dtype).removeprefix("torch.")
+        expected = f"a tensor of {kind} [batch, 3, height, width] on {weight.device}"
+        raise wrong(f"the input of {type(model).__name__}", expected, x)
 
 
 class MobileNetV1(nn.Module):
@@ -48,9 +62,11 @@ class MobileNetV1(nn.Module):
         InputError: If an argument is out of range.
     """
 
+    @checked
     def __init__(self, width: float | int = 1.0, num_classes: int = 1000, stem_stride: int = 2) -> None:
         super().__init__()
         _check(width, num_classes, stem_stride)
+        require(width <= WIDEST, "width", f"at most {WIDEST}", width)
         self.width = width
 
         def scaled(channels: int) -> int:
@@ -70,6 +86,7 @@ class MobileNetV1(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
         """Return the logits."""
+        check_images(self, x)
         return self.classifier(self.pool(self.features(self.stem(x))).flatten(1))
 
 
@@ -92,6 +109,7 @@ class GraphClassifier(nn.Module):
         - output: ``[batch, num_classes]``
     """
 
+    @checked
     def __init__(self, num_features: int, num_classes: int, num_edges: int, wiring: str | Wiring) -> None:
         super().__init__()
         self.graph = NeuralGraph(
@@ -132,6 +150,7 @@ class MobileNetV1DNW(nn.Module):
         InputError: If an argument is out of range or a name unknown.
     """
 
+    @checked
     def __init__(
         self,
         width: float | int = 0.225,
@@ -176,12 +195,14 @@ class MobileNetV1DNW(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
         """Return the logits."""
+        check_images(self, x)
         z = self.stem(x.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:
             z = stage(z)
         return self.classifier(self.head(z))
 
 
+@checked
 def edges_at_width(stage: Sequence[int], width: float | int) -> int:
     """Return ⌊width² · c⌋ for the c pointwise weights of a stage of MobileNetV1.
 

@@ -8,8 +8,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dnw_graph.arguments import checked, require
 from dnw_graph.dynamics import Continuous, Discrete
 from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.models.mobilenet import check_images
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.node_functions import NormReluConv, ReluConvSendNorm
 from dnw_graph.wirings import Wiring
@@ -47,6 +49,7 @@ class TinyClassifier(nn.Module):
         InputError: If a name is unknown, or an image too small.
     """
 
+    @checked
     def __init__(
         self,
         dynamics: str = "static",
@@ -60,6 +63,7 @@ class TinyClassifier(nn.Module):
         super().__init__()
         if dynamics not in TINY_DYNAMICS:
             raise unknown_name("dynamics", dynamics, TINY_DYNAMICS)
+        require(num_classes >= 1, "num_classes", "an integer from 1 up", num_classes)
         self.stem = nn.Sequential(
             nn.Conv2d(3, 16, 3, 2, 1, bias=False),
             nn.BatchNorm2d(16),
@@ -90,6 +94,7 @@ class TinyClassifier(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
         """Return the logits."""
+        check_images(self, x)
         z = self.stem(x)
         if min(z.shape[2:]) < 4:
             raise InputError(f"the tiny classifiers need images of 13 pixels or more; got {list(x.shape)}")

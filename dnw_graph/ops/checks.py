@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 
 from dnw_graph._compat import is_batched
+from dnw_graph.arguments import wrong
 from dnw_graph.errors import InputError
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
+
+
+def check_tensors(**given: object) -> None:
+    """Refuse what is no tensor, before an operator does in many lines."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise wrong(name, "a tensor", value)
 
 
 def check_csr(rowptr: Tensor, columns: Tensor, values: Tensor) -> None:

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from dnw_graph.errors import InputError
 from dnw_graph.ops.call import run
-from dnw_graph.ops.checks import check_csr, check_memory, check_pointers, check_sources, check_types, is_half
+from dnw_graph.ops.checks import (
+    check_csr,
+    check_memory,
+    check_pointers,
+    check_sources,
+    check_tensors,
+    check_types,
+    is_half,
+)
 
 MAX_MESSAGES = 2**24  # Values in the products of edges that are formed at a time without a kernel.
 
@@ -44,6 +52,7 @@ def sparse_product(
         tensor([[13., 24.],
                 [ 0.,  0.]])
     """
+    check_tensors(z=z, rowptr=rowptr, columns=columns, values=values)
     return _sparse_product(z, rowptr, columns, values)
 
 

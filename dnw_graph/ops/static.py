@@ -10,9 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from dnw_graph.arguments import check
 from dnw_graph.errors import InputError
 from dnw_graph.ops.call import run
-from dnw_graph.ops.checks import check_csr, check_memory, check_pointers, check_types, is_half
+from dnw_graph.ops.checks import check_csr, check_memory, check_pointers, check_tensors, check_types, is_half
 from dnw_graph.ops.sparse import product
 
 
@@ -57,6 +58,10 @@ def static_graph(
         InputError: If shapes, types or devices do not fit, or an edge does not lead from an earlier block with maps of
             the same size.
     """
+    check_tensors(x=x, rowptr=rowptr, columns=columns, values=values, scale=scale, shift=shift, kernel=kernel)
+    if bias is not None:
+        check_tensors(bias=bias)
+    sizes, strides = (check(name, each, Sequence[int]) for name, each in (("sizes", sizes), ("strides", strides)))
     return _static_graph(x, list(sizes), list(strides), rowptr, columns, values, scale, shift, kernel, bias)
 
 

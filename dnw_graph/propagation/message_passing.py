@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dnw_graph.arguments import checked, require
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.ops.checks import first_order
 from dnw_graph.ops.layout import owned, transformed
@@ -38,6 +39,7 @@ class MessagePassingPropagation(Propagation):
             would be larger than ``max_message_bytes``, or it is transformed by ``torch.func``.
     """
 
+    @checked
     def __init__(self, adjacency: str = "edge_index", max_message_bytes: int = 2**31) -> None:
         super().__init__()
         if adjacency not in ADJACENCIES:
@@ -47,6 +49,7 @@ class MessagePassingPropagation(Propagation):
                 "adjacency 'torch_sparse' needs torch-sparse, which is not installed; "
                 "use 'csr', or install the extra dnw-graph[pyg-ext]"
             )
+        require(max_message_bytes >= 0, "max_message_bytes", "an integer from 0 up", max_message_bytes)
         self.adjacency = adjacency
         self.max_message_bytes = max_message_bytes
         # PyG is imported by those who ask for message passing only.

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dnw_graph.arguments import checked
 from dnw_graph.cost import neural_graphs
 from dnw_graph.selection import select_top_k
 from dnw_graph.sparse_momentum.rule import SparseMomentum
@@ -58,6 +59,7 @@ class MomentumLayer:
         self.write(self.weight().mul(self.rule.kept))
 
 
+@checked
 def momentum_layers(model: nn.Module) -> list[MomentumLayer]:
     """Return what of a model has the rule :class:`SparseMomentum`, in the order of the model."""
     layers = []

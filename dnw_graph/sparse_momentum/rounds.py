@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dnw_graph.arguments import checked, require
 from dnw_graph.errors import InputError
 from dnw_graph.sparse_momentum.layers import MomentumLayer, allot, momentum_layers
 
@@ -72,10 +73,10 @@ class SparseMomentumRounds:
         40
     """
 
+    @checked
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, num_steps: int, every: int) -> None:
         for name, number in (("num_steps", num_steps), ("every", every)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise InputError(f"{name} is a whole number of steps from 1 up; got {number!r}")
+            require(number >= 1, name, "an integer from 1 up", number)
         self.optimizer = optimizer
         self.num_steps = num_steps
         self.every = every
@@ -123,6 +124,7 @@ class SparseMomentumRounds:
             layer.write(layer.weight().mul(layer.rule.kept))
 
     @torch.no_grad()
+    @checked
     def redistribute(self, step: int) -> None:
         """Do one round.
 

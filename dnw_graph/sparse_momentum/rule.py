@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dnw_graph._compat import version
+from dnw_graph.arguments import checked, require
 from dnw_graph.candidates import CandidateEdges
-from dnw_graph.errors import InputError
 from dnw_graph.selection import select_top_k
 from dnw_graph.wirings import Schedule, Wiring
 from dnw_graph.wirings.saved import refuse_mask
@@ -40,14 +40,15 @@ class SparseMomentum(Wiring):
     updates_hallucinated = True
     kept: Tensor
 
+    @checked
     def __init__(
         self,
-        prune_rate: float | Schedule | Mapping[str, float | str] = Schedule(0.5, 0.0, shape="cosine"),  # noqa: B008
+        prune_rate: float | Schedule | Mapping[str, int | float | str] = Schedule(0.5, 0.0, shape="cosine"),  # noqa: B008
     ) -> None:
         super().__init__()
         self.prune_rate = as_schedule("prune_rate", prune_rate)
-        if not all(0 <= rate <= 1 for rate in (self.prune_rate.start, self.prune_rate.end)):
-            raise InputError(f"the prune rate is a share of the real weights, within 0 … 1; got {prune_rate!r}")
+        possible = all(0 <= rate <= 1 for rate in (self.prune_rate.start, self.prune_rate.end))
+        require(possible, "prune_rate", "a share of the real weights, within 0 … 1", prune_rate)
         self.register_buffer("kept", torch.empty(0, dtype=torch.bool))
         self._found: tuple[Tensor, int, Tensor] | None = None  # ``kept``, its version, and its edges
 

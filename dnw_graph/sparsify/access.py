@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from dnw_graph._compat import import_pyg
+from dnw_graph.arguments import checked
 from dnw_graph.errors import unknown_name
 from dnw_graph.sparsify.forward_pass import RealWeights
 from dnw_graph.sparsify.layers import LayerWeight, weight_name
@@ -43,6 +44,7 @@ def sparse_weights(module: nn.Module) -> dict[str, tuple[LayerWeight, WeightGrap
     return found
 
 
+@checked
 def weight_graphs(module: nn.Module) -> dict[str, WeightGraph]:
     """Return the graphs of a module's sparse weights by name: one per weight, or one in all with ``"global"``.
 
@@ -57,6 +59,7 @@ def weight_graphs(module: nn.Module) -> dict[str, WeightGraph]:
     return {name: graph for graph, name in graphs.items()}
 
 
+@checked
 def to_data(module: nn.Module, name: str) -> torch_geometric.data.Data:
     """Return the real weights of one layer as a bipartite PyG graph.
 

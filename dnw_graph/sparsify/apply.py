@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.sparsify.access import sparse_parameters
 from dnw_graph.sparsify.budget import edges_per_weight, kept
@@ -21,6 +22,7 @@ from dnw_graph.sparsify.weight_graph import WeightGraph, set_up
 from dnw_graph.wirings import Wiring
 
 
+@checked
 def sparsify(
     module: nn.Module,
     density: float = 0.1,
@@ -68,8 +70,6 @@ def sparsify(
         2.weight               10×288     2,880   288   10.00%
         in sum, sparse layers             2,880   288   10.00%
     """
-    if not isinstance(module, nn.Module):
-        raise InputError(f"sparsify takes a torch.nn.Module; got {type(module).__name__}")
     reasons = reasons_to_skip(module, skip)
     refuse_module(module, reasons)
     every = list(find_weights(module))

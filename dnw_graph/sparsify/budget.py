@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from math import floor
 
+from dnw_graph.arguments import require
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.sparsify.layers import LayerWeight
 
@@ -18,14 +19,13 @@ def kept(numel: int, density: float) -> int:
     return max(1, numel - floor((1 - Fraction(str(density))) * numel))
 
 
-def check_density(what: str, density: object) -> None:
+def check_density(what: str, density: float) -> None:
     """Refuse what is no share of weights.
 
     Raises:
-        InputError: If it is not a number above 0 and at most 1.
+        InputError: If it is not above 0 and at most 1.
     """
-    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
-        raise InputError(f"{what} is the share of weights to keep, above 0 and at most 1; got {density!r}")
+    require(0 < density <= 1, what, "the share of weights to keep, above 0 and at most 1", density)
 
 
 def edges_per_weight(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dnw_graph._compat import remove_hooks
+from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.sparsify.access import sparse_parameters
 from dnw_graph.sparsify.forward_pass import ForwardPass
@@ -16,6 +17,7 @@ from dnw_graph.sparsify.layers import own_parameters
 from dnw_graph.sparsify.state import before_loading
 
 
+@checked
 def densify(module: nn.Module, *, keep_hallucinated: bool = False) -> None:
     """Make the weights of a module plain, dense parameters again, in place and as the same objects.
 

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.sparsify.access import sparse_parameters
 from dnw_graph.sparsify.layers import own_parameters
 
 
+@checked
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any], module: nn.Module) -> None:
     """Load the state that an optimiser had before ``sparsify`` or ``densify`` into one that was made after it.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.sparsify.access import sparse_parameters
 from dnw_graph.wirings.saved import check_saved_wiring
@@ -32,6 +33,7 @@ def before_loading(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *o
             check_saved_wiring(graph, state_dict, f"{chain}0.owned.{number}.")
 
 
+@checked
 def dense_state_dict(module: nn.Module, *, keep_hallucinated: bool = False) -> dict[str, Tensor]:
     """Return the state dict that the module would have without sparse weights, for a dense model to load.
 

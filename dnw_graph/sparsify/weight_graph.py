@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dnw_graph._compat import in_backward_pass, version
+from dnw_graph.arguments import checked, require
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
 from dnw_graph.sparsify.layers import LayerWeight, candidate_edges
@@ -86,6 +87,7 @@ class WeightGraph(nn.Module):
         """The weights of the real edges now, in the order of :attr:`real_index`."""
         return self.candidate_weight.detach()[self.real_index]
 
+    @checked
     def rewire(self, wiring: str | Wiring, num_edges: int) -> None:
         """Give the weights another wiring, or another number of real edges.
 
@@ -211,8 +213,7 @@ def set_up(
         InputError: If k is not in 1 … number of weights, the name is unknown, or the rule refuses.
     """
     count = sum(weight.numel for weight in weights)
-    if isinstance(num_edges, bool) or not isinstance(num_edges, int) or not 1 <= num_edges <= count:
-        raise InputError(f"{name}: the number of real edges is a whole number in 1 … {count:,}; got {num_edges!r}")
+    require(1 <= num_edges <= count, f"{name}: num_edges", f"an integer in 1 … {count:,}", num_edges)
     flat = torch.cat([weight.flat(weight.parameter.detach()) for weight in weights])
     rule = make_wiring(wiring).to(flat.device)
     rule.setup(candidate_edges(tuple(weights), flat), num_edges, name)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torchvision.transforms import v2
 
+from dnw_graph.arguments import checked
+
 # Images of this many pixels and more are treated as ImageNet's, smaller ones as CIFAR's.
 LARGE = 64
 
@@ -16,6 +18,7 @@ STATISTICS = {
 }
 
 
+@checked
 def transforms(data: str, size: int) -> tuple[v2.Compose, v2.Compose]:
     """Return the transforms for training and for testing, from an RGB image to a tensor ``[3, size, size]``.
 

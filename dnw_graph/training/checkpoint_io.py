@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
+from dnw_graph.arguments import checked
 from dnw_graph.checksum import checksum
 from dnw_graph.errors import InputError
 from dnw_graph.training.archive import read_archive
@@ -58,6 +59,7 @@ class WholeFileIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
+@checked
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the content of a checkpoint that a run of this package wrote, with all tensors on the CPU.
 

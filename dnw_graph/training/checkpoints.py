@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from dnw_graph import stopping
+from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.training.checkpoint_io import FORMAT, SECTION
 from dnw_graph.training.loggers import Table
@@ -38,6 +39,7 @@ class Checkpoints(Checkpoint):
         seconds: Time spent in training, over all parts of a resumed run.
     """
 
+    @checked
     def __init__(self, folder: Path, save_every: int, identity: dict[str, Any], table: Table | None = None) -> None:
         self.folder = folder
         self.save_every = save_every

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from dnw_graph.arguments import checked, require
 from dnw_graph.cost import NORMS
 from dnw_graph.neural_graph import wiring_penalty
 from dnw_graph.training.order import Purpose, mix
@@ -34,6 +35,7 @@ class Classifier(LightningModule):
             (of the classes ``BatchNorm…``, ``InstanceNorm…``, ``GroupNorm``, ``LayerNorm`` and ``RMSNorm``).
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -47,6 +49,11 @@ class Classifier(LightningModule):
         norm_weight_decay: bool = True,
     ) -> None:
         super().__init__()
+        require(num_classes >= 1, "num_classes", "an integer from 1 up", num_classes)
+        numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "seed": seed}
+        for name, number in numbers.items():
+            require(number >= 0, name, "0 or more", number)
+        require(0 <= label_smoothing <= 1, "label_smoothing", "a share, 0 … 1", label_smoothing)
         self.model = model
         self.schedule = schedule
         self.lr = lr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 import warnings
@@ -29,6 +30,16 @@ NOISE = (
     "Detected call of `lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated",
 )
+
+
+class ConfigFile(ActionConfigFile):
+    """Reads a file with options, which must be one that ends."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Take the options of a file."""
+        if not os.path.isfile(values):
+            raise InputError(f"--config is {values!r}: expected a YAML file")
+        super().__call__(parser, namespace, values, option_string)
 
 
 class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -68,17 +79,23 @@ def main(description: str, models: type[ModelOptions], defaults: RunOptions, arg
 def _values(
     description: str, models: type[ModelOptions], defaults: RunOptions, argv: Sequence[str] | None
 ) -> dict[str, Any]:
+    parser = _parser(description, models, defaults)
     try:
-        return vars(_parser(description, models, defaults).parse_args(argv))
-    except UnicodeDecodeError as error:
-        raise InputError(f"the file given with --config is not text ({error}): give a YAML file") from error
+        return vars(parser.parse_args(argv))
+    except (InputError, ArgumentError):
+        raise
+    except Exception as error:  # what users write can fail anywhere in the parsers of YAML and of types
+        raise InputError(
+            f"the options cannot be read ({type(error).__name__}: {error}): give values as --help says, and with "
+            "--config a YAML file of them"
+        ) from error
 
 
 def _parser(description: str, models: type[ModelOptions], defaults: RunOptions) -> ArgumentParser:
     parser = ArgumentParser(
         description=description, exit_on_error=False, allow_abbrev=False, formatter_class=HelpFormatter
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options; later ones win")
+    parser.add_argument("--config", action=ConfigFile, help="YAML file with any of these options; later ones win")
     for group, options, default in (("model", models, models()), ("run", RunOptions, defaults)):
         arguments = parser.add_argument_group(group)
         types = get_type_hints(options)
@@ -91,13 +108,11 @@ def _parser(description: str, models: type[ModelOptions], defaults: RunOptions) 
 
 
 def one_line(error: Exception) -> str:
-    """Return the message of an error in one line.
-
-    An error from a worker process of a DataLoader comes wrapped in its traceback; the last line is the message.
-    """
+    """Return the message of an error in one line."""
     text = str(error).strip()
     if isinstance(error, InputError):
-        return text.splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")
+        return text
     # jsonargparse: 'Parser key "batch_size":\n  Expected a <class 'int'>. Got value: x'
     text = re.sub(r'Parser key "(\w+)":', lambda match: f"{flag(match[1])}:", text)
-    return re.sub(r"Expected a <class '(\w+)'>\. Got value:", r"expected \1, got", " ".join(text.split()))
+    text = re.sub(r"Expected a <class '(\w+)'>\. Got value:", r"expected \1, got", " ".join(text.split()))
+    return str(InputError(text))

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.stopping import SIGNALS
 from dnw_graph.training.augmentation import transforms
@@ -58,6 +59,7 @@ class DataModule(LightningDataModule):
         InputError: If a batch holds more images than there are, or there are fewer test images than devices.
     """
 
+    @checked
     def __init__(self, images: ImageData, options: RunOptions) -> None:
         super().__init__()
         self.images = images

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL import Image, UnidentifiedImageError
 
 from dnw_graph.errors import InputError
-from dnw_graph.training.images import UNREADABLE
 
 # The last bytes of a whole file, by Pillow's name of the format.
 ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
@@ -22,6 +21,8 @@ def image_fault(path: str) -> str | None:
     something appended, or of a format without a known ending) is decoded in full, and that decides.
     """
     try:
+        if not os.path.isfile(path):
+            return "not a regular file"
         with open(path, "rb") as file, Image.open(file) as image:
             ending = ENDINGS.get(image.format or "")
             if ending:
@@ -33,8 +34,8 @@ def image_fault(path: str) -> str | None:
             image.load()
     except UnidentifiedImageError:
         return "not an image"
-    except UNREADABLE as error:
-        return str(error)
+    except Exception as error:  # a damaged file can fail anywhere in the decoder
+        return str(error) or type(error).__name__
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import struct
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +16,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.training.order import Purpose, mix
 
-# What Pillow raises for files that are no images, or are cut off or damaged.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 NUM_TEST_DIGITS = 360
 
 
@@ -88,9 +87,7 @@ class FileImages(Images):
                 f"{root} has {len(unknown)} class folders that the training folder lacks, such as "
                 f"{unknown[0]!r}: expected the same class names in both"
             )
-        samples = make_dataset(
-            str(root), {name: classes.index(name) for name in here}, IMG_EXTENSIONS, allow_empty=True
-        )
+        samples = [(path, classes.index(name)) for name in here for path in image_files(root / name)]
         self.paths = [path for path, _ in samples]
         self.labels = np.array([label for _, label in samples], dtype=np.int64)
         filled = {classes[label] for label in np.unique(self.labels)}
@@ -104,9 +101,9 @@ class FileImages(Images):
         """Return one image, in RGB."""
         path = self.paths[index]
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 return image.convert("RGB")
-        except UNREADABLE as error:
+        except Exception as error:  # a damaged file can fail anywhere in the decoder
             raise InputError(f"cannot read image {path} ({error}): replace or remove it") from error
 
     def part(self, index: NDArray[np.int64]) -> FileImages:
@@ -115,6 +112,39 @@ class FileImages(Images):
         part.paths = [self.paths[place] for place in index]
         part.labels = self.labels[index]
         return part
+
+
+def image_files(folder: Path) -> list[str]:
+    """Return the images below a folder, in the order of folders, then names.
+
+    Links are followed, but no folder is entered twice, so that a link back ends.
+    """
+    found: list[tuple[str, str]] = []
+    entered: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        state = os.stat(parent)
+        if (state.st_dev, state.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((state.st_dev, state.st_ino))
+        folders.sort()
+        found += [(parent, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    return [os.path.join(parent, name) for parent, name in sorted(found)]
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def open_image(path: str) -> Image.Image:
+    """Open an image file; reading from anything else, such as a named pipe, might never end.
+
+    Raises:
+        OSError: If it is no regular file.
+    """
+    if not os.path.isfile(path):
+        raise OSError("not a regular file")
+    return Image.open(path)
 
 
 def class_names(root: Path) -> list[str]:
@@ -182,7 +212,7 @@ def folder(root: Path) -> ImageData:
     Raises:
         InputError: If a folder is missing, a class is empty, or classes do not match.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InputError(
             f"data folder {str(root)!r} does not exist: give 'digits', 'cifar10' or a folder with train/<class>/ and "
             "val/<class>/ with --data"
@@ -199,6 +229,7 @@ def folder(root: Path) -> ImageData:
     return ImageData("folder", FileImages(train, classes), FileImages(test, classes), classes)
 
 
+@checked
 def load_images(data: str) -> ImageData:
     """Return the images that ``--data`` names: ``digits``, ``cifar10`` or a folder.
 
@@ -207,9 +238,15 @@ def load_images(data: str) -> ImageData:
     """
     if data == "digits":
         return digits()
-    return cifar10() if data == "cifar10" else folder(Path(data))
+    if data == "cifar10":
+        return cifar10()
+    try:
+        return folder(Path(data))
+    except OSError as error:
+        raise InputError(f"data folder {data!r} cannot be read ({error}): give another one with --data") from error
 
 
+@checked
 def hold_out(images: ImageData, count: int) -> ImageData:
     """Return the same training images without some of them, which take the place of the test images.
 

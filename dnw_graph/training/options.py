@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from dnw_graph.arguments import check_fields, require
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.training.schedules import SCHEDULES
 
@@ -35,13 +36,16 @@ def flag(name: str) -> str:
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise InputError(f"{flag(name)} is {value!r}: expected {expected}")
+    require(holds, flag(name), expected, value)
 
 
 @dataclass(frozen=True)
 class ModelOptions(ABC):
     """The options that are an example's own: fields made by :func:`option`, and the model that they describe."""
+
+    def __post_init__(self) -> None:
+        """Refuse values of other types than those of the fields; a subclass with checks of its own calls this first."""
+        check_fields(self, flag)
 
     @abstractmethod
     def create(self, num_classes: int, image_size: int) -> nn.Module:
@@ -139,13 +143,15 @@ class RunOptions:
     )
 
     def __post_init__(self) -> None:
+        check_fields(self, flag)
         for name in ("epochs", "batch_size", "devices", "num_nodes"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("weight_decay", "save_every", "held_out", "warmup_epochs"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "a number from 0 to below 2^63")
         for name in ("data", "output", "resume", "evaluate", "export"):
-            _require(getattr(self, name) != "", name, "", "a path")
+            path = getattr(self, name)
+            _require(path is None or (path != "" and "\0" not in path), name, path, "a path")
         _require(self.lr > 0, "lr", self.lr, "a number above 0")
         for name in ("momentum", "label_smoothing"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number from 0 to below 1")

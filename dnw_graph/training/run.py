@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from dnw_graph import stopping
+from dnw_graph.arguments import checked
 from dnw_graph.compact import compact
 from dnw_graph.cost import neural_graphs
 from dnw_graph.errors import InputError
@@ -34,6 +35,7 @@ from dnw_graph.training.sparse_momentum import SparseMomentumCallback
 from dnw_graph.training.summary import Summary, summarize, write_files
 from dnw_graph.training.throughput import Throughput
 from dnw_graph.training.training_cost import TrainingCost
+from dnw_graph.training.trial import check_step
 from dnw_graph.training.wiring_monitor import WiringMonitor
 from dnw_graph.wirings import Wiring
 
@@ -43,6 +45,7 @@ STEPS_SHOWN_ON_GPU = 20
 STEPS_PER_ROW = 50
 
 
+@checked
 def run(
     create: Callable[[int, int], nn.Module],
     model_options: dict[str, Any],
@@ -85,6 +88,7 @@ def run(
     if path and checkpoint:
         names = [*model_options, "image_size", "classes"] if options.evaluate else list(identity)
         check_same_run(path, checkpoint[SECTION]["options"], identity, names)
+    check_step(model, data.image_size, options, on_gpu(options))
     num_steps = options.epochs * data.steps_per_epoch
     for wiring in model.modules():
         if isinstance(wiring, Wiring):

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from dnw_graph.arguments import checked, require
 
+
+@checked
 def cosine(num_steps: int) -> Callable[[int], float]:
     """Return (1 + cos(π t / T)) / 2 over T = ``num_steps`` steps: 1 at the first step, 0 after the last.
 
     Args:
         num_steps: Optimiser steps of the whole run.
     """
+    require(num_steps >= 1, "num_steps", "an integer from 1 up", num_steps)
     return lambda step: (1 + math.cos(math.pi * step / num_steps)) / 2
 
 
+@checked
 def after_warmup(
     schedule: Callable[[int], Callable[[int], float]], warmup_steps: int, num_steps: int
 ) -> Callable[[int], float]:
@@ -32,12 +37,14 @@ def after_warmup(
     return lambda step: (step + 1) / warmup_steps if step < warmup_steps else after(step - warmup_steps)
 
 
+@checked
 def step(num_steps: int) -> Callable[[int], float]:
     """Return 1, ×0.1 after half and again after three quarters of the steps: after epochs 80 and 120 of 160.
 
     Args:
         num_steps: Optimiser steps of the whole run.
     """
+    require(num_steps >= 1, "num_steps", "an integer from 1 up", num_steps)
     return lambda step: 0.1 ** ((step >= num_steps / 2) + (step >= num_steps * 3 / 4))
 
 

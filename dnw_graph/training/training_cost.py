@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from dnw_graph.arguments import checked
 from dnw_graph.cost import neural_graphs
 from dnw_graph.propagation import Propagate, Propagation, RealEdges
 from dnw_graph.propagation.base import States
@@ -45,6 +46,7 @@ class TrainingCost(Callback):
         multiply_adds: Of all training images of all steps so far, on all devices; part of the checkpoint.
     """
 
+    @checked
     def __init__(self, model: nn.Module) -> None:
         self.multiply_adds = 0
         self.model = model

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from dnw_graph.arguments import checked
 from dnw_graph.cost import live_nodes, neural_graphs
 
 
@@ -36,6 +37,7 @@ class WiringMonitor(Callback):
         epoch_start: Real edges per graph when the epoch started.
     """
 
+    @checked
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.initial: dict[str, Tensor] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dnw_graph.arguments import checked
 from dnw_graph.registry import build, resolve
 from dnw_graph.wirings.base import Wiring
 from dnw_graph.wirings.complete import Complete
@@ -52,6 +53,7 @@ def make_wiring(wiring: str | Wiring) -> Wiring:
     return resolve("wiring", wiring, Wiring, WIRINGS)
 
 
+@checked
 def create_wiring(name: str, **options: Any) -> Wiring:
     """Return a wiring by name, with options.
 

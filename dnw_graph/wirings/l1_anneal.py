@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dnw_graph._compat import not_compiled
+from dnw_graph.arguments import checked, require
 from dnw_graph.candidates import CandidateEdges
-from dnw_graph.errors import InputError
 from dnw_graph.wirings.saved import refuse_mask
 from dnw_graph.wirings.schedule import Schedule, Scheduled, as_schedule
 
@@ -42,20 +42,20 @@ class L1Anneal(Scheduled):
     updates_hallucinated = False
     removed: Tensor
 
+    @checked
     def __init__(
         self,
-        strength: float | Schedule | Mapping[str, float | str] = 1e-6,
-        removal: Schedule | Mapping[str, float | str] = Schedule(0.0, 1.0, 0.0, 0.25, "cubic"),  # noqa: B008
+        strength: float | Schedule | Mapping[str, int | float | str] = 1e-6,
+        removal: Schedule | Mapping[str, int | float | str] = Schedule(0.0, 1.0, 0.0, 0.25, "cubic"),  # noqa: B008
         *,
         num_steps: int | None = None,
     ) -> None:
         super().__init__(num_steps)
         self.strength = as_schedule("strength", strength)
         self.removal = as_schedule("removal", removal)
-        if min(self.strength.start, self.strength.end) < 0:
-            raise InputError(f"the strength of the L1 term must be 0 or more; got {strength!r}")
-        if not 0 <= self.removal.start <= self.removal.end <= 1:
-            raise InputError(f"the removal must go up within 0 (complete) … 1 (k edges left); got {removal!r}")
+        require(min(self.strength.start, self.strength.end) >= 0, "strength of the L1 term", "0 or more", strength)
+        rises = 0 <= self.removal.start <= self.removal.end <= 1
+        require(rises, "removal", "a schedule that goes up within 0 (complete) … 1 (k edges left)", removal)
         self.register_buffer("removed", torch.empty(0, dtype=torch.bool))
 
     def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:

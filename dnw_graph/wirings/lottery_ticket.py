@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from dnw_graph.arguments import checked
 from dnw_graph.wirings.second_stage import SecondStage
 
 
@@ -26,6 +27,7 @@ class LotteryTicket(SecondStage):
         InputError: If the number of weights is not the graph's; if edges are asked for that are not known.
     """
 
+    @checked
     def __init__(
         self,
         trained: Float[Tensor, " candidates"] | None = None,

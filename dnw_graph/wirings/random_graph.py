@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from dnw_graph.arguments import checked
 from dnw_graph.candidates import CandidateEdges
-from dnw_graph.errors import InputError
 from dnw_graph.selection import select_top_k
 from dnw_graph.wirings.kept import Kept
 
@@ -26,10 +26,9 @@ class RandomGraph(Kept):
         InputError: If ``separate_scores`` is not a truth value.
     """
 
+    @checked
     def __init__(self, separate_scores: bool = False) -> None:
         super().__init__()
-        if not isinstance(separate_scores, bool):
-            raise InputError(f"separate_scores is True or False; got {separate_scores!r}")
         self.separate_scores = separate_scores
 
     def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from dnw_graph.arguments import check_fields, checked, require
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.wirings.base import Wiring
@@ -47,16 +48,11 @@ class Schedule:
     shape: str = "linear"
 
     def __post_init__(self) -> None:
-        for value in (self.start, self.end):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise InputError(f"a schedule goes between two finite numbers; got {value!r}")
-        for moment in (self.begin, self.until):
-            whole = isinstance(moment, int) and not isinstance(moment, bool) and moment >= 0
-            if not whole and not (isinstance(moment, float) and 0 <= moment <= 1):
-                raise InputError(
-                    f"a moment of a schedule is a step (a whole number from 0) or a fraction of training "
-                    f"(0.0 … 1.0); got {moment!r}"
-                )
+        check_fields(self, "{} of a schedule".format)
+        for name, moment in (("begin", self.begin), ("until", self.until)):
+            possible = moment >= 0 and (isinstance(moment, int) or moment <= 1)
+            expected = "a step (an integer from 0 up) or a fraction of training (0.0 … 1.0)"
+            require(possible, f"{name} of a schedule", expected, moment)
         if type(self.begin) is type(self.until) and self.begin > self.until:
             raise InputError(f"a schedule cannot begin at {self.begin} and end before, at {self.until}")
         if self.shape not in tuple(SHAPES):
@@ -88,7 +84,7 @@ class Schedule:
         return self.start + (self.end - self.start) * SHAPES[self.shape]((step - begin) / (until - begin))
 
 
-def as_schedule(what: str, value: float | Schedule | Mapping[str, float | str]) -> Schedule:
+def as_schedule(what: str, value: float | Schedule | Mapping[str, int | float | str]) -> Schedule:
     """Return a schedule from one, from its arguments by name (as in a YAML file), or from a constant.
 
     Args:
@@ -134,10 +130,10 @@ class Scheduled(Wiring):
 
     counters: ClassVar[tuple[str, ...]] = ("step", "num_steps")
 
+    @checked
     def __init__(self, num_steps: int | None = None) -> None:
         super().__init__()
-        if num_steps is not None:
-            _check_num_steps(num_steps)
+        _check_num_steps(num_steps)
         self.given_num_steps = num_steps
         self.name = "graph"
         self.step = 0
@@ -148,6 +144,7 @@ class Scheduled(Wiring):
         self.step = 0
         self.name = name
 
+    @checked
     def set_num_steps(self, num_steps: int) -> None:
         """Take the number of steps of the whole training, unless the rule was given one of its own."""
         _check_num_steps(num_steps)
@@ -201,6 +198,5 @@ class Scheduled(Wiring):
                 missing_keys.append(key)
 
 
-def _check_num_steps(num_steps: int) -> None:
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise InputError(f"num_steps must be a whole number from 1 up; got {num_steps!r}")
+def _check_num_steps(num_steps: int | None) -> None:
+    require(num_steps is None or num_steps >= 1, "num_steps", "an integer from 1 up", num_steps)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dnw_graph.arguments import checked
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
 from dnw_graph.selection import select_top_k
@@ -32,13 +33,11 @@ class SecondStage(Kept):
         InputError: If the number of weights is not the graph's; if edges are asked for that are not known.
     """
 
+    @checked
     def __init__(
         self, trained: Float[Tensor, " candidates"] | None, start: Float[Tensor, " candidates"] | None
     ) -> None:
         super().__init__()
-        for weight in (trained, start):
-            if weight is not None and not isinstance(weight, Tensor):
-                raise InputError(f"{type(self).__name__} takes candidate weights as tensors; got {weight!r}")
         self.trained = None if trained is None else trained.detach().clone()
         same = start is trained
         self.start = self.trained if same else None if start is None else start.detach().clone()

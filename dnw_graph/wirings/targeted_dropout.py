@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dnw_graph._compat import not_compiled
+from dnw_graph.arguments import checked, require
 from dnw_graph.candidates import Block, CandidateEdges
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.seeding import mix
@@ -52,9 +53,10 @@ class TargetedDropout(Scheduled):
     updates_hallucinated = False
     stream: Tensor
 
+    @checked
     def __init__(
         self,
-        rho: float | str | Schedule | Mapping[str, float | str] = 0.95,
+        rho: float | str | Schedule | Mapping[str, int | float | str] = 0.95,
         variant: str = "unconstrained",
         *,
         seed: int | None = None,
@@ -66,8 +68,7 @@ class TargetedDropout(Scheduled):
         self.rho = None if isinstance(rho, str) else as_schedule("rho", rho)
         if self.rho is not None and not (0 <= self.rho.start <= 1 and 0 <= self.rho.end <= 1):
             raise InputError(f"rho is a probability, 0 … 1; got {rho!r}")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise InputError(f"seed must be a whole number from 0 up; got {seed!r}")
+        require(seed is None or seed >= 0, "seed", "an integer from 0 up", seed)
         if variant not in VARIANTS:
             raise unknown_name("variant of targeted dropout", variant, VARIANTS)
         self.variant = variant

@@ -5,9 +5,9 @@ The quick form runs in the slow tests (``test_kills.py``). The long form, by han
     python tests/robust/kills.py --kills 40 --devices 1 2
 
 Every case starts an example, sends Ctrl-C, SIGTERM or SIGKILL to its main process, to another rank or to the whole
-group, once or twice, while it imports, starts or trains, and then goes on with the command that it printed. A case is bad
-if the exit status is wrong, stderr has anything but one line, a process is left after 10 seconds, or the run that goes
-on ends with other bits than an unbroken one. Needs Linux (``/proc``).
+group, once or twice, while it imports, starts or trains, and then goes on with the command that it printed. A case is
+bad if the exit status is wrong, stderr has anything but one line, a process is left after 10 seconds, or the run that
+goes on ends with other bits than an unbroken one. Needs Linux (``/proc``).
 """
 
 from __future__ import annotations
@@ -263,9 +263,8 @@ def main() -> int:
             print(f"{devices} devices, {kind.name}: {len(of_kind)} tried, {len(bad)} bad {dict(reasons) or ''}")
         lost = [case.seconds for case in cases if case.kind == signal.SIGKILL and case.seconds is not None]
         if lost:
-            print(
-                f"{devices} devices, from SIGKILL to the end: median {statistics.median(lost):.1f} s, at most {max(lost):.1f} s"
-            )
+            median, most = statistics.median(lost), max(lost)
+            print(f"{devices} devices, from SIGKILL to the end: median {median:.1f} s, at most {most:.1f} s")
     return 1 if total else 0
 
 

@@ -1,0 +1,301 @@
+"""Types of arguments, checked once at the public doors from the hints in their signatures."""
+
+from __future__ import annotations
+
+import collections.abc
+import functools
+import inspect
+import math
+import numbers
+import operator
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, Literal, TypeGuard, TypeVar, Union
+
+import numpy as np
+import torch
+from jaxtyping import AbstractArray, jaxtyped
+from torch import Tensor, nn
+
+from dnw_graph.errors import InputError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_LONGEST = 80
+# Beyond, no size, count, step or seed can be.
+_LARGEST = 2**63 - 1
+
+
+class _MismatchError(Exception):
+    """A value is not of the type that a hint asks for."""
+
+
+def checked(function: F) -> F:
+    """Have a function, or an ``__init__``, refuse arguments that do not have the types of its signature.
+
+    The hints are read at the first call. Their meaning here:
+
+    - ``int``: an integer, of NumPy too (whatever has ``__index__``), that fits into 64 bits; never a bool or a float;
+    - ``float``: a finite number, of NumPy too; never a bool;
+    - ``bool``: True or False, of NumPy too;
+    - ``Sequence``, ``Iterable``, ``Mapping``, ``tuple``: with every item; a string is not one, a NumPy vector is;
+    - arrays of jaxtyping: with type and shape;
+    - classes, unions, ``Literal``, ``Callable``, ``type[…]``: as they say; anything else passes.
+
+    The function gets what the hint says: an ``int`` for an integer of NumPy, a ``float`` for 1.
+
+    Args:
+        function: The function.
+
+    Raises:
+        InputError: At a call, in one line that names the argument, what was expected and what was given.
+    """
+    hints: dict[str, Any] = {}
+    signature: inspect.Signature | None = None
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal hints, signature
+        if signature is None:
+            hints, signature = _hints(function), inspect.signature(function)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # Python says best what is missing or unknown
+        where = function.__qualname__.removesuffix(".__init__")
+        for name, value in bound.arguments.items():
+            if name in hints:
+                bound.arguments[name] = check(f"{where}: {name}", value, hints[name])
+        return function(*bound.args, **bound.kwargs)
+
+    return typing.cast(F, call)
+
+
+def check_fields(instance: Any, label: Callable[[str], str] = "{}".format) -> None:
+    """Do for the fields of a dataclass, from its ``__post_init__``, what :func:`checked` does for arguments.
+
+    Args:
+        instance: The dataclass.
+        label: Returns what messages call a field.
+
+    Raises:
+        InputError: If a value does not have the type of its field.
+    """
+    hints = typing.get_type_hints(type(instance))
+    for field in fields(instance):
+        value = check(label(field.name), getattr(instance, field.name), hints[field.name])
+        object.__setattr__(instance, field.name, value)
+
+
+def check(what: str, value: object, hint: Any) -> Any:
+    """Return a value as a type hint says, see :func:`checked`.
+
+    Args:
+        what: What the value is, for the message.
+        value: What was given.
+        hint: The type.
+
+    Raises:
+        InputError: If it has another type.
+    """
+    try:
+        return _convert(value, hint)
+    except _MismatchError:
+        raise wrong(what, _expected(hint), value) from None
+
+
+def require(holds: bool, what: str, expected: str, value: object) -> None:
+    """Refuse a value that is out of range.
+
+    Args:
+        holds: Whether it is in range.
+        what: What the value is.
+        expected: What it must be.
+        value: What was given.
+
+    Raises:
+        InputError: If not.
+    """
+    if not holds:
+        raise wrong(what, expected, value)
+
+
+def fits(x: object, like: Tensor) -> TypeGuard[Tensor]:
+    """Return whether something is a tensor on the device of a parameter, in its type or one that autocast converts.
+
+    Cheap and traceable, for forward passes.
+    """
+    if not isinstance(x, Tensor) or x.device != like.device:
+        return False
+    if x.dtype == like.dtype:
+        return True
+    kind = x.device.type
+    return x.is_floating_point() and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def wrong(what: str, expected: str, value: object) -> InputError:
+    """Return the error for a value that is not what was expected."""
+    return InputError(f"{what} must be {expected}; got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """Return a value for a message: tensors by type and shape, modules and classes by name, others by a short repr."""
+    if isinstance(value, Tensor | np.ndarray):
+        kind = "tensor" if isinstance(value, Tensor) else "NumPy array"
+        device = f" on {value.device}" if isinstance(value, Tensor) and not value.is_cpu else ""
+        return f"a {kind} of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}{device}"
+    if isinstance(value, nn.Module):
+        return f"a {type(value).__name__} module"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a repr of the user's, or an integer of thousands of digits
+        return f"an object of type {type(value).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({type(value).__name__})"
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    plain = inspect.unwrap(function)
+    return {
+        name: _evaluated(hint, plain.__globals__) for name, hint in plain.__annotations__.items() if name != "return"
+    }
+
+
+def _evaluated(hint: Any, names: dict[str, Any]) -> Any:
+    try:
+        return eval(hint, names) if isinstance(hint, str) else hint
+    except (NameError, AttributeError):  # imported for type checkers alone
+        return Any
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    if hint is Any:
+        return value
+    if hint is None or hint is type(None):
+        return _if(value is None, value)
+    if hint in _NUMBERS:
+        return _NUMBERS[hint][1](value)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _first(value, arguments)
+    if origin is Literal:
+        return _if(value in arguments, value)
+    if origin is type:
+        return _if(isinstance(value, type) and issubclass(value, arguments), value)
+    if origin is None and isinstance(hint, type):
+        if issubclass(hint, AbstractArray):
+            with jaxtyped("context"):  # names of dimensions stand for themselves, whatever they are in a caller
+                return _if(isinstance(value, hint), value)
+        return _if(isinstance(value, hint), value)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return _mapping(value, *arguments)
+    if isinstance(origin, type) and issubclass(origin, collections.abc.Iterable):
+        return _items(value, origin, arguments)
+    if isinstance(origin, type):  # Callable[…], PathLike[…]
+        return _if(isinstance(value, origin), value)
+    return value
+
+
+def _if(holds: bool, value: Any) -> Any:
+    if not holds:
+        raise _MismatchError
+    return value
+
+
+def _first(value: Any, hints: tuple[Any, ...]) -> Any:
+    for hint in hints:
+        try:
+            return _convert(value, hint)
+        except _MismatchError:
+            pass
+    raise _MismatchError
+
+
+def _mapping(value: Any, key_hint: Any, item_hint: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise _MismatchError
+    pairs = [(key, item, _convert(key, key_hint), _convert(item, item_hint)) for key, item in value.items()]
+    changed = any(key is not new_key or item is not new_item for key, item, new_key, new_item in pairs)
+    return {new_key: new_item for _, _, new_key, new_item in pairs} if changed else value
+
+
+def _items(value: Any, origin: type, hints: tuple[Any, ...]) -> Any:
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        value = value.tolist()
+    if isinstance(value, str | bytes | bytearray | Tensor | nn.Module | type) or not isinstance(value, origin):
+        raise _MismatchError
+    given = list(typing.cast(collections.abc.Iterable[Any], value))
+    if origin is tuple and hints[-1] is not ...:
+        if len(given) != len(hints):
+            raise _MismatchError
+        items = [_convert(item, hint) for item, hint in zip(given, hints, strict=True)]
+    else:
+        items = [_convert(item, hints[0]) for item in given]
+    if isinstance(value, collections.abc.Sequence) and all(map(operator.is_, items, given)):
+        return value
+    return tuple(items) if isinstance(value, tuple) else items
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool | np.bool_):
+        raise _MismatchError
+    try:
+        number = operator.index(value)
+    except (TypeError, RuntimeError):  # of a tensor on the meta device, say
+        raise _MismatchError from None
+    return _if(-_LARGEST <= number <= _LARGEST, number)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise _MismatchError
+    try:
+        number = float(value)
+    except OverflowError:
+        raise _MismatchError from None
+    return _if(math.isfinite(number), number)
+
+
+def _truth(value: Any) -> bool:
+    return bool(_if(isinstance(value, bool | np.bool_), value))
+
+
+_NUMBERS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
+    int: ("an integer", _integer),
+    float: ("a finite number", _number),
+    bool: ("True or False", _truth),
+}
+
+
+def _expected(hint: Any, plural: bool = False) -> str:
+    """Return a hint in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is None or hint is type(None):
+        return "None"
+    if hint in _NUMBERS:
+        return {int: "integers", float: "finite numbers"}.get(hint, "booleans") if plural else _NUMBERS[hint][0]
+    if hint is str:
+        return "strings" if plural else "a string"
+    if origin in (Union, types.UnionType):
+        kinds = dict.fromkeys(_expected(each, plural) for each in arguments if not (each is int and float in arguments))
+        *others, last = kinds
+        return f"{', '.join(others)} or {last}" if others else last
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if origin is type:
+        return f"a subclass of {arguments[0].__name__}"
+    if isinstance(hint, type) and issubclass(hint, AbstractArray):
+        return f"a tensor {hint.__name__}"
+    if origin is tuple and arguments[-1] is not ...:
+        return f"{'pairs' if plural else 'a tuple'} ({', '.join(_expected(each) for each in arguments)})"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a mapping from {' to '.join(_expected(each, plural=True) for each in arguments)}"
+    if origin is collections.abc.Callable or hint in (Callable, typing.Callable):
+        return "a callable"
+    if isinstance(origin, type) and issubclass(origin, collections.abc.Iterable):
+        return f"a sequence of {_expected(arguments[0], plural=True)}"
+    name = getattr(origin or hint, "__name__", "object")
+    return f"{name} objects" if plural else f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
