@@ -34,6 +34,7 @@ __all__ = [
     "is_batched",
     "is_in_torch_dispatch_mode",
     "is_replica",
+    "leave_signals_alone",
     "not_compiled",
     "one_dnn_linear",
     "remove_hooks",
@@ -139,6 +140,11 @@ def remove_hooks(module: nn.Module, belongs: Callable[[Any], bool]) -> None:
     # PyTorch wraps these.
     for key in [key for key, hook in loading.items() if belongs(getattr(hook, "hook", None))]:
         del loading[key]
+
+
+def leave_signals_alone(trainer: Any) -> None:
+    """Have a trainer of Lightning install no signal handlers; no option of it says so."""
+    trainer._signal_connector.register_signal_handlers = lambda: None
 
 
 def solver_names() -> Iterable[str]:

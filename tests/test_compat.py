@@ -1,6 +1,7 @@
 """The private interfaces in use: one test each, which says what has gone when a new version takes it away."""
 
 import copy
+import signal
 import subprocess
 import sys
 
@@ -170,3 +171,21 @@ def test_pyg_is_imported_without_warnings_of_other_makers():
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout == "torch_geometric\n"
     assert "torch.jit.script" not in result.stderr
+
+
+def test_a_trainer_of_lightning_leaves_signals_alone(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.demos import boring_classes as boring
+
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    class Watched(boring.BoringModel):
+        def on_train_start(self):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer(max_steps=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    _compat.leave_signals_alone(trainer)
+    trainer.fit(Watched())
+    assert seen == [before], "Lightning has no Trainer._signal_connector.register_signal_handlers any more"

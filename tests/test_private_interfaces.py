@@ -8,6 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOM = ROOT / "dnw_graph" / "_compat.py"
 FILES = sorted(path for room in ("dnw_graph", "examples", "benchmarks") for path in (ROOT / room).rglob("*.py"))
+# Public in spite of the underscore: of named tuples, and of os.
+DOCUMENTED = {"_asdict", "_exit", "_fields", "_replace"}
 LOOKS = {"getattr", "hasattr", "setattr", "delattr", "attrgetter"}
 
 
@@ -48,7 +50,7 @@ def trees():
 
 
 def test_no_other_module_names_what_another_package_keeps_to_itself(trees):
-    own = {name for tree in trees.values() for name in made_here(tree)}
+    own = DOCUMENTED | {name for tree in trees.values() for name in made_here(tree)}
     found = [
         f"{path.relative_to(ROOT)}:{line} {name}"
         for path, tree in trees.items()

@@ -37,11 +37,3 @@ def start_ranks(trainer: Trainer, folder: Path | None) -> None:
         if folder is not None:
             environ[stopping.FOLDER] = str(folder)
         stopping.add_rank(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environ))
-
-
-def keep_signal_handlers(trainer: Trainer) -> None:
-    """Have Lightning leave signals alone.
-
-    Its handler for SIGTERM waits within the handler for all ranks, which do not all get the signal.
-    """
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from dnw_graph import stopping
+from dnw_graph._compat import leave_signals_alone
 from dnw_graph.arguments import checked
 from dnw_graph.compact import compact
 from dnw_graph.cost import neural_graphs
@@ -27,7 +28,7 @@ from dnw_graph.training.folder import run_folder
 from dnw_graph.training.images import ImageData, hold_out, load_images
 from dnw_graph.training.loggers import Events, StepLog, Table
 from dnw_graph.training.options import RunOptions
-from dnw_graph.training.ranks import keep_signal_handlers, start_ranks
+from dnw_graph.training.ranks import start_ranks
 from dnw_graph.training.resuming import check_resumable, check_weights
 from dnw_graph.training.schedules import SCHEDULES, after_warmup
 from dnw_graph.training.shipping import check_export, export
@@ -232,5 +233,6 @@ def _trainer(options: RunOptions, callbacks: list[Callback], loggers: list[Logge
         use_distributed_sampler=False,  # the order of images is ours
         log_every_n_steps=0,  # see StepLog
     )
-    keep_signal_handlers(trainer)
+    # Its handler for SIGTERM waits for all ranks, which do not all get the signal.
+    leave_signals_alone(trainer)
     return trainer
