@@ -124,7 +124,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def has_hooks(module: nn.Module) -> bool:
     """Return whether somebody listens to the calls of a module; PyTorch lists hooks in private fields only."""
-    return any(getattr(module, hooks) for hooks in _HOOKS) or nn.modules.module._has_any_global_hook()
+    own = any(getattr(module, hooks) for hooks in _HOOKS)
+    return own or bool(nn.modules.module._has_any_global_hook())
 
 
 def remove_hooks(module: nn.Module, belongs: Callable[[Any], bool]) -> None:
