@@ -54,10 +54,9 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     ("wiring", "last_step"),
     [
         ("sparse_momentum", 3),
-        *(
-            pytest.param(*row, marks=pytest.mark.slow)
-            for row in (("dnw", 2), ("sparse_momentum", 2), ("targeted_dropout", 3))
-        ),
+        pytest.param("dnw", 2, marks=pytest.mark.slow),
+        pytest.param("sparse_momentum", 2, marks=pytest.mark.slow),
+        pytest.param("targeted_dropout", 3, marks=pytest.mark.slow),
     ],
 )
 def test_training_resume_and_evaluation(
