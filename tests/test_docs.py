@@ -50,6 +50,7 @@ def getting_started(tmp_path_factory):
     return folder, printed.getvalue(), variables
 
 
+@pytest.mark.slow
 def test_getting_started_trains_a_graph_and_draws_it(getting_started):
     folder, printed, _ = getting_started
     accuracy = re.search(r"([\d.]+)% of the last 360 digits", printed)
@@ -69,6 +70,7 @@ def test_python_blocks_run(name, tmp_path, monkeypatch):
     run(ROOT / name, {})
 
 
+@pytest.mark.slow
 def test_python_blocks_on_looking_at_wirings_run(getting_started, tmp_path, monkeypatch):
     page = ROOT / "docs" / "wirings.md"
     monkeypatch.chdir(tmp_path)

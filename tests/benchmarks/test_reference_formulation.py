@@ -10,7 +10,6 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from pairs import every_value
 from reference import batch_norm, convolve, instance_norm, plain_forward, relative_error, static_pairs, top_k
 from torch import nn
 
@@ -56,7 +55,11 @@ MODELS = {
 }
 
 
-@every_value(rest=pytest.mark.slow, name=MODELS, layout=[torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "name",
+    ["static", "discrete", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet", "continuous"))],
+)
 def test_loss_and_gradients_are_those_of_the_package(
     formulation: ModuleType, agreement: ModuleType, name: str, layout: torch.memory_format
 ):

@@ -149,13 +149,6 @@ def run_small(small: object, *argv: object) -> int:
     return sys.modules["runner"].main(small, "", [*SHORT, "--seeds", "0", "--jobs", "2", *map(str, argv)])
 
 
-def test_a_row_is_run_and_told(small: object, tmp_path: Path):
-    configs = write_configs(tmp_path / "configs")
-    assert run_small(small, "--rows", "rg", "--configs", configs, "--output", tmp_path / "runs") == 0
-    top1 = results(tmp_path / "runs")["rg"]["summary"]["top1"]
-    assert f"| RG | 1.0 ± 0.1 | {100 * top1:.1f} | 1 | 32,000 |" in (tmp_path / "runs" / "small.md").read_text()
-
-
 @pytest.fixture(scope="module")
 def finished(small: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all rows of the small table."""

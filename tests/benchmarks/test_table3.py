@@ -144,6 +144,7 @@ def test_learned_rows_without_a_checkpoint_are_upper_bounds_above_the_paper_s():
             assert counted.parameters > table3.interval(row.parameters)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "verdict"),
     [
@@ -162,6 +163,7 @@ def test_rows_that_are_built(name, verdict):
     assert table3.count(replace(row_of(name), parameters="0.1M")).verdict == "differs"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_s_wiring_is_counted(tmp_path):
     model = MobileNetV1DNW(0.225)
     weight = model.stages[3].candidates.weight.data

@@ -64,6 +64,7 @@ def two_processes(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_two_processes_train_as_one(name, two_processes):
     model = make_model()
@@ -80,6 +81,7 @@ def test_two_processes_train_as_one(name, two_processes):
         torch.testing.assert_close(first[key], value, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_a_model_sharded_as_a_whole_trains_as_one(two_processes):
     model = make_model()
     sparsify(model, 0.3)
@@ -89,6 +91,7 @@ def test_a_model_sharded_as_a_whole_trains_as_one(two_processes):
             torch.testing.assert_close(results["sharded"][key], value.detach(), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_a_model_sharded_in_parts_is_refused(two_processes):
     for results in two_processes:
         assert "encoder" in results["sharded in parts"]

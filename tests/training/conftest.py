@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -43,20 +44,28 @@ def create() -> Callable[[int, int], nn.Module]:
     return create_tiny
 
 
-def first_digits() -> ImageData:
-    """The first 70 training and 30 test images of digits."""
+def first_digits(num_train: int = 70, num_test: int = 30) -> ImageData:
+    """The first training and test images of digits."""
     whole = digits()
 
     def first(images: object, count: int) -> ArrayImages:
         assert isinstance(images, ArrayImages)
         return ArrayImages(images.pixels[:count], images.labels[:count])
 
-    return ImageData("digits", first(whole.train, 70), first(whole.test, 30), whole.classes)
+    return ImageData("digits", first(whole.train, num_train), first(whole.test, num_test), whole.classes)
 
 
 @pytest.fixture(scope="session")
 def small_digits() -> ImageData:
     return first_digits()
+
+
+@pytest.fixture(scope="module")
+def few_digits() -> Iterator[None]:
+    """``--data digits`` is an eighth of them, so that a run is short: 180 images to train on and 45 to test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dnw_graph.training.images.digits", partial(first_digits, 180, 45))
+        yield
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from dnw_graph.training.images import digits
 
 EXAMPLE = "imagenet_mobilenet"
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SHORT = ("--image-size", "8", "--batch-size", "256", "--epochs", "1", "--accelerator", "cpu", "--width", "0.1")
+SHORT = ("--image-size", "8", "--batch-size", "32", "--epochs", "1", "--accelerator", "cpu", "--width", "0.1")
 
 # Rows of Table 3: model, width, further options.
 TABLE_3 = {
@@ -34,6 +34,8 @@ TABLE_3 = {
     "mobilenet_v1_dnw_x0.3": ("mobilenet_v1_dnw", 0.3, {}),
     "mobilenet_v1_dnw_x0.49": ("mobilenet_v1_dnw", 0.49, {}),
 }
+
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 def test_training_resume_and_evaluation(
@@ -68,7 +70,7 @@ def test_training_resume_and_evaluation(
 
 
 @pytest.fixture(scope="module")
-def trained(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(example: ModuleType, few_digits: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The last checkpoint of a short run."""
     folder = tmp_path_factory.mktemp("trained")
     assert example.run_example((*SHORT, "--output", str(folder))) == 0
@@ -92,7 +94,7 @@ def test_compact_evaluation_and_export(
     top1, compact_top1 = (re.search(r"top-1 +(\S+)%", printed) for printed in (whole, compacted))
     assert top1 is not None
     assert compact_top1 is not None
-    assert abs(float(top1[1]) - float(compact_top1[1])) < 0.3  # rounding may turn one image of 360
+    assert abs(float(top1[1]) - float(compact_top1[1])) < 2.3  # rounding may turn one image of 45
     for printed in (whole, compacted):
         assert re.search(r"throughput +[\d,]+ images/s", printed)
     assert "outputs differ by" in compacted

@@ -24,9 +24,11 @@ from dnw_graph.training import Classifier, cosine, read_checkpoint
 
 EXAMPLE = "imagenet_resnet50"
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SHORT = ("--image-size=8", "--batch-size=512", "--epochs=3", "--accelerator=cpu", "--lr=0.05")
+SHORT = ("--image-size=8", "--batch-size=64", "--epochs=3", "--accelerator=cpu", "--lr=0.05")
 # Convolutions of ResNet-18 and its classifier for 10 classes.
 WEIGHTS_18 = 11_172_032
+
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 class Narrow(torchvision.models.ResNet):
@@ -54,10 +56,9 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     ("wiring", "last_step"),
     [
         ("sparse_momentum", 3),
-        *(
-            pytest.param(*row, marks=pytest.mark.slow)
-            for row in (("dnw", 2), ("sparse_momentum", 2), ("targeted_dropout", 3))
-        ),
+        pytest.param("dnw", 2, marks=pytest.mark.slow),
+        pytest.param("sparse_momentum", 2, marks=pytest.mark.slow),
+        pytest.param("targeted_dropout", 3, marks=pytest.mark.slow),
     ],
 )
 def test_training_resume_and_evaluation(
@@ -209,7 +210,7 @@ def test_options_of_the_recipe_reach_the_training(start: Callable[..., int], mon
 
 @pytest.mark.usefixtures("narrow")
 def test_the_learning_rate_of_a_run_warms_up(start: Callable[..., int]):
-    assert start(*SHORT, "--warmup-epochs", "2", "--batch-size", "256", "--epochs", "4", "--output", "run") == 0
+    assert start(*SHORT, "--warmup-epochs", "2", "--batch-size", "32", "--epochs", "4", "--output", "run") == 0
     lines = Path("run/metrics.csv").read_text().splitlines()
     column = lines[0].split(",").index("train/lr")
     found = [float(line.split(",")[column]) for line in lines[1:] if line.split(",")[column]]
@@ -311,7 +312,7 @@ def test_no_weight_decay_on_the_norms_of_a_sparse_resnet(example: ModuleType):
     ],
 )
 def test_bad_input(start: Callable[..., int], capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str):
-    assert start("--image-size=8", "--batch-size=512", "--epochs=2", "--accelerator=cpu", *argv) == 2
+    assert start("--image-size=8", "--batch-size=64", "--epochs=2", "--accelerator=cpu", *argv) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error

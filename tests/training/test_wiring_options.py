@@ -18,9 +18,11 @@ from dnw_graph.training import ImageData, RunOptions, WiringOptions, main, optio
 from dnw_graph.wirings import WIRINGS, Wiring
 
 K = 40
-DEFAULTS = RunOptions(image_size=8, batch_size=256, epochs=1, lr=0.3, accelerator="cpu")
+DEFAULTS = RunOptions(image_size=8, batch_size=32, epochs=1, lr=0.3, accelerator="cpu")
 SECOND = ("lottery_ticket", "fine_tune")
 Create = Callable[[int, int], nn.Module]
+
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def test_schedules_come_from_a_file_and_the_number_of_steps_from_the_run(tmp_pat
     )
     assert start("--config", "c.yaml", "--epochs", "2") == 0
     state = model_state("run/last.ckpt")
-    steps = 2 * (1437 // 256)
+    steps = 2 * (180 // 32)
     assert (state["graph.wiring.num_steps"], state["graph.wiring.step"]) == (steps, steps)
     assert int((~state["graph.wiring.removed"]).sum()) == K
     first = model_state("run/first.ckpt")
