@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -87,12 +87,12 @@ def _function(
     return [*first], result, [_number(*maps, optional=True), vector, vector, kernels]
 
 
-def _node_function(*numbers: int) -> Arguments:
+def _node_function(*numbers: Any) -> Arguments:
     first, result, _ = _function(*numbers)
     return [*first, result]
 
 
-def _node_function_grad(*numbers: int) -> Arguments:
+def _node_function_grad(*numbers: Any) -> Arguments:
     first, result, grads = _function(*numbers)
     return [*first, result, *grads]
 

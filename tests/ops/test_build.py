@@ -8,7 +8,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,10 +159,17 @@ DAMAGE = [truncate, flip, empty, planted_link, planted_second_name, a_pipe, writ
 def test_a_damaged_or_planted_library_is_never_loaded_but_replaced(cache, source, damage, monkeypatch):
     if damage is of_somebody_else and os.geteuid() != 0:
         pytest.skip("only root can give files away")
-    loaded = []  # Content only: what is mapped into this process must not be truncated.
-    monkeypatch.setattr(
-        ctypes, "CDLL", lambda path: loaded.append(Path(path).read_bytes()) or SimpleNamespace(answer=1)
-    )
+    loaded = []
+
+    class Library(ctypes.CDLL):
+        """Not mapped into this process, whose files must not be truncated."""
+
+        answer = 1
+
+        def __init__(self, path):
+            loaded.append(Path(path).read_bytes())
+
+    monkeypatch.setattr(ctypes, "CDLL", Library)
     for prepare in (None, damage):
         if prepare is not None:
             prepare(the_library(cache))
