@@ -2,6 +2,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import dnw_graph
 
 HEAVY = ("lightning", "pytorch_lightning", "matplotlib", "torchdata", "jsonargparse", "torchmetrics", "sklearn")
@@ -19,6 +21,21 @@ def test_importing_the_package_pulls_in_no_training_packages():
     assert result.stdout.strip() == "[]"
 
 
+def test_a_program_can_prepare_for_signals_before_the_imports_that_take_seconds():
+    program = "import sys; from dnw_graph import stopping; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(dnw_graph.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == "[]"
+
+
 def test_public_names():
     for name in dnw_graph.__all__:
         assert getattr(dnw_graph, name).__doc__, name
+    assert {*dnw_graph.__all__} <= {*dir(dnw_graph)}
+    with pytest.raises(AttributeError, match="has no attribute 'NeuralGraf'"):
+        dnw_graph.NeuralGraf  # noqa: B018

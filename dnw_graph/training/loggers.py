@@ -146,7 +146,7 @@ class Events(TensorBoardLogger):
 
     def finalize(self, status: str) -> None:
         """Close the file; the end of a run that fails is left as it is."""
-        with self._writing() if status == "success" else suppress(OSError):
+        with self._writing() if status == "success" else suppress(OSError, InputError):
             super().finalize(status)
 
     @contextmanager
@@ -155,6 +155,12 @@ class Events(TensorBoardLogger):
             yield
         except OSError as error:
             raise unwritable(Path(self.log_dir), error, "--output") from error
+        except ValueError as error:  # Lightning's, around another
+            if isinstance(error.__cause__, InputError):
+                raise error.__cause__ from error
+            if isinstance(error.__cause__, OSError):
+                raise unwritable(Path(self.log_dir), error.__cause__, "--output") from error
+            raise
 
 
 class StepLog(Callback):
