@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from pathlib import Path
 from dnw_graph import stopping
 
 def ready():
-    print(rank, os.getpid(), flush=True)
+    print(f"{rank} {os.getpid()}\\n", end="", flush=True)  # in one write
 
 def start_ranks(number):
     for rank in range(1, number):
@@ -65,10 +67,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     yield begin
     for process in started:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.communicate()
 
 
@@ -80,7 +80,7 @@ def ended(process: Program) -> tuple[int, str]:
 
 BUSY = {
     "asleep": "time.sleep(60)",
-    "where Python runs no handlers": "threading.Lock().acquire() and (lock := threading.Lock()).acquire(); lock.acquire()",
+    "where Python runs no handlers": "lock = threading.Lock(); lock.acquire(); lock.acquire()",
 }
 
 
@@ -210,15 +210,18 @@ except ValueError as error:
     assert ended(start(program, ranks=3)) == (2, "0 connection closed by peer\n")
 
 
-def test_a_library_leaves_signals_as_they_were(monkeypatch: pytest.MonkeyPatch):
-    import threading
-
+def test_a_library_leaves_signals_as_they_were():
     handlers = [signal.getsignal(number) for number in stopping.SIGNALS]
     threads = threading.active_count()
-    with pytest.raises(stopping.Stopped) as stopped, stopping.watched():
-        stopping.defer()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stopping.requested() == signal.SIGTERM
+
+    def work() -> None:
+        with stopping.watched():
+            stopping.defer()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopping.requested() == signal.SIGTERM
+
+    with pytest.raises(stopping.Stopped) as stopped:
+        work()
     assert stopped.value.code == 143
     assert [signal.getsignal(number) for number in stopping.SIGNALS] == handlers
     assert signal.set_wakeup_fd(-1) == -1

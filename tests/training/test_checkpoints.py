@@ -270,11 +270,12 @@ def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_numbers(
         os.kill(os.getpid(), signal.SIGTERM)
 
     losses.clear()
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         if place is None:
             save = WholeFileIO.save_checkpoint
             patch.setattr(WholeFileIO, "save_checkpoint", lambda *args, **named: (stop(), save(*args, **named)))
-        run(create if place is None else crash_at(create, *place, stop), {}, chosen, small_digits)
+        with pytest.raises(Stopped):
+            run(create if place is None else crash_at(create, *place, stop), {}, chosen, small_digits)
     assert read_checkpoint(last)["global_step"] == saved
     resumed = run(create, {}, replace(chosen, resume=str(last)), small_digits)
     assert losses == expected
