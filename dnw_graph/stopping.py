@@ -54,7 +54,7 @@ def is_first_process() -> bool:
 
 def say(text: str) -> None:
     """Print a line to stderr, below the progress bar."""
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # nobody is there to read
         if sys.stdout.isatty():
             print(flush=True)
         print(text, file=sys.stderr, flush=True)
@@ -82,7 +82,16 @@ class _Process:
         self.reader.setblocking(False)
         self.writer.setblocking(False)
         self.watching = True
-        threading.Thread(target=self._watch, name="dnw_graph.stopping", daemon=True).start()
+        self.thread = threading.Thread(target=self._watch, name="dnw_graph.stopping", daemon=True)
+        self.thread.start()
+
+    def watch_no_more(self) -> None:
+        """End the thread."""
+        self.watching = False
+        self.writer.send(b"\0")
+        self.thread.join()
+        self.reader.close()
+        self.writer.close()
 
     def _watch(self) -> None:
         while self.watching:
@@ -193,8 +202,8 @@ def start() -> None:
     atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in SIGNALS])
 
 
-def saved(checkpoint: Path) -> None:
-    """Note the newest checkpoint of the run."""
+def saved(checkpoint: Path | None) -> None:
+    """Note the newest checkpoint of the run, or that there is none yet."""
     _this.checkpoint = checkpoint
 
 
@@ -250,7 +259,8 @@ def watched() -> Iterator[None]:
     finally:
         _this.together = False
         number = _this.end_deferral()
-        _this.watching = not own
+        if own:
+            _this.watch_no_more()
     if number:
         if is_first_process():
             say(f"stopped: {how_to_continue()}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dnw_graph.errors import InputError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 # What file systems say that cannot flush a folder.
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
@@ -36,22 +37,31 @@ def write_whole(path: Path, content: bytes | memoryview, option: str) -> None:
         os.replace(partial, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise InputError(
-            f"cannot write {path} ({error.strerror or error}): make room, or give another {option}"
-        ) from error
+        raise unwritable(path, error, option) from error
     finally:
         with suppress(OSError):  # such as a file system that has become read-only
             partial.unlink(missing_ok=True)
 
 
-def check_writable(folder: Path, option: str) -> None:
-    """See that files can be made in a folder.
+def unwritable(path: Path, error: OSError, option: str) -> InputError:
+    """Return the error for a file that cannot be written."""
+    room = "make room, or " if error.errno in FULL else ""
+    return InputError(f"cannot write {path} ({error.strerror or error}): {room}give another {option}")
+
+
+def make_writable(folder: Path, option: str) -> None:
+    """Make a folder if needed, and see that files can be made in it.
+
+    Args:
+        folder: The folder.
+        option: What names another place, as in :func:`write_whole`.
 
     Raises:
         InputError: If not.
     """
     probe = folder / ".writable"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -75,6 +75,21 @@ print([str(entry[1]) for entry in warnings.filters if entry not in before and "C
     assert run(program) == "[]\n[]"
 
 
+def test_a_program_can_prepare_for_signals_before_the_imports_that_take_seconds():
+    program = "import sys; from dnw_graph import stopping; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(dnw_graph.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == "[]"
+
+
 def test_public_names():
     for name in dnw_graph.__all__:
         assert getattr(dnw_graph, name).__doc__, name
+    assert {*dnw_graph.__all__} <= {*dir(dnw_graph)}
+    with pytest.raises(AttributeError, match="has no attribute 'NeuralGraf'"):
+        dnw_graph.NeuralGraf  # noqa: B018

@@ -26,7 +26,7 @@ from rows import Row, Table
 
 from dnw_graph import InputError
 from dnw_graph.training import RunOptions
-from dnw_graph.whole_file import write_whole
+from dnw_graph.whole_file import make_writable, write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -73,10 +73,7 @@ class Run:
                         f"{self.folder} holds a run with {name} {before.get(name)!r}, not {self.options.get(name)!r}: "
                         "give another --output, or remove the folder"
                     )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make folder {self.folder} ({error.strerror}): give another --output") from error
+        make_writable(self.folder, "--output")
         write(asked, self.options)
 
     def execute(self, threads: int) -> dict[str, Any] | None:

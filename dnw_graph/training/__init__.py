@@ -1,5 +1,6 @@
 """Training of classifiers with Lightning: what the examples share. A training loop of your own needs none of it."""
 
+from dnw_graph.stopping import Stopped
 from dnw_graph.training.checkpoint_io import read_checkpoint
 from dnw_graph.training.checkpoints import Checkpoints
 from dnw_graph.training.classifier import Classifier
@@ -22,6 +23,7 @@ __all__ = [
     "ImageData",
     "ModelOptions",
     "RunOptions",
+    "Stopped",
     "Summary",
     "TrainingCost",
     "WiringMonitor",

@@ -13,7 +13,7 @@ from typing import TextIO
 from dnw_graph.errors import InputError
 from dnw_graph.stopping import FOLDER, is_first_process
 from dnw_graph.training.options import RunOptions
-from dnw_graph.whole_file import check_writable
+from dnw_graph.whole_file import make_writable
 
 if sys.platform != "win32":  # which has no such locks
     import fcntl
@@ -29,18 +29,12 @@ def run_folder(options: RunOptions) -> Iterator[Path]:
         InputError: If it cannot be written to, is in use, or holds another run that is not resumed.
     """
     if not is_first_process():
-        yield Path(os.environ.get(FOLDER) or options.output or options.resume or ".")
+        yield Path(os.environ.get(FOLDER) or options.output or "runs")
         return
-    try:
-        folder = _made(options)
-        lock = open(folder / ".lock", "a+")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(
-            f"cannot write to output folder {error.filename} ({error.strerror}): give another one with --output"
-        ) from error
-    with lock:
+    folder = _made(options)
+    make_writable(folder, "--output")
+    with open(folder / ".lock", "a+") as lock:
         _take(lock, folder)
-        check_writable(folder, "--output")
         last = folder / "last.ckpt"
         if last.exists() and not (options.resume or options.evaluate):
             raise InputError(
@@ -51,11 +45,9 @@ def run_folder(options: RunOptions) -> Iterator[Path]:
 
 def _made(options: RunOptions) -> Path:
     if options.output is not None or options.resume is not None:
-        folder = Path(options.output) if options.output is not None else Path(str(options.resume)).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return Path(options.output) if options.output is not None else Path(str(options.resume)).parent
     runs = Path("runs")
-    runs.mkdir(exist_ok=True)
+    make_writable(runs, "--output")
     for number in itertools.count(1):
         folder = runs / str(number)
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from dnw_graph.errors import InputError
 from dnw_graph.stopping import is_first_process
-from dnw_graph.whole_file import write_whole
+from dnw_graph.whole_file import unwritable, write_whole
 
 
 class Table(Logger):
@@ -78,7 +79,7 @@ class Table(Logger):
         writer.writerows(rows)
         write_whole(self.path, text.getvalue().encode(), "--output")
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add a row. One with new columns has the file written anew.
 
         Raises:
@@ -105,9 +106,7 @@ class Table(Logger):
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise InputError(
-                f"cannot write {self.path} ({error.strerror or error}): make room, or give another --output"
-            ) from error
+            raise unwritable(self.path, error, "--output") from error
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Leave options to the summary of a run."""
@@ -125,7 +124,43 @@ class Events(TensorBoardLogger):
     """
 
     def __init__(self, folder: Path, steps: int) -> None:
-        super().__init__(folder, name="tensorboard", version="", purge_step=steps or None)
+        # A thread that flushed on its own would fail with a traceback of its own; save() flushes.
+        never = 10**6
+        super().__init__(folder, name="tensorboard", version="", purge_step=steps or None, flush_secs=never)
+
+    @property
+    def experiment(self) -> Any:
+        """TensorBoard's writer, made when it is first asked for."""
+        with self._writing():
+            return super().experiment
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Add an event per metric."""
+        with self._writing():
+            super().log_metrics(dict(metrics), step)
+
+    def save(self) -> None:
+        """Have all events in the file."""
+        with self._writing():
+            super().save()
+
+    def finalize(self, status: str) -> None:
+        """Close the file; the end of a run that fails is left as it is."""
+        with self._writing() if status == "success" else suppress(OSError, InputError):
+            super().finalize(status)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise unwritable(Path(self.log_dir), error, "--output") from error
+        except ValueError as error:  # Lightning's, around another
+            if isinstance(error.__cause__, InputError):
+                raise error.__cause__ from error
+            if isinstance(error.__cause__, OSError):
+                raise unwritable(Path(self.log_dir), error.__cause__, "--output") from error
+            raise
 
 
 class StepLog(Callback):

@@ -68,6 +68,7 @@ def run(
         InputError: If anything that the user gave cannot be used; found before training starts wherever possible.
         Stopped: If the run was told to stop while it trained. Raised after it has saved its last step.
     """
+    stopping.saved(Path(options.resume) if options.resume else None)
     check_hardware(options)
     if options.export is not None:
         check_export(Path(options.export))
@@ -109,8 +110,6 @@ def run(
     if options.evaluate and checkpoint:
         with run_folder(options) if options.output else nullcontext() as folder:
             return _evaluate(module, data, options, identity, checkpoint, folder)
-    if options.resume:
-        stopping.saved(Path(options.resume))
     with run_folder(options) as folder:
         return _train(module, data, options, identity, checkpoint, folder)
 

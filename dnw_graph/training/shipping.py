@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dnw_graph.compact import CompactModel, compact, save_compact
 from dnw_graph.errors import InputError
-from dnw_graph.whole_file import check_writable, write_whole
+from dnw_graph.whole_file import make_writable, write_whole
 
 # What writes a kind of file besides PyTorch.
 FORMATS = {".safetensors": ("safetensors",), ".pt2": (), ".onnx": ("onnx", "onnxscript")}
@@ -32,7 +32,7 @@ def check_export(path: Path) -> None:
         )
     if not path.parent.is_dir():
         raise InputError(f"--export is {str(path)!r}: the folder {path.parent} does not exist")
-    check_writable(path.parent, "--export")
+    make_writable(path.parent, "--export")
 
 
 def export(model: nn.Module, path: Path, example: Tensor) -> None:

@@ -20,7 +20,7 @@ from dnw_graph.sparsify import to_data, weight_graphs
 from dnw_graph.sparsify.access import sparse_weights
 from dnw_graph.sparsify.layers import LayerWeight
 from dnw_graph.training.wiring_monitor import edges_swapped, real_edges
-from dnw_graph.whole_file import write_whole
+from dnw_graph.whole_file import make_writable, write_whole
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def write_files(summary: Summary, model: nn.Module, folder: Path) -> list[str]:
     files = [folder / "wiring" / name for name in _file_names([*graphs, *weights])]
     if not files:
         return ["summary.json"]
-    files[0].parent.mkdir(exist_ok=True)
+    make_writable(files[0].parent, "--output")
     for graph, file in zip(graphs.values(), files, strict=False):
         _save_picture(graph, file.with_name(f"{file.name}.png"))
         _save_data(graph.to_data(), file.with_name(f"{file.name}.pt"))

@@ -70,6 +70,7 @@ class WiringMonitor(Callback):
         # checkpoint, and a run that stops in between would lack it.
         for logger in trainer.loggers:
             logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step - 1)
+            logger.save()
         pl_module.log("swapped", swapped_in_all, prog_bar=True, logger=False)
         pl_module.log("live", live_in_all, prog_bar=True, logger=False)
 

@@ -4,7 +4,7 @@ The quick form runs in the slow tests (``test_kills.py``). The long form, by han
 
     python tests/robust/kills.py --kills 40 --devices 1 2
 
-Every case starts an example, sends Ctrl-C, SIGTERM or SIGKILL to its main process, to another rank or to the whole
+Every case starts a run, sends Ctrl-C, SIGTERM or SIGKILL to its main process, to another rank or to the whole
 group, once or twice, while it imports, starts or trains, and then goes on with the command that it printed. A case is
 bad if the exit status is wrong, stderr has anything but one line, a process is left after 10 seconds, or the run that
 goes on ends with other bits than an unbroken one. Needs Linux (``/proc``).
@@ -27,14 +27,14 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-PACKAGE = Path(find_spec("dnw_graph").origin).parent
-EXAMPLE = PACKAGE.parent / "examples" / "cifar10_tiny.py"
-OPTIONS = ["--accelerator", "cpu", "--epochs", "5", "--batch-size", "64", "--save-every", "4", "--output", "run"]
+PACKAGES = Path(find_spec("dnw_graph").origin).parents[1]
+EXAMPLE = Path(__file__).with_name("light_example.py")
+OPTIONS = ["--epochs", "6", "--batch-size", "128", "--save-every", "3", "--output", "run"]
 KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 MOMENTS = ("import", "start", "training")
 NOTICE = "stopping at the end of this step"
 GONE_SECONDS = 10
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 180
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Case:
     target: str  # main, rank or group
     times: int
     moment: str
+    epochs: int  # done when it is killed, if it trains
     delay: float
     reasons: list[str] = field(default_factory=list)
     seconds: float | None = None  # from the loss of a process to the end of the last one
@@ -53,7 +54,7 @@ class Case:
         times = " twice" if self.times == 2 else ""
         return (
             f"{self.kind.name}{times} to {self.target}, {self.devices} devices, {self.workers} workers, "
-            f"{self.moment} + {self.delay:.2f} s"
+            f"{self.moment} ({self.epochs}) + {self.delay:.2f} s"
         )
 
 
@@ -69,7 +70,8 @@ def draw(rng: random.Random, devices: int, kind: signal.Signals) -> Case:
         target=rng.choice(targets),
         times=1 if kind == signal.SIGKILL else rng.choice([1, 2]),
         moment=moment,
-        delay=rng.uniform(0.5, 4) if moment == "import" else rng.uniform(0, 2),
+        epochs=rng.randrange(4) if moment == "training" else 0,
+        delay=rng.uniform(0.5, 4) if moment == "import" else rng.uniform(0, 0.5),
     )
 
 
@@ -78,7 +80,7 @@ def command(case: Case) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PACKAGE.parent)}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PACKAGES)}
 
 
 def ranks(main: int) -> list[int]:
@@ -122,8 +124,17 @@ def begin(case: Case, folder: Path) -> subprocess.Popen[bytes]:
         main = subprocess.Popen(
             command(case), stdout=out, stderr=err, cwd=folder, env=environment(), start_new_session=True
         )
-    sign = {"import": folder, "start": folder / "run", "training": folder / "run" / "last.ckpt"}[case.moment]
-    wait_for(lambda: sign.exists() or main.poll() is not None, PATIENCE_SECONDS)
+    run = folder / "run"
+
+    def time_has_come() -> bool:
+        if case.moment == "import":
+            return True
+        if case.moment == "start":
+            return run.exists()
+        rows = run / "metrics.csv"
+        return (run / "last.ckpt").exists() and rows.exists() and len(rows.read_text().splitlines()) > 3 * case.epochs
+
+    wait_for(lambda: time_has_come() or main.poll() is not None, PATIENCE_SECONDS)
     if case.target == "rank":
         wait_for(lambda: ranks(main.pid) or main.poll() is not None, PATIENCE_SECONDS)
     time.sleep(case.delay)
@@ -143,12 +154,11 @@ def send(case: Case, main: subprocess.Popen[bytes], rng: random.Random) -> None:
             return
 
 
-def attack(case: Case, folder: Path, rng: random.Random) -> None:
-    """Do a case up to the end of its processes, and note what is wrong."""
+def attack(case: Case, folder: Path, rng: random.Random) -> bool:
+    """Do a case up to the end of its processes, and note what is wrong; return False if the run ended too early."""
     main = begin(case, folder)
     if main.poll() is not None:
-        case.reasons.append("ended before it was killed")
-        return
+        return False
     others = bool(ranks(main.pid))
     begun = time.monotonic()
     send(case, main, rng)
@@ -158,10 +168,8 @@ def attack(case: Case, folder: Path, rng: random.Random) -> None:
     except subprocess.TimeoutExpired:
         case.reasons.append(f"the main process is there after {seconds} s")
     else:
-        expected = (
-            [128 + case.kind] if case.kind != signal.SIGKILL else [-9] if case.target == "main" else range(1, 128)
-        )
-        if status not in expected:
+        expected = 128 + case.kind if case.kind != signal.SIGKILL else -9 if case.target == "main" else 1
+        if status != expected:
             case.reasons.append(f"status {status}")
     if not wait_for(lambda: not alive(main.pid), GONE_SECONDS):
         case.reasons.append("processes are left after 10 s")
@@ -174,6 +182,7 @@ def attack(case: Case, folder: Path, rng: random.Random) -> None:
         case.reasons.append("a traceback")
     elif len(lines) != (others if case.kind == signal.SIGKILL and case.target == "main" else 1):
         case.reasons.append(f"{len(lines)} lines on stderr")
+    return True
 
 
 def go_on(case: Case, folder: Path) -> None:
@@ -231,11 +240,13 @@ def differences(run: Path, unbroken: Path) -> list[str]:
     return found
 
 
-def try_case(case: Case, rng: random.Random) -> None:
-    """Do a case, and note what is wrong."""
+def try_case(case: Case, rng: random.Random) -> bool:
+    """Do a case, and note what is wrong; return False if the run ended before it was killed."""
     with tempfile.TemporaryDirectory() as name:
-        attack(case, Path(name), rng)
+        if not attack(case, Path(name), rng):
+            return False
         go_on(case, Path(name))
+    return True
 
 
 def main() -> int:
@@ -250,9 +261,10 @@ def main() -> int:
     for devices in options.devices:
         rng = random.Random(f"{devices} {options.seed}")
         cases = []
-        for number in range(options.kills):
-            case = draw(rng, devices, KINDS[number % len(KINDS)])
-            try_case(case, rng)
+        while len(cases) < options.kills:
+            case = draw(rng, devices, KINDS[len(cases) % len(KINDS)])
+            if not try_case(case, rng):
+                continue
             cases.append(case)
             print(f"{'bad ' if case.reasons else 'good'} {case}: {'; '.join(case.reasons)}", flush=True)
         for kind in KINDS:
@@ -263,8 +275,10 @@ def main() -> int:
             print(f"{devices} devices, {kind.name}: {len(of_kind)} tried, {len(bad)} bad {dict(reasons) or ''}")
         lost = [case.seconds for case in cases if case.kind == signal.SIGKILL and case.seconds is not None]
         if lost:
-            median, most = statistics.median(lost), max(lost)
-            print(f"{devices} devices, from SIGKILL to the end: median {median:.1f} s, at most {most:.1f} s")
+            median = statistics.median(lost)
+            print(
+                f"{devices} devices, from SIGKILL to the last process's end: {median:.1f} s, at most {max(lost):.1f} s"
+            )
     return 1 if total else 0
 
 

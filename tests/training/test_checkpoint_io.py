@@ -65,7 +65,7 @@ def test_round_trip(path: Path):
 def test_full_disk_leaves_the_previous_checkpoint(path: Path, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         fill_disk(patch)
-        with pytest.raises(InputError, match=f"cannot write checkpoint {path} \\(No space left on device\\)"):
+        with pytest.raises(InputError, match=f"cannot write {path} \\(No space left on device\\)"):
             WholeFileIO().save_checkpoint(checkpoint(2), path)
     assert torch.equal(read_checkpoint(path)["state_dict"]["weights"], torch.full((1000,), 1))
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]

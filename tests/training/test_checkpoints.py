@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -17,7 +18,8 @@ from pairs import every_value
 from torch import Tensor, nn
 
 from dnw_graph import InputError
-from dnw_graph.training import Checkpoints, Summary, read_checkpoint, run
+from dnw_graph.training import Checkpoints, Stopped, Summary, read_checkpoint, run
+from dnw_graph.training.checkpoint_io import WholeFileIO
 from dnw_graph.training.checkpoints import loop_state
 from dnw_graph.training.classifier import Classifier
 from dnw_graph.training.images import ImageData
@@ -164,6 +166,8 @@ def test_resume_after_a_kill_from_a_checkpoint_saved_on_the_last_batch_of_an_epo
     assert losses == expected[2 * STEPS :]
     assert without_time(resumed) == without_time(unbroken)
     assert_equal_states(Path(last), tmp_path / "unbroken" / "last.ckpt")
+    rows = [Path(folder or "", "metrics.csv").read_text() for folder in (chosen.output, tmp_path / "unbroken")]
+    assert rows[0] == rows[1]
 
 
 # Where the weights are spoilt: (training pass?, number of the pass, options, step of the checkpoint that stays).
@@ -216,6 +220,7 @@ def test_a_stopped_run_keeps_its_last_step(
     small_digits: ImageData,
     options: Callable[..., RunOptions],
     losses: list[float],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def stop_all() -> None:
         for process in multiprocessing.active_children():  # a terminal, too, signals the whole group
@@ -225,11 +230,79 @@ def test_a_stopped_run_keeps_its_last_step(
 
     before = signal.getsignal(number)
     chosen = options(workers=workers)
-    with pytest.raises(SystemExit):
+    with pytest.raises(Stopped) as stopped:
         run(crash_at(create, True, 5, stop_all), {}, chosen, small_digits)
+    assert stopped.value.code == 128 + number
     assert len(losses) == 6  # the step in progress was finished
     assert read_checkpoint(f"{chosen.output}/last.ckpt")["global_step"] == 6
+    last = f"{chosen.output}/last.ckpt"
+    assert capsys.readouterr().err == f"stopped after step 6: continue with --resume {last}\n"
     assert signal.getsignal(number) == before
+
+
+# Where a signal comes, as for PLACES, and the step of the checkpoint that is left.
+MOMENTS = {
+    "first checkpoint": (None, 0),
+    "first step": ((True, 0), 1),
+    "last step of an epoch": ((True, 3), 4),
+    "evaluation": ((False, 2), 8),
+    "last evaluation": ((False, 5), 12),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_numbers(
+    moment: str,
+    create: Create,
+    small_digits: ImageData,
+    options: Callable[..., RunOptions],
+    losses: list[float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unbroken = run(create, {}, options(output=str(tmp_path / "unbroken")), small_digits)
+    expected = losses.copy()
+    place, saved = MOMENTS[moment]
+    chosen = options()
+    last = Path(f"{chosen.output}/last.ckpt")
+
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    losses.clear()
+    with monkeypatch.context() as patch:
+        if place is None:
+            save = WholeFileIO.save_checkpoint
+            patch.setattr(WholeFileIO, "save_checkpoint", lambda *args, **named: (stop(), save(*args, **named)))
+        with pytest.raises(Stopped):
+            run(create if place is None else crash_at(create, *place, stop), {}, chosen, small_digits)
+    assert read_checkpoint(last)["global_step"] == saved
+    resumed = run(create, {}, replace(chosen, resume=str(last)), small_digits)
+    assert losses == expected
+    assert without_time(resumed) == without_time(unbroken)
+    assert_equal_states(last, tmp_path / "unbroken" / "last.ckpt")
+    rows = [(folder / "metrics.csv").read_text() for folder in (last.parent, tmp_path / "unbroken")]
+    assert rows[0] == rows[1]
+
+
+def test_a_failing_write_does_not_hide_what_failed_first(
+    create: Create,
+    small_digits: ImageData,
+    options: Callable[..., RunOptions],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail() -> None:
+        monkeypatch.setattr(os, "replace", full)
+        raise CrashError
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    chosen = options()
+    with pytest.raises(CrashError):
+        run(crash_at(create, False, 0, fail), {}, chosen, small_digits)
+    assert "the last complete step is lost: cannot write" in capsys.readouterr().err
 
 
 def test_best_is_the_epoch_of_highest_top1(
