@@ -167,7 +167,7 @@ def test_no_bit_of_a_file_can_change_unseen(saved):
         damaged = bytearray(contents)
         damaged[place // 8] ^= 1 << place % 8
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match="damaged|version|not of a compact model"):
+        with pytest.raises(InputError, match=r"damaged|version|not of a compact model"):
             load_compact(path)
     path.write_bytes(contents)
     found = load_compact(path).state_dict()

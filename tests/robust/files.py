@@ -465,8 +465,9 @@ def compacted(rng: random.Random) -> Case:
         part = rng.choice(("tensors", "config")) if kind == "sealed" else kind
         content = {"tensors": tensors, "metadata": metadata, "config": config}[part]
         what = f"{kind}: {_changed(rng, content, kind != 'sealed')}"
-        metadata["config"] = json.dumps(config) if content is config else metadata.get("config")
         try:
+            if content is config:
+                metadata["config"] = json.dumps(config)
             if kind == "sealed" and checksum:
                 metadata.pop("checksum", None)
                 metadata["checksum"] = checksum([metadata, tensors])
