@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dnw_graph.arguments import checked, wrong
+from dnw_graph.checksum import checksum
 from dnw_graph.compact.dynamic_graphs import ContinuousGraph, DiscreteGraph, RungeKuttaGraph, Step
 from dnw_graph.compact.functions import PerBlock
 from dnw_graph.compact.layers import (
@@ -32,7 +33,7 @@ from dnw_graph.errors import InputError
 from dnw_graph.whole_file import write_whole
 
 FORMAT = "dnw_graph.compact"
-VERSION = 1
+VERSION = 2
 
 KINDS: dict[str, type[Layer]] = {
     "activation": Activation,
@@ -79,7 +80,8 @@ def save_compact(module: nn.Module, path: str | os.PathLike[str]) -> None:
         )
     config = json.dumps(_describe(module, ""))
     metadata = {"format": FORMAT, "version": str(VERSION), "config": config}
-    contents = save({name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}, metadata)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    contents = save(tensors, {**metadata, "checksum": checksum([metadata, tensors])})
     write_whole(Path(path), contents, "path")
 
 
@@ -92,10 +94,9 @@ def load_compact(path: str | os.PathLike[str], device: str | torch.device = "cpu
         device: Where the tensors go.
 
     Raises:
-        InputError: If the file is missing, torn, not such a file, of a later version, or holds what does not fit
-            together: wrong shapes, or indices out of range.
+        InputError: If the file is missing, torn, damaged, not such a file, or of another version.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         torch.empty(0, device=device)
@@ -108,19 +109,26 @@ def load_compact(path: str | os.PathLike[str], device: str | torch.device = "cpu
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # Copied: what is read is a view of the file, which may be overwritten later.
-            tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}): it is damaged or not a file of save_compact") from error
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # a damaged file can fail anywhere in the decoder
+        raise InputError(
+            f"{path} cannot be read ({_short(error)}): it is damaged or not a file of save_compact"
+        ) from error
     _check_format(path, metadata)
+    found = metadata.pop("checksum", None)
+    if checksum([metadata, tensors]) != found:
+        raise InputError(f"{path} does not hold what was written (its checksum differs): it is damaged")
     try:
         model = _build(json.loads(metadata["config"]), tensors, "")
-    except InputError as error:
-        raise InputError(f"{path} does not describe a compact model: {error}; it is damaged") from error
-    except Exception as error:  # a damaged description can fail anywhere
-        raise InputError(f"{path} does not describe a compact model ({error!r}): it is damaged") from error
+    except Exception as error:  # a wrong description can fail anywhere
+        raise InputError(f"{path} does not describe a compact model ({_short(error)}): it is damaged") from error
     if tensors or not isinstance(model, CompactModel):
-        raise InputError(f"{path} holds tensors of no layer ({', '.join(sorted(tensors)[:3])}): it is damaged")
-    return model.eval()
+        raise InputError(f"{path} holds tensors of no layer ({', '.join(sorted(tensors)[:3]):.100}): it is damaged")
+    return model.eval().to(device)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _check_format(path: Path, metadata: dict[str, str]) -> None:
@@ -128,7 +136,7 @@ def _check_format(path: Path, metadata: dict[str, str]) -> None:
         raise InputError(f"{path} is a safetensors file, but not of a compact model: give one that save_compact wrote")
     if metadata.get("version") != str(VERSION):
         raise InputError(
-            f"{path} has version {metadata.get('version')!r} of the format, this package reads version {VERSION}: "
+            f"{path} has version {metadata.get('version')!r:.20} of the format, this package reads version {VERSION}: "
             "update dnw-graph, or save the model again"
         )
 

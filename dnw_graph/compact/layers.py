@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.ops.checks import INTEGERS
 
 
 class Layer(nn.Module):
@@ -74,6 +75,8 @@ class Chain(Layer):
                     channels is None or layer.num_inputs in (None, channels),
                     f"{layer} cannot take {channels} channels",
                 )
+                if isinstance(layer, Select) and layer.dim == 1 and channels and layer.num_outputs:
+                    require(int(layer.index.max()) < channels, f"a selection leaves the {channels} channels")
                 channels = layer.num_outputs or channels
             else:
                 channels = None
@@ -103,7 +106,7 @@ class Select(Layer):
 
     def __init__(self, index: Tensor, dim: int = 1) -> None:
         super().__init__()
-        require(index.dim() == 1 and not index.is_floating_point(), "a selection needs a list of indices")
+        require(index.dim() == 1 and index.dtype in INTEGERS, "a selection needs a list of indices")
         require(not len(index) or int(index.min()) >= 0, "a selection has a negative index")
         self.register(index=index)
         self.dim = dim

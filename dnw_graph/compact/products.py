@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 import dnw_graph.ops.flops  # noqa: F401
 from dnw_graph.compact.layers import Layer, require
 from dnw_graph.ops import sparse_product
-from dnw_graph.ops.non_finite import follow_edges, spread
+from dnw_graph.ops.checks import INTEGERS
 
 
 class SparseProduct(Layer):
@@ -65,7 +66,10 @@ class SparseProduct(Layer):
 
 
 class DenseProduct(Layer):
-    """The same product with a dense matrix ``weight [targets, sources]``, zero where there is no edge."""
+    """The same product with a dense matrix ``weight [targets, sources]``, zero where there is no edge.
+
+    Where a source is NaN or infinite, all targets are NaN: 0 · ∞ is NaN.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -98,12 +102,8 @@ class DenseProduct(Layer):
     def forward(self, z: Float[Tensor, "batch sources *space"]) -> Float[Tensor, "batch targets *space"]:
         """Return what the targets receive."""
         if z.dim() == 4:
-            received = F.conv2d(z, self.weight[:, :, None, None], self.bias)
-        else:
-            received = F.linear(z.movedim(1, -1), self.weight, self.bias).movedim(-1, 1)
-        if spread(received):
-            follow_edges(received, z, *self.weight.nonzero(as_tuple=True), self.weight, self.bias)
-        return received
+            return F.conv2d(z, self.weight[:, :, None, None], self.bias)
+        return F.linear(z.movedim(1, -1), self.weight, self.bias).movedim(-1, 1)
 
 
 Product = SparseProduct | DenseProduct
@@ -113,13 +113,15 @@ def check_csr(rowptr: Tensor, columns: Tensor, values: Tensor, sources: int) -> 
     """Refuse what is no sparse matrix in CSR.
 
     Raises:
-        InputError: If shapes or types do not fit, or an index lies outside the matrix.
+        InputError: If shapes or types do not fit, an index lies outside the matrix, or the sources of a target do not
+            ascend.
     """
     require(
         rowptr.dim() == columns.dim() == 1 and columns.shape == values.shape,
         "edges need one source and one weight each",
     )
-    require(not (rowptr.is_floating_point() or columns.is_floating_point()), "edges need whole numbers as indices")
+    require(rowptr.dtype == columns.dtype and columns.dtype in INTEGERS, "edges need whole numbers as indices")
+    require(values.is_floating_point(), "edges need floating-point numbers as weights")
     require(
         int(rowptr[0]) == 0 and int(rowptr[-1]) == len(columns) and bool((rowptr.diff() >= 0).all()),
         f"row pointers must rise from 0 to the number of edges, {len(columns)}",
@@ -127,3 +129,6 @@ def check_csr(rowptr: Tensor, columns: Tensor, values: Tensor, sources: int) -> 
     if len(columns):
         low, high = int(columns.min()), int(columns.max())
         require(0 <= low <= high < sources, f"sources {low} … {high} of the edges lie outside 0 … {sources - 1}")
+        target = torch.repeat_interleave(rowptr.diff())
+        ascending = (target.diff() > 0) | (columns.diff() > 0)
+        require(bool(ascending.all()), "the sources of each target must be distinct and ascend")

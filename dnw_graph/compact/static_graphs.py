@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
@@ -106,6 +107,9 @@ class FusedGraph(Layer):
         require(bias is None or bias.shape == scale.shape, f"{functions} node functions need a bias each")
         require(output_shift.shape == (sizes[-1],), f"{sizes[-1]} outputs need a shift each")
         check_csr(rowptr, columns, values, sum(sizes))
+        for size, start in zip(sizes[1:], accumulate(sizes), strict=False):
+            first, last = rowptr[[start - sizes[0], start - sizes[0] + size]].tolist()
+            require(bool((columns[first:last] < start).all()), f"an edge to the nodes from {start} on starts there")
         self.sizes = list(sizes)
         self.strides = list(strides)
         self.register(

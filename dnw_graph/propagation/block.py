@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dnw_graph.candidates import Block
 from dnw_graph.ops.checks import batched
-from dnw_graph.ops.layout import owned, traced, transformed
-from dnw_graph.ops.non_finite import follow_edges, spread
+from dnw_graph.ops.layout import owned, traced, transformed, unseen
 from dnw_graph.propagation.base import Concatenated, Propagate, Propagation, RealEdges, States, autocast_dtype
+from dnw_graph.propagation.message_passing import MessagePassingPropagation
 
 
 class BlockPropagation(Propagation):
@@ -22,10 +24,10 @@ class BlockPropagation(Propagation):
     included, and the gradient with respect to Z goes through the non-zero entries only. So the method needs no more
     than a W whose backward hands that gradient to the candidates unmasked.
 
-    A state that is NaN or infinite reaches what real edges lead to and nothing else, as in sparse propagation. Zeros of
-    W would spread it (0 · ∞ is NaN): on a CPU one target of every product is looked at, and where a source is not
-    finite the product is computed over the edges. On a GPU, for which the host would have to wait, and in compiled or
-    transformed code nobody looks: there, all targets of the block get NaN.
+    An input of the graph that is NaN or infinite reaches what real edges lead to and nothing else, as in every
+    propagation. The zeros of W would spread it (0 · ∞ is NaN), so such a pass goes over the edges one by one. Nobody
+    looks on a GPU, for which the host would have to wait, nor in compiled or transformed code: there every target of
+    such a source becomes NaN, and so it does where states overflow within the graph.
 
     Nodes are moved to the last dimension for the product, which costs nothing for channels-last maps. The states of a
     static graph lie in one buffer, of which each product takes the columns that it needs, and so do their gradients.
@@ -33,28 +35,29 @@ class BlockPropagation(Propagation):
 
     def forward(self, edges: RealEdges, x: Tensor) -> Propagate:
         """Scatter the real weights into dense blocks."""
+        if x.is_cpu and unseen() and not _finite(x):
+            return MessagePassingPropagation("csr")(edges, x)
         weights = edges.split(
             _transformable(edges) if transformed() else _RealWeights.apply(edges.candidates.weight, edges)
         )
 
-        blocks = edges.candidates.blocks
-
         def product(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
-            weight = weights[number][rows, columns]
-            received = F.linear(z.movedim(1, -1), weight).movedim(-1, 1)
-            if spread(received):
-                follow_edges(received, z, *blocks[number].within(edges.local[number], rows, columns), weight)
-            return received
+            return F.linear(z.movedim(1, -1), weights[number][rows, columns]).movedim(-1, 1)
 
         def states(feeding: Sequence[slice]) -> States:
             # Where one block feeds each there is nothing to put together; a compiler plans its own buffers, and a
             # transform cannot follow writes to one that all blocks share.
             if traced() or all(part.stop - part.start == 1 for part in feeding):
                 return Concatenated(propagate, feeding)
-            return _States(edges, weights)
+            return _States(edges.candidates.blocks, weights)
 
-        propagate = Propagate(blocks, weights, product, states=states)
+        propagate = Propagate(edges.candidates.blocks, weights, product, states=states)
         return propagate
+
+
+def _finite(x: Tensor) -> bool:
+    """Return whether all values are finite; one pass over them, unless their sum is not."""
+    return math.isfinite(x.sum().item()) or bool(x.isfinite().all())
 
 
 class _RealWeights(torch.autograd.Function):
@@ -87,8 +90,8 @@ class _States(States):
     What is filled so far stands for the concatenation of all states so far, see :class:`_Receive`.
     """
 
-    def __init__(self, edges: RealEdges, weights: Sequence[Tensor]) -> None:
-        self.edges, self.blocks, self.weights = edges, edges.candidates.blocks, weights
+    def __init__(self, blocks: Sequence[Block], weights: Sequence[Tensor]) -> None:
+        self.blocks, self.weights = blocks, weights
         self.buffer: Tensor | None = None
         self.filled: Tensor | None = None
 
@@ -103,12 +106,7 @@ class _States(States):
         block = self.blocks[number]
         start = 0 if self.filled is None else self.filled.size(-1)
         columns = slice(block.sources.start, block.sources.stop)
-        weight = self.weights[number]
-        received, self.filled = _Receive.apply(self.filled, z, weight, self.buffer, start, columns)
-        if spread(received):
-            every = slice(0, block.shape[0]), slice(0, block.shape[1])
-            states = self.filled[..., columns].movedim(-1, 1)
-            follow_edges(received, states, *block.within(self.edges.local[number], *every), weight)
+        received, self.filled = _Receive.apply(self.filled, z, self.weights[number], self.buffer, start, columns)
         return received
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dnw_graph import Continuous, Discrete, InputError, NeuralGraph
+from dnw_graph.checksum import checksum
 from dnw_graph.compact import CompactModel, compact, load_compact, save_compact
 from dnw_graph.equivalence import mlp_to_discrete, static_to_discrete
 from dnw_graph.models import MobileNetV1, MobileNetV1DNW, TinyClassifier
@@ -77,7 +78,13 @@ def rewrite(path, tensors, metadata, **changes):
         for step in way:
             part = part[int(step)] if step.isdigit() else part[step]
         part[last] = value
-    save_file(tensors, path, {**metadata, "config": json.dumps(config), **changes})
+    seal(path, tensors, {**metadata, "config": json.dumps(config), **changes})
+
+
+def seal(path, tensors, metadata):
+    """Write what may be wrong, with the checksum of it."""
+    metadata = {name: value for name, value in metadata.items() if name != "checksum"}
+    save_file(tensors, path, {**metadata, "checksum": checksum([metadata, tensors])})
 
 
 def test_a_torn_file_is_refused_at_any_length(saved):
@@ -106,8 +113,8 @@ def test_foreign_files_are_refused(saved, tmp_path):
     save_file(tensors, path)
     with pytest.raises(InputError, match="not of a compact model"):
         load_compact(path)
-    rewrite(path, tensors, metadata, version="2")
-    with pytest.raises(InputError, match=r"version '2'.*reads version 1.*update"):
+    rewrite(path, tensors, metadata, version="1")
+    with pytest.raises(InputError, match=r"version '1'.*reads version 2.*update"):
         load_compact(path)
     rewrite(path, tensors, metadata)
     assert isinstance(load_compact(path), CompactModel)
@@ -125,8 +132,13 @@ def test_shapes_and_indices_are_checked(saved):
     (sparse,) = {name.rsplit(".", 1)[0] for name in tensors if name.endswith("columns")} - {fused}
     for graph in (fused, sparse):
         columns, rowptr = tensors[f"{graph}.columns"], tensors[f"{graph}.rowptr"]
-        for changed in (columns + 1000, columns - 1000, columns.float()):
+        for changed in (columns + 1000, columns - 1000, columns.float(), columns.bool(), columns.long()):
             refused("indices|lie outside", {**tensors, f"{graph}.columns": changed})
+        target = torch.repeat_interleave(rowptr.diff())
+        twice = int((target.diff() == 0).nonzero()[0])  # a target with two sources
+        for changed in (columns[[twice + 1, twice]], columns[[twice, twice]]):
+            changed = torch.cat([columns[:twice], changed, columns[twice + 2 :]])
+            refused("distinct and ascend", {**tensors, f"{graph}.columns": changed})
         for changed in (rowptr + 1, rowptr.flip(0), rowptr * 2):
             refused("row pointers", {**tensors, f"{graph}.rowptr": changed})
         refused("should be", {**tensors, f"{graph}.columns": columns[:-1]})
@@ -137,11 +149,44 @@ def test_shapes_and_indices_are_checked(saved):
         "cannot take|do not fit|does not fit", tensors, config={"parts.layers.2.parts.products.0.options.sources": 9}
     )
     refused("node|stride|pointer", tensors, config={"parts.layers.1.options.sizes": [4, 3, 3]})
+    later = tensors[f"{fused}.columns"].clone()
+    later[int(tensors[f"{fused}.rowptr"][1]) - 1] = 4  # the first inner node, from itself
+    refused("on starts there", {**tensors, f"{fused}.columns": later})
     refused("strides", tensors, config={"parts.layers.1.options.strides": [1, 7, 0]})
     refused("describe", tensors, config={"parts.layers.0.kind": "os.system"})
     refused("no options", tensors, config={"parts.layers.0.options.hook": "print"})
     refused("describe", tensors, config={"parts.layers.0.options.stride": None})
     refused("describe", tensors, config={"parts.layers.0.options.groups": 0})
+
+
+def test_no_bit_of_a_file_can_change_unseen(saved):
+    path, tensors, metadata = saved
+    contents = path.read_bytes()
+    expected = load_compact(path).state_dict()
+    for place in range(0, 8 * len(contents), 1009):
+        damaged = bytearray(contents)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"damaged|version|not of a compact model"):
+            load_compact(path)
+    path.write_bytes(contents)
+    found = load_compact(path).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    rewrite(path, {**tensors, "layers.0.bias": tensors["layers.0.bias"] + 1}, metadata)
+    load_compact(path)  # sealed by its writer
+    del metadata["checksum"]
+    save_file(tensors, path, metadata)
+    with pytest.raises(InputError, match="checksum differs"):
+        load_compact(path)
+
+
+@pytest.mark.parametrize("length", [10**9, 2**63])
+def test_a_header_that_claims_to_be_huge_takes_no_memory(saved, length):
+    path, _, _ = saved
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(InputError, match="damaged"):
+        load_compact(path)
 
 
 def test_a_loaded_model_does_not_depend_on_its_file(saved, photos):
@@ -158,7 +203,7 @@ def test_a_loaded_model_does_not_depend_on_its_file(saved, photos):
 def test_config_that_is_no_json(saved):
     path, tensors, metadata = saved
     for config in ("", "[", "[]", "null", '{"kind": "chain"}', "[" * 5000):
-        save_file(tensors, path, {**metadata, "config": config})
+        seal(path, tensors, {**metadata, "config": config})
         with pytest.raises(InputError, match="damaged"):
             load_compact(path)
 

@@ -1,0 +1,170 @@
+"""Edges in a state dict are those of the graph, or nothing is loaded."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dnw_graph import InputError, L1Anneal, NeuralGraph, RandomGraph, TargetedDropout
+from dnw_graph.sparse_momentum import SparseMomentum
+from dnw_graph.sparsify import sparsify, weight_graphs
+from dnw_graph.wirings import Fixed
+
+LAYER = "0.parametrizations.weight.0.owned.0.wiring."
+
+
+def graph(wiring="random_graph", k=11):
+    return NeuralGraph((3, 5, 4), k, wiring=wiring, name="stage3")
+
+
+def layers(wiring="random_graph", **options):
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    sparsify(model, 0.4, wiring, **options)
+    return model
+
+
+def fixed():
+    return graph(Fixed(graph().edge_index))
+
+
+# The module, the place of its edges in its state, their names in messages, and the number of candidates.
+KEEPERS = {
+    "random graph": (graph, "wiring.index", "stage3: wiring.index", 47),
+    "fixed": (fixed, "wiring.index", "stage3: wiring.index", 47),
+    "lottery ticket": (lambda: graph("lottery_ticket"), "wiring.index", "stage3: wiring.index", 47),
+    "within a model": (lambda: nn.Sequential(nn.ReLU(), graph()), "1.wiring.index", "stage3: wiring.index", 47),
+    "layer": (layers, LAYER + "index", "0.weight: wiring.index", 48),
+    "layers with one budget": (lambda: layers(distribution="global"), LAYER + "index", "all layers: wiring.index", 60),
+}
+
+
+def put(index, place, *values):
+    index = index.clone()
+    index[place : place + len(values)] = torch.tensor(values)
+    return index
+
+
+WRONG = {
+    "reversed": lambda index, n: index.flip(0),
+    "two exchanged": lambda index, n: put(index, 3, index[4], index[3]),
+    "one twice": lambda index, n: put(index, 3, index[4]),
+    "one past the end": lambda index, n: put(index, len(index) - 1, n),
+    "negative": lambda index, n: put(index, 0, -1),
+    "negative throughout": lambda index, n: index - n,
+    "of another k": lambda index, n: index[:-1],
+    "of another shape": lambda index, n: index[None],
+    "int32": lambda index, n: index.int(),
+    "float": lambda index, n: index.float(),
+    "bool": lambda index, n: index.bool(),
+    "no tensor": lambda index, n: index.tolist(),
+}
+
+
+@pytest.mark.parametrize(("strict", "assign"), [(True, False), (False, True)])
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("kind", KEEPERS)
+def test_wrong_edges_are_refused_and_nothing_is_changed(kind, wrong, strict, assign):
+    make, key, name, candidates = KEEPERS[kind]
+    model, other = make(), make()
+    state = other.state_dict()
+    edges = torch.arange(candidates)[:: candidates // len(state[key])][: len(state[key])]
+    state[key] = WRONG[wrong](edges, candidates)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=f"^{name} must be ") as error:
+        model.load_state_dict(state, strict=strict, assign=assign)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+    found = model.state_dict()
+    assert all(torch.equal(value, before[each]) for each, value in found.items())
+    state[key] = edges
+    model.load_state_dict(state, strict=strict, assign=assign)
+    assert torch.equal(model.state_dict()[key], edges)
+
+
+def test_edges_alone_are_checked_and_a_state_without_them_is_loaded():
+    model = graph()
+    with pytest.raises(InputError, match="11 edges"):
+        model.load_state_dict({"wiring.index": torch.arange(10)}, strict=False)
+    weights = {"candidates.weight": torch.zeros(47)}
+    model.load_state_dict(weights, strict=False)
+    assert torch.equal(model.candidates.weight, torch.zeros(47))
+
+
+def test_the_message_says_what_is_wrong():
+    index = torch.tensor([0, 1, 1, 5, 3, 6, 7, 8, 9, 47, -2])
+    expected = "distinct candidates in 0 … 46, ascending; got 2 outside, 1 repeated, 2 out of order"
+    with pytest.raises(InputError, match=expected):
+        graph().load_state_dict({"wiring.index": index}, strict=False)
+
+
+def test_the_graph_of_a_sparse_layer_by_itself():
+    (each, *_) = weight_graphs(layers()).values()
+    with pytest.raises(InputError, match=r"^0\.weight: wiring\.index"):
+        each.load_state_dict({"wiring.index": each.real_index.flip(0)})
+
+
+def test_edges_that_are_not_known_yet():
+    waiting, other = graph("lottery_ticket"), graph("lottery_ticket")
+    waiting.load_state_dict(other.state_dict())
+    with pytest.raises(InputError, match="needs a trained complete graph"):
+        waiting.edge_index  # noqa: B018
+    half = {"wiring.index": torch.tensor([-1] * 10 + [3])}
+    with pytest.raises(InputError, match="10 outside"):
+        waiting.load_state_dict(half, strict=False)
+
+
+def test_a_state_without_values():
+    with torch.device("meta"):
+        state = graph("dnw").state_dict() | {"wiring.index": torch.empty(11, dtype=torch.long)}
+    graph().load_state_dict({"wiring.index": state["wiring.index"]}, strict=False, assign=True)
+
+
+MASKS = {
+    "removed": (lambda: graph(L1Anneal()), "wiring.removed", 47, 0, 36),
+    "removed of a layer": (lambda: layers(L1Anneal()), LAYER + "removed", 48, 0, 28),
+    "kept": (lambda: layers(SparseMomentum()), LAYER + "kept", 48, 1, 48),
+    "kept of a graph": (lambda: graph(SparseMomentum()), "wiring.kept", 47, 1, 47),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks(kind):
+    make, key, candidates, fewest, most = MASKS[kind]
+    model = make()
+
+    def mask(count):
+        return torch.arange(candidates) < count
+
+    for count in (fewest, most):
+        model.load_state_dict({key: mask(count)}, strict=False)
+        assert int(model.state_dict()[key].sum()) == count
+    wrong = [mask(most).int(), mask(most).float(), mask(most)[:-1], mask(most)[None], mask(0)[:0]]
+    wrong += [mask(most + 1)] * (most < candidates) + [mask(fewest - 1)] * (fewest > 0)
+    for each in wrong:
+        with pytest.raises(InputError, match=r"wiring\.(removed|kept) must"):
+            model.load_state_dict({key: each}, strict=False)
+        assert int(model.state_dict()[key].sum()) == most
+
+
+@pytest.mark.parametrize("key", ["wiring.step", "wiring.num_steps", "wiring.stream"])
+@pytest.mark.parametrize(
+    "value", [torch.tensor(-1), torch.tensor(1.5), torch.tensor([1]), torch.tensor(True), 3, torch.tensor(1).int()]
+)
+def test_numbers_of_steps(key, value):
+    model = graph(TargetedDropout())
+    model.load_state_dict({key: torch.tensor(5)}, strict=False)
+    with pytest.raises(InputError, match=f"^stage3: {key} must be"):
+        model.load_state_dict({key: value}, strict=False)
+    assert model.state_dict()[key] == 5
+
+
+def test_a_rule_of_ones_own():
+    class Own(RandomGraph):
+        def check_saved(self, saved, num_candidates, num_edges, name):
+            assert saved.keys() == {"index"}
+            assert (num_candidates, num_edges) == (47, 11)
+            raise InputError(f"{name} says no")
+
+    with pytest.raises(InputError, match="^stage3 says no"):
+        graph(Own()).load_state_dict(graph().state_dict())
