@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dnw_graph.compact.functions import WholeFunction
-from dnw_graph.compact.layers import Layer, require
+from dnw_graph.compact.layers import Layer, require, require_whole
 from dnw_graph.compact.products import Product
+from dnw_graph.dynamics import Continuous
 from dnw_graph.dynamics.discrete import INPUT_MODES
 from dnw_graph.errors import InputError, unknown_name
 
@@ -73,6 +75,7 @@ class DiscreteGraph(Layer):
         require(input_mode in INPUT_MODES, f"no such input mode: {input_mode!r}")
         require((schedule is None) == (input_mode == "sequence"), "only a sequence comes without a schedule")
         order = [0, 0] if schedule is None else list(schedule)
+        require_whole(order, 0, "steps of a schedule")
         require(all(0 <= number < len(steps) for number in order), f"{len(steps)} steps do not fit {schedule}")
         require(steps[order[0]].num_inputs == num_nodes, f"the first step does not take {num_nodes} nodes")
         for first, second in pairwise(steps[number] for number in order):
@@ -129,6 +132,7 @@ class RungeKuttaGraph(Layer):
         if method not in TABLEAUS:
             raise unknown_name("fixed-step solver", method, TABLEAUS)
         require(len(times) >= 2, "a solution takes a start and an end")
+        require(all(isinstance(time, int | float) and math.isfinite(time) for time in times), "times must be numbers")
         self.step = step
         require(step.num_inputs == step.num_outputs, "a continuous graph needs as many targets as sources")
         self.method = method
@@ -181,6 +185,7 @@ class ContinuousGraph(Layer):
         super().__init__()
         self.step = step
         require(step.num_inputs == step.num_outputs, "a continuous graph needs as many targets as sources")
+        Continuous(method, rtol=rtol, atol=atol, options=solver_options, t_span=t_span)  # refuses what it does not know
         self.method = method
         self.rtol = rtol
         self.atol = atol

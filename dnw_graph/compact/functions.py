@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dnw_graph.compact.layers import Activation, Affine, Chain, Conv, InstanceNorm, Layer, require
+from dnw_graph.compact.layers import Activation, Affine, Chain, Conv, InstanceNorm, Layer, require, require_whole
 from dnw_graph.dynamics.recurrent import takes_time
 from dnw_graph.equivalence import Biased
 from dnw_graph.node_functions import Blockwise, NodeConv, NormReluConv, NormReluConvNormRelu, ReluConvSendNorm
@@ -116,7 +116,11 @@ class PerBlock(Layer):
 
     def __init__(self, chains: Sequence[nn.Module], sizes: Sequence[int]) -> None:
         super().__init__()
+        require_whole(sizes, 1, "sizes of blocks")
         require(len(chains) == len(sizes), f"{len(chains)} chains do not fit {len(sizes)} blocks")
+        for chain, size in zip(chains, sizes, strict=True):
+            inside = [layer.num_inputs for layer in chain.modules() if isinstance(layer, Layer)]
+            require({None, size}.issuperset(inside), f"{chain} does not take {size} channels")
         self.chains = nn.ModuleList(chains)
         self.sizes = list(sizes)
 

@@ -6,6 +6,8 @@ are all that a file holds of it; a constructor refuses what does not fit togethe
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -207,6 +209,7 @@ class InstanceNorm(ScaleAndShift):
 
     def __init__(self, scale: Tensor | None, shift: Tensor | None, eps: float) -> None:
         super().__init__(scale, shift)
+        require(isinstance(eps, float | int) and 0 <= eps < math.inf, f"eps is a number from 0 up; got {eps!r:.50}")
         self.eps = eps
 
     def cut(self, nodes: Tensor) -> InstanceNorm:
@@ -247,7 +250,12 @@ class Conv(Layer):
     ) -> None:
         super().__init__()
         require(weight.dim() == 4, f"a convolution needs a weight of four dimensions; got {list(weight.shape)}")
-        require(groups >= 1 and len(weight) % groups == 0, f"{len(weight)} channels are not {groups} groups")
+        require_whole([groups, *stride, *dilation], 1, "stride, dilation and groups")
+        if padding not in ("same", "valid"):
+            require_whole(padding, 0, "padding")
+            require(len(padding) == 2, "a convolution needs two paddings")
+        require(len(stride) == len(dilation) == 2, "a convolution needs two strides and two dilations")
+        require(len(weight) % groups == 0, f"{len(weight)} channels are not {groups} groups")
         require(bias is None or bias.shape == weight.shape[:1], "a convolution's bias must have one value per channel")
         self.register(weight=weight, bias=bias)
         self.stride = list(stride)
@@ -316,6 +324,7 @@ class MapMean(Layer):
 
     def __init__(self, start: int = 0, stop: int | None = None) -> None:
         super().__init__()
+        require_whole([start, start + 1 if stop is None else stop], 0, "bounds of a patch")
         self.start = start
         self.stop = stop
 
@@ -330,6 +339,13 @@ class MapMean(Layer):
                 f"the read-out needs maps of {self.stop} × {self.stop} or more; got {list(z.shape)}: give larger images"
             )
         return z[:, :, self.start : self.stop, self.start : self.stop].mean(dim=(2, 3))
+
+
+def require_whole(numbers: object, least: int, what: str) -> None:
+    """Raise an InputError unless all numbers are whole ones from ``least`` up."""
+    given = list(numbers) if isinstance(numbers, list | tuple) else [numbers]
+    fits = all(isinstance(number, int) and not isinstance(number, bool) and number >= least for number in given)
+    require(fits, f"{what} must be whole numbers from {least} up; got {reprlib.repr(numbers)}")
 
 
 def require(condition: bool, message: str) -> None:

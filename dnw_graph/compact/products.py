@@ -9,6 +9,7 @@ from torch import Tensor
 
 import dnw_graph.ops.flops  # noqa: F401
 from dnw_graph.compact.layers import Layer, require
+from dnw_graph.compact.layers import Layer, require, require_whole
 from dnw_graph.ops import sparse_product
 from dnw_graph.ops.checks import INTEGERS
 
@@ -32,6 +33,7 @@ class SparseProduct(Layer):
 
     def __init__(self, rowptr: Tensor, columns: Tensor, values: Tensor, bias: Tensor, sources: int) -> None:
         super().__init__()
+        require_whole(sources, 0, "sources")
         require(len(rowptr) == len(bias) + 1, f"{len(bias)} targets need {len(bias) + 1} row pointers")
         check_csr(rowptr, columns, values, sources)
         self.register(rowptr=rowptr, columns=columns, values=values, bias=bias)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import dnw_graph.ops.flops  # noqa: F401
 from dnw_graph.compact.layers import Layer, require
+from dnw_graph.compact.layers import Layer, require, require_whole
 from dnw_graph.compact.products import Product, check_csr
 from dnw_graph.ops import static_graph
 
@@ -96,7 +97,8 @@ class FusedGraph(Layer):
         output_shift: Tensor,
     ) -> None:
         super().__init__()
-        require(len(sizes) == len(strides) >= 2 and min(sizes) >= 1, "a static graph needs a stride for every block")
+        require_whole(sizes, 1, "sizes of blocks")
+        require(len(sizes) == len(strides) >= 2, "a static graph needs a stride for every block")
         require(set(strides) <= {0, 1, 2}, f"strides are 0, 1 or 2; got {list(strides)}")
         functions = sum(size for size, stride in zip(sizes, strides, strict=True) if stride)
         require(len(rowptr) == sum(sizes[1:]) + 1, f"{sum(sizes[1:])} nodes with edges need one more row pointer")

@@ -20,7 +20,7 @@ from dnw_graph.training.wiring_monitor import WiringMonitor
 
 # What optimiser and schedule cannot do without; what else they have differs between versions of PyTorch.
 GROUP = ("params", "lr", "initial_lr", "momentum", "dampening", "weight_decay", "nesterov")
-SCHEDULE = ("base_lrs", "last_epoch", "_step_count", "_last_lr")
+SCHEDULE = ("base_lrs", "last_epoch", "_step_count", "_last_lr", "lr_lambdas")
 
 
 def check_weights(path: str, given: Mapping[str, Any], model_state: Mapping[str, Tensor], hint: str) -> None:
@@ -125,7 +125,8 @@ def _check_optimizer(checkpoint: Mapping[str, Any], module: Classifier) -> None:
     optimizer, scheduler = fresh["optimizer"], fresh["lr_scheduler"]["scheduler"]
     match(checkpoint.get("optimizer_states"), [{"state": dict, "param_groups": list}], "optimizer_states")
     ((given,), state) = checkpoint["optimizer_states"], optimizer.state_dict()
-    groups = [{name: group[name] for name in GROUP} for group in state["param_groups"]]
+    match(given["param_groups"], [dict] * len(state["param_groups"]), "optimizer_states.0.param_groups")
+    groups = [_known(*pair, GROUP) for pair in zip(given["param_groups"], state["param_groups"], strict=True)]
     match(given["param_groups"], groups, "optimizer_states.0.param_groups", exact=False)
     for number, (group, like) in enumerate(zip(given["param_groups"], groups, strict=True)):
         wrong = [name for name in GROUP if name != "lr" and group[name] != like[name]]
@@ -137,7 +138,15 @@ def _check_optimizer(checkpoint: Mapping[str, Any], module: Classifier) -> None:
     match(given["state"], known, "optimizer_states.0.state")
     if bool(known) != bool(checkpoint["global_step"] and module.momentum):
         raise InputError(f"optimizer_states.0.state has the momentum of {len(known)} parameters")
-    schedule = {name: value for name, value in scheduler.state_dict().items() if name in SCHEDULE}
-    match(checkpoint.get("lr_schedulers"), [schedule], "lr_schedulers", exact=False)
-    if checkpoint["lr_schedulers"][0]["last_epoch"] != checkpoint["global_step"]:
+    match(checkpoint.get("lr_schedulers"), [dict], "lr_schedulers")
+    (schedule,) = checkpoint["lr_schedulers"]
+    match(schedule, _known(schedule, scheduler.state_dict(), SCHEDULE), "lr_schedulers.0", exact=False)
+    if inner := [name for name in schedule if name in vars(scheduler).keys() - scheduler.state_dict().keys()]:
+        raise InputError(f"lr_schedulers.0 has {inner[0]!r}, which is not saved")
+    if schedule["last_epoch"] != checkpoint["global_step"]:
         raise InputError(f"lr_schedulers.0.last_epoch is not step {checkpoint['global_step']}")
+
+
+def _known(given: Mapping[str, Any], fresh: Mapping[str, Any], needed: Sequence[str]) -> dict[str, Any]:
+    """Return the part of a fresh state that a given one must be like: what is needed, and what it has besides."""
+    return {name: value for name, value in fresh.items() if name in needed or name in given}

@@ -156,7 +156,9 @@ def test_shapes_and_indices_are_checked(saved):
     refused("describe", tensors, config={"parts.layers.0.kind": "os.system"})
     refused("no options", tensors, config={"parts.layers.0.options.hook": "print"})
     refused("describe", tensors, config={"parts.layers.0.options.stride": None})
-    refused("describe", tensors, config={"parts.layers.0.options.groups": 0})
+    for name in ("groups", "stride", "dilation", "padding"):
+        for value in (-1, 0.5, "x", None, [1], [1, 0.5], [1, -1], [1, None]):
+            refused("describe", tensors, config={f"parts.layers.0.options.{name}": value})
 
 
 def test_no_bit_of_a_file_can_change_unseen(saved):
@@ -187,6 +189,48 @@ def test_a_header_that_claims_to_be_huge_takes_no_memory(saved, length):
     path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
     with pytest.raises(InputError, match="damaged"):
         load_compact(path)
+
+
+WRONG = {
+    "runge_kutta_graph": {"method": ["rk5", 3], "times": [[0.0], [0.0, "x"], 3, [0.0, None]]},
+    "continuous_graph": {
+        "method": ["rk5", None], "rtol": [-1.0, "x", None], "atol": [0.0], "t_span": [[0.0], [0.0, "x"]],
+    },
+    "discrete_graph": {"schedule": [[7], ["x"], None, [True]], "input_mode": ["x", None], "num_nodes": [1, None]},
+    "instance_norm": {"eps": ["x", -1.0, None]},
+    "map_mean": {"start": [-1, "x", None], "stop": [-1, 0.5]},
+    "per_block": {"sizes": [[1], [0, 12], ["x"], 12, None]},
+    "activation": {"name": ["x", None, 3]},
+    "select": {"dim": ["x", None]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", ["tiny", "discrete", "blockwise", "fixed step", "adaptive", "two norms, small", "static"]
+)
+def test_options_are_checked(kind, photos, trained, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_compact(compact(trained(MODELS[kind](), photos[:2])), path)
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata()  # noqa: SIM118
+    found = 0
+    for way, layer in layers_of(json.loads(metadata["config"])):
+        for option, values in WRONG.get(layer["kind"], {}).items():
+            for value in values:
+                found += 1
+                rewrite(path, tensors, metadata, config={f"{way}options.{option}": value})
+                with pytest.raises(InputError, match="damaged"):
+                    load_compact(path)
+    assert found or kind == "static"
+
+
+def layers_of(config, way=""):
+    """Yield the way to every layer in a description, and the layer."""
+    yield way, config
+    for name, part in config["parts"].items():
+        inner = enumerate(part) if isinstance(part, list) else [(None, part)]
+        for number, each in inner:
+            yield from layers_of(each, f"{way}parts.{name}." + ("" if number is None else f"{number}."))
 
 
 def test_a_loaded_model_does_not_depend_on_its_file(saved, photos):
