@@ -26,22 +26,27 @@ class _Loader(DataLoader[tuple[Tensor, int]]):
     """Has workers that leave stopping to their parent.
 
     Ctrl-C, and often SIGTERM, reach the whole process group. If a worker ended of it, the step in progress, which is to
-    be finished and saved, would fail too. A worker ends when its parent says so, or is gone.
+    be finished and saved, would fail too.
     """
 
     def __iter__(self) -> Any:
         if not self.num_workers or not hasattr(signal, "pthread_sigmask"):
             return super().__iter__()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which workers inherit until they ignore signals
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # workers inherit this
         try:
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _ignore_signals(worker: int) -> None:
+def _leave_the_group(worker: int) -> None:
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)  # drops what came before
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # that of the parent
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 class DataModule(LightningDataModule):
@@ -116,7 +121,7 @@ class DataModule(LightningDataModule):
             samples,
             batch_sampler=order,
             num_workers=self.workers,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_leave_the_group,
             persistent_workers=self.workers > 0,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )

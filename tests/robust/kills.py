@@ -47,6 +47,7 @@ class Case:
     moment: str
     epochs: int  # done when it is killed, if it trains
     delay: float
+    example: Path = EXAMPLE
     reasons: list[str] = field(default_factory=list)
     seconds: float | None = None  # from the loss of a process to the end of the last one
 
@@ -76,7 +77,7 @@ def draw(rng: random.Random, devices: int, kind: signal.Signals) -> Case:
 
 
 def command(case: Case) -> list[str]:
-    return [sys.executable, str(EXAMPLE), *OPTIONS, "--devices", str(case.devices), "--workers", str(case.workers)]
+    return [sys.executable, str(case.example), *OPTIONS, "--devices", str(case.devices), "--workers", str(case.workers)]
 
 
 def environment() -> dict[str, str]:
@@ -96,15 +97,15 @@ def ranks(main: int) -> list[int]:
     return found
 
 
-def alive(group: int) -> list[int]:
-    """Return the processes of a group that have not ended."""
+def alive(session: int) -> list[int]:
+    """Return the processes of a session that have not ended."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if int(fields[2]) == group and fields[0] != "Z":
+        if int(fields[3]) == session and fields[0] != "Z":
             found.append(int(folder.name))
     return found
 
@@ -255,6 +256,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=12, help="cases for each number of devices")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--example", type=Path, default=EXAMPLE, help="another program with the same options")
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background, and by children then
     total = 0
@@ -263,6 +265,7 @@ def main() -> int:
         cases = []
         while len(cases) < options.kills:
             case = draw(rng, devices, KINDS[len(cases) % len(KINDS)])
+            case.example = options.example.resolve()
             if not try_case(case, rng):
                 continue
             cases.append(case)

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 
 import pytest
+from torch.utils.data import Dataset
 
 from dnw_graph import InputError
+from dnw_graph.stopping import SIGNALS
 from dnw_graph.training import DataModule, ImageData, RunOptions, load_images
+from dnw_graph.training.data_module import _leave_the_group, _Loader
 
 
 def test_defaults_follow_the_data(small_digits: ImageData):
@@ -28,3 +34,37 @@ def test_batch_larger_than_the_data_is_refused(small_digits: ImageData, options:
 def test_fewer_test_images_than_devices_are_refused(small_digits: ImageData, options: Callable[..., RunOptions]):
     with pytest.raises(InputError, match="30 test images cannot be split over 31 devices"):
         DataModule(small_digits, options(devices=31, batch_size=62))
+
+
+class Pids(Dataset[int]):
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> int:
+        return os.getpid()
+
+
+def test_workers_get_no_signals_of_the_group_and_end_when_their_parent_says_so():
+    loader = _Loader(Pids(), batch_size=1, num_workers=2, worker_init_fn=_leave_the_group)
+    batches = iter(loader)
+    workers = {int(next(batches)) for _ in range(20)}
+    assert len(workers) == 2
+    assert all(os.getpgid(worker) == worker for worker in workers)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+    child = next(child for child in multiprocessing.active_children() if child.pid == min(workers))
+    os.kill(min(workers), signal.SIGINT)
+    assert len({int(next(batches)) for _ in range(20)}) == 2
+    child.terminate()
+    child.join(30)
+    assert child.exitcode == 0
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_before_a_worker_has_left_the_group_is_dropped(number: signal.Signals):
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        os.kill(os.getpid(), number)
+        _leave_the_group(0)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
