@@ -30,6 +30,7 @@ def check_csr(rowptr: Tensor, columns: Tensor, values: Tensor) -> None:
     if rowptr.dim() != 1 or not rowptr.size(0) or columns.dim() != 1 or columns.shape != values.shape:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (rowptr, columns, values))
         raise InputError(f"expected rowptr [targets + 1], columns [edges] and values [edges]; got {shapes}")
+    check_memory(rowptr.shape, columns.shape)
 
 
 def check_types(numbers: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
