@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_leaves
 __all__ = [
     "OPERATORS_WITHOUT_FORMULA",
     "TorchDispatchMode",
-    "exporting",
     "functorch_active",
     "has_hooks",
     "import_pyg",
@@ -82,14 +81,6 @@ def is_batched(tensor: Tensor) -> bool:
     Such a tensor has the shape of one, and nothing public tells.
     """
     return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
-
-
-def exporting() -> bool:
-    """Return whether ``torch.export`` is at work.
-
-    ``torch.compiler.is_exporting()`` is public, and true in every compilation of PyTorch 2.11; 2.6 has neither.
-    """
-    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def version(tensor: Tensor) -> int:

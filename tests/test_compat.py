@@ -70,26 +70,6 @@ def test_version_counts_changes_in_place():
     assert _compat.version(uncounted) == -1
 
 
-def test_exporting_is_true_in_an_export_and_not_in_a_compilation():
-    seen = []
-
-    class Watched(nn.Module):
-        def forward(self, x):
-            seen.append(_compat.exporting())
-            return x + 1
-
-    torch.export.export(Watched(), (torch.ones(2),), strict=False)
-    assert seen[-1] is True, "torch.compiler._is_exporting_flag no longer tells an export"
-    Watched()(torch.ones(2))
-    assert seen[-1] is False
-
-
-@pytest.mark.slow
-def test_exporting_is_false_in_a_compilation():
-    compiled = torch.compile(lambda x: x + (10 if _compat.exporting() else 1), backend="eager", fullgraph=True)
-    assert compiled(torch.ones(1)).item() == 2, "torch.compiler._is_exporting_flag is set in compilations as well"
-
-
 def test_not_compiled_imports_no_compiler_and_keeps_the_compiler_out():
     assert _compat.not_compiled(lambda x: x + 1)(1) == 2
     program = (

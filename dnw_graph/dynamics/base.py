@@ -102,9 +102,10 @@ class Dynamics(nn.Module):
             sources, targets = _common(block.sources, have), _common(block.targets, want)
             if not sources or not targets:
                 continue
-            part = z if sources == have else z[:, sources.start - have.start : sources.stop - have.start]
+            # Lengths: the compiler of PyTorch 2.8 cannot compare ranges.
+            part = z if len(sources) == len(have) else z[:, sources.start - have.start : sources.stop - have.start]
             received = propagate(number, part, sources, targets)
-            if total is None and targets == want:
+            if total is None and len(targets) == len(want):
                 total = received
                 continue
             if total is None:

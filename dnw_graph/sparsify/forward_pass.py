@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dnw_graph._compat import exporting, is_replica
+from dnw_graph._compat import is_replica
 from dnw_graph.errors import InputError
 from dnw_graph.sparsify.layers import LayerWeight
 from dnw_graph.sparsify.weight_graph import WeightGraph
@@ -143,13 +143,7 @@ class ForwardPass:
             self.begun = False
 
     def masks(self, begins_pass: bool) -> list[Tensor]:
-        """Return the mask of each parameter; a compiler sees one operator.
-
-        Raises:
-            InputError: Under ``torch.export``: the exported program could not call this object.
-        """
-        if exporting():
-            raise InputError("a module with sparse weights cannot be exported: densify(…) it first, or a copy of it")
+        """Return the mask of each parameter; a compiler sees one operator."""
         parameters = [weight.parameter for graph in self.graphs() for weight in graph.weights]
         if torch.compiler.is_compiling():
             like = [weight.parts[0][0].parameter.detach() for weight in self.weights]
@@ -208,4 +202,7 @@ def _real_masks(parameters: Sequence[Tensor], like: Sequence[Tensor], token: str
 
 @_real_masks.register_fake
 def _(parameters: Sequence[Tensor], like: Sequence[Tensor], token: str, begins_pass: bool) -> list[Tensor]:
+    # The exported program could not call the object that chooses. Refused here, where no compiler traces the question.
+    if torch.compiler.is_exporting():
+        raise InputError("a module with sparse weights cannot be exported: densify(…) it first, or a copy of it")
     return [torch.empty_like(weight) for weight in like]
