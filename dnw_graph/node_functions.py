@@ -110,9 +110,10 @@ class NormReluConv(nn.Module):
 
     def _check(self, z: object, nodes: range | None) -> None:
         """Refuse what convolution and norm would refuse less clearly, or take for a single image."""
-        weight = self.conv.weight
-        count = len(weight) if nodes is None else len(nodes)
-        if not fits(z, weight) or z.dim() != 4 or z.size(1) != count or not z.size(2) * z.size(3):
+        conv = self.conv
+        weight = conv.weight
+        count = conv.in_channels if nodes is None else len(nodes)
+        if not fits(z, weight) or len(shape := z.shape) != 4 or shape[1] != count or not shape[2] * shape[3]:
             kind = str(weight.dtype).removeprefix("torch.")
             expected = f"a tensor of {kind} [batch, {count}, height, width] on {weight.device}"
             raise wrong(f"the input of {type(self).__name__}", expected, z)
@@ -200,17 +201,19 @@ def _apply(z: Tensor, norm: nn.Module | None, relu: bool, conv: NodeConv | None,
 
 
 def _refuse_single_values(norm: nn.Module, z: Tensor) -> None:
+    """Refuse maps of one pixel where nothing can be normed."""
     if isinstance(norm, nn.InstanceNorm2d):
-        single, where = z.size(2) * z.size(3) == 1, "per map: give maps of more than one pixel"
+        cause = "give maps of more than one pixel"
+    elif isinstance(norm, nn.BatchNorm2d) and norm.training and len(z) == 1:
+        cause = "in training, give more images or maps of more than one pixel"
     else:
-        single = isinstance(norm, nn.BatchNorm2d) and norm.training and z.numel() == z.size(1)
-        where = "per node in training: give more images, or maps of more than one pixel"
-    if single:
-        raise InputError(f"a {type(norm).__name__} has nothing to norm in maps {list(z.shape)}, one value {where}")
+        return
+    raise InputError(f"a {type(norm).__name__} has one value per node in maps {list(z.shape)}: {cause}")
 
 
 def _normalise(norm: nn.Module, z: Tensor, nodes: range | None) -> Tensor:
-    _refuse_single_values(norm, z)
+    if z.size(2) * z.size(3) == 1:
+        _refuse_single_values(norm, z)
     if nodes is None or not isinstance(norm, nn.InstanceNorm2d):
         return norm(z)
     part = slice(nodes.start, nodes.stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def output_folder(options: RunOptions) -> Path:
     else:
         folder = next(path for n in itertools.count(1) if not (path := Path("runs", str(n))).exists())
     last = folder / "last.ckpt"
-    if last.exists() and not options.resume:
+    if os.path.exists(last) and not options.resume:
         raise InputError(f"{folder} already holds a run: continue it with --resume {last}, or give another --output")
     make_writable(folder)
     return folder
