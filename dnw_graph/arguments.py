@@ -64,7 +64,7 @@ def checked(function: F) -> F:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
             return function(*args, **kwargs)  # Python says best what is missing or unknown
-        where = function.__qualname__.removesuffix(".__init__")
+        where = function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
         for name, value in bound.arguments.items():
             if name in hints:
                 bound.arguments[name] = check(f"{where}: {name}", value, hints[name])

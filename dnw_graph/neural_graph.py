@@ -199,11 +199,10 @@ class NeuralGraph(nn.Module):
 
     def _fits(self, x: Tensor, dim: int) -> bool:
         """Return whether the graph can take an input; called in every forward pass."""
-        return (
-            fits(x, self.candidates.weight)
-            and (x.dim() == dim + 3 if self._takes_maps else x.dim() > dim)
-            and x.size(dim) == self.num_inputs
-        )
+        if not fits(x, self.candidates.weight):
+            return False
+        shape = x.shape
+        return (len(shape) == dim + 3 if self._takes_maps else len(shape) > dim) and shape[dim] == self.num_inputs
 
     def _wrong_input(self, x: object) -> InputError:
         weight = self.candidates.weight

@@ -117,7 +117,12 @@ class NormReluConv(nn.Module):
         have = range(self.num_nodes) if nodes is None else nodes
         count = len(have)
         known = have.start >= 0 and have.stop <= self.num_nodes
-        if not (known and fits(z, weight)) or z.dim() != 4 or z.size(1) != count or not z.size(2) * z.size(3):
+        if (
+            not (known and fits(z, weight))
+            or len(shape := z.shape) != 4
+            or shape[1] != count
+            or not shape[2] * shape[3]
+        ):
             kind = str(weight.dtype).removeprefix("torch.")
             raise wrong(
                 f"the input of this {type(self).__name__} for {self.num_nodes} nodes",
@@ -221,17 +226,19 @@ def _node_wise(norm: nn.Module) -> bool:
 
 
 def _refuse_single_values(norm: nn.Module, z: Tensor) -> None:
+    """Refuse maps of one pixel where nothing can be normed."""
     if isinstance(norm, nn.InstanceNorm2d):
-        single, where = z.size(2) * z.size(3) == 1, "per map: give maps of more than one pixel"
+        cause = "give maps of more than one pixel"
+    elif isinstance(norm, nn.BatchNorm2d) and norm.training and len(z) == 1:
+        cause = "in training, give more images or maps of more than one pixel"
     else:
-        single = isinstance(norm, nn.BatchNorm2d) and norm.training and z.numel() == z.size(1)
-        where = "per node in training: give more images, or maps of more than one pixel"
-    if single:
-        raise InputError(f"a {type(norm).__name__} has nothing to norm in maps {list(z.shape)}, one value {where}")
+        return
+    raise InputError(f"a {type(norm).__name__} has one value per node in maps {list(z.shape)}: {cause}")
 
 
 def _normalise(norm: nn.Module, z: Tensor, nodes: range | None) -> Tensor:
-    _refuse_single_values(norm, z)
+    if z.size(2) * z.size(3) == 1:
+        _refuse_single_values(norm, z)
     if nodes is None:
         return norm(z)
     assert isinstance(norm, nn.InstanceNorm2d)

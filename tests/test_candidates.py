@@ -200,8 +200,8 @@ def test_bad_input_is_refused(make, message):
         make()
 
 
-def test_sizes_that_are_no_whole_numbers_are_refused(unchecked):
-    with pytest.raises(InputError, match="whole numbers"):
+def test_sizes_that_are_no_integers_are_refused(unchecked):
+    with pytest.raises(InputError, match="sizes must be a sequence of integers; got"):
         CandidateEdges.static((3, 1.5))
 
 

@@ -44,5 +44,5 @@ def test_without_a_near_name_the_known_ones_are_listed():
 
 @pytest.mark.parametrize("option", ["wiring", "dynamics", "propagation"])
 def test_what_is_neither_a_name_nor_an_object_is_refused(option, unchecked):
-    with pytest.raises(InputError, match=f"a {option} is a name or a"):
+    with pytest.raises(InputError, match=f"NeuralGraph: {option} must be a string or a {option.title()}; got 7"):
         NeuralGraph((3, 4), 2, **{option: 7})

@@ -185,21 +185,21 @@ def test_live_nodes_may_count_some_outputs_only():
     assert live.tolist() == [True, False, True, False, True, False]
 
 
-@pytest.mark.parametrize("k", [0, -3, True])
+@pytest.mark.parametrize("k", [0, -3])
 def test_numbers_of_edges_below_one_are_refused(k):
-    with pytest.raises(InputError, match="stage2: num_edges must be a whole number from 1 up"):
+    with pytest.raises(InputError, match=f"stage2: num_edges must be an integer from 1 up; got {k}"):
         NeuralGraph((3, 4), k, name="stage2")
 
 
 @pytest.mark.parametrize("stride", [0, -1, 2.0, True, "2"])
 @pytest.mark.parametrize("options", [{"blocks": (3, 4)}, {"num_nodes": 7, "num_inputs": 3, "num_outputs": 4}])
-def test_strides_that_are_no_whole_numbers_from_one_up_are_refused(stride, options, unchecked):
+def test_strides_that_are_no_integers_from_one_up_are_refused(stride, options, unchecked):
     dynamics = "static" if "blocks" in options else Discrete(2)
-    with pytest.raises(InputError, match=rf"stage2: stride must be a whole number from 1 up; got {stride!r}"):
+    with pytest.raises(InputError, match=rf": stride must be an integer( from 1 up)?; got {stride!r}"):
         NeuralGraph(**options, stride=stride, dynamics=dynamics, name="stage2")
 
 
-def test_whole_numbers_of_numpy_are_whole_numbers(unchecked):
+def test_integers_of_numpy_are_integers(unchecked):
     graph = NeuralGraph((np.int64(3), np.int32(4), 2), np.int64(9), stride=np.int64(2))
     assert (graph.blocks, graph.num_edges, graph.candidates.num_candidates) == ((3, 4, 2), 9, 26)
     assert {type(number) for number in (*graph.blocks, graph.num_edges)} == {int}
@@ -207,15 +207,15 @@ def test_whole_numbers_of_numpy_are_whole_numbers(unchecked):
     graph.rewire("random_graph", np.uint8(7))
     assert graph.num_real_edges == 7
     for bad in (np.bool_(True), np.float64(3), np.int64(0)):
-        with pytest.raises(InputError, match="num_edges must be a whole number from 1 up"):
+        with pytest.raises(InputError, match="num_edges must be an integer"):
             NeuralGraph((3, 4), bad)
-        with pytest.raises(InputError, match="blocks must be two or more positive whole numbers"):
+        with pytest.raises(InputError, match="blocks must be (a sequence of|two or more positive) integers"):
             NeuralGraph((3, bad), 2)
 
 
-@pytest.mark.parametrize("k", [2.0, 2.5, "3"])
-def test_numbers_of_edges_that_are_no_whole_numbers_are_refused(k, unchecked):
-    with pytest.raises(InputError, match="num_edges must be a whole number"):
+@pytest.mark.parametrize("k", [2.0, 2.5, "3", True])
+def test_numbers_of_edges_that_are_no_integers_are_refused(k, unchecked):
+    with pytest.raises(InputError, match="num_edges must be an integer or None; got"):
         NeuralGraph((3, 4), k)
 
 
@@ -227,13 +227,16 @@ def test_more_edges_than_candidates_are_refused():
 
 @pytest.mark.parametrize("blocks", [(), (3,), (3, 0), (3, -1, 2)])
 def test_blocks_that_are_no_graph_are_refused(blocks):
-    with pytest.raises(InputError, match="blocks must be two or more positive whole numbers"):
+    with pytest.raises(InputError, match="blocks must be two or more positive integers"):
         NeuralGraph(blocks, 1)
 
 
-@pytest.mark.parametrize("shape", [(3,), (), (2, 4, 5, 5), (2, 5, 5, 3), (3, 5, 5)])
+@pytest.mark.parametrize("shape", [(3,), (), (2, 4, 5, 5), (2, 5, 5, 3), (3, 5, 5), (2, 3, 5), (2, 3, 5, 5, 5)])
 def test_inputs_of_another_shape_are_refused(shape, unchecked):
-    with pytest.raises(InputError, match=r"graph: expected an input of shape \[batch, 3, …\]"):
+    with pytest.raises(
+        InputError,
+        match=r"graph: the input must be a tensor of float32 \[batch, 3, height, width\] on cpu, .* got a tensor",
+    ):
         NeuralGraph((3, 4), 2)(torch.zeros(shape))
 
 

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import dnw_graph.ops.flops  # noqa: F401
-from dnw_graph.compact.layers import Layer, require
 from dnw_graph.compact.layers import Layer, require, require_whole
 from dnw_graph.compact.products import Product, check_csr
 from dnw_graph.ops import static_graph

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 from pathlib import Path
 
 import torch
@@ -30,8 +31,10 @@ def check_export(path: Path) -> None:
         raise InputError(
             f"--export to {path.suffix} needs {' and '.join(missing)}: install the extra dnw-graph[export]"
         )
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise InputError(f"--export is {str(path)!r}: the folder {path.parent} does not exist")
+    if os.path.isdir(path):
+        raise InputError(f"--export is {str(path)!r}: expected a file, and this is a folder")
     make_writable(path.parent, "--export")
 
 

@@ -109,5 +109,5 @@ def _send(model: nn.Module, images: int, side: int, training: bool) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) if training else largest
 
 
-def _gigabytes(number: float) -> str:
+def _gigabytes(number: int | float) -> str:
     return f"{number / 2**30:,.1f} GiB"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -50,3 +51,10 @@ def test_message_names_the_first_files_and_their_number(image_folder: Path):
         check_images(paths)
     assert "\n" not in str(error.value)
     assert paths[5] not in str(error.value)
+
+
+def test_what_never_ends_is_not_read(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "away.png").symlink_to("nothing")
+    for name in ("pipe.png", "away.png"):
+        assert image_fault(str(tmp_path / name)) == "not a regular file"

@@ -117,7 +117,7 @@ def test_compact_evaluation_and_export(
         (("--export", "w.onnx"), "--compact and --export go with --evaluate"),
         (("--evaluate", "CKPT", "--export", "w.onx"), "expected a file ending in .safetensors, .pt2, .onnx"),
         (("--evaluate", "CKPT", "--export", "nowhere/w.onnx"), "the folder nowhere does not exist"),
-        (("--evaluate", "CKPT", "--export", ""), "--export is '': expected a path"),
+        (("--evaluate", "CKPT", "--export", ""), "--export must be a path; got ''"),
     ],
 )
 def test_bad_exports(

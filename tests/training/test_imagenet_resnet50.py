@@ -308,7 +308,7 @@ def test_no_weight_decay_on_the_norms_of_a_sparse_resnet(example: ModuleType):
         (("--first-layer-dense", "--density", "1"), "give a --density below 1"),
         (("--distribution", "unifrom"), "did you mean 'uniform'"),
         (("--momentum", "0", "--wiring", "sparse_momentum"), "SGD has no momentum for conv1.weight"),
-        (("--epochs", "1"), "--warmup-epochs is 1: expected fewer than the 1 epochs"),
+        (("--epochs", "1"), "--warmup-epochs must be fewer than the 1 epochs"),
     ],
 )
 def test_bad_input(start: Callable[..., int], capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from torchvision.datasets import ImageFolder
 
 from dnw_graph import InputError
 from dnw_graph.training import load_images
@@ -108,3 +110,37 @@ def test_equal_images_are_augmented_differently():
     images = ArrayImages(np.stack([np.asarray(one)] * 8), [0] * 8)
     samples = TrainSamples(images, transforms("digits", 16)[0], seed=0)
     assert len({samples[0, index][0].sum().item() for index in range(8)}) > 1
+
+
+def test_a_link_back_ends_and_no_image_comes_twice(image_folder: Path):
+    zero = image_folder / "train" / "zero"
+    paths = load_images(str(image_folder)).train.paths
+    (zero / "again").symlink_to(zero)
+    assert load_images(str(image_folder)).train.paths == paths
+
+
+def test_images_come_in_the_order_of_torchvision(image_folder: Path):
+    for name in ("b", "a-b", "a", "a/b"):
+        folder = image_folder / "train" / "zero" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ("2.png", "1.JPG", "note.txt"):
+            (folder / file).touch()
+    expected = [path for path, _ in ImageFolder(image_folder / "train").samples]
+    assert load_images(str(image_folder)).train.paths == expected
+
+
+def test_names_with_odd_bytes_are_escaped(image_folder: Path):
+    for name in (b"x\ny.png", b"\xff.png"):
+        (image_folder / "train" / "zero" / os.fsdecode(name)).write_bytes(b"no image")
+    data = load_images(str(image_folder))
+    for index, path in enumerate(data.train.paths):
+        if Path(path).read_bytes() == b"no image":
+            with pytest.raises(InputError, match=r"zero/(x\\ny|\\udcff)\.png .* replace or remove it$") as error:
+                data.train.load(index)
+            str(error.value).encode()
+
+
+def test_a_pipe_is_not_waited_for(image_folder: Path):
+    os.mkfifo(image_folder / "train" / "one" / "0.png")
+    with pytest.raises(InputError, match="not a regular file"):
+        load_images(str(image_folder)).train.load(0)

@@ -35,7 +35,25 @@ from dnw_graph.training import RunOptions
     ],
 )
 def test_values_out_of_range_are_named(name: str, value: float):
-    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} is {value!r}: expected"):
+    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} must be .*; got {value!r}$"):
+        RunOptions(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("lr", float("inf"), "a finite number"),
+        ("lr", "0.1", "a finite number"),
+        ("epochs", 2.5, "an integer"),
+        ("epochs", True, "an integer"),
+        ("image_size", 16.0, "an integer or None"),
+        ("recompute", "no", "True or False"),
+        ("data", None, "a string"),
+        ("output", 3, "a string or None"),
+    ],
+)
+def test_values_of_other_types_are_named(name: str, value: object, expected: str, unchecked: None):
+    with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} must be {expected}; got {value!r}$"):
         RunOptions(**{name: value})
 
 

@@ -180,12 +180,21 @@ def test_recomputation_removes_nothing_more(use_reentrant):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strength": -1e-5}, "the strength of the L1 term must be 0 or more; got -1e-05"),
-        ({"strength": Schedule(0.1, -0.1)}, "the strength of the L1 term must be 0 or more"),
-        ({"strength": "strong"}, "between two finite numbers; got 'strong'"),
-        ({"removal": Schedule(0.0, 1.1)}, "the removal must go up within 0 (complete) … 1 (k edges left)"),
-        ({"removal": Schedule(-0.1, 1.0)}, "the removal must go up within 0 (complete) … 1 (k edges left)"),
-        ({"removal": Schedule(0.6, 0.5)}, "the removal must go up within 0 (complete) … 1 (k edges left)"),
+        ({"strength": -1e-5}, "strength of the L1 term must be 0 or more; got -1e-05"),
+        ({"strength": Schedule(0.1, -0.1)}, "strength of the L1 term must be 0 or more"),
+        ({"strength": "strong"}, "L1Anneal: strength must be a finite number, a Schedule or a mapping"),
+        (
+            {"removal": Schedule(0.0, 1.1)},
+            "removal must be a schedule that goes up within 0 (complete) … 1 (k edges left)",
+        ),
+        (
+            {"removal": Schedule(-0.1, 1.0)},
+            "removal must be a schedule that goes up within 0 (complete) … 1 (k edges left)",
+        ),
+        (
+            {"removal": Schedule(0.6, 0.5)},
+            "removal must be a schedule that goes up within 0 (complete) … 1 (k edges left)",
+        ),
         ({"removal": {"start": 0.0}}, "the schedule of removal needs start and end"),
     ],
 )

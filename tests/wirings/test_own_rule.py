@@ -48,7 +48,7 @@ def test_own_rule_may_choose_fewer_edges_and_keep_state(propagation):
 
 @pytest.mark.parametrize("wiring", [None, 3, StrongestPositive])
 def test_what_is_no_rule_is_refused(wiring, unchecked):
-    with pytest.raises(InputError, match="name or a Wiring object"):
+    with pytest.raises(InputError, match="wiring must be a string or a Wiring; got"):
         NeuralGraph((3, 4), 2, wiring=wiring)
 
 

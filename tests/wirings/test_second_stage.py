@@ -128,7 +128,9 @@ def test_trained_weights_that_are_no_numbers_are_refused():
 
 def test_what_is_no_tensor_is_refused(unchecked):
     for make in (FineTune, LotteryTicket):
-        with pytest.raises(InputError, match="takes candidate weights as tensors; got 'runs/1'"):
+        with pytest.raises(
+            InputError, match="trained must be a tensor Float\\[Tensor, 'candidates'\\] or None; got 'runs/1'"
+        ):
             make("runs/1")
 
 
