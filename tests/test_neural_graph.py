@@ -209,7 +209,7 @@ def test_integers_of_numpy_are_integers(unchecked):
     for bad in (np.bool_(True), np.float64(3), np.int64(0)):
         with pytest.raises(InputError, match="num_edges must be an integer"):
             NeuralGraph((3, 4), bad)
-        with pytest.raises(InputError, match="blocks must be (a sequence of|two or more positive) integers"):
+        with pytest.raises(InputError, match=r"blocks must be (a sequence of|two or more positive) integers"):
             NeuralGraph((3, bad), 2)
 
 

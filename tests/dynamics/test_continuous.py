@@ -337,7 +337,7 @@ def test_unknown_solvers_come_with_near_ones():
 )
 def test_spans_that_are_no_span_are_refused(t_span):
     with pytest.raises(
-        InputError, match="t_span must be (two different times, start and end|a sequence of finite numbers); got"
+        InputError, match=r"t_span must be (two different times, start and end|a sequence of finite numbers); got"
     ):
         Continuous(t_span=t_span)
 
@@ -423,7 +423,7 @@ def test_no_images_give_nothing_or_are_named_as_the_cause(x):
 
 @pytest.mark.parametrize("tolerances", [{"rtol": -1e-3}, {"atol": 0.0}, {"atol": -1.0}, {"rtol": float("nan")}])
 def test_tolerances_that_are_none_are_refused(tolerances):
-    with pytest.raises(InputError, match="[ra]tol must be (a number from 0 up|a number above 0|a finite number); got"):
+    with pytest.raises(InputError, match=r"[ra]tol must be (a number from 0 up|a number above 0|a finite number); got"):
         Continuous(**tolerances)
 
 

@@ -318,7 +318,7 @@ def test_the_edges_are_chosen_once_per_forward_pass(maps):
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, "3", None])
 def test_steps_must_be_an_integer_from_one_up(steps, unchecked):
-    with pytest.raises(InputError, match="steps must be an integer( or None| from 1 up); got"):
+    with pytest.raises(InputError, match=r"steps must be an integer( or None| from 1 up); got"):
         Discrete(steps)
 
 
