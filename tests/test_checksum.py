@@ -22,7 +22,8 @@ PLAIN: tuple[Any, ...] = (
 TENSORS = (
     torch.zeros(2), torch.zeros(1, 2), torch.zeros(2, 1), torch.zeros(2).double(), torch.zeros(2).int(), torch.zeros(0),
     torch.zeros(0, 2), torch.tensor(0.0), torch.tensor(-0.0), torch.tensor(0), torch.tensor([True]),
-    torch.tensor([1.0]), torch.tensor([1.0]).bfloat16(), torch.tensor([1.0]).half(), torch.tensor([1, 2]), torch.tensor([2, 1]),
+    torch.tensor([1.0]), torch.tensor([1.0]).bfloat16(), torch.tensor([1.0]).half(), torch.tensor([1, 2]),
+    torch.tensor([2, 1]),
 )  # fmt: skip
 
 

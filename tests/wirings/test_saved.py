@@ -166,5 +166,5 @@ def test_a_rule_of_ones_own():
             assert (num_candidates, num_edges) == (47, 11)
             raise InputError(f"{name} says no")
 
-    with pytest.raises(InputError, match="^stage3 says no"):
+    with pytest.raises(InputError, match=r"^stage3 says no"):
         graph(Own()).load_state_dict(graph().state_dict())
