@@ -199,7 +199,7 @@ WRONG = {
     "discrete_graph": {"schedule": [[7], ["x"], None, [True]], "input_mode": ["x", None], "num_nodes": [1, None]},
     "instance_norm": {"eps": ["x", -1.0, None]},
     "map_mean": {"start": [-1, "x", None], "stop": [-1, 0.5]},
-    "per_block": {"sizes": [[1], [0, 12], ["x"], 12, None]},
+    "per_block": {"sizes": [[1] * 9, [0, 12], ["x"], 12, None]},
     "activation": {"name": ["x", None, 3]},
     "select": {"dim": ["x", None]},
 }  # fmt: skip
