@@ -55,7 +55,7 @@ def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name, grad in found.items():
         # Some are all but zero: the gradient of a scale that a norm behind it undoes.
-        torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-12, msg=name)
 
 
 X = torch.randn(6, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -17,6 +17,17 @@ CASES = {
     "counts its steps": (TargetedDropout(0.5, seed=1), "global"),
 }
 results = {}
+
+
+def refusal(model, x, strict):
+    """What an export says of a model that has been compiled."""
+    try:
+        torch.export.export(model, (x,), strict=strict)
+    except Exception as error:
+        return str(error)
+    return "exported"
+
+
 for name, (wiring, distribution) in CASES.items():
     model = make_model()
     sparsify(model, 0.3, wiring, distribution=distribution)
@@ -32,5 +43,6 @@ for name, (wiring, distribution) in CASES.items():
             with torch.no_grad():
                 each.encoder.layers[0].mlp[0].parametrizations.weight.original.reciprocal_()
     steps = [int(getattr(graph.wiring, "step", 0)) for graph in weight_graphs(model).values()]
-    results[name] = {"pairs": pairs, "steps": steps}
+    refusals = [refusal(model, x, strict) for strict in (False, True)]
+    results[name] = {"pairs": pairs, "steps": steps, "refusals": refusals}
 torch.save(results, sys.argv[1])

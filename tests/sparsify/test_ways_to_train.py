@@ -45,6 +45,8 @@ def test_compiled_in_one_graph(tmp_path):
     for name, result in results.items():
         for compiled, plain in result["pairs"]:
             torch.testing.assert_close(compiled, plain, rtol=1e-9, atol=1e-11, msg=name)
+        for refusal in result["refusals"]:
+            assert "cannot be exported: densify(…) it first" in refusal
     assert set(results["counts its steps"]["steps"]) == {3}
 
 
