@@ -190,11 +190,16 @@ class Blockwise(nn.Module):
 
     Shapes:
         - input and output: ``[batch, nodes, *space]``
+
+    Raises:
+        InputError: If there is not one size per function.
     """
 
     @checked
     def __init__(self, functions: list[nn.Module], sizes: list[int]) -> None:
         super().__init__()
+        possible = len(sizes) == len(functions) and all(size >= 0 for size in sizes)
+        require(possible, "sizes", f"{len(functions)} numbers of nodes, one per function", sizes)
         self.functions = nn.ModuleList(functions)
         self.sizes = sizes
 

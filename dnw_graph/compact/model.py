@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnw_graph.arguments import checked, shown
+from dnw_graph.arguments import checked, shown, wrong
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.chains import channel_wise
 from dnw_graph.compact.chains import MODELS, chain, silent_features
@@ -39,6 +39,8 @@ class CompactModel(Chain):
         """Apply the layers; options of a graph, such as ``times``, are refused: the layers hold what outputs need."""
         if options:
             raise InputError(f"a compact model takes no options; got {', '.join(options)}: ask the original graph")
+        if not isinstance(z, Tensor):
+            raise wrong("the input of a compact model", "a tensor", z)
         return super().forward(z)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnw_graph.arguments import checked
+from dnw_graph.arguments import checked, wrong
 from dnw_graph.errors import InputError
 from dnw_graph.sparsify.access import sparse_parameters
 from dnw_graph.sparsify.layers import own_parameters
@@ -32,6 +32,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state_dict: Mapping[s
         InputError: Before anything is loaded, if the groups hold other parameters, or a state has another shape than
             its parameter.
     """
+    if not {"state", "param_groups"} <= set(state_dict):
+        raise wrong("state_dict", "what state_dict() of an optimiser returned", list(state_dict))
     names = {id(parameter): name for name, parameter in dense_named_parameters(module)}
     place = {name: number for number, name in enumerate(names.values())}
     ids = [group["params"] for group in optimizer.state_dict()["param_groups"]]

@@ -18,6 +18,9 @@ from dnw_graph.training.options import RunOptions
 SIDE = 64
 # No model keeps more than so many times its input: up to there an estimate is not worth the trial.
 MOST_PER_INPUT = 1000
+# Of a pixel: three numbers of 32 bits.
+IMAGE_BYTES = 12
+BITS = {"32-true": 32, "16-mixed": 16, "bf16-mixed": 16, "64-true": 64}
 # Where a container finds its limit and what it uses (control groups, versions 2 and 1).
 GROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current"),
@@ -38,6 +41,7 @@ def check_step(model: nn.Module, size: int, options: RunOptions, gpu: bool) -> N
         InputError: If single images are too few for the norms of the model, or a batch needs more memory than is free.
     """
     training = options.evaluate is None
+    _check_memory(model, size, options, gpu, training)
     if training and options.batch_size == options.devices * options.num_nodes:
         try:
             _send(model, 1, size, training)
@@ -46,18 +50,21 @@ def check_step(model: nn.Module, size: int, options: RunOptions, gpu: bool) -> N
                 f"--batch-size {options.batch_size} leaves one image per device, too few for the norms of this model "
                 f"({error}): give a larger --batch-size or --image-size"
             ) from error
+
+
+def _check_memory(model: nn.Module, size: int, options: RunOptions, gpu: bool, training: bool) -> None:
     free = torch.cuda.mem_get_info()[0] if gpu else free_memory()
     batch = options.batch_size // options.num_nodes // (options.devices if gpu else 1)
     pixels = batch * size**2
-    if free is None or MOST_PER_INPUT * 12 * pixels <= free:
+    if free is None or MOST_PER_INPUT * IMAGE_BYTES * pixels <= free:
         return
     side = min(size, SIDE)
     try:
         two, four = (_send(model, images, side, training) for images in (2, 4))
     except (RuntimeError, ValueError):
         two = four = 0  # of a model that takes no smaller images; what they are themselves is known
-    bits = {"16-mixed": 16, "bf16-mixed": 16, "64-true": 64}.get(options.precision, 32)
-    needed = pixels * (12 + (four - two) / (2 * side**2) * bits / 32)
+    per_pixel = (four - two) / (2 * side**2) * BITS[options.precision] / 32
+    needed = pixels * (IMAGE_BYTES + per_pixel)
     if needed > free:
         raise InputError(
             f"--image-size {size} with --batch-size {options.batch_size} needs at least {_gigabytes(needed)} of "
