@@ -7,7 +7,9 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("surface", [name for name in ("api", "operators", "files", "commands") if (HERE / f"{name}.py").exists()])
+@pytest.mark.parametrize(
+    "surface", [name for name in ("api", "operators", "files", "commands") if (HERE / f"{name}.py").exists()]
+)
 def test_no_case_is_bad(surface, monkeypatch, unchecked):
     monkeypatch.syspath_prepend(str(HERE))
     fuzz = sys.modules.get("fuzz") or __import__("fuzz")
