@@ -91,5 +91,6 @@ def test_public_names():
     for name in dnw_graph.__all__:
         assert getattr(dnw_graph, name).__doc__, name
     assert {*dnw_graph.__all__} <= {*dir(dnw_graph)}
+    assert dnw_graph.wirings.DNW is dnw_graph.DNW
     with pytest.raises(AttributeError, match="has no attribute 'NeuralGraf'"):
         dnw_graph.NeuralGraf  # noqa: B018
