@@ -66,8 +66,9 @@ def test_no_warning_filter_is_changed():
 import warnings, torch
 before = list(warnings.filters)
 import dnw_graph
+from dnw_graph.propagation import MessagePassingPropagation
 print([entry for entry in warnings.filters if entry not in before])
-graph = dnw_graph.NeuralGraph((2, 3, 2), 6, propagation=dnw_graph.propagation.MessagePassingPropagation("csr"))
+graph = dnw_graph.NeuralGraph((2, 3, 2), 6, propagation=MessagePassingPropagation("csr"))
 graph(torch.randn(2, 2, 4, 4)).sum().backward()
 graph.to_data()
 print([str(entry[1]) for entry in warnings.filters if entry not in before and "CSR" in str(entry[1])])
