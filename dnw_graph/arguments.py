@@ -58,6 +58,8 @@ def checked(function: F) -> F:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal hints, signature
+        if torch.compiler.is_compiling():  # which looks into what is called, and cannot look into signatures
+            return function(*args, **kwargs)
         if signature is None:
             hints, signature = _hints(function), inspect.signature(function)
         try:

@@ -202,7 +202,9 @@ class NeuralGraph(nn.Module):
         if not fits(x, self.candidates.weight):
             return False
         shape = x.shape
-        return (len(shape) == dim + 3 if self._takes_maps else len(shape) > dim) and shape[dim] == self.num_inputs
+        if not (len(shape) == dim + 3 if self._takes_maps else len(shape) > dim):
+            return False
+        return bool(shape[dim] == self.num_inputs)  # a tensor under torch.jit.trace
 
     def _wrong_input(self, x: object) -> InputError:
         weight = self.candidates.weight

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dnw_graph.arguments import checked, fits, require, wrong
 from dnw_graph.errors import InputError, unknown_name
-from dnw_graph.ops.node_function import computes_as_usual, fused_node_function, fusible
+from dnw_graph.ops.node_function import computes_as_usual, fused_node_function, fusible, keeps_forward
 
 EPS = 1e-5
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {
@@ -102,7 +102,7 @@ class NormReluConv(nn.Module):
     @property
     def node_wise(self) -> bool:
         """Whether the function can be applied to some nodes only, without a trace at the others."""
-        return _node_wise(self.norm) and isinstance(self.conv, NodeConv) and computes_as_usual(self.conv)
+        return _node_wise(self.norm) and isinstance(self.conv, NodeConv) and keeps_forward(self.conv)
 
     def forward(
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
@@ -226,8 +226,8 @@ def _apply(z: Tensor, norm: nn.Module | None, relu: bool, conv: NodeConv | None,
 
 
 def _node_wise(norm: nn.Module) -> bool:
-    """Return whether a norm treats every node by itself, and nothing but the norm sees what it is given."""
-    return isinstance(norm, nn.InstanceNorm2d) and not norm.track_running_stats and computes_as_usual(norm)
+    """Return whether a norm treats every node by itself."""
+    return isinstance(norm, nn.InstanceNorm2d) and not norm.track_running_stats and keeps_forward(norm)
 
 
 def _refuse_single_values(norm: nn.Module, z: Tensor) -> None:

@@ -219,7 +219,10 @@ def test_a_formula_makes_an_operator_countable():
 
 @pytest.mark.parametrize("input_size", [(), (3, 0, 4), 224, "224", (3, 4.0, 4)])
 def test_a_size_that_is_none_is_refused(input_size, unchecked):
-    with pytest.raises(InputError, match=r"size of one image without the batch, such as \(3, 224, 224\); got"):
+    with pytest.raises(
+        InputError,
+        match=r"size of one image without the batch, such as \(3, 224, 224\); got|input_size must be a sequence of integers; got",
+    ):
         cost(nn.Conv2d(3, 2, 1), input_size)
 
 
@@ -229,7 +232,7 @@ def test_an_image_that_the_model_cannot_take_is_refused(input_size, unchecked):
         cost(nn.Conv2d(3, 2, 3), input_size)
     with pytest.raises(InputError, match="AssertionError"):
         cost(VisionTransformer(**VIT), (3, 16, 16))
-    with pytest.raises(InputError, match=r"expected an input of shape \[batch, 2"):
+    with pytest.raises(InputError, match=r"the input must be a tensor of float32 \[batch, 2, "):
         cost(NeuralGraph((2, 3), 3), (5, 4, 4))
 
 

@@ -271,7 +271,7 @@ def test_pyg_draws_the_wiring_by_magnitude(graph, tmp_path):
 
 @pytest.mark.parametrize("draw", [plot, lambda graph, top: plot_change(graph.to_data(), graph.to_data(), top)])
 def test_no_edges_to_draw_is_refused(graph, draw):
-    with pytest.raises(InputError, match="1 or more; got 0"):
+    with pytest.raises(InputError, match="an integer from 1 up; got 0"):
         draw(graph, 0)
 
 
@@ -296,7 +296,7 @@ def test_importing_the_module_imports_neither_matplotlib_nor_networkx():
 
 
 def test_graphs_and_data_are_told_apart(graph, unchecked):
-    with pytest.raises(InputError, match="the adjacency shows a NeuralGraph with its candidates; got Data"):
+    with pytest.raises(InputError, match="graph must be a NeuralGraph; got Data"):
         plot_adjacency(graph.to_data())
     for before, after in ((graph, graph), (graph.to_data(), graph), (graph, graph.to_data())):
         with pytest.raises(InputError, match=r"what to_data\(\) returned at two moments; got NeuralGraph"):

@@ -31,13 +31,15 @@ def fusible(convolution: _Module) -> _Module:
 
 
 def computes_as_usual(module: nn.Module | None) -> bool:
-    """Return whether a norm or a convolution computes what its class does, without hooks, parametrizations and such."""
-    if module is None:
-        return True
+    """Return whether a norm or a convolution computes what its class does, and nobody listens to its calls."""
+    return module is None or (keeps_forward(module) and not has_hooks(module))
+
+
+def keeps_forward(module: nn.Module) -> bool:
+    """Return whether a norm or a convolution has the ``forward`` of its class, without parametrizations and such."""
     forward: Any = module.forward
     return (
         type(module) in _FORWARD
-        and not has_hooks(module)
         and getattr(forward, "__func__", None) is _FORWARD[type(module)]
         and getattr(forward, "__self__", None) is module
     )

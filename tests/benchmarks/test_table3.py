@@ -55,7 +55,8 @@ def row_of(name):
 def write_checkpoint(path, model, **options):
     identity = {"model": "mobilenet_v1_dnw", "width": 0.225, "small": False, "wiring": "dnw", "image_size": 224}
     weights = {f"model.{key}": value for key, value in model.state_dict().items()}
-    content = {SECTION: {"format": FORMAT, "options": identity | options}, "state_dict": weights}
+    position = {"global_step": 1, "loops": {"fit_loop": {"epoch_progress": {"current": {"completed": 1}}}}}
+    content = {SECTION: {"format": FORMAT, "options": identity | options}, "state_dict": weights, **position}
     WholeFileIO().save_checkpoint(content, path)
     return path
 

@@ -212,7 +212,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize(("kind", "number"), [("num_inputs", 8), ("num_inputs", 0), ("num_outputs", 8)])
     def test_more_ends_than_nodes(self, dynamics, kind, number):
-        with pytest.raises(InputError, match=f"{kind} must lie in 1 … num_nodes = 7; got {number}"):
+        with pytest.raises(InputError, match=f"{kind} must be in 1 … num_nodes = 7; got {number}"):
             make_graph(dynamics, nn.Tanh(), **{kind: number})
 
     @pytest.mark.parametrize("end", [{"input_function": False}, {"output_function": True}])

@@ -233,7 +233,7 @@ def sparse():
         (lambda: nn.Linear(2, 2, device="meta"), "meta device"),
         (lambda: nn.Linear(2, 2, dtype=torch.complex64), "of torch.complex64"),
         (bad_value, "3.weight: 1 of 320 candidate weights are NaN"),
-        (lambda: [nn.Linear(2, 2)], "module must be a Module; got [Linear"),
+        (lambda: [nn.Linear(2, 2)], r"module must be a Module; got \[Linear"),
     ],
 )
 def test_bad_modules_are_refused(make, message, unchecked):

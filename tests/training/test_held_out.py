@@ -73,7 +73,7 @@ def test_nothing_left_to_train_on_is_refused(count: int, small_digits: ImageData
 
 
 def test_less_than_none_is_refused():
-    with pytest.raises(InputError, match="--held-out is -1: expected 0 or more"):
+    with pytest.raises(InputError, match="--held-out must be 0 or more; got -1"):
         RunOptions(held_out=-1)
 
 

@@ -301,7 +301,7 @@ def test_no_weight_decay_on_the_norms_of_a_sparse_resnet(example: ModuleType):
         (("--density", "0"), "density"),
         (("--density", "1.5"), "density"),
         (("--wiring", "sparse_momemtum"), "did you mean 'sparse_momentum'"),
-        (("--wiring", "sparse_momentum", "--wiring-options.prune_rate", "2.5"), "prune rate"),
+        (("--wiring", "sparse_momentum", "--wiring-options.prune_rate", "2.5"), "prune_rate must be a share"),
         (("--wiring", "sparse_momentum", "--wiring-options.rate", "0.2"), "unknown option of wiring"),
         (("--wiring", "sparse_momentum", "--complete", "runs/1"), "--complete is for --wiring lottery_ticket"),
         (("--wiring", "sparse_momentum", "--density", "1"), "give a --density below 1"),

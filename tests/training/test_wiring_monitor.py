@@ -58,7 +58,7 @@ def test_logged_swaps_and_live_nodes_against_sets_of_pairs(
     module = sys.modules["dnw_graph.training.run"]
     make = module._trainer
     monkeypatch.setattr(
-        module, "_trainer", lambda options, data, callbacks, loggers: make(options, data, [*callbacks, Look()], loggers)
+        module, "_trainer", lambda options, callbacks, loggers: make(options, [*callbacks, Look()], loggers)
     )
     chosen = options()
     summary = run(create, {}, chosen, small_digits)
