@@ -299,5 +299,5 @@ def test_graphs_and_data_are_told_apart(graph, unchecked):
     with pytest.raises(InputError, match="graph must be a NeuralGraph; got Data"):
         plot_adjacency(graph.to_data())
     for before, after in ((graph, graph), (graph.to_data(), graph), (graph, graph.to_data())):
-        with pytest.raises(InputError, match=r"what to_data\(\) returned at two moments; got NeuralGraph"):
+        with pytest.raises(InputError, match=r"(before|after) must be a Data; got a NeuralGraph module"):
             plot_change(before, after)

@@ -24,7 +24,7 @@ def batch_last(z: Tensor) -> Tensor:
     z = z.resolve_neg()
     if is_batch_last(z):
         return z
-    if z.dim() > 2 and z.movedim(1, -1).is_contiguous() and takes(z) and unseen() and kernels() is not None:
+    if z.dim() > 2 and z.movedim(1, -1).is_contiguous() and unseen() and takes(z) and kernels() is not None:
         return _FromNodesLast.apply(z)
     return z.movedim(0, -1).contiguous().movedim(-1, 0)
 

@@ -61,9 +61,9 @@ def fused_node_function(
         conv: A 3×3 convolution of stride 1 or 2 with one kernel for every node, or None.
         nodes: The nodes that z holds, if not all that the modules are for.
     """
-    if not takes(z) or z.dim() != 4 or z.size(0) < 2 or z.numel() == 0 or not is_batch_last(z):
+    if not unseen() or not takes(z) or z.dim() != 4 or z.size(0) < 2 or z.numel() == 0 or not is_batch_last(z):
         return None
-    if torch.is_autocast_enabled("cpu") or not unseen() or not _usual(z, norm, conv):
+    if torch.is_autocast_enabled("cpu") or not _usual(z, norm, conv):
         return None
     kind, eps = NO_NORM, 0.0
     statistics: list[Tensor | None] = []  # The running ones.

@@ -347,7 +347,7 @@ def test_times_that_do_not_move_on_are_refused(times, x):
     graph = make_graph(Continuous(), name="ode")
     with pytest.raises(
         InputError,
-        match=r"ode: times must (increase \(or decrease\) from the start, t = 0.0|be a sequence of finite numbers); got \[",
+        match=r"ode: times must (increase .* t = 0.0|be a sequence of finite numbers); got \[",
     ):
         graph(x, times=times)
 

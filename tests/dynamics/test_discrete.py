@@ -341,9 +341,7 @@ def test_a_ready_module_cannot_be_one_per_step():
 
 def test_inputs_of_another_shape_are_refused():
     x = torch.zeros(2, 4, 5, 5, dtype=torch.float64)
-    with pytest.raises(
-        InputError, match=r"the input must be .* \[batch, 3, …\] .*got a tensor of float64 \[2, 4, 5, 5\]"
-    ):
+    with pytest.raises(InputError, match=r"the input must be .* \[batch, 3, …\] .*got .* \[2, 4, 5, 5\]"):
         make_graph(Discrete(3))(x)
     graph = make_graph(Discrete(input_mode="sequence"))
     for shape in [(2, INPUTS), (2, 4, 5), (2, INPUTS, 5, 5)]:

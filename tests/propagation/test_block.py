@@ -372,7 +372,7 @@ def test_models_in_lower_precision(dtype):
 
 
 def test_other_types_than_the_weights_are_refused():
-    with pytest.raises(InputError, match="must be a tensor of float64 .* got a tensor of float32"):
+    with pytest.raises(InputError, match=r"must be a tensor of float64 .* got a tensor of float32"):
         make()(maps(5, 4).float())
 
 

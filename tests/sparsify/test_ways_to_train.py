@@ -110,13 +110,11 @@ def test_copies_on_several_devices_are_refused():
         model._replicate_for_data_parallel()(x)
 
 
-@pytest.mark.parametrize(("strict", "compiled"), [(False, False), (True, False), (False, True), (True, True)])
-def test_only_a_dense_copy_can_be_exported(strict, compiled, unchecked):
+@pytest.mark.parametrize("strict", [False, True])
+def test_only_a_dense_copy_can_be_exported(strict, unchecked):
     model = make_model().eval()
     sparsify(model, 0.3)
     x, _ = batches(1)[0]
-    if compiled:
-        torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
     # A strict export wraps the error.
     with pytest.raises(Exception, match=r"cannot be exported: densify\(…\) it first") as error:
         torch.export.export(model, (x,), strict=strict)
