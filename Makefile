@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 help:
 	@echo "make demo      train MobileNetV1-DNW on scikit-learn's digits"
-	@echo "make test      run the quick tests: every feature, 2 minutes on 2 cores"
+	@echo "make test      run the quick tests: every feature"
 	@echo "make test-slow run the others: all combinations of settings, whole trainings"
 	@echo "make test-ext  build torch-scatter and torch-sparse, run the tests that concern them"
 	@echo "make test-matrix VERSIONS=\"2.11 newest\"  run the tests under other versions of PyTorch, each in an environment of its own"
