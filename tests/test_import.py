@@ -31,6 +31,7 @@ def test_no_heavy_package_is_imported():
     assert run(f"import sys, {modules}; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
 
 
+@pytest.mark.slow
 def test_a_graph_trains_without_a_heavy_package():
     packages = [name for name in HEAVY if not name.startswith("torch._") and name != "sympy"]  # optimisers import these
     program = f"""
@@ -46,6 +47,7 @@ print([m for m in {packages} if m in sys.modules])
     assert run(program) == "[]"
 
 
+@pytest.mark.slow
 def test_compact_models_are_loaded_without_pyg_and_solvers(tmp_path):
     pytest.importorskip("safetensors")
     from dnw_graph.compact import compact, save_compact
@@ -61,6 +63,7 @@ print([m for m in ("torch_geometric", "torchdiffeq", "torchvision", "lightning")
     assert run(program) == "[]"
 
 
+@pytest.mark.slow
 def test_no_warning_filter_is_changed():
     program = """
 import warnings, torch

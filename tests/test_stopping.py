@@ -119,6 +119,7 @@ with stopping.watched():
     assert ended(process) == (130, "stopping at the end of this step\n")
 
 
+@pytest.mark.slow
 def test_a_third_signal_does_not_wait(start: Start):
     process = start("""
 with stopping.watched():

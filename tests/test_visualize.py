@@ -290,6 +290,7 @@ def test_a_missing_package_is_named_with_the_extra(graph, monkeypatch, package, 
         call(graph)
 
 
+@pytest.mark.slow
 def test_importing_the_module_imports_neither_matplotlib_nor_networkx():
     code = "import sys, dnw_graph.visualize; assert not {'matplotlib', 'networkx', 'lightning'} & set(sys.modules)"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

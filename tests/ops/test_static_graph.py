@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from pairs import every_pair
+from pairs import every_pair, every_value
 from reference import relative_error
 from torch import nn
 from torch.nn import functional as F
@@ -92,8 +92,7 @@ def test_equals_a_plain_loop_over_nodes_in_float32(way, side, index):
     assert relative_error(static_graph(x, *graph), plain_loop(x, *graph)) <= 1e-5
 
 
-@pytest.mark.parametrize("node_function", ["norm_relu_conv", "norm_relu_conv_norm_relu"])
-@pytest.mark.parametrize("stride", [1, 2])
+@every_value(rest=pytest.mark.slow, node_function=["norm_relu_conv", "norm_relu_conv_norm_relu"], stride=[1, 2])
 def test_equals_a_neural_graph_with_its_norms_folded(way, node_function, stride, digits):
     images = digits[0][:480].view(60, 8, 8, 8)  # Eight digits are the maps of eight nodes.
     graph = NeuralGraph((8, 12, 10, 6), 150, wiring="random_graph", node_function=node_function, stride=stride).double()

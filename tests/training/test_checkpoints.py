@@ -9,12 +9,13 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pairs import every_value
+from pairs import every_value, rest_is_slow
 from torch import Tensor, nn
 
 from dnw_graph import InputError
@@ -97,7 +98,7 @@ PLACES = {
 }
 
 
-@every_value(rest=pytest.mark.slow, place=PLACES, workers=[0, 2])
+@pytest.mark.parametrize(("place", "workers"), rest_is_slow(product(PLACES, [0, 2])))
 def test_resume_is_exact(
     place: str,
     workers: int,
@@ -128,6 +129,7 @@ def test_resume_is_exact(
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_resume_twice_in_a_row_while_evaluating(
     create: Create, small_digits: ImageData, options: Callable[..., RunOptions], losses: list[float], tmp_path: Path
 ) -> None:
@@ -144,6 +146,7 @@ def test_resume_twice_in_a_row_while_evaluating(
     assert without_time(resumed) == without_time(unbroken)
 
 
+@pytest.mark.slow
 def test_resume_after_a_kill_from_a_checkpoint_saved_on_the_last_batch_of_an_epoch(
     create: Create,
     small_digits: ImageData,
@@ -177,8 +180,7 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("place", SPOILT)
-@pytest.mark.parametrize("part", ["graph.candidates.weight", "classifier.bias"])
+@every_value(rest=pytest.mark.slow, place=SPOILT, part=["graph.candidates.weight", "classifier.bias"])
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(
     place: str, part: str, create: Create, small_digits: ImageData, options: Callable[..., RunOptions]
 ) -> None:
@@ -211,8 +213,7 @@ def test_resume_of_a_finished_run_reports_it_again(
     assert without_time(again) == without_time(first)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@every_value(rest=pytest.mark.slow, number=[signal.SIGINT, signal.SIGTERM], workers=[0, 2])
 def test_a_stopped_run_keeps_its_last_step(
     number: signal.Signals,
     workers: int,
@@ -250,7 +251,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", rest_is_slow(MOMENTS))
 def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_numbers(
     moment: str,
     create: Create,
@@ -305,6 +306,7 @@ def test_a_failing_write_does_not_hide_what_failed_first(
     assert "the last complete step is lost: cannot write" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_best_is_the_epoch_of_highest_top1(
     create: Create, small_digits: ImageData, options: Callable[..., RunOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
