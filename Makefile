@@ -18,7 +18,7 @@ help:
 	@echo "make test      run the quick tests: every feature"
 	@echo "make test-slow run the others: all combinations of settings, whole trainings"
 	@echo "make test-ext  build torch-scatter and torch-sparse, run the tests that concern them"
-	@echo "make test-matrix VERSIONS=\"2.11 newest\"  run the tests under other versions of PyTorch, each in an environment of its own"
+	@echo "make test-matrix VERSIONS=\"2.11 newest\"  run the quick tests (all with SLOW=1) under other versions of PyTorch, each in an environment of its own"
 	@echo "make lint      check style and format"
 	@echo "make types     check types"
 	@echo "make docs      build the documentation into site/"
@@ -56,7 +56,7 @@ test-ext: $(EXT)/.built
 	PYTHONPATH=$(CURDIR)/$(EXT) $(BIN)/python -m pytest tests/propagation
 
 test-matrix:
-	$(PYTHON) tests/matrix.py $(VERSIONS)
+	$(PYTHON) tests/matrix.py $(VERSIONS) $(if $(SLOW),--slow)
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
