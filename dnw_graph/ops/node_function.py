@@ -63,7 +63,7 @@ def fused_node_function(
     """
     if not unseen() or not takes(z) or z.dim() != 4 or z.size(0) < 2 or z.numel() == 0 or not is_batch_last(z):
         return None
-    if torch.is_autocast_enabled("cpu") or not _usual(z, norm, conv):
+    if torch.is_autocast_enabled("cpu") or not _usual(z, norm, conv, nodes):
         return None
     kind, eps = NO_NORM, 0.0
     statistics: list[Tensor | None] = []  # The running ones.
@@ -91,7 +91,7 @@ def fused_node_function(
     return out
 
 
-def _usual(z: Tensor, norm: nn.Module | None, conv: nn.Conv2d | None) -> bool:
+def _usual(z: Tensor, norm: nn.Module | None, conv: nn.Conv2d | None, nodes: range | None) -> bool:
     """Return whether the kernel computes what these modules do."""
     if not computes_as_usual(norm) or not computes_as_usual(conv):
         return False
@@ -99,10 +99,14 @@ def _usual(z: Tensor, norm: nn.Module | None, conv: nn.Conv2d | None) -> bool:
         return False
     if isinstance(norm, nn.InstanceNorm2d) and (norm.track_running_stats or z.size(2) * z.size(3) == 1):
         return False
+    # Of some nodes, the modules are for more than z holds.
+    if isinstance(norm, nn.InstanceNorm2d) and nodes is None and norm.num_features != z.size(1):
+        return False
     if conv is None:
         return True
     usual = all(getattr(conv, name) == value for name, value in _CONVOLUTION.items())
-    return usual and conv.groups == conv.in_channels == conv.out_channels and conv.stride in ((1, 1), (2, 2))
+    usual = usual and conv.groups == conv.in_channels == conv.out_channels and conv.stride in ((1, 1), (2, 2))
+    return usual and (nodes is not None or conv.groups == z.size(1))
 
 
 def _follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
