@@ -49,10 +49,10 @@ def check_types(numbers: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
 
 
 def check_memory(*shapes: Iterable[int | torch.SymInt]) -> None:
-    """Refuse sizes of tensors whose number of bytes no integer holds."""
+    """Refuse sizes of tensors that no processor can address."""
     for shape in shapes:
         sizes = [size for size in shape if isinstance(size, int) and size]
-        if math.prod(sizes) >= 2**60:
+        if math.prod(sizes) >= 2**47:
             raise InputError(f"no memory holds a tensor of shape {list(shape)}")
 
 
