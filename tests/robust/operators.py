@@ -171,7 +171,7 @@ def _disguised(draw: random.Random, tensors: list[Any]) -> tuple[list[Any], bool
     if draw.random() < 0.4:
         place = draw.choice([n for n, t in enumerate(tensors) if isinstance(t, Tensor)])
         kept = False
-        tensors[place] = draw.choice(CHANGED)(tensors[place])
+        tensors[place] = draw.choice(CHANGED)(tensors[place].resolve_neg())
     return tensors, kept
 
 

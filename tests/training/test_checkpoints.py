@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,57 @@ def test_a_stopped_run_keeps_its_last_step(
     last = f"{chosen.output}/last.ckpt"
     assert capsys.readouterr().err == f"stopped after step 6: continue with --resume {last}\n"
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_the_loss_of_a_worker_is_told_in_one_line(
+    evaluate: bool, create: Create, small_digits: ImageData, options: Callable[..., RunOptions]
+) -> None:
+    def lose_worker() -> None:
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        time.sleep(1)
+
+    chosen = options(workers=1, save_every=1)
+    if evaluate:
+        run(create, {}, options(), small_digits)
+        chosen = options(workers=1, evaluate=f"{options().output}/last.ckpt", output=None)
+    with pytest.raises(InputError, match=r"^a process that loads images was killed.*: give fewer --workers") as error:
+        run(crash_at(create, not evaluate, 0 if evaluate else 1, lose_worker), {}, chosen, small_digits)
+    if not evaluate:
+        last = f"{chosen.output}/last.ckpt"
+        assert str(error.value).endswith(f"continue with --resume {last}")
+        assert read_checkpoint(last)["global_step"] == 1
+
+
+def test_gpus_are_waited_for_at_every_fifth_step_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None
+) -> None:
+    class Run:
+        world_size = 2
+        is_global_zero = False
+        global_step = 0
+
+        class strategy:  # noqa: N801
+            root_device = torch.device("cuda")
+
+        def save_checkpoint(self, path: Path) -> None:
+            saved.append((self.global_step, path.name))
+
+    def stops_after(told_at: int, save_every: int) -> int:
+        """The step after which a rank stops if any is told to at a step."""
+        trainer, checkpoints = Run(), Checkpoints(tmp_path, save_every, {})
+        monkeypatch.setattr(Checkpoints, "_told", lambda self, trainer: 15 * (trainer.global_step >= told_at))
+        with suppress(Stopped):
+            for trainer.global_step in range(100):
+                due = bool(save_every) and trainer.global_step % save_every == 0
+                checkpoints._save_last(trainer, due)
+        assert saved[-1] == (trainer.global_step, "last.ckpt")
+        return trainer.global_step
+
+    saved: list[tuple[int, str]] = []
+    assert [stops_after(step, 0) for step in range(7)] == [0, 5, 5, 5, 5, 5, 10]
+    assert [stops_after(step, 3) for step in range(7)] == [0, 3, 3, 3, 5, 5, 6]
 
 
 # Where a signal comes, as for PLACES, and the step of the checkpoint that is left.
