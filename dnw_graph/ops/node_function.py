@@ -112,9 +112,9 @@ def _usual(z: Tensor, norm: nn.Module | None, conv: nn.Conv2d | None, nodes: ran
 
 def _follows(statistic: Tensor | None, z: Tensor) -> bool:
     """Return whether a running statistic is one that the batch norm of z would update."""
-    return (
-        statistic is not None and statistic.dtype == z.dtype and statistic.shape == z.shape[1:2] and readable(statistic)
-    )
+    if statistic is None or statistic.dtype != z.dtype or statistic.shape != z.shape[1:2]:
+        return False
+    return readable(statistic) and statistic.is_contiguous()
 
 
 def _follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:

@@ -282,3 +282,10 @@ def test_hooks_of_a_norm_are_called_for_some_nodes_too():
     z = torch.randn(4, NODES, 3, 3)
     function.norm.register_forward_hook(lambda module, args, out: 2 * out + torch.arange(NODES).view(-1, 1, 1))
     assert difference(function(z[:, 1:3], nodes=range(1, 3)), function(z)[:, 1:3]) < 1e-5
+
+
+def test_an_expanded_running_statistic_is_left_to_pytorch():
+    norm = make_norm("batch")
+    norm.running_mean = torch.zeros(1).expand(NODES)
+    z = batch_last(torch.randn(4, NODES, 3, 3))
+    assert fused_node_function(z, norm, True, make_conv(1)) is None
