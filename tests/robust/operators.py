@@ -83,16 +83,18 @@ def compare(
         raise
     if refusal is not None:
         raise Bad(f"gives numbers where PyTorch has none: {type(refusal).__name__}")
-    lost = any(_overflows(result) or (spreads and result is not None and result.isnan().any()) for result in right)
+    lost = any(_lost(result, spreads) for result in right)
     for place, (a, b) in enumerate(zip(results, right, strict=True)):
         _compare(a, b, place, lost)
 
 
-def _overflows(result: Tensor | None) -> bool:
-    """Whether numbers are so large that there is nothing left of what they were computed from."""
+def _lost(result: Tensor | None, spreads: bool) -> bool:
+    """Whether numbers are so large that there is nothing left of what they were computed from, or NaN that spreads."""
     if result is None or result.is_meta or result.dtype not in FLOATS or result.numel() > MOST:
         return False
-    return result.dtype != torch.float64 and bool((result.detach().to_dense().abs() > LARGE).any())
+    result = result.detach().to_dense()
+    too_large = result.dtype != torch.float64 and bool((result.abs() > LARGE).any())
+    return too_large or (spreads and bool(result.isnan().any()))
 
 
 def _compare(a: Tensor | None, b: Tensor | None, place: int, lost: bool) -> None:
