@@ -420,7 +420,9 @@ def dense_product(draw: random.Random) -> Any:
 
     def inputs() -> list[Tensor]:
         pair = [torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)]
-        return _disguised(random.Random(state), pair)[0]
+        a, b = _disguised(random.Random(state), pair)[0]
+        _require(a.device == b.device)  # Of others PyTorch itself returns memory that nobody has written.
+        return [a, b]
 
     def plain() -> Sequence[Any]:
         a, b = inputs()
