@@ -48,6 +48,12 @@ print([m for m in {packages} if m in sys.modules])
 
 
 @pytest.mark.slow
+def test_programs_that_train_start_without_a_warning():
+    pytest.importorskip("lightning")
+    assert run("import dnw_graph.training") == ""
+
+
+@pytest.mark.slow
 def test_compact_models_are_loaded_without_pyg_and_solvers(tmp_path):
     pytest.importorskip("safetensors")
     from dnw_graph.compact import compact, save_compact

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import dnw_graph.ops.flops  # noqa: F401  # tells the counter
 from dnw_graph import InputError, NeuralGraph
 from dnw_graph.ops import static_graph
 
@@ -270,6 +271,9 @@ BAD = {
     "a scale too few": {"scale": torch.zeros(4, dtype=torch.float64)},
     "a shift for the outputs": {"shift": torch.zeros(7, dtype=torch.float64)},
     "a wrong bias": {"bias": torch.zeros(1, dtype=torch.float64)},
+    "maps that no memory holds": {"x": torch.zeros(1, 1, 1, 1, dtype=torch.float64).expand(1, 3, 1, 2**61)},
+    "more nodes than any memory holds": {"sizes": (3, 2**62, 2)},
+    "a sparse tensor of PyTorch": {"values": torch.ones(5, dtype=torch.float64).to_sparse()},
     "kernels of side 5": {"kernel": torch.zeros(5, 5, 5, dtype=torch.float64)},
     "another type": {"x": torch.zeros(1, 3, 6, 6)},
     "two integer types": {"columns": torch.tensor([2, 1, 0, 4, 3], dtype=torch.int32)},
