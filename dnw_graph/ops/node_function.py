@@ -62,7 +62,7 @@ def fused_node_function(
         conv: A 3×3 convolution of stride 1 or 2 with one kernel for every node, or None.
         nodes: The nodes that z holds, if not all that the modules are for.
     """
-    if kernels() is None or not unseen() or not takes(z):
+    if not unseen() or kernels() is None or not takes(z):
         return None
     if z.dim() != 4 or z.size(0) < 2 or z.numel() == 0 or not is_batch_last(z):
         return None
