@@ -189,7 +189,7 @@ def plot_adjacency(graph: NeuralGraph, ax: matplotlib.axes.Axes | None = None) -
     ax.set_ylim(max(block.targets.stop for block in blocks), min(block.targets.start for block in blocks))
     ax.set_xlabel("source")
     ax.set_ylabel("target")
-    ax.set_title(f"{graph.num_edges:,} of {graph.num_candidates:,} candidate edges are real")
+    ax.set_title(f"{graph.num_real_edges:,} of {graph.num_candidates:,} candidate edges are real")
     return ax
 
 

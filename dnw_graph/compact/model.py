@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from dnw_graph.arguments import checked, shown, wrong
-from dnw_graph.candidates import CandidateEdges
 from dnw_graph.chains import channel_wise
 from dnw_graph.compact.chains import MODELS, chain, silent_features
 from dnw_graph.compact.convert import GraphConverter, can_be_compacted, is_adaptive, needed_nodes, whole_functions
@@ -95,7 +94,7 @@ def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | Non
         model.eval()
         with torch.no_grad():
             compacted = _Compactor(products == "sparse", report).compact(model)
-            report.before.parameters = _count_parameters(model, report.before.edges)
+            report.before.parameters = count_parameters(model)
             report.after.parameters = count_parameters(compacted)
             if example is not None:
                 whole = _Compactor(True, Report(), prune=False).compact(model)
@@ -221,11 +220,6 @@ def _check_example(model: nn.Module, example: Tensor) -> None:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _count_parameters(model: nn.Module, edges: int) -> int:
-    candidates = sum(part.num_candidates for part in model.modules() if isinstance(part, CandidateEdges))
-    return sum(parameter.numel() for parameter in model.parameters()) - candidates + edges
 
 
 def _compare(model: nn.Module, compacted: nn.Module, example: Tensor, report: Report) -> None:

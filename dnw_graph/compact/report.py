@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dnw_graph.candidates import CandidateEdges
 from dnw_graph.compact.layers import Conv, Layer, Linear
 from dnw_graph.compact.products import DenseProduct, SparseProduct
+from dnw_graph.neural_graph import NeuralGraph
 
 
 @dataclass
@@ -84,13 +86,18 @@ class Report:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Return the number of parameters of a compact model, zeros of dense products not counted."""
+    """Return the number of parameters of a model: of graphs the real edges, of dense products what is not zero."""
     total = 0
+    counted: set[nn.Parameter] = set()
     for layer in module.modules():
         if isinstance(layer, Layer):
             total += layer.own_parameters()
-        else:
-            total += sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+        elif isinstance(layer, NeuralGraph):
+            total += layer.num_real_edges
+        elif not isinstance(layer, CandidateEdges):
+            own = set(layer.parameters(recurse=False)) - counted
+            counted |= own
+            total += sum(parameter.numel() for parameter in own)
     return total
 
 

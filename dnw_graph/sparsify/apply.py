@@ -12,20 +12,20 @@ from torch.nn.utils import parametrize
 from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.sparsify.access import sparse_parameters
-from dnw_graph.sparsify.budget import edges_per_weight, kept
+from dnw_graph.sparsify.budget import DISTRIBUTIONS, edges_per_weight, kept
 from dnw_graph.sparsify.checks import Skip, reasons_to_skip, refuse_module, refuse_weights
 from dnw_graph.sparsify.forward_pass import ForwardPass, RealWeights
 from dnw_graph.sparsify.layers import LayerWeight, find_weights, own_parameters
 from dnw_graph.sparsify.state import before_loading
 from dnw_graph.sparsify.table import SparsityRow, SparsityTable
-from dnw_graph.sparsify.weight_graph import WeightGraph, set_up
+from dnw_graph.sparsify.weight_graph import WeightGraph
 from dnw_graph.wirings import Wiring
 
 
 @checked
 def sparsify(
     module: nn.Module,
-    density: float = 0.1,
+    density: float | None = None,
     wiring: str | Wiring = "dnw",
     skip: Skip | Iterable[Skip] = (),
     distribution: str | Mapping[str, float] = "uniform",
@@ -45,7 +45,8 @@ def sparsify(
 
     Args:
         module: The module.
-        density: Share of weights to keep: k = n - ⌊(1 - density) · n⌋ of n, at least 1.
+        density: Share of weights to keep: k = n - ⌊(1 - density) · n⌋ of n, at least 1. Default: 0.1, or what the rule
+            decides (``"nm"``).
         wiring: The rule: a name or a :class:`~dnw_graph.wirings.Wiring`, which is copied for every weight.
         skip: What stays dense: name patterns (``*`` and ``?``) of modules or parameters, and types of modules;
             whatever lies in such a module stays dense too.
@@ -75,17 +76,20 @@ def sparsify(
     every = list(find_weights(module))
     weights = [weight for weight in every if weight.name not in reasons]
     refuse_weights(module, weights)
+    given, density = density, 0.1 if density is None else density
     counts = edges_per_weight(weights, density, distribution)
     plan = [(weight.name, [weight], count) for weight, count in zip(weights, counts, strict=True)]
     if distribution == "global":
         plan = [("all layers", weights, kept(sum(weight.numel for weight in weights), density))]
-    ready = [(name, each, count, *set_up(name, each, wiring, count)) for name, each, count in plan]
+    graphs = [WeightGraph(name, each) for name, each, _ in plan]
+    views = [
+        graph.prepare(wiring, None if given is None and distribution in DISTRIBUTIONS else count, count)
+        for graph, (_, _, count) in zip(graphs, plan, strict=True)
+    ]
 
     # Nothing above has changed the module, and nothing below refuses.
-    graphs = []
-    for name, each, count, rule, start in ready:
-        graphs.append(WeightGraph(name, each, rule, count))
-        graphs[-1].write(start)
+    for graph, view in zip(graphs, views, strict=True):
+        graph.take(view)
     table = _table(module, every, graphs, reasons)
     _attach(module, graphs)
     return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Shaped
@@ -40,6 +41,11 @@ class LayerWeight:
         if parametrize.is_parametrized(self.layer, self.parameter_name):
             return self.layer.parametrizations[self.parameter_name].original  # type: ignore[union-attr, index]
         return getattr(self.layer, self.parameter_name)
+
+    @property
+    def holder(self) -> Any:
+        """The parametrization, which has the probe."""
+        return self.layer.parametrizations[self.parameter_name][0]  # type: ignore[index]
 
     @property
     def shape(self) -> torch.Size:
@@ -86,6 +92,11 @@ class LayerWeight:
         if not self.transposed:
             return flat.view(self.shape)
         return flat.view(self.groups, self.shape[1], -1, *self.kernel).transpose(1, 2).reshape(self.shape)
+
+    def write(self, flat: Shaped[Tensor, " candidates"], parameter: Shaped[Tensor, "rows ..."]) -> None:
+        """Set the weight's part of a tensor of the parameter's shape from a vector."""
+        rows = parameter if self.third is None else parameter.chunk(3)[self.third]
+        rows.copy_(self.shaped(flat))
 
     def channel_pairs(self, index: Shaped[Tensor, " edges"]) -> tuple[Tensor, Tensor, Tensor]:
         """Return input channel, output channel and place in the kernel, ``[edges, kernel dims]``, of flat indices."""
@@ -145,5 +156,6 @@ def candidate_edges(weights: tuple[LayerWeight, ...], flat: Tensor) -> Candidate
         blocks.append((sources, range(sources.stop, start)))
     with torch.device("meta"):  # neither memory nor random numbers for weights that exist already
         candidates = CandidateEdges(blocks)
+    candidates.places = tuple(weight.kernel.numel() for weight in weights)
     candidates.weight = nn.Parameter(flat, requires_grad=False)
     return candidates

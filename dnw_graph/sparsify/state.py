@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
+from dnw_graph.ranking import check_saved
 from dnw_graph.sparsify.access import sparse_parameters
-from dnw_graph.wirings.saved import check_saved_wiring
 
 
 def before_loading(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
@@ -30,7 +30,7 @@ def before_loading(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *o
             for key, value in real.state_dict().items():
                 state_dict.setdefault(f"{chain}0.{key}", value)
         for number, graph in enumerate(real.owned):
-            check_saved_wiring(graph, state_dict, f"{chain}0.owned.{number}.")
+            check_saved(graph, state_dict, f"{chain}0.owned.{number}.")
 
 
 @checked

@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from dnw_graph.arguments import checked, require
 from dnw_graph.cost import NORMS
-from dnw_graph.neural_graph import wiring_penalty
+from dnw_graph.ranking import wiring_penalty
 from dnw_graph.training.order import Purpose, mix
 
 

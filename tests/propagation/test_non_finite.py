@@ -112,4 +112,4 @@ def test_a_sum_that_overflows_is_no_infinite_input():
 def graph_edges(graph):
     from dnw_graph.propagation import RealEdges
 
-    return RealEdges(graph.candidates, graph.real_index, False)
+    return RealEdges(graph.candidates, index := graph.real_index, graph.candidates.weight, index)

@@ -14,7 +14,7 @@ from dnw_graph.sparsify import sparsify, weight_graphs
 
 CASES = {
     "dnw": ("dnw", "uniform"),
-    "counts its steps": (TargetedDropout(0.5, seed=1), "global"),
+    "counts its steps": (TargetedDropout(0.5), "global"),
 }
 results = {}
 

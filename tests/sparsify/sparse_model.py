@@ -6,13 +6,12 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
-from dnw_graph import TargetedDropout
-from dnw_graph.sparse_momentum import SparseMomentum, SparseMomentumRounds, momentum_layers
+from dnw_graph import SparseMomentum, TargetedDropout, attach
 
 RULES = {
     "dnw": "dnw",
     "random_graph": "random_graph",
-    "sparse_momentum": SparseMomentum(0.5),
+    "sparse_momentum": SparseMomentum(0.5, every=2),
     "targeted_dropout": TargetedDropout(0.5),
 }
 
@@ -35,19 +34,15 @@ def batches(count=6, size=16, dtype=torch.float64):
 
 
 def train(model, data, call=None, optimiser=None):
-    """A plain loop, with a round of sparse momentum every other step for a model that has the rule; the losses."""
+    """A plain loop; the losses."""
     call = model if call is None else call
     optimiser = optimiser or torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    rounds = None
-    if momentum_layers(model):
-        rounds = SparseMomentumRounds(model, optimiser, num_steps=len(data), every=2)
+    attach(call, optimiser, len(data))
     losses = []
     for x, y in data:
         optimiser.zero_grad()
         loss = F.cross_entropy(call(x), y)
         loss.backward()
         optimiser.step()
-        if rounds:
-            rounds.step()
         losses.append(loss.item())
     return losses

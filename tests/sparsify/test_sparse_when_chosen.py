@@ -20,22 +20,20 @@ class CountingDNW(DNW):
     training_calls = 0
     calls = 0
 
-    def choose(self, weight, num_edges, name):
+    def choose(self, view):
         self.calls += 1
-        return super().choose(weight, num_edges, name)
+        return super().choose(view)
 
-    def choose_to_train(self, weight, num_edges, name):
+    def choose_to_train(self, view):
         self.training_calls += 1
-        return DNW.choose(self, weight, num_edges, name)
+        return DNW.choose(self, view)
 
 
 class Restless(Wiring):
     """Other edges at every choice."""
 
-    updates_hallucinated = True
-
-    def choose(self, weight, num_edges, name):
-        return torch.randperm(len(weight))[:num_edges].sort().values
+    def choose(self, view):
+        return torch.randperm(view.num_candidates)[: view.k].sort().values
 
 
 class Block(nn.Module):

@@ -8,23 +8,21 @@ from dnw_graph import InputError, NeuralGraph, Wiring
 
 
 class StrongestPositive(Wiring):
-    updates_hallucinated = True
-
-    def choose(self, weight, num_edges, name):
-        return weight.topk(num_edges).indices.sort().values
+    def choose(self, view):
+        return view.weight.topk(view.k).indices.sort().values
 
 
 class OneEdgeLess(Wiring):
     """Keeps state: the number of choices; gives only real edges a gradient."""
 
-    updates_hallucinated = False
+    gradient = "real"
 
-    def setup(self, candidates, num_edges, name):
+    def setup(self, view):
         self.register_buffer("count", torch.tensor(0))
 
-    def choose(self, weight, num_edges, name):
+    def choose(self, view):
         self.count += 1
-        return torch.arange(num_edges - 1)
+        return torch.arange(view.k - 1)
 
 
 @pytest.mark.parametrize("propagation", ["block", "message_passing"])
@@ -53,14 +51,12 @@ def test_what_is_no_rule_is_refused(wiring, unchecked):
 
 
 class Returns(Wiring):
-    updates_hallucinated = True
-
     def __init__(self, chosen):
         super().__init__()
         self.chosen = chosen
 
-    def choose(self, weight, num_edges, name):
-        return self.chosen(weight)
+    def choose(self, view):
+        return self.chosen(view.weight)
 
 
 WRONG = {

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 from waits import Waits
 
-from dnw_graph import InputError, NeuralGraph, Schedule
-from dnw_graph.sparse_momentum import SparseMomentum, SparseMomentumRounds, momentum_layers
-from dnw_graph.sparse_momentum.layers import allot
+from dnw_graph import InputError, NeuralGraph, Schedule, SparseMomentum, attach
 from dnw_graph.sparsify import dense_state_dict, sparsify, weight_graphs
+from dnw_graph.wirings.sparse_momentum import allot
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 0.01
 STEPS, EVERY = 24, 4
@@ -21,7 +20,7 @@ def two_layers(density=0.25, rule=None, sizes=(6, 8, 3)):
     torch.manual_seed(1)
     first, second, third = sizes
     model = nn.Sequential(nn.Linear(first, second), nn.Tanh(), nn.Linear(second, third)).double()
-    sparsify(model, density=density, wiring=rule or SparseMomentum())
+    sparsify(model, density=density, wiring=rule or SparseMomentum(every=EVERY))
     return model
 
 
@@ -43,27 +42,24 @@ def train_step(model, optimizer, batch):
 
 
 def masks(model):
-    return {name: graph.wiring.kept.clone() for name, graph in weight_graphs(model).items()}
+    return {name: graph.wiring.real.clone() for name, graph in weight_graphs(model).items()}
 
 
 def test_the_host_waits_once_per_round():
     model = two_layers()
-    rounds = SparseMomentumRounds(model, optimizer := sgd(model), num_steps=STEPS, every=EVERY)
+    attach(model, optimizer := sgd(model), STEPS)
     looks = []
     for batch in batches(2 * EVERY):
         with Waits() as waits:
             train_step(model, optimizer, batch)
         looks.append(waits.found.count("aten.nonzero.default"))
-        real = {name: mask.nonzero().flatten().tolist() for name, mask in masks(model).items()}
-        assert {name: graph.real_index.tolist() for name, graph in weight_graphs(model).items()} == real
-        rounds.step()
-    assert looks == [0, 0, 0, 0, 2, 0, 0, 0]  # the table that sparsify made had looked
-    # A copy whose edges have changed as often as those of the original before.
+    assert looks == [0, 0, 0, 4, 2, 0, 0, 4]  # a round looks for what is not real and what is
+    # A copy whose edges are changed in place.
     before = {name: graph.real_index.tolist() for name, graph in weight_graphs(model).items()}
     for name, graph in weight_graphs(copy.deepcopy(model)).items():
-        kept = graph.wiring.kept
-        while kept._version < weight_graphs(model)[name].wiring.kept._version:
-            kept.copy_(kept.roll(1))
+        kept = graph.wiring.real
+        assert graph.real_index.tolist() == before[name]
+        kept.copy_(kept.roll(1))
         assert graph.real_index.tolist() == kept.nonzero().flatten().tolist() != before[name]
 
 
@@ -90,9 +86,9 @@ def plain_round(weights, momenta, real, rate):
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
 def test_several_rounds_against_a_plain_loop(density, shape):
     """Weights, momenta and masks as lists of numbers; PyTorch gives the loop its dense gradients alone."""
-    model = two_layers(density, SparseMomentum(Schedule(0.5, 0.0, shape=shape)))
+    model = two_layers(density, SparseMomentum(Schedule(0.5, 0.0, shape=shape), EVERY))
     optimizer = sgd(model)
-    rounds = SparseMomentumRounds(model, optimizer, num_steps=STEPS, every=EVERY)
+    attach(model, optimizer, STEPS)
 
     plain = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     plain.load_state_dict(dense_state_dict(model))
@@ -103,7 +99,6 @@ def test_several_rounds_against_a_plain_loop(density, shape):
     total, moved = sum(map(len, real)), 0
     for step, (x, y) in enumerate(batches(), start=1):
         train_step(model, optimizer, (x, y))
-        rounds.step()
 
         plain.zero_grad()
         nn.functional.mse_loss(plain(x), y).backward()
@@ -140,64 +135,61 @@ def test_several_rounds_against_a_plain_loop(density, shape):
     assert len({len(places) for places in real}) == 2
     for name, value in dense_state_dict(model).items():
         torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-10, atol=1e-12)
-    for matrix, layer, buffer in zip(("0", "2"), momentum_layers(model), momenta, strict=True):
-        found = optimizer.state[layer.parameters[0]]["momentum_buffer"]
-        torch.testing.assert_close(found.flatten(), torch.tensor(buffer, dtype=torch.float64), msg=matrix)
+    for name, buffer in zip(("0", "2"), momenta, strict=True):
+        original = model.get_parameter(f"{name}.parametrizations.weight.original")
+        found = optimizer.state[original]["momentum_buffer"]
+        torch.testing.assert_close(found.flatten(), torch.tensor(buffer, dtype=torch.float64), msg=name)
 
 
 def test_only_real_weights_are_trained_and_all_get_momentum():
-    model = two_layers(density=0.9)  # every hidden unit has an output
+    model = two_layers(0.9, SparseMomentum(every=10))  # every hidden unit has an output
     optimizer = sgd(model)
-    rounds = SparseMomentumRounds(model, optimizer, num_steps=10, every=10)
+    attach(model, optimizer, 10)
     before = dense_state_dict(model)
     for batch in batches(3):
         train_step(model, optimizer, batch)
-        rounds.step()
     after = dense_state_dict(model)
-    for layer in momentum_layers(model):
-        weight, kept = after[layer.name].flatten(), layer.rule.kept
+    for name, kept in masks(model).items():
+        weight = after[name].flatten()
         assert not weight[~kept].any()
-        assert (weight != before[layer.name].flatten())[kept].all()
-        assert optimizer.state[layer.parameters[0]]["momentum_buffer"].count_nonzero() == kept.numel()
+        assert (weight != before[name].flatten())[kept].all()
+        original = model.get_parameter(name.replace("weight", "parametrizations.weight.original"))
+        assert optimizer.state[original]["momentum_buffer"].count_nonzero() == kept.numel()
 
 
 def test_a_resumed_training_is_the_unbroken_one():
     def start():
         model = two_layers()
         optimizer = sgd(model)
-        return model, optimizer, SparseMomentumRounds(model, optimizer, num_steps=STEPS, every=EVERY)
+        attach(model, optimizer, STEPS)
+        return model, optimizer
 
     unbroken, broken = start(), start()
     saved = None
     for step, batch in enumerate(batches()):
         train_step(unbroken[0], unbroken[1], batch)
-        unbroken[2].step()
         if step == 9:
             saved = copy.deepcopy([part.state_dict() for part in unbroken])
     for part, state in zip(broken, saved, strict=True):
         part.load_state_dict(state)
     for batch in list(batches())[10:]:
         train_step(broken[0], broken[1], batch)
-        broken[2].step()
     assert all(torch.equal(a, b) for a, b in zip(masks(unbroken[0]).values(), masks(broken[0]).values(), strict=True))
     states = [dense_state_dict(each[0]) for each in (unbroken, broken)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_evaluation_uses_the_weights_of_the_last_round():
-    model = two_layers()
+    model = two_layers(rule=SparseMomentum(every=1))
     optimizer = sgd(model)
-    rounds = SparseMomentumRounds(model, optimizer, num_steps=100, every=1)
+    attach(model, optimizer, 100)
     for batch in batches(6):
         train_step(model, optimizer, batch)
-        rounds.step()
-        x = batch[0]
-        expected = x
-        for layer in momentum_layers(model):
-            weight = layer.parameters[0].detach() * layer.rule.kept.view_as(layer.parameters[0])
-            bias = model[0].bias if len(expected[0]) == 6 else model[2].bias
-            expected = expected @ weight.T + bias
-            expected = expected.tanh() if layer.name.startswith("0") else expected
+        x = expected = batch[0]
+        for layer, kept in zip((model[0], model[2]), masks(model).values(), strict=True):
+            weight = layer.parametrizations.weight.original.detach()
+            expected = expected @ (weight * kept.view_as(weight)).T + layer.bias
+            expected = expected.tanh() if layer is model[0] else expected
         torch.testing.assert_close(model.eval()(x), expected)
         model.train()
 
@@ -205,44 +197,52 @@ def test_evaluation_uses_the_weights_of_the_last_round():
 def test_convolutions_with_adam_keep_their_number():
     """Adam's momentum is m / (sqrt(v) + 1e-8), taken from the optimiser's own state."""
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 2, 3, groups=2)).double()
-    sparsify(model, density=0.2, wiring=SparseMomentum(0.5))
+    sparsify(model, density=0.2, wiring=SparseMomentum(0.5, every=3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    rounds = SparseMomentumRounds(model, optimizer, num_steps=50, every=100)
+    attach(model, optimizer, 50)
+    before = masks(model)
+    twin = copy.deepcopy(model)
+    twin_optimizer = torch.optim.AdamW(twin.parameters(), lr=0.01)  # nobody tells its rule of steps
+    for graph in weight_graphs(twin).values():
+        graph.attached(twin_optimizer, graph.name)
     for _ in range(3):
-        optimizer.zero_grad()
-        model(torch.randn(4, 2, 6, 6, dtype=torch.float64)).square().mean().backward()
-        optimizer.step()
-        rounds.step()
-    before, total = masks(model), sum(rounds.kept().values())
-    weights = [layer.weight() for layer in momentum_layers(model)]
-    momenta = []
-    for layer, graph in zip(momentum_layers(model), weight_graphs(model).values(), strict=True):
-        state = optimizer.state[layer.parameters[0]]
-        flat = graph.weights[0].flat(state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8))
-        momenta.append(flat.tolist())
+        x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+        for each, own in ((model, optimizer), (twin, twin_optimizer)):
+            own.zero_grad()
+            each(x).square().mean().backward()
+            own.step()
+        for graph in weight_graphs(twin).values():  # as it must be after every step
+            view = graph.view(optimizer=twin_optimizer)
+            with torch.no_grad():
+                view.weight.mul_(graph.wiring.real)
+                view.write_back()
+    weights, momenta = [], []
+    for graph in weight_graphs(twin).values():
+        state = twin_optimizer.state[graph.weights[0].parameter]
+        momenta.append(graph.weights[0].flat(state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8)).tolist())
+        weights.append(graph.candidate_weight.tolist())
     real = [kept.nonzero().flatten().tolist() for kept in before.values()]
-    expected = plain_round([w.tolist() for w in weights], momenta, real, 0.5)
-    rounds.redistribute(3)
+    expected = plain_round(weights, momenta, real, 0.5)
     assert [kept.nonzero().flatten().tolist() for kept in masks(model).values()] == [sorted(each) for each in expected]
-    assert sum(rounds.kept().values()) == total
+    assert sum(map(len, expected)) == sum(map(len, real))
     assert any((masks(model)[name] != before[name]).any() for name in before)
 
 
 def test_neural_graphs_share_their_edges():
     model = nn.Sequential(
-        NeuralGraph(blocks=(4, 6, 5), num_edges=20, wiring=SparseMomentum(), name="one"),
-        NeuralGraph(blocks=(5, 6, 3), num_edges=12, wiring=SparseMomentum(), name="two"),
+        NeuralGraph(blocks=(4, 6, 5), num_edges=20, wiring=SparseMomentum(every=2), name="one"),
+        NeuralGraph(blocks=(5, 6, 3), num_edges=12, wiring=SparseMomentum(every=2), name="two"),
     )
     optimizer = sgd(model)
-    rounds = SparseMomentumRounds(model, optimizer, num_steps=20, every=2)
-    assert rounds.kept() == {"one": 20, "two": 12}
+    attach(model, optimizer, 20)
     before = model[0].real_index
     for _ in range(6):
         optimizer.zero_grad()
         model(torch.randn(3, 4, 5, 5)).square().mean().backward()
         optimizer.step()
-        rounds.step()
-    assert sum(rounds.kept().values()) == 32 == sum(graph.num_real_edges for graph in model)
+    assert [graph.num_edges for graph in model] == [graph.num_real_edges for graph in model] != [20, 12]
+    assert sum(graph.num_edges for graph in model) == 32
+    assert model.state_dict()["0.num_edges"] == 20  # what was asked for
     assert not torch.equal(model[0].real_index, before)
 
 
@@ -282,40 +282,39 @@ def test_what_is_pruned_goes_to_layers_in_proportion(total, shares, room, expect
 
 
 def test_a_layer_never_loses_its_last_weight():
-    model = two_layers(rule=SparseMomentum(1.0))
+    model = two_layers(rule=SparseMomentum(1.0, every=1))
     optimizer = sgd(model)
-    rounds = SparseMomentumRounds(model, optimizer, num_steps=10, every=1)
-    total = sum(rounds.kept().values())
+    attach(model, optimizer, 10)
+    total = sum(int(kept.sum()) for kept in masks(model).values())
     for batch in batches(6):
         train_step(model, optimizer, batch)
-        rounds.step()
-        assert min(rounds.kept().values()) >= 1
-        assert sum(rounds.kept().values()) == total
+        counts = [int(kept.sum()) for kept in masks(model).values()]
+        assert min(counts) >= 1
+        assert sum(counts) == total
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input():
     with pytest.raises(InputError, match=r"prune_rate must be a share .* got 1.5"):
         SparseMomentum(1.5)
-    with pytest.raises(InputError, match="has no layer with the rule SparseMomentum"):
-        SparseMomentumRounds(nn.Linear(2, 2), torch.optim.SGD([nn.Parameter(torch.ones(1))]), num_steps=1, every=1)
-    model = two_layers()
-    for name in ("num_steps", "every"):
-        for value in (0, 1.5, True):
-            with pytest.raises(InputError, match=f"{name} must be an integer( from 1 up)?; got {value!r}"):
-                SparseMomentumRounds(model, sgd(model), **{"num_steps": 10, "every": 1, name: value})
-    with pytest.raises(InputError, match=r"SGD has no momentum for 0.weight: give SGD momentum=0.9, or use Adam"):
-        SparseMomentumRounds(model, torch.optim.SGD(model.parameters(), lr=0.1), num_steps=1, every=1)
+    for value in (0, 1.5, True):
+        with pytest.raises(InputError, match=f"every must be an integer( or None| from 1 up)?; got {value!r}"):
+            SparseMomentum(every=value)
+    model = two_layers(rule=SparseMomentum())
+    with pytest.raises(InputError, match=r"SGD has no momentum for 0.weight, .* give SGD momentum=0.9, or use Adam"):
+        attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
     half = torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(InputError, match=r"2.weight is not among the parameters of the optimiser"):
-        SparseMomentumRounds(model, half, num_steps=1, every=1)
-    rounds = SparseMomentumRounds(model, optimizer := sgd(model), num_steps=1, every=1)
-    with pytest.raises(InputError, match=r"0.weight has no momentum yet"):
-        rounds.step()
-    train_step(
-        model, optimizer, (torch.full((1, 6), torch.inf, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64))
-    )
+        attach(model, half)
+    attach(model, optimizer := sgd(model))
+    with pytest.raises(InputError, match=r"0.weight: SparseMomentum does not know how many steps an epoch has"):
+        train_step(model, optimizer, next(batches()))
+    attach(model, optimizer := sgd(model), 2, steps_per_epoch=1)
     before = masks(model)
     with pytest.raises(InputError, match=r"0.weight: the momentum is NaN or infinite"):
-        rounds.redistribute(1)
+        train_step(
+            model,
+            optimizer,
+            (torch.full((1, 6), torch.inf, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)),
+        )
     assert all(torch.equal(before[name], kept) for name, kept in masks(model).items())
