@@ -4,11 +4,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dnw_graph.analysis.cost import cost
     from dnw_graph.candidates import CandidateEdges
+    from dnw_graph.compaction import compact
     from dnw_graph.dynamics import Continuous, Discrete, Static
     from dnw_graph.errors import InputError
     from dnw_graph.neural_graph import NeuralGraph
     from dnw_graph.ranking import wiring_penalty
+    from dnw_graph.sparse_layers import sparsify
     from dnw_graph.wirings import (
         ACDC,
         DNW,
@@ -45,6 +48,9 @@ _HOMES = {
     "NeuralGraph": "neural_graph",
     "Static": "dynamics",
     "attach": "wirings.updates",
+    "compact": "compaction",
+    "cost": "analysis.cost",
+    "sparsify": "sparse_layers",
     "wiring_penalty": "ranking",
 }
 
@@ -76,15 +82,18 @@ __all__ = [
     "View",
     "Wiring",
     "attach",
+    "compact",
+    "cost",
     "create_wiring",
     "register_wiring",
+    "sparsify",
     "wiring_penalty",
 ]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name in {*_HOMES.values(), "wirings"} - {"wirings.updates"}:
+    if name in {*_HOMES.values(), "wirings"} - {"analysis.cost", "wirings.updates"}:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,8 +26,8 @@ from torch import nn
 
 from dnw_graph import InputError
 from dnw_graph.errors import unknown_name
-from dnw_graph.sparsify import sparsify
-from dnw_graph.sparsify.budget import DISTRIBUTIONS
+from dnw_graph.sparse_layers import sparsify
+from dnw_graph.sparse_layers.budget import DISTRIBUTIONS
 from dnw_graph.training import RunOptions, WiringOptions, main, option
 from dnw_graph.wirings import Wiring
 

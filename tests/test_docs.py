@@ -16,8 +16,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import pytest
 
+from dnw_graph.analysis.cost import cost
 from dnw_graph.candidates import CandidateEdges
-from dnw_graph.cost import cost
 from dnw_graph.models import STAGES, MobileNetV1DNW, edges_at_width
 
 ROOT = Path(__file__).parent.parent

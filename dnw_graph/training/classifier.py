@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from dnw_graph.analysis.cost import NORMS
 from dnw_graph.arguments import checked, require
-from dnw_graph.cost import NORMS
 from dnw_graph.ranking import wiring_penalty
 from dnw_graph.training.order import Purpose, mix
 

@@ -15,9 +15,9 @@ from torch import nn
 
 from dnw_graph import stopping
 from dnw_graph._compat import leave_signals_alone
+from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.arguments import checked
-from dnw_graph.compact import compact
-from dnw_graph.cost import neural_graphs
+from dnw_graph.compaction import compact
 from dnw_graph.errors import InputError
 from dnw_graph.training.checkpoint_io import SECTION, WholeFileIO, read_checkpoint
 from dnw_graph.training.checkpoints import Checkpoints

@@ -14,11 +14,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.arguments import checked
-from dnw_graph.cost import neural_graphs
 from dnw_graph.propagation import Propagate, Propagation, RealEdges
 from dnw_graph.propagation.base import States
-from dnw_graph.sparsify.forward_pass import RealWeights
+from dnw_graph.sparse_layers.forward_pass import RealWeights
 
 
 class TrainingCost(Callback):

@@ -159,8 +159,7 @@ def attach(
     Examples:
         >>> import torch
         >>> from torch import nn
-        >>> from dnw_graph import attach
-        >>> from dnw_graph.sparsify import sparsify
+        >>> from dnw_graph import attach, sparsify
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
         >>> _ = sparsify(model, density=0.25, wiring="rigl")
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dnw_graph import Discrete, NeuralGraph
-from dnw_graph.compact import compact
+from dnw_graph.compaction import compact
 from dnw_graph.propagation import BlockPropagation
 from dnw_graph.wirings import Fixed
 

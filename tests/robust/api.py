@@ -40,8 +40,8 @@ from dnw_graph import (
     equivalence,
     wiring_penalty,
 )
-from dnw_graph.compact import compact, load_compact, save_compact
-from dnw_graph.cost import cost, live_nodes, neural_graphs
+from dnw_graph.analysis.cost import cost, live_nodes, neural_graphs
+from dnw_graph.compaction import compact, load_compact, save_compact
 from dnw_graph.dynamics import Dynamics
 from dnw_graph.models import MobileNetV1, MobileNetV1DNW, TinyClassifier, create_model, edges_at_width
 from dnw_graph.models.mobilenet import GraphClassifier
@@ -49,7 +49,7 @@ from dnw_graph.node_functions import Blockwise, NodeConv, NormReluConv, make_nod
 from dnw_graph.ops import sparse_product, static_graph
 from dnw_graph.propagation import MessagePassingPropagation, Propagation
 from dnw_graph.selection import select_top_k
-from dnw_graph.sparsify import (
+from dnw_graph.sparse_layers import (
     dense_state_dict,
     densify,
     load_optimizer_state,

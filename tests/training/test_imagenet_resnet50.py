@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from dnw_graph import InputError, SparseMomentum
-from dnw_graph.sparsify import weight_graphs
+from dnw_graph.sparse_layers import weight_graphs
 from dnw_graph.training import Classifier, cosine, read_checkpoint
 
 EXAMPLE = "imagenet_resnet50"

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from dnw_graph import Continuous, Discrete, L1Anneal, NeuralGraph, Schedule, TargetedDropout, Wiring
 from dnw_graph.dynamics import Dynamics
 from dnw_graph.node_functions import NormReluConv
-from dnw_graph.sparsify import sparsify
+from dnw_graph.sparse_layers import sparsify
 from dnw_graph.training import Classifier, DataModule, RunOptions, TrainingCost, WiringUpdates, read_checkpoint, run
 from dnw_graph.training.images import ImageData
 

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import torch
 
-LR, BETAS, EPS = {"sgd": 0.05, "adam": 0.01}, (0.9, 0.999), 1e-8
+LR, BETAS, EPS = {"sgd": 0.01, "adam": 0.01}, (0.9, 0.999), 1e-8
 MOMENTUM, DECAY = 0.9, 0.02
 STEPS = 36
 SIZES = (6, 5, 4)

@@ -23,7 +23,7 @@ from dnw_graph import (
     wiring_penalty,
 )
 from dnw_graph.ranking import rankings
-from dnw_graph.sparsify import sparsify
+from dnw_graph.sparse_layers import sparsify
 
 STEPS = 200
 RULES = {

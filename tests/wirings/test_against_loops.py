@@ -29,7 +29,7 @@ from dnw_graph import (
     attach,
     wiring_penalty,
 )
-from dnw_graph.sparsify import sparsify, weight_graphs
+from dnw_graph.sparse_layers import sparsify, weight_graphs
 
 STEPS = plain.STEPS
 RULES = {

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dnw_graph import InputError, L1Anneal, NeuralGraph, RandomGraph, SparseMomentum, TargetedDropout
-from dnw_graph.sparsify import sparsify, weight_graphs
+from dnw_graph.sparse_layers import sparsify, weight_graphs
 from dnw_graph.wirings import Fixed
 
 LAYER = "0.parametrizations.weight.0.owned.0.wiring."

@@ -9,7 +9,7 @@ from torch import nn
 from waits import Waits
 
 from dnw_graph import InputError, NeuralGraph, Schedule, SparseMomentum, attach
-from dnw_graph.sparsify import dense_state_dict, sparsify, weight_graphs
+from dnw_graph.sparse_layers import dense_state_dict, sparsify, weight_graphs
 from dnw_graph.wirings.sparse_momentum import allot
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 0.01

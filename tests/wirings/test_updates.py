@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from dnw_graph import InputError, NeuralGraph, TargetedDropout, Wiring, attach
-from dnw_graph.sparsify import sparsify, weight_graphs
+from dnw_graph.sparse_layers import sparsify, weight_graphs
 from dnw_graph.wirings.prune_and_grow import PruneAndGrow
 
 X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -25,7 +25,7 @@ from dnw_graph import (
     selection,
     wiring_penalty,
 )
-from dnw_graph.sparsify import sparsify, weight_graphs
+from dnw_graph.sparse_layers import sparsify, weight_graphs
 from dnw_graph.two_stage import fine_tune, lottery_ticket
 
 X = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
