@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from dnw_graph._compat import unwrapped, unwrapped_name
 from dnw_graph.arguments import checked, require
 from dnw_graph.errors import InputError
+from dnw_graph.wirings.base import Wiring
 from dnw_graph.wirings.view import View, new_seed
 
 
@@ -185,9 +186,14 @@ def attach(
         rule.seed = rule.seed or seed
         if graph.updates is not None:
             graph.updates.remove()
-    for graph in names:
-        _give_own_decay(optimizer, list(graph.wiring.parameters()), graph.wiring.weight_decay)
+    _give_own_decay(optimizer, own_decay(model))
     return Updates(graphs, optimizer)
+
+
+def own_decay(model: nn.Module) -> dict[Tensor, float]:
+    """Return the parameters that the rules of a model own, each with its weight decay."""
+    wirings = [module for module in model.modules() if isinstance(module, Wiring)]
+    return {parameter: wiring.weight_decay for wiring in wirings for parameter in wiring.parameters()}
 
 
 def _common_seed() -> int:
@@ -231,15 +237,12 @@ def _refuse_parameters(name: str, graph: Any, optimizer: Optimizer) -> None:
             )
 
 
-def _give_own_decay(optimizer: Optimizer, parameters: Sequence[Tensor], weight_decay: float) -> None:
-    """Have parameters in a group with a decay of their own, like the one they were in otherwise."""
+def _give_own_decay(optimizer: Optimizer, decays: Mapping[Tensor, float]) -> None:
+    """Have parameters in groups with a decay of their own, like those that they were in otherwise."""
     for group in list(optimizer.param_groups):
-        own = [each for each in group["params"] if any(each is parameter for parameter in parameters)]
-        if own and group["weight_decay"] != weight_decay:
-            rest = [each for each in group["params"] if not any(each is parameter for parameter in own)]
-            options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-            if rest:
-                group["params"] = rest
-                optimizer.add_param_group({**options, "params": own, "weight_decay": weight_decay})
-            else:
-                group["weight_decay"] = weight_decay
+        own = [each for each in group["params"] if decays.get(each, group["weight_decay"]) != group["weight_decay"]]
+        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        group["params"] = [each for each in group["params"] if each not in set(own)]
+        for decay in sorted({decays[each] for each in own}):
+            params = [each for each in own if decays[each] == decay]
+            optimizer.add_param_group({**options, "params": params, "weight_decay": decay})

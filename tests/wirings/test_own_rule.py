@@ -4,7 +4,8 @@ import pytest
 import torch
 from reference import top_k
 
-from dnw_graph import InputError, NeuralGraph, Wiring
+from dnw_graph import InputError, NeuralGraph, NoUpdate, Wiring, create_wiring, register_wiring
+from dnw_graph.wirings import WIRINGS, wiring_name
 
 
 class StrongestPositive(Wiring):
@@ -48,6 +49,41 @@ def test_own_rule_may_choose_fewer_edges_and_keep_state(propagation):
 def test_what_is_no_rule_is_refused(wiring, unchecked):
     with pytest.raises(InputError, match="wiring must be a string or a Wiring; got"):
         NeuralGraph((3, 4), 2, wiring=wiring)
+
+
+def test_a_rule_goes_by_its_class_path_or_by_a_name_that_it_was_given():
+    path = "dnw_graph.wirings.no_update.NoUpdate"
+    assert type(create_wiring(path)) is NoUpdate
+    assert type(NeuralGraph((3, 4), 2, wiring=path).wiring) is NoUpdate
+    with pytest.raises(InputError, match="has no options; got 'k'"):
+        create_wiring(path, k=3)
+    register_wiring("strongest_positive", StrongestPositive)
+    try:
+        register_wiring("strongest_positive", StrongestPositive)
+        graph = NeuralGraph((3, 4), 2, wiring="strongest_positive")
+        assert (graph.edge_weight > 0).all()
+        assert wiring_name(StrongestPositive) == "strongest_positive"
+        with pytest.raises(InputError, match="'strongest_positive' is StrongestPositive already"):
+            register_wiring("strongest_positive", OneEdgeLess)
+        with pytest.raises(InputError, match="did you mean 'strongest_positive'"):
+            create_wiring("strongest_positiv")
+    finally:
+        del WIRINGS["strongest_positive"]
+    assert wiring_name(StrongestPositive) == f"{StrongestPositive.__module__}.StrongestPositive"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("dnw_graph.wirings.dnw.DNV", "is no package.module.Class that can be imported"),
+        ("no_such_package.Rule", "is no package.module.Class that can be imported: No module named"),
+        ("collections.OrderedDict", "is no subclass of dnw_graph.Wiring"),
+    ],
+)
+def test_what_a_path_does_not_lead_to_is_said(path, message):
+    with pytest.raises(InputError, match=message) as error:
+        create_wiring(path)
+    assert "\n" not in str(error.value)
 
 
 class Returns(Wiring):
