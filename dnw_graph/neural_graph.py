@@ -122,6 +122,11 @@ class NeuralGraph(Ranking):
         self.propagation = make_propagation(propagation)
 
     @property
+    def num_candidates(self) -> int:
+        """Number of candidate edges."""
+        return self.candidates.num_candidates
+
+    @property
     def slots(self) -> tuple[CandidateEdges]:  # type: ignore[override]
         """Where the weights lie."""
         return (self.candidates,)

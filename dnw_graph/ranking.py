@@ -212,7 +212,8 @@ class Ranking(nn.Module):
         Args:
             tensors: The parameters as the forward pass sees them.
         """
-        choose = self.wiring.choose_to_train if self.training else self.wiring.choose
+        wiring = self.wiring
+        choose = wiring.choose_to_train if self.training else wiring.choose
         if torch.compiler.is_compiling() or transformed():
             # Compiled code recomputes by itself, and cannot tell whether the weights have changed. The tensors of a
             # transform of torch.func have no storage to tell it by, and must not outlive it.
@@ -221,8 +222,8 @@ class Ranking(nn.Module):
             return self._chosen.index
         index = choose(self.view(tensors))
         if not self.training:
-            self.wiring.raise_non_finite()
-        check_index(index, self.wiring, self.num_candidates, self.name, wait=not self.training)
+            wiring.raise_non_finite()
+        check_index(index, wiring, self.num_candidates, self.name, wait=not self.training)
         self._keep(tensors, index)
         return index
 
@@ -251,7 +252,8 @@ class Ranking(nn.Module):
             index: The real edges of the forward pass.
             tensors: The parameters as the forward pass sees them.
         """
-        kind = self.wiring.gradient or self.wiring.trained
+        wiring = self.wiring
+        kind = wiring.gradient or wiring.trained
         if kind == "all":
             return None
         return index if kind == "real" else self.trained_edges(tensors)

@@ -151,11 +151,12 @@ class Wiring(nn.Module):
         Raises:
             InputError: If k is out of range or, on a CPU, a weight is NaN or infinite.
         """
-        if self._flag.device != view.weight.device:  # a rule for a graph that had been moved before
-            self._flag = new_flag(view.weight.device)
+        weight = view.weight
+        if self._flag.device != weight.device:  # a rule for a graph that had been moved before
+            self._flag = new_flag(weight.device)
         if among is None:
-            return self._selector.select(view.weight, k, view.name, self._flag)
-        return among[self._selector.select(view.weight.detach()[among], k, view.name, self._flag)]
+            return self._selector.select(weight, k, view.name, self._flag)
+        return among[self._selector.select(weight.detach()[among], k, view.name, self._flag)]
 
     def raise_non_finite(self) -> None:
         """Report weights that :meth:`largest` met on a GPU, now that the host may wait for the device.
