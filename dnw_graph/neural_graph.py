@@ -16,7 +16,7 @@ from dnw_graph.candidates import CandidateEdges
 from dnw_graph.dynamics import Dynamics, make_dynamics
 from dnw_graph.errors import InputError
 from dnw_graph.node_functions import NodeFunction, NormReluConv
-from dnw_graph.nodes import Nodes
+from dnw_graph.nodes import Nodes, reaching
 from dnw_graph.propagation import Propagation, RealEdges, make_propagation
 from dnw_graph.ranking import Ranking
 from dnw_graph.wirings import Wiring
@@ -209,12 +209,7 @@ class NeuralGraph(Ranking):
         """
         live = torch.zeros(self.num_nodes, dtype=torch.bool, device=self.candidates.weight.device)
         live[-self.num_outputs :] = True if live_outputs is None else live_outputs
-        source, target = self.edge_index
-        count = -1
-        while (now := int(live.sum())) != count:
-            count = now
-            live[source[live[target]]] = True
-        return live
+        return reaching(self.edge_index, live)
 
     def to_data(self) -> torch_geometric.data.Data:
         """Return the wiring as a PyG graph.

@@ -177,7 +177,8 @@ class Ranking(nn.Module):
         The rule is set up anew for them, as when the graph was made.
 
         Args:
-            state: The ``state_dict`` of a graph with the same candidates, or one vector ``[num_candidates]``.
+            state: The ``state_dict`` of a graph with the same candidates, or one vector ``[num_candidates]``; for the
+                weights of layers, that of the model that was given to ``sparsify``, dense or sparse.
 
         Raises:
             InputError: If there are no such weights in it.

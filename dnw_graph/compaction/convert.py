@@ -16,6 +16,7 @@ from dnw_graph.compaction.products import DenseProduct, Product, SparseProduct
 from dnw_graph.compaction.static_graphs import StaticGraph
 from dnw_graph.dynamics import Continuous, Discrete, Dynamics, Static
 from dnw_graph.neural_graph import NeuralGraph
+from dnw_graph.nodes import reaching
 
 
 def needed_nodes(graph: NeuralGraph, wanted: Int[Tensor, " outputs"] | None) -> Bool[Tensor, " nodes"]:
@@ -29,14 +30,13 @@ def needed_nodes(graph: NeuralGraph, wanted: Int[Tensor, " outputs"] | None) -> 
     live = torch.zeros(graph.num_nodes, dtype=torch.bool, device=outputs.device)
     live[outputs if wanted is None else outputs[wanted]] = True
     together = [nodes for function, nodes in graph.dynamics.functions() if not _can_be_cut(graph, function)]
-    source, target = graph.edge_index
-    count = -1
-    while (now := int(live.sum())) != count:
-        count = now
-        live[source[live[target]]] = True
+
+    def widen(live: Tensor) -> None:
         for nodes in together:
             part = live[nodes.start : nodes.stop]
             part |= part.any()
+
+    live = reaching(graph.edge_index, live, widen)
     if not live[: graph.num_inputs].any():
         live[0] = True  # Size of batch and maps come in through the inputs.
     return live

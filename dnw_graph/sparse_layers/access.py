@@ -33,15 +33,15 @@ def sparse_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, 
 
 
 def sparse_weights(module: nn.Module) -> dict[str, tuple[LayerWeight, WeightGraph]]:
-    """Return every sparse weight with its graph, by its name in this module, which may be a part of a larger one."""
-    found: dict[str, tuple[LayerWeight, WeightGraph]] = {}
-    seen: set[LayerWeight] = set()
-    for path, _, name, real in sparse_parameters(module):
-        for weight, graph in real.parts:
-            if weight not in seen:
-                seen.add(weight)
-                found[weight_name(f"{path}.{name}" if path else name, weight.third)] = (weight, graph)
-    return found
+    """Return every sparse weight with its graph, by its name in this module, which may be a part of a larger one.
+
+    A layer that the module holds under two paths has two names.
+    """
+    return {
+        weight_name(f"{path}.{name}" if path else name, weight.third): (weight, graph)
+        for path, _, name, real in sparse_parameters(module)
+        for weight, graph in real.parts
+    }
 
 
 @checked

@@ -74,7 +74,7 @@ def sparsify(
     reasons = reasons_to_skip(module, skip)
     refuse_module(module, reasons)
     every = list(find_weights(module))
-    weights = [weight for weight in every if weight.name not in reasons]
+    weights = [weight for weight in every if reasons.keys().isdisjoint(weight.names)]
     refuse_weights(module, weights)
     given, density = density, 0.1 if density is None else density
     counts = edges_per_weight(weights, density, distribution)
@@ -111,7 +111,7 @@ def _table(
         if is_lazy(parameter) or parameter.dim() < 2:
             continue
         for part in parts.get(parameter, []):
-            reason = "" if part in real else reasons[part.name]
+            reason = "" if part in real else next(reasons[each] for each in part.names if each in reasons)
             rows.append(SparsityRow(part.name, tuple(part.shape), part.numel, real.get(part, part.numel), reason))
         if parameter not in parts:
             reason = reasons.get(name) or f"parameter of {type(owners[name.rpartition('.')[0]]).__name__}"

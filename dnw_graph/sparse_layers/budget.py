@@ -66,7 +66,7 @@ def edges_per_weight(
 
 
 def _by_pattern(weights: Sequence[LayerWeight], density: float, densities: Mapping[str, float]) -> list[int]:
-    names = [weight.name for weight in weights]
+    names = [name for weight in weights for name in weight.names]
     for pattern, value in densities.items():
         check_density(f"the density of {pattern!r}", value)
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -74,7 +74,10 @@ def _by_pattern(weights: Sequence[LayerWeight], density: float, densities: Mappi
     return [
         kept(
             weight.numel,
-            next((value for pattern, value in densities.items() if fnmatchcase(weight.name, pattern)), density),
+            next(
+                (d for pattern, d in densities.items() if any(fnmatchcase(each, pattern) for each in weight.names)),
+                density,
+            ),
         )
         for weight in weights
     ]

@@ -25,7 +25,7 @@ def reasons_to_skip(module: nn.Module, skip: Skip | Iterable[Skip]) -> dict[str,
     entries = list(skip) if isinstance(skip, Iterable) and not isinstance(skip, str) else [skip]
     modules = dict(module.named_modules(remove_duplicate=False))
     parameters = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    parameters += [weight.name for weight in find_weights(module) if weight.third is not None]
+    parameters += [name for weight in find_weights(module) if weight.third is not None for name in weight.names]
     names = [name for name in (*modules, *parameters) if name]
     reasons: dict[str, str] = {}
     for entry in entries:

@@ -24,16 +24,22 @@ class LayerWeight:
     """One weight of a layer, ranked as a vector in the order output channel, input channel, place in the kernel.
 
     Attributes:
-        name: The parameter's name in the model; a projection in ``in_proj_weight`` adds ``.q``, ``.k`` or ``.v``.
+        names: The parameter's names in the model, one per path to its layer; a projection in ``in_proj_weight`` adds
+            ``.q``, ``.k`` or ``.v``.
         layer: The module that the parameter belongs to.
         parameter_name: The parameter's name in that module.
         third: Which third of the parameter's rows this weight is; None if it is all of them.
     """
 
-    name: str
+    names: tuple[str, ...]
     layer: nn.Module
     parameter_name: str
     third: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
 
     @property
     def parameter(self) -> Tensor:
@@ -113,8 +119,10 @@ class LayerWeight:
 
 def find_weights(module: nn.Module) -> Iterator[LayerWeight]:
     """Yield the weights of all linear layers, convolutions and attention projections that are plain parameters."""
-    for path, layer in module.named_modules():
-        prefix = f"{path}." if path else ""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, layer in module.named_modules(remove_duplicate=False):
+        paths.setdefault(layer, []).append(f"{path}." if path else "")
+    for layer, prefixes in paths.items():
         if isinstance(layer, nn.MultiheadAttention):
             names: tuple[str, ...] = ("in_proj_weight", *(f"{each}_proj_weight" for each in PROJECTIONS))
         elif isinstance(layer, (nn.Linear, *CONVOLUTIONS)):
@@ -125,7 +133,7 @@ def find_weights(module: nn.Module) -> Iterator[LayerWeight]:
         for name in names:
             if name in own:
                 for third in range(3) if name == "in_proj_weight" else (None,):
-                    yield LayerWeight(weight_name(prefix + name, third), layer, name, third)
+                    yield LayerWeight(tuple(weight_name(path + name, third) for path in prefixes), layer, name, third)
 
 
 def own_parameters(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -98,7 +98,15 @@ class WeightGraph(Ranking):
         return [weight.shaped(part).to(parameter.dtype) for weight, part, parameter in triples]
 
     def _weights_in(self, state: Mapping[str, Any]) -> Tensor | None:
-        return torch.cat([weight.flat(state[weight.name]) for weight in self.weights])
+        flats = []
+        for weight in self.weights:
+            dense = weight.name if weight.third is None else weight.name.rpartition(".")[0]
+            layer = dense.removesuffix(weight.parameter_name)
+            found = state.get(dense, state.get(f"{layer}parametrizations.{weight.parameter_name}.original"))
+            if found is None:
+                return None
+            flats.append(weight.flat(found))
+        return torch.cat(flats)
 
     def extra_repr(self) -> str:
         """Name and sizes, for ``repr``."""

@@ -200,3 +200,41 @@ def test_densities_by_pattern():
     model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10), nn.Linear(10, 10))
     table = sparsify(model, 0.5, distribution={"0.*": 0.2, "[01].weight": 0.3})
     assert [row.kept for row in table.rows] == [20, 30, 50]
+
+
+class Shared(nn.Module):
+    """A layer that has two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+        self.head = self.layers[1]
+
+    def forward(self, x):
+        return self.head(self.layers[0](x).relu())
+
+
+def test_a_layer_is_known_by_every_name_that_it_has():
+    for name in ("layers.1", "head", "head.weight"):
+        table = sparsify(Shared(), 0.5, skip=name)
+        assert [row.name for row in table.sparse] == ["layers.0.weight"]
+    for pattern in ("layers.1.*", "head.*"):
+        table = sparsify(Shared(), 0.5, distribution={pattern: 0.25})
+        assert [row.kept for row in table.sparse] == [18, 9]
+    model = Shared()
+    sparsify(model, 0.5)
+    assert to_data(model, "head.weight").num_edges == to_data(model, "layers.1.weight").num_edges == 18
+
+
+def test_weights_alone_come_from_dense_and_sparse_states_of_another_number_of_edges():
+    dense, sparse, model = (nn.Sequential(nn.Linear(6, 4), nn.MultiheadAttention(4, 2)) for _ in range(3))
+    sparsify(sparse, 0.25)
+    sparsify(model, 0.5)
+    for state, source in ((dense.state_dict(), dense), (sparse.state_dict(), sparse)):
+        for name, graph in weight_graphs(model).items():
+            graph.load_weights(state)
+            other = weight_graphs(source).get(name) if source is sparse else None
+            path = name.rpartition(".")[0] if graph.weights[0].third is not None else name
+            expected = other.candidate_weight if other else graph.weights[0].flat(source.get_parameter(path))
+            assert torch.equal(graph.candidate_weight, expected)
+            assert graph.num_real_edges == graph.num_candidates // 2
