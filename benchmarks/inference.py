@@ -20,7 +20,7 @@ from timing import arguments, median_times, report, use_tf32
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dnw_graph.compact import compact
+from dnw_graph.compaction import compact
 from dnw_graph.models import MobileNetV1, MobileNetV1DNW
 
 DENSE, SPARSE = "random graph ×0.225, dense products", "random graph ×0.225, sparse products"

@@ -15,7 +15,7 @@ import torch_geometric.typing
 from timing import arguments, median_times, report
 from torch import Tensor
 
-from dnw_graph import CandidateEdges, InputError, NeuralGraph, Wiring
+from dnw_graph import InputError, NeuralGraph, View, Wiring
 from dnw_graph.propagation import (
     AutoPropagation,
     BlockPropagation,
@@ -53,14 +53,13 @@ SHAPES = (
 class Drawn(Wiring):
     """Edges that are drawn once; every candidate gets its gradient."""
 
-    updates_hallucinated = True
     index: Tensor
 
-    def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
+    def setup(self, view: View) -> None:
         """Draw the edges."""
-        self.register_buffer("index", torch.randperm(candidates.num_candidates)[:num_edges].sort().values)
+        self.register_buffer("index", torch.randperm(view.num_candidates)[: view.k].sort().values)
 
-    def choose(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
+    def choose(self, view: View) -> Tensor:
         """Return them."""
         return self.index
 
@@ -106,9 +105,9 @@ def main() -> None:
             except InputError:  # Messages that do not fit, or another device, are no way for this shape.
                 continue
             graphs[name] = graph
-        takes = type(
-            AutoPropagation().choose(RealEdges(graphs["block"].candidates, graphs["block"].real_index, True), x)
-        ).__name__.removesuffix("Propagation")
+        block = graphs["block"]
+        edges = RealEdges(block.candidates, block.real_index, block.candidates.weight)
+        takes = type(AutoPropagation().choose(edges, x)).__name__.removesuffix("Propagation")
         for phase, call in (("evaluation", _evaluate), ("training", _train)):
             calls: dict[str, Callable[[], object]] = {name: partial(call, graph, x) for name, graph in graphs.items()}
             for graph in graphs.values():

@@ -204,7 +204,7 @@ class _Counter:
         edges = self.edges(sources, targets)
         moved = self.map * places * (len(sources) + len(targets))
         yield self.group("product", edges * places, moved + EDGE * edges)
-        pairs = len(sources) * len(targets) if self.graph.wiring.updates_hallucinated else edges
+        pairs = len(sources) * len(targets) if self.graph.wiring.gradient is None else edges
         yield self.group("candidate gradient", pairs * places, moved + PARAMETER * pairs)
 
     def node_function(self, nodes: int, before: int, places: int, read_again: bool) -> Iterator[Group]:

@@ -18,10 +18,10 @@ from timing import arguments, median_times, report
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
-from dnw_graph.cost import neural_graphs
+from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.models import MobileNetV1DNW, TinyClassifier
 from dnw_graph.selection import Selector, new_flag, select_top_k
-from dnw_graph.sparsify import sparsify, weight_graphs
+from dnw_graph.sparse_layers import sparsify, weight_graphs
 
 # Candidates and k: stages 4, 5 and 3 of MobileNetV1-DNW ×0.225, a tiny graph, the largest convolutions of a ResNet-50.
 GRAPHS = ((4_718_592, 72_990), (2_097_152, 79_626), (131_072, 4_976), (640_000, 32_000), (2_359_296, 235_930))

@@ -1,8 +1,8 @@
 """Times a training step of torchvision's models with sparse weights beside the dense one.
 
 A step is the forward pass on random images, the loss, the backward pass, and SGD with momentum and weight decay. The
-sparse model keeps a share of all weights of its layers (``dnw_graph.sparsify``), chosen anew in every step; the rest of
-the difference is the masks. Evaluation is a forward pass without gradients. Run with
+sparse model keeps a share of all weights of its layers (``dnw_graph.sparse_layers``), chosen anew in every step; the
+rest of the difference is the masks. Evaluation is a forward pass without gradients. Run with
 ``python benchmarks/sparse_step.py --threads 1``.
 """
 
@@ -18,7 +18,7 @@ import torchvision
 from timing import arguments, median_times, report
 from torch import Tensor, nn
 
-from dnw_graph.sparsify import sparsify
+from dnw_graph.sparse_layers import sparsify
 
 # Model, images, side of the images.
 CASES = (("resnet50", 8, 64), ("resnet50", 32, 64), ("resnet50", 4, 224), ("vit_b_16", 4, 224))

@@ -4,12 +4,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dnw_graph.analysis.cost import cost
     from dnw_graph.candidates import CandidateEdges
+    from dnw_graph.compaction import compact
     from dnw_graph.dynamics import Continuous, Discrete, Static
     from dnw_graph.errors import InputError
-    from dnw_graph.neural_graph import NeuralGraph, wiring_penalty
+    from dnw_graph.neural_graph import NeuralGraph
+    from dnw_graph.ranking import wiring_penalty
+    from dnw_graph.sparse_layers import sparsify
     from dnw_graph.wirings import (
+        ACDC,
         DNW,
+        GMP,
+        NM,
+        SET,
+        STR,
         Complete,
         FineTune,
         Fixed,
@@ -17,11 +26,17 @@ if TYPE_CHECKING:
         LotteryTicket,
         NoUpdate,
         RandomGraph,
+        RigL,
         Schedule,
+        SparseMomentum,
         TargetedDropout,
+        TopKAST,
+        View,
         Wiring,
         create_wiring,
+        register_wiring,
     )
+    from dnw_graph.wirings.updates import attach
 
 # Where the public names are. They are imported when they are first used, so that a program can prepare for Ctrl-C (see
 # dnw_graph.stopping) before the seconds that PyTorch takes to load.
@@ -32,11 +47,20 @@ _HOMES = {
     "InputError": "errors",
     "NeuralGraph": "neural_graph",
     "Static": "dynamics",
-    "wiring_penalty": "neural_graph",
+    "attach": "wirings.updates",
+    "compact": "compaction",
+    "cost": "analysis.cost",
+    "sparsify": "sparse_layers",
+    "wiring_penalty": "ranking",
 }
 
 __all__ = [
+    "ACDC",
     "DNW",
+    "GMP",
+    "NM",
+    "SET",
+    "STR",
     "CandidateEdges",
     "Complete",
     "Continuous",
@@ -49,18 +73,27 @@ __all__ = [
     "NeuralGraph",
     "NoUpdate",
     "RandomGraph",
+    "RigL",
     "Schedule",
+    "SparseMomentum",
     "Static",
     "TargetedDropout",
+    "TopKAST",
+    "View",
     "Wiring",
+    "attach",
+    "compact",
+    "cost",
     "create_wiring",
+    "register_wiring",
+    "sparsify",
     "wiring_penalty",
 ]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name in {*_HOMES.values(), "wirings"}:
+    if name in {*_HOMES.values(), "wirings"} - {"analysis.cost", "wirings.updates"}:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 __all__ = [
     "OPERATORS_WITHOUT_FORMULA",
     "TorchDispatchMode",
+    "backward_pass",
     "functorch_active",
     "has_hooks",
     "import_pyg",
@@ -39,6 +40,8 @@ __all__ = [
     "remove_hooks",
     "solver_names",
     "tree_leaves",
+    "unwrapped",
+    "unwrapped_name",
     "version",
 ]
 
@@ -67,7 +70,13 @@ def in_backward_pass() -> bool:
 
     Activation checkpointing calls modules again in the backward pass and does not tell them; no public function does.
     """
-    return torch._C._current_graph_task_id() != -1
+    return backward_pass() is not None
+
+
+def backward_pass() -> int | None:
+    """Return a number that stands for the backward pass at work, or None if there is none."""
+    number = torch._C._current_graph_task_id()
+    return None if number == -1 else number
 
 
 def functorch_active() -> bool:
@@ -103,6 +112,26 @@ def one_dnn_linear() -> Callable[..., Tensor] | None:
     processors; no public function goes to oneDNN.
     """
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model within wrappers for data-parallel training, averages and compiled code.
+
+    Compiled modules keep theirs in a private field; the others call it ``module``.
+    """
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = cast(nn.Module, model._orig_mod)
+        elif isinstance(model, wrappers):
+            model = model.module
+        else:
+            return model
+
+
+def unwrapped_name(name: str) -> str:
+    """Return the name of a module without the parts that compiled modules around it add."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -106,6 +106,8 @@ class CandidateEdges(nn.Module):
         offsets = [0, *accumulate(sizes)]
         self.blocks = tuple(Block(s, t, offset) for (s, t), offset in zip(ranges, offsets, strict=False))
         self.num_candidates = offsets[-1]
+        self.places = (1,) * len(self.blocks)  # of a kernel, that the sources of a block stand for
+        self.probe: Tensor | None = None  # see dnw_graph.propagation.gradient
         self.weight = nn.Parameter(torch.empty(self.num_candidates))
         self.reset_parameters()
 
@@ -148,6 +150,29 @@ class CandidateEdges(nn.Module):
         """Draw every weight anew from the uniform distribution on ±1/√num_sources."""
         bound = 1 / math.sqrt(self.num_sources)
         nn.init.uniform_(self.weight, -bound, bound)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The weights: these and what follows make them the one slot of a graph, see ``dnw_graph.wirings.view``."""
+        return self.weight
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module itself, which has the probe."""
+        return self
+
+    @property
+    def numel(self) -> int:
+        """Number of candidates."""
+        return self.num_candidates
+
+    def flat(self, parameter: Tensor) -> Tensor:
+        """Return a tensor of the shape of the weights as a vector: itself."""
+        return parameter
+
+    def write(self, flat: Tensor, parameter: Tensor) -> None:
+        """Set a tensor of the shape of the weights from a vector."""
+        parameter.copy_(flat)
 
     def block_weight(self, block: Block, weight: Tensor | None = None) -> Float[Tensor, "targets sources"]:
         """View of a block's weights, or of the same part of another flat vector."""

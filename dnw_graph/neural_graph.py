@@ -8,26 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from dnw_graph._compat import import_pyg, in_backward_pass, version
+from dnw_graph._compat import import_pyg
 from dnw_graph.arguments import checked, fits, require, wrong
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.dynamics import Dynamics, make_dynamics
 from dnw_graph.errors import InputError
 from dnw_graph.node_functions import NodeFunction, NormReluConv
-from dnw_graph.nodes import Nodes
-from dnw_graph.ops.layout import transformed
+from dnw_graph.nodes import Nodes, reaching
 from dnw_graph.propagation import Propagation, RealEdges, make_propagation
-from dnw_graph.wirings import Fixed, Wiring, make_wiring
-from dnw_graph.wirings.checks import check_index
-from dnw_graph.wirings.saved import check_saved_wiring
+from dnw_graph.ranking import Ranking
+from dnw_graph.wirings import Wiring
 
 if TYPE_CHECKING:
     import torch_geometric.data
 
 
-class NeuralGraph(nn.Module):
+class NeuralGraph(Ranking):
     r"""A graph of single channels that learns its own edges.
 
     Each node holds one feature map per image and each edge carries a weight:
@@ -50,8 +48,8 @@ class NeuralGraph(nn.Module):
         num_inputs: Dynamic graphs: number of input nodes, the first ones.
         num_outputs: Dynamic graphs: number of output nodes, the last ones.
         wiring: Rule that chooses the real edges: a name (``"dnw"``, ``"random_graph"``, ``"no_update"``,
-            ``"l1_anneal"``, ``"targeted_dropout"``, ``"complete"``, …) or a :class:`~dnw_graph.wirings.Wiring`, which
-            is copied.
+            ``"set"``, ``"rigl"``, ``"complete"``, …), ``"package.module.Class"``, or a
+            :class:`~dnw_graph.wirings.Wiring`, which is copied.
         node_function: What a node does with its input: a name, a module or a factory ``(num_nodes, stride)``; see
             :mod:`dnw_graph.node_functions`.
         dynamics: How states follow from one another: ``"static"``, ``"continuous"`` or a
@@ -105,10 +103,8 @@ class NeuralGraph(nn.Module):
         recompute: bool = False,
         name: str = "graph",
     ) -> None:
-        super().__init__()
+        super().__init__(name)
         require(stride >= 1, f"{name}: stride", "an integer from 1 up", stride)
-        self._chosen: tuple[Tensor, Tensor, int, Tensor] | None = None
-        self.name = name
         self.dynamics = make_dynamics(dynamics)
         self.dynamics.name = name
         self.dynamics.recompute = recompute
@@ -122,12 +118,18 @@ class NeuralGraph(nn.Module):
             output_function,
         )
         self._takes_maps = any(isinstance(function, NormReluConv) for function, _ in self.dynamics.functions())
-        if num_edges is None:
-            num_edges = wiring.edge_index.size(1) if isinstance(wiring, Fixed) else self.num_candidates
-        self.rewire(wiring, num_edges)
+        self.take(self.prepare(wiring, num_edges))
         self.propagation = make_propagation(propagation)
-        self.register_load_state_dict_pre_hook(check_saved_wiring)
-        self.register_load_state_dict_post_hook(_forget_wiring)
+
+    @property
+    def num_candidates(self) -> int:
+        """Number of candidate edges."""
+        return self.candidates.num_candidates
+
+    @property
+    def slots(self) -> tuple[CandidateEdges]:  # type: ignore[override]
+        """Where the weights lie."""
+        return (self.candidates,)
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -150,37 +152,9 @@ class NeuralGraph(nn.Module):
         return self.nodes.num_outputs
 
     @property
-    def num_candidates(self) -> int:
-        """Number of candidate edges."""
-        return self.candidates.num_candidates
-
-    @property
-    def num_edges(self) -> int:
-        """Number of real edges asked for, k; some rules keep another number, see :attr:`num_real_edges`."""
-        return self._num_edges
-
-    @property
-    def num_real_edges(self) -> int:
-        """Number of real edges now: that of :attr:`real_index`."""
-        return self.real_index.numel()
-
-    @property
-    def real_index(self) -> Int[Tensor, " edges"]:
-        """Flat indices of the real edges among the candidates, ascending, for the weights as they are now.
-
-        They are those that evaluation would use, in training too; a copy.
-        """
-        return (self._choose() if self.training else self._real_edges()).clone()
-
-    @property
     def edge_index(self) -> Int[Tensor, "2 edges"]:
         """The real edges now: row 0 the sources, row 1 the targets."""
         return self.candidates.pairs(self.real_index)
-
-    @property
-    def edge_weight(self) -> Float[Tensor, " edges"]:
-        """The weights of the real edges now, in the order of :attr:`edge_index`."""
-        return self.candidates.weight.detach()[self.real_index]
 
     def forward(self, x: Float[Tensor, "batch ..."], **options: Any) -> Float[Tensor, "batch ..."]:
         """Return the states of the output nodes.
@@ -193,7 +167,11 @@ class NeuralGraph(nn.Module):
         dim = self.dynamics.node_dim
         if not self._fits(x, dim):
             raise self._wrong_input(x)
-        edges = RealEdges(self.candidates, self._real_edges(), self.wiring.updates_hallucinated)
+        tensors = (self.candidates.weight,)
+        index = self.real_edges(tensors)
+        learning = self.learning_edges(index, tensors)
+        weight = self.guarded(self.wiring.values(self.candidates.weight))
+        edges = RealEdges(self.candidates, index, weight, learning, self.candidates.probe)
         propagate = self.propagation(edges, x)
         return self.dynamics(propagate.arrange(x) if dim == 1 else x, propagate, **options)
 
@@ -217,91 +195,10 @@ class NeuralGraph(nn.Module):
             x,
         )
 
-    @checked
-    def rewire(self, wiring: str | Wiring, num_edges: int) -> None:
-        """Give the graph another wiring, or another number of edges.
-
-        The candidate weights stay as they are, unless the rule brings its own (:class:`~dnw_graph.wirings.FineTune`,
-        :class:`~dnw_graph.wirings.LotteryTicket`).
-
-        Args:
-            wiring: Rule that chooses the real edges; an object is copied.
-            num_edges: Number of real edges k.
-
-        Raises:
-            InputError: If k is not in 1 … number of candidates, or the name is unknown.
-        """
-        require(num_edges >= 1, f"{self.name}: num_edges", "an integer from 1 up", num_edges)
-        if num_edges > self.num_candidates:
-            raise InputError(
-                f"{self.name}: num_edges = {num_edges:,} is more than the {self.num_candidates:,} candidate edges of "
-                f"blocks {self.blocks}; ask for fewer edges or more nodes"
-            )
-        rule = make_wiring(wiring).to(self.candidates.weight.device)
-        rule.setup(self.candidates, num_edges, self.name)
-        self.wiring = rule.train(self.training)
-        self._num_edges = num_edges
-        self._chosen = None
-
-    def update_wiring(self) -> None:
-        """Choose the real edges anew from the weights as they are now."""
-        self._keep(self._choose())
-
-    def penalty(self) -> Float[Tensor, ""] | None:
-        """Return what the wiring adds to the loss, or None; see :func:`dnw_graph.wiring_penalty`."""
-        return self.wiring.penalty(self.candidates.weight)
-
-    def _choose(self) -> Tensor:
-        index = self.wiring.choose(self.candidates.weight, self.num_edges, self.name)
-        self.wiring.raise_non_finite()
-        check_index(index, self.wiring, self.num_candidates, self.name, wait=True)
-        return index
-
-    def _keep(self, index: Tensor) -> None:
-        """Remember the edges together with the weights that they were chosen for."""
-        weight = self.candidates.weight
-        # The detached alias keeps the storage alive: no other storage can come to lie at the same address.
-        self._chosen = (weight, weight.detach(), version(weight), index)
-
-    def _real_edges(self) -> Tensor:
-        """Return the flat indices for this forward pass, chosen anew where they have to be."""
-        weight = self.candidates.weight
-        choose = self.wiring.choose_to_train if self.training else self.wiring.choose
-        if torch.compiler.is_compiling() or transformed():
-            # Compiled code recomputes by itself, and cannot tell whether the weights have changed. The tensors of a
-            # transform of torch.func have no storage to tell it by, and must not outlive it.
-            return choose(weight, self.num_edges, self.name)
-        if self._chosen is not None:
-            if self.training:
-                # Inside a backward pass a training forward is a recomputation: it must see the same edges.
-                fresh = in_backward_pass()
-            else:
-                chosen_for, alias, changes, _ = self._chosen
-                same_storage = alias.data_ptr() == weight.data_ptr()
-                # Inference tensors keep no version: nothing tells whether they have changed.
-                unchanged = changes == version(weight) != -1
-                fresh = chosen_for is weight and same_storage and unchanged
-            if fresh:
-                return self._chosen[3]
-        index = choose(weight, self.num_edges, self.name)
-        if not self.training:
-            self.wiring.raise_non_finite()
-        check_index(index, self.wiring, self.num_candidates, self.name, wait=not self.training)
-        self._keep(index)
-        return index
-
-    def train(self, mode: bool = True) -> NeuralGraph:
-        """Switch between training and evaluation; a switch to evaluation chooses the real edges anew."""
-        if self.training and not mode:
-            self._chosen = None
-        super().train(mode)
-        return self
-
     def reset_parameters(self) -> None:
         """Draw the candidate weights, and what the wiring made of them, anew."""
         self.candidates.reset_parameters()
-        self.wiring.setup(self.candidates, self.num_edges, self.name)
-        _forget_wiring(self)
+        self.set_up_anew()
 
     @checked
     def live_nodes(self, live_outputs: Bool[Tensor, " outputs"] | None = None) -> Bool[Tensor, " nodes"]:
@@ -312,12 +209,7 @@ class NeuralGraph(nn.Module):
         """
         live = torch.zeros(self.num_nodes, dtype=torch.bool, device=self.candidates.weight.device)
         live[-self.num_outputs :] = True if live_outputs is None else live_outputs
-        source, target = self.edge_index
-        count = -1
-        while (now := int(live.sum())) != count:
-            count = now
-            live[source[live[target]]] = True
-        return live
+        return reaching(self.edge_index, live)
 
     def to_data(self) -> torch_geometric.data.Data:
         """Return the wiring as a PyG graph.
@@ -342,9 +234,6 @@ class NeuralGraph(nn.Module):
             live_mask=self.live_nodes().cpu(),
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_chosen": None}
-
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(name={self.name!r}, blocks={self.blocks}, nodes={self.num_nodes:,}, "
@@ -368,26 +257,3 @@ def _make_nodes(
     if blocks is not None or num_nodes is None or num_inputs is None or num_outputs is None:
         raise InputError("a dynamic graph is given by num_nodes, num_inputs and num_outputs, without blocks")
     return Nodes.flat(num_nodes, num_inputs, num_outputs)
-
-
-def _forget_wiring(graph: NeuralGraph, *_: Any) -> None:
-    """Have a graph choose its edges anew, after its weights were loaded or drawn anew."""
-    graph._chosen = None
-    graph.wiring.forget_weights()
-
-
-def wiring_penalty(model: nn.Module) -> Float[Tensor, ""]:
-    """Return what the wirings of all graphs of a model add to the loss: zero for most rules.
-
-    :class:`~dnw_graph.wirings.L1Anneal` needs it. In a training loop of your own, after the forward pass:
-    ``loss = cross_entropy(scores, labels) + wiring_penalty(model)``.
-
-    Args:
-        model: Any module with neural graphs or sparse layers in it.
-    """
-    if not isinstance(model, nn.Module):
-        raise wrong("wiring_penalty: model", "a Module", model)
-    # Neural graphs, and the graphs of sparse layers, which this module does not know.
-    graphs: list[Any] = [each for each in model.modules() if isinstance(getattr(each, "wiring", None), Wiring)]
-    terms = [term for graph in graphs if (term := graph.penalty()) is not None]
-    return torch.stack(terms).sum() if terms else torch.zeros(())

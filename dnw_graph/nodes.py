@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+from jaxtyping import Bool, Int
+from torch import Tensor
+
 from dnw_graph.arguments import checked, require
+
+
+def reaching(
+    edge_index: Int[Tensor, "2 edges"],
+    wanted: Bool[Tensor, " nodes"],
+    widen: Callable[[Bool[Tensor, " nodes"]], object] | None = None,
+) -> Bool[Tensor, " nodes"]:
+    """Return the nodes from which a directed path of edges leads to a wanted one, these included.
+
+    Args:
+        edge_index: The edges, row 0 the sources, row 1 the targets.
+        wanted: The nodes to reach.
+        widen: Adds, in place, nodes that are needed with others.
+    """
+    live, (source, target), count = wanted.clone(), edge_index, -1
+    while (now := int(live.sum())) != count:
+        count = now
+        live[source[live[target]]] = True
+        if widen is not None:
+            widen(live)
+    return live
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
-from dnw_graph.neural_graph import NeuralGraph
-from dnw_graph.sparsify import WeightGraph
+from dnw_graph.ranking import Ranking, rankings
 from dnw_graph.wirings import FineTune, LotteryTicket
 
 
@@ -28,7 +27,7 @@ def fine_tune(complete: nn.Module) -> nn.Module:
     """
     model = copy.deepcopy(complete)
     for graph in _graphs(model):
-        graph.rewire(FineTune(graph.candidates.weight), graph.num_edges)
+        graph.rewire(FineTune(graph.view().weight), graph.num_edges)
     return model
 
 
@@ -47,18 +46,18 @@ def lottery_ticket(complete: nn.Module, initial: Mapping[str, Tensor]) -> nn.Mod
     """
     model = copy.deepcopy(complete)
     graphs = _graphs(model)
-    trained = [graph.candidates.weight.detach().clone() for graph in graphs]
+    trained = [graph.view().weight.detach().clone() for graph in graphs]
     try:
         model.load_state_dict(initial)
     except RuntimeError as error:
         raise InputError("the initial state is not of this model: give the state_dict from before training") from error
     for graph, weight in zip(graphs, trained, strict=True):
-        graph.rewire(LotteryTicket(weight, graph.candidates.weight), graph.num_edges)
+        graph.rewire(LotteryTicket(weight, graph.view().weight), graph.num_edges)
     return model
 
 
-def _graphs(model: nn.Module) -> list[NeuralGraph | WeightGraph]:
-    graphs = [module for module in model.modules() if isinstance(module, NeuralGraph | WeightGraph)]
+def _graphs(model: nn.Module) -> list[Ranking]:
+    graphs = [graph for _, graph in rankings(model)]
     if not graphs:
         raise InputError(
             f"a {type(model).__name__} has no neural graph and no sparse weight, so there is no wiring to keep"

@@ -57,7 +57,7 @@ def plot(graph: NeuralGraph | Data, top: int = 1000, ax: matplotlib.axes.Axes | 
 
     Args:
         graph: A graph, or what its :meth:`~dnw_graph.NeuralGraph.to_data` returned. For a graph within a model, set
-            ``data.live_mask`` to its entry of :func:`dnw_graph.cost.live_nodes` to see the nodes that are dead there.
+            ``data.live_mask`` to its entry of :func:`dnw_graph.analysis.cost.live_nodes` to see what is dead there.
         top: How many edges to draw at most, those of largest |w|.
         ax: Where to draw. Default: a new figure of a size that fits the graph.
 
@@ -189,7 +189,7 @@ def plot_adjacency(graph: NeuralGraph, ax: matplotlib.axes.Axes | None = None) -
     ax.set_ylim(max(block.targets.stop for block in blocks), min(block.targets.start for block in blocks))
     ax.set_xlabel("source")
     ax.set_ylabel("target")
-    ax.set_title(f"{graph.num_edges:,} of {graph.num_candidates:,} candidate edges are real")
+    ax.set_title(f"{graph.num_real_edges:,} of {graph.num_candidates:,} candidate edges are real")
     return ax
 
 

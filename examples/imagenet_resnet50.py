@@ -26,17 +26,14 @@ from torch import nn
 
 from dnw_graph import InputError
 from dnw_graph.errors import unknown_name
-from dnw_graph.registry import build
-from dnw_graph.sparse_momentum import SparseMomentum
-from dnw_graph.sparsify import sparsify
-from dnw_graph.sparsify.budget import DISTRIBUTIONS
+from dnw_graph.sparse_layers import sparsify
+from dnw_graph.sparse_layers.budget import DISTRIBUTIONS
 from dnw_graph.training import RunOptions, WiringOptions, main, option
-from dnw_graph.wirings import WIRINGS, Wiring
+from dnw_graph.wirings import Wiring
 
 MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 LARGE_IMAGE = 64
 FIRST_LAYER = "conv1"
-RULES = {**WIRINGS, "sparse_momentum": SparseMomentum}
 
 
 @dataclass(frozen=True)
@@ -49,15 +46,6 @@ class ResNetOptions(WiringOptions):
     distribution: str = option(
         "uniform", f"how the weights are divided among layers: one of {', '.join(DISTRIBUTIONS)}"
     )
-    wiring: str = option("dnw", f"rule that chooses the weights: one of {', '.join(sorted(RULES))}")
-
-    def create(self, num_classes: int, image_size: int) -> nn.Module:
-        """Return the model, also with sparse momentum, which is a rule for whole models and so not among the others."""
-        if self.wiring in WIRINGS:
-            return super().create(num_classes, image_size)
-        if self.complete is not None:
-            raise InputError(f"--complete is for --wiring lottery_ticket or fine_tune; got --wiring {self.wiring}")
-        return self.with_wiring(build("wiring", self.wiring, RULES, self.wiring_options), num_classes, image_size)
 
     def with_wiring(self, wiring: Wiring, num_classes: int, image_size: int) -> nn.Module:
         """Return the model with a wiring for the weights of every layer."""

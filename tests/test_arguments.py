@@ -251,14 +251,12 @@ def test_autocast_takes_what_it_converts():
 
 def test_a_rule_with_an_init_of_its_own():
     class Own(Wiring):
-        updates_hallucinated = True
-
         def __init__(self, share):
             super().__init__()
             self.share = share
 
-        def choose(self, weight, num_edges, name):
-            return self.largest(weight, num_edges, name)
+        def choose(self, view):
+            return self.largest(view, view.k)
 
     graph = NeuralGraph((3, 4, 2), 9, wiring=Own("anything"))
     assert copy.deepcopy(graph).wiring.share == "anything"

@@ -17,8 +17,8 @@ import matplotlib.pyplot as plt
 import pytest
 from pairs import rest_is_slow
 
+from dnw_graph.analysis.cost import cost
 from dnw_graph.candidates import CandidateEdges
-from dnw_graph.cost import cost
 from dnw_graph.models import STAGES, MobileNetV1DNW, edges_at_width
 
 ROOT = Path(__file__).parent.parent

@@ -27,8 +27,19 @@ def run(program):
 
 
 def test_no_heavy_package_is_imported():
-    modules = "dnw_graph, dnw_graph.models, dnw_graph.ops, dnw_graph.sparsify"
+    modules = "dnw_graph, dnw_graph.models, dnw_graph.ops, dnw_graph.sparse_layers"
     assert run(f"import sys, {modules}; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
+
+
+def test_names_of_functions_are_functions_whatever_was_imported_before():
+    program = """
+import dnw_graph.compaction.model, dnw_graph.sparse_layers.apply, dnw_graph.analysis.cost
+import dnw_graph
+from dnw_graph import attach, compact, cost, sparsify
+print([each.__module__ for each in (sparsify, compact, cost, attach)])
+"""
+    modules = ["sparse_layers.apply", "compaction.model", "analysis.cost", "wirings.updates"]
+    assert run(program) == str([f"dnw_graph.{name}" for name in modules])
 
 
 @pytest.mark.slow
@@ -56,13 +67,13 @@ def test_programs_that_train_start_without_a_warning():
 @pytest.mark.slow
 def test_compact_models_are_loaded_without_pyg_and_solvers(tmp_path):
     pytest.importorskip("safetensors")
-    from dnw_graph.compact import compact, save_compact
+    from dnw_graph.compaction import compact, save_compact
 
     path = tmp_path / "graph.safetensors"
     save_compact(compact(dnw_graph.NeuralGraph((2, 3, 2), 6).eval()), path)
     program = f"""
 import sys, torch
-from dnw_graph.compact import load_compact
+from dnw_graph.compaction import load_compact
 load_compact({str(path)!r})(torch.randn(1, 2, 4, 4))
 print([m for m in ("torch_geometric", "torchdiffeq", "torchvision", "lightning") if m in sys.modules])
 """

@@ -120,7 +120,7 @@ def test_shape_of_the_output(stride, height_width):
 
 def test_candidate_weights_are_one_flat_entry_of_the_state_dict():
     graph = make_graph(node_function=nn.Tanh())
-    assert list(graph.state_dict()) == ["candidates.weight"]
+    assert list(graph.state_dict()) == ["num_edges", "rule", "candidates.weight"]
     assert graph.state_dict()["candidates.weight"].shape == (len(PAIRS),)
     assert [name for name, _ in graph.named_parameters()] == ["candidates.weight"]
 

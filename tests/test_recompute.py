@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dnw_graph import Continuous, Discrete, InputError, NeuralGraph
-from dnw_graph.cost import neural_graphs
+from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.models import create_model
 from dnw_graph.propagation import PROPAGATIONS
 from dnw_graph.training import RunOptions, read_checkpoint

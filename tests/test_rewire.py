@@ -41,11 +41,9 @@ def x():
 class Refusing(Wiring):
     """Fails after it has looked at the graph."""
 
-    updates_hallucinated = True
-
-    def setup(self, candidates, num_edges, name):
-        self.scores = candidates.weight.detach().clone()
-        raise InputError(f"{name}: no")
+    def setup(self, view):
+        self.scores = view.weight.clone()
+        raise InputError(f"{view.name}: no")
 
 
 REFUSED = {

@@ -28,7 +28,7 @@ from table3_rows import NAMES, ROWS, SIDE, Nearest, Row
 from torch import nn
 
 from dnw_graph import InputError
-from dnw_graph.cost import cost
+from dnw_graph.analysis.cost import cost
 from dnw_graph.errors import unknown_name
 from dnw_graph.models import STAGES, create_model, edges_at_width
 from dnw_graph.whole_file import write_whole

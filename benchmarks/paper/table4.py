@@ -24,8 +24,8 @@ from rows import Row, Table
 from runner import main as run_table
 from torchvision.models import resnet50
 
-from dnw_graph.sparsify.budget import edges_per_weight
-from dnw_graph.sparsify.layers import find_weights
+from dnw_graph.sparse_layers.budget import edges_per_weight
+from dnw_graph.sparse_layers.layers import find_weights
 
 # Top-1 and top-5 accuracy in percent, by the share of weights in percent. Table 4 has both at 10, 20, 30 and 100;
 # the rows that were published later have top-1 alone.

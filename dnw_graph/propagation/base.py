@@ -34,14 +34,23 @@ class RealEdges:
     """The real edges of one forward pass.
 
     Attributes:
-        candidates: The graph's candidates, whose ``weight`` gets the gradient.
+        candidates: The graph's candidates.
         index: Flat indices of the real edges, ascending: ``[k]``.
-        updates_hallucinated: Whether every candidate gets ⟨Z_u, ∂L/∂I_v⟩, or the real edges only.
+        weight: What each candidate computes with if it is real, ``[num_candidates]``; gets the gradient.
+        learning: Flat indices of the candidates that get ⟨Z_u, ∂L/∂I_v⟩; None for all, ``index`` for the real edges.
+        probe: Gets that of every candidate besides, where a rule asks for it.
     """
 
     candidates: CandidateEdges
     index: Int[Tensor, " edges"]
-    updates_hallucinated: bool
+    weight: Float[Tensor, " candidates"]
+    learning: Int[Tensor, " learning"] | None = None
+    probe: Float[Tensor, " candidates"] | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether anybody needs the gradient of candidates that are not real."""
+        return self.learning is not self.index or self.probe is not None
 
     @property
     def complete(self) -> bool:
@@ -58,9 +67,9 @@ class RealEdges:
 
     def restrict(self, gradient: Float[Tensor, " candidates"]) -> Float[Tensor, " candidates"]:
         """Keep the part of a gradient of all candidates that the wiring asks for."""
-        if self.updates_hallucinated or self.complete:
+        if self.learning is None or self.learning.numel() == gradient.numel():
             return gradient
-        return torch.zeros_like(gradient).index_copy_(0, self.index, gradient[self.index])
+        return torch.zeros_like(gradient).index_copy_(0, self.learning, gradient[self.learning])
 
     def split(self, flat: Float[Tensor, " candidates"]) -> list[Tensor]:
         """Split a flat vector into the blocks' matrices ``[targets, sources]``; its backward is one concatenation."""

@@ -14,6 +14,7 @@ from dnw_graph.candidates import Block
 from dnw_graph.ops.checks import batched
 from dnw_graph.ops.layout import owned, traced, transformed, unseen
 from dnw_graph.propagation.base import Concatenated, Propagate, Propagation, RealEdges, States, autocast_dtype
+from dnw_graph.propagation.gradient import real_weights, transformable
 from dnw_graph.propagation.message_passing import MessagePassingPropagation
 
 
@@ -37,9 +38,7 @@ class BlockPropagation(Propagation):
         """Scatter the real weights into dense blocks."""
         if x.is_cpu and unseen() and not _finite(x):
             return MessagePassingPropagation("csr")(edges, x)
-        weights = edges.split(
-            _transformable(edges) if transformed() else _RealWeights.apply(edges.candidates.weight, edges)
-        )
+        weights = edges.split(transformable(edges) if transformed() else real_weights(edges))
 
         def product(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
             return F.linear(z.movedim(1, -1), weights[number][rows, columns]).movedim(-1, 1)
@@ -58,30 +57,6 @@ class BlockPropagation(Propagation):
 def _finite(x: Tensor) -> bool:
     """Return whether all values are finite; one pass over them, unless their sum is not."""
     return math.isfinite(x.sum().item()) or bool(x.isfinite().all())
-
-
-class _RealWeights(torch.autograd.Function):
-    """All candidate weights with the hallucinated ones set to zero; the gradient passes to every candidate."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, edges: RealEdges) -> Tensor:
-        ctx.edges = edges
-        if edges.complete:
-            return weight.view_as(weight)
-        # Not in place: of that, torch.compile of PyTorch 2.11 makes a gradient of zero.
-        return torch.zeros_like(weight).index_copy(0, edges.index, weight[edges.index])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.edges.restrict(grads[0]), None
-
-
-def _transformable(edges: RealEdges) -> Tensor:
-    """Return what :class:`_RealWeights` returns, with its gradients, by operators that ``torch.func`` transforms."""
-    weight = edges.candidates.weight
-    real = torch.zeros_like(weight).index_copy(0, edges.index, weight[edges.index])
-    # Exact: w + (w − w) is w, and w + (0 − w) is 0.
-    return weight + (real - weight).detach() if edges.updates_hallucinated else real
 
 
 class _States(States):

@@ -17,6 +17,7 @@ from dnw_graph.ops.checks import first_order
 from dnw_graph.ops.layout import owned, transformed
 from dnw_graph.ops.sparse import by_source
 from dnw_graph.propagation.base import Propagate, Propagation, RealEdges
+from dnw_graph.propagation.gradient import candidate_weights
 
 if TYPE_CHECKING:
     from dnw_graph.propagation.weighted_sum import WeightedSum
@@ -64,7 +65,7 @@ class MessagePassingPropagation(Propagation):
                 "propagation='message_passing' cannot be transformed by torch.func; use propagation='auto'"
             )
         blocks = edges.candidates.blocks
-        weights = edges.split(_restricted(edges))
+        weights = edges.split(candidate_weights(edges))
         local = edges.local
 
         def product(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -119,25 +120,6 @@ class MessagePassingPropagation(Propagation):
     def extra_repr(self) -> str:
         """Options, for ``repr``."""
         return f"adjacency={self.adjacency!r}"
-
-
-def _restricted(edges: RealEdges) -> Tensor:
-    """Return the flat weights, with a gradient for the candidates that the wiring names."""
-    weight = edges.candidates.weight
-    return weight if edges.updates_hallucinated else _Restrict.apply(weight, edges)
-
-
-class _Restrict(torch.autograd.Function):
-    """The identity; its gradient is kept for the real edges only."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, edges: RealEdges) -> Tensor:
-        ctx.edges = edges
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.edges.restrict(grads[0]), None
 
 
 class _CandidateGradient(torch.autograd.Function):

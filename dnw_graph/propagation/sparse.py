@@ -18,6 +18,7 @@ from dnw_graph.ops.dense import product_with_transpose
 from dnw_graph.ops.layout import batch_last, owned, takes, traced
 from dnw_graph.ops.sparse import by_source, product_of_pieces, sampled
 from dnw_graph.propagation.base import Propagate, Propagation, RealEdges, States, autocast_dtype
+from dnw_graph.propagation.gradient import candidate_weights
 
 
 class SparsePropagation(Propagation):
@@ -41,13 +42,13 @@ class SparsePropagation(Propagation):
                 "propagation='sparse' calls kernels that cannot be traced or transformed; use propagation='auto'"
             )
         lower = autocast_dtype(x)
-        if not takes(x) or edges.candidates.weight.dtype != x.dtype or lower is not None:
+        if not takes(x) or edges.weight.dtype != x.dtype or lower is not None:
             autocast = "" if lower is None else f" under autocast to {lower}"
             raise InputError(
                 f"propagation='sparse' takes float32 or float64 on a CPU; got states of {x.dtype} on {x.device}"
                 f"{autocast}: use propagation='auto'"
             )
-        weights = edges.split(edges.candidates.weight)
+        weights = edges.split(_weights(edges))
         local = edges.local
         parts: dict[tuple[int, int, int, int, int], _Adjacency] = {}
 
@@ -55,7 +56,7 @@ class SparsePropagation(Propagation):
             key = (number, rows.start, rows.stop, columns.start, columns.stop)
             if key not in parts:
                 parts[key] = _part(edges, local[number], number, rows, columns)
-            return _Product.apply(batch_last(z), weights[number][rows, columns], parts[key], edges.updates_hallucinated)
+            return _Product.apply(batch_last(z), weights[number][rows, columns], parts[key], edges.dense)
 
         return Propagate(
             edges.candidates.blocks, weights, product, batch_last, lambda feeding: _States(_Pass(edges, feeding))
@@ -83,6 +84,11 @@ class _Adjacency:
         return torch.repeat_interleave(self.rowptr.diff(), output_size=len(self.columns))
 
 
+def _weights(edges: RealEdges) -> Tensor:
+    """Return what gets the gradient: where only real edges do, the products compute no other."""
+    return candidate_weights(edges) if edges.dense else edges.weight
+
+
 def _adjacency(targets: Tensor, sources: Tensor, values: Tensor, shape: tuple[int, int]) -> _Adjacency:
     """Return the edges in CSR; they must be sorted by target."""
     rowptr = torch.searchsorted(targets, torch.arange(shape[0] + 1))
@@ -93,7 +99,7 @@ def _part(edges: RealEdges, local: Tensor, number: int, rows: slice, columns: sl
     """Return the edges of a part of a block, counted from the part's corner."""
     block: Block = edges.candidates.blocks[number]
     targets, sources = block.within(local, rows, columns)
-    weight = edges.candidates.block_weight(block).detach()[rows, columns]
+    weight = edges.candidates.block_weight(block, edges.weight.detach())[rows, columns]
     return _adjacency(targets, sources, weight[targets, sources], (weight.size(0), weight.size(1)))
 
 
@@ -101,8 +107,8 @@ class _Product(torch.autograd.Function):
     """I = A Z; Z gets its gradient through the real edges, every candidate, or every real edge, ⟨Z_u, ∂L/∂I_v⟩."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, weight: Tensor, adjacency: _Adjacency, updates_hallucinated: bool) -> Tensor:
-        ctx.adjacency, ctx.updates_hallucinated = adjacency, updates_hallucinated
+    def forward(ctx: Any, z: Tensor, weight: Tensor, adjacency: _Adjacency, dense: bool) -> Tensor:
+        ctx.adjacency, ctx.dense = adjacency, dense
         ctx.save_for_backward(z)
         received = product_of_pieces([_rows(z)], adjacency.rowptr, adjacency.columns, adjacency.values)
         return owned(_maps(received, z))
@@ -117,7 +123,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             starts, targets, values, _ = adjacency.by_source
             z_grad = _maps(product_of_pieces([received_grad], starts, targets, values), z)
-        if ctx.needs_input_grad[1] and ctx.updates_hallucinated:
+        if ctx.needs_input_grad[1] and ctx.dense:
             weight_grad = product_with_transpose(received_grad, _rows(z))
         elif ctx.needs_input_grad[1]:
             weight_grad = z.new_zeros(len(received_grad), z.size(1))
@@ -135,7 +141,7 @@ class _States(States):
 
     def __init__(self, common: _Pass) -> None:
         self.common = common
-        self.chain: Tensor = common.edges.candidates.weight
+        self.chain: Tensor = _weights(common.edges)
 
     def receive(self, number: int, z: Tensor) -> Tensor:
         """Return what the next block receives from all blocks that feed it."""
@@ -155,7 +161,7 @@ class _Pass:
             rows, columns = block.within(local, slice(0, block.shape[0]), slice(0, block.shape[1]))
             targets.append(rows + block.targets.start)
             sources.append(columns + block.sources.start)
-        values = edges.candidates.weight.detach()[edges.index]
+        values = edges.weight.detach()[edges.index]
         # Nodes are counted over the whole graph; a block's targets follow on those of the block before it.
         size = (self.starts[-1], self.starts[-1])
         self.adjacency = _adjacency(torch.cat(targets), torch.cat(sources), values, size)
@@ -196,12 +202,12 @@ class _Pass:
 
     def gradient_of_weights(self, number: int, z: Tensor) -> None:
         """Write the gradient of all candidates that lead from a block's nodes."""
-        weight = self.edges.candidates.weight
+        weight = self.edges.weight
         if self.weight_grad is None:
             # A backward pass from the outputs writes to all candidates, one from states within to some of them.
-            complete = number == len(self.feeding) - 1 and self.edges.updates_hallucinated
+            complete = number == len(self.feeding) - 1 and self.edges.dense
             self.weight_grad = torch.empty_like(weight) if complete else torch.zeros_like(weight)
-        if not self.edges.updates_hallucinated:
+        if not self.edges.dense:
             starts, targets, _, order = self.adjacency.by_source
             rowptr, own = self.edges_of(starts, number)
             pieces = self.gradients_after(number, z)
@@ -237,7 +243,7 @@ class _Receive(torch.autograd.Function):
             # No later block has been here: a backward pass begins.
             common.received_grads, common.weight_grad = {}, None
         common.received_grads[number] = None if grads[0] is None else _rows(batch_last(grads[0]))
-        if common.edges.candidates.weight.requires_grad:
+        if common.edges.weight.requires_grad:
             common.gradient_of_weights(number, z)
         z_grad = common.gradient_of_states(number, z) if ctx.needs_input_grad[0] else None
         if number > 0:

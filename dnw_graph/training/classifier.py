@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from dnw_graph.analysis.cost import NORMS
 from dnw_graph.arguments import checked, require
-from dnw_graph.cost import NORMS
-from dnw_graph.neural_graph import wiring_penalty
+from dnw_graph.ranking import wiring_penalty
 from dnw_graph.training.order import Purpose, mix
+from dnw_graph.wirings.updates import own_decay
 
 
 class Classifier(LightningModule):
@@ -103,12 +104,14 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return SGD and the schedule, applied after every step."""
-        groups: list[dict[str, Any]] = [{"params": list(self.parameters())}]
+        decays = own_decay(self)
         if not self.norm_weight_decay:
-            norms = {p for m in self.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
-            others = [p for p in self.parameters() if p not in norms]
-            in_norms = [p for p in self.parameters() if p in norms]
-            groups = [{"params": others}, {"params": in_norms, "weight_decay": 0.0}]
+            norms = [m for m in self.modules() if isinstance(m, NORMS)]
+            decays |= {p: 0.0 for m in norms for p in m.parameters(recurse=False)}
+        groups: list[dict[str, Any]] = [{"params": [p for p in self.parameters() if p not in decays]}]
+        for decay in sorted(set(decays.values())):
+            own = [p for p in self.parameters() if decays.get(p) == decay]
+            groups.append({"params": own, "weight_decay": decay})
         optimizer = torch.optim.SGD(groups, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

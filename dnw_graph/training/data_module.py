@@ -86,6 +86,8 @@ class DataModule(LightningDataModule):
         self.images = images
         self.batch_size = options.batch_size
         self.seed = options.seed
+        if options.image_size is None and images.name not in DEFAULT_SIZES:
+            raise InputError(f"images {images.name!r} have no size of their own: give --image-size")
         self.image_size = options.image_size or DEFAULT_SIZES[images.name]
         self.steps_per_epoch = len(images.train) // options.batch_size
         if not self.steps_per_epoch:

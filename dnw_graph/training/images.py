@@ -157,7 +157,7 @@ class ImageData:
     """Training and test images with the names of their classes.
 
     Attributes:
-        name: ``digits``, ``cifar10`` or ``folder``.
+        name: ``digits``, ``cifar10`` or ``folder``; other names need ``image_size`` among the options.
         train: Images to learn from.
         test: Images to evaluate on.
         classes: Class names, in the order of their labels.

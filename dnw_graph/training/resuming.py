@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from dnw_graph.cost import neural_graphs
+from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.errors import InputError
 from dnw_graph.training.checkpoint_io import damaged
 from dnw_graph.training.checkpoints import Checkpoints, loop_state

@@ -15,9 +15,9 @@ from torch import nn
 
 from dnw_graph import stopping
 from dnw_graph._compat import leave_signals_alone
+from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.arguments import checked
-from dnw_graph.compact import compact
-from dnw_graph.cost import neural_graphs
+from dnw_graph.compaction import compact
 from dnw_graph.errors import InputError
 from dnw_graph.training.checkpoint_io import SECTION, WholeFileIO, read_checkpoint
 from dnw_graph.training.checkpoints import Checkpoints
@@ -32,13 +32,12 @@ from dnw_graph.training.ranks import start_ranks
 from dnw_graph.training.resuming import check_resumable, check_weights
 from dnw_graph.training.schedules import SCHEDULES, after_warmup
 from dnw_graph.training.shipping import check_export, export
-from dnw_graph.training.sparse_momentum import SparseMomentumCallback
 from dnw_graph.training.summary import Summary, summarize, write_files
 from dnw_graph.training.throughput import Throughput
 from dnw_graph.training.training_cost import TrainingCost
 from dnw_graph.training.trial import check_step
 from dnw_graph.training.wiring_monitor import WiringMonitor
-from dnw_graph.wirings import Wiring
+from dnw_graph.training.wiring_updates import WiringUpdates
 
 # Steps between two looks at the loss for the progress bar, for which the host waits for the device.
 STEPS_SHOWN_ON_GPU = 20
@@ -92,9 +91,6 @@ def run(
         check_same_run(path, checkpoint[SECTION]["options"], identity, names)
     check_step(model, data.image_size, options, on_gpu(options))
     num_steps = options.epochs * data.steps_per_epoch
-    for wiring in model.modules():
-        if isinstance(wiring, Wiring):
-            wiring.set_num_steps(num_steps)
     warmup_steps = options.warmup_epochs * data.steps_per_epoch
     module = Classifier(
         model,
@@ -138,9 +134,9 @@ def _train(
     checkpoints = Checkpoints(folder, options.save_every, identity, table)
     # Checkpoints come last: they hold what the others made of a step.
     num_steps = options.epochs * data.steps_per_epoch
-    momentum = SparseMomentumCallback(module.model, num_steps, data.steps_per_epoch)
+    updates = WiringUpdates(num_steps, data.steps_per_epoch)
     log = StepLog(min(STEPS_PER_ROW, data.steps_per_epoch))
-    callbacks = [monitor, training_cost, momentum, log, checkpoints]
+    callbacks = [updates, monitor, training_cost, log, checkpoints]
     trainer = _trainer(options, callbacks, [table, events])
     if options.resume and checkpoint:
         check_resumable(options.resume, checkpoint, trainer, callbacks, module, data.steps_per_epoch)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dnw_graph.compact import CompactModel, compact, save_compact
+from dnw_graph.compaction import CompactModel, compact, save_compact
 from dnw_graph.errors import InputError
 from dnw_graph.whole_file import make_writable, write_whole
 
@@ -41,11 +41,11 @@ def check_export(path: Path) -> None:
 def export(model: nn.Module, path: Path, example: Tensor) -> None:
     """Write the compact form of a model, whole or not at all.
 
-    - ``.safetensors``: wiring and weights, for :func:`~dnw_graph.compact.load_compact`;
+    - ``.safetensors``: wiring and weights, for :func:`~dnw_graph.compaction.load_compact`;
     - ``.pt2``: a program of ``torch.export``, with sparse products over the edges of neural graphs;
     - ``.onnx``: with dense products.
 
-    Sparse weights of layers (see :func:`~dnw_graph.sparsify.sparsify`) are written as dense ones with zeros.
+    Sparse weights of layers (see :func:`~dnw_graph.sparse_layers.sparsify`) are written as dense ones with zeros.
 
     Args:
         model: The model.

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dnw_graph.cost import cost, live_nodes, neural_graphs
+from dnw_graph.analysis.cost import cost, live_nodes, neural_graphs
 from dnw_graph.neural_graph import NeuralGraph
-from dnw_graph.sparsify import to_data, weight_graphs
-from dnw_graph.sparsify.access import sparse_weights
-from dnw_graph.sparsify.layers import LayerWeight
+from dnw_graph.sparse_layers import to_data, weight_graphs
+from dnw_graph.sparse_layers.access import sparse_weights
+from dnw_graph.sparse_layers.layers import LayerWeight
 from dnw_graph.training.wiring_monitor import edges_swapped, real_edges
 from dnw_graph.whole_file import make_writable, write_whole
 
@@ -44,7 +44,7 @@ class GraphSummary:
 
 @dataclass(frozen=True)
 class WeightSummary:
-    """One sparse weight of a layer, see :func:`dnw_graph.sparsify.sparsify`.
+    """One sparse weight of a layer, see :func:`dnw_graph.sparse_layers.sparsify`.
 
     Attributes:
         weights: Number of weights.

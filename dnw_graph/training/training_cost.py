@@ -14,11 +14,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.arguments import checked
-from dnw_graph.cost import neural_graphs
 from dnw_graph.propagation import Propagate, Propagation, RealEdges
 from dnw_graph.propagation.base import States
-from dnw_graph.sparsify.forward_pass import RealWeights
+from dnw_graph.sparse_layers.forward_pass import RealWeights
 
 
 class TrainingCost(Callback):
@@ -136,7 +136,8 @@ def _weight(layer: nn.Module) -> tuple[Tensor, Fraction, Fraction]:
     if not isinstance(sparse, RealWeights) or sparse.mask is None:
         return weight, Fraction(1), Fraction(1)
     real = Fraction(int(sparse.mask.count_nonzero()), weight.numel())
-    return weight, real, Fraction(1) if sparse.parts[0][1].wiring.updates_hallucinated else real
+    dense = sparse.learning is not sparse.mask or sparse.probe is not None
+    return weight, real, Fraction(1) if dense else real
 
 
 def passes(weight: Tensor, to_source: bool) -> int:
@@ -178,7 +179,7 @@ class _GraphCounter:
         if self.edges is None:
             return 0
         real = self.edges.index.numel() / self.edges.candidates.num_candidates
-        return real * self.through_edges + (1 if self.edges.updates_hallucinated else real) * self.to_weights
+        return real * self.through_edges + (1 if self.edges.dense else real) * self.to_weights
 
 
 class _CountedStates(States):

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from dnw_graph.analysis.cost import live_nodes, neural_graphs
 from dnw_graph.arguments import checked
-from dnw_graph.cost import live_nodes, neural_graphs
 
 
 def real_edges(model: nn.Module) -> dict[str, Tensor]:

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from dnw_graph.arguments import checked
+from dnw_graph.errors import InputError
 from dnw_graph.registry import build, resolve
+from dnw_graph.wirings.ac_dc import ACDC
 from dnw_graph.wirings.base import Wiring
 from dnw_graph.wirings.complete import Complete
 from dnw_graph.wirings.dnw import DNW
-from dnw_graph.wirings.fine_tune import FineTune
 from dnw_graph.wirings.fixed import Fixed
+from dnw_graph.wirings.gmp import GMP
 from dnw_graph.wirings.l1_anneal import L1Anneal
-from dnw_graph.wirings.lottery_ticket import LotteryTicket
+from dnw_graph.wirings.nm import NM
 from dnw_graph.wirings.no_update import NoUpdate
 from dnw_graph.wirings.random_graph import RandomGraph
-from dnw_graph.wirings.schedule import Schedule, Scheduled
+from dnw_graph.wirings.rigl import RigL
+from dnw_graph.wirings.schedule import Schedule
+from dnw_graph.wirings.soft_threshold import STR
+from dnw_graph.wirings.sparse_evolution import SET
+from dnw_graph.wirings.sparse_momentum import SparseMomentum
 from dnw_graph.wirings.targeted_dropout import TargetedDropout
+from dnw_graph.wirings.top_kast import TopKAST
+from dnw_graph.wirings.two_stage import FineTune, LotteryTicket
+from dnw_graph.wirings.view import View
 
 __all__ = [
+    "ACDC",
     "DNW",
+    "GMP",
+    "NM",
+    "SET",
+    "STR",
     "WIRINGS",
     "Complete",
     "FineTune",
@@ -28,29 +43,64 @@ __all__ = [
     "LotteryTicket",
     "NoUpdate",
     "RandomGraph",
+    "RigL",
     "Schedule",
-    "Scheduled",
+    "SparseMomentum",
     "TargetedDropout",
+    "TopKAST",
+    "View",
     "Wiring",
     "create_wiring",
     "make_wiring",
+    "register_wiring",
+    "wiring_name",
 ]
 
 WIRINGS: dict[str, type[Wiring]] = {
+    "ac_dc": ACDC,
     "complete": Complete,
     "dnw": DNW,
     "fine_tune": FineTune,
+    "gmp": GMP,
     "l1_anneal": L1Anneal,
     "lottery_ticket": LotteryTicket,
+    "nm": NM,
     "no_update": NoUpdate,
     "random_graph": RandomGraph,
+    "rigl": RigL,
+    "set": SET,
+    "sparse_momentum": SparseMomentum,
+    "str": STR,
     "targeted_dropout": TargetedDropout,
+    "top_kast": TopKAST,
 }
+"""The rules by name."""
+
+
+@checked
+def register_wiring(name: str, rule: type[Wiring]) -> None:
+    """Give a rule of your own a name, for graphs, command lines, YAML files and tables.
+
+    Args:
+        name: The name.
+        rule: The class.
+
+    Raises:
+        InputError: If another rule has the name.
+    """
+    if WIRINGS.setdefault(name, rule) is not rule:
+        raise InputError(f"the wiring {name!r} is {WIRINGS[name].__qualname__} already: choose another name")
+
+
+def wiring_name(rule: type[Wiring]) -> str:
+    """Return the name of a rule: the one it is registered by, or ``package.module.Class``."""
+    names = (name for name, known in WIRINGS.items() if known is rule)
+    return next(names, f"{rule.__module__}.{rule.__qualname__}")
 
 
 def make_wiring(wiring: str | Wiring) -> Wiring:
-    """Return a wiring of its own for one graph, see ``dnw_graph.registry.resolve``."""
-    return resolve("wiring", wiring, Wiring, WIRINGS)
+    """Return a wiring of its own for one graph, from a name, ``package.module.Class`` or an object that is copied."""
+    return resolve("wiring", wiring, Wiring, _known(wiring))
 
 
 @checked
@@ -58,10 +108,24 @@ def create_wiring(name: str, **options: Any) -> Wiring:
     """Return a wiring by name, with options.
 
     Args:
-        name: One of ``WIRINGS``.
+        name: One of ``WIRINGS``, or ``package.module.Class``.
         options: Arguments of its class.
 
     Raises:
         InputError: If the name or an option is unknown, or an option cannot be used.
     """
-    return build("wiring", name, WIRINGS, options)
+    return build("wiring", name, _known(name), options)
+
+
+def _known(name: object) -> dict[str, type[Wiring]]:
+    """Return the rules by name; with them the class that the name leads to, if it is ``package.module.Class``."""
+    if not isinstance(name, str) or name in WIRINGS or "." not in name:
+        return WIRINGS
+    module, _, rule = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), rule)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"wiring {name!r} is no package.module.Class that can be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Wiring)):
+        raise InputError(f"wiring {name!r} is no subclass of dnw_graph.Wiring; got {found!r}")
+    return {**WIRINGS, name: found}

@@ -1,42 +1,63 @@
-"""The interface of a wiring: which candidates are real edges, and which get a gradient."""
+"""The interface of a wiring: which candidates are real edges, which are trained, and what follows a step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dnw_graph.candidates import CandidateEdges
 from dnw_graph.selection import Selector, new_flag
+from dnw_graph.wirings.saved import refuse_counts
+from dnw_graph.wirings.view import View
+
+COUNTERS = ("step", "num_steps", "seed")
 
 
 class Wiring(nn.Module):
-    """The rule that chooses the real edges of a graph and says which candidates get a gradient.
+    r"""The rule that chooses the real edges of a graph, and says which candidates are trained.
 
-    A subclass overrides :meth:`choose`, and where it needs to: :meth:`setup` to prepare state, :meth:`choose_to_train`
-    if training uses other edges than evaluation or changes state, and :meth:`penalty` for a term of the loss. State
-    that must survive a checkpoint is a persistent buffer, which the graph's ``state_dict`` holds under ``wiring.``.
+    A subclass overrides :meth:`choose`, and what else it needs. All methods get a :class:`~dnw_graph.wirings.View`:
+    flat vectors in the order of the candidates. State that must survive a checkpoint is a persistent buffer, which the
+    graph's ``state_dict`` holds under ``wiring.``. Parameters of a rule are trained with the others;
+    :attr:`weight_decay` is their own.
+
+    Three sets of candidates may differ: the real edges E, which the forward pass computes with; those whose gradient
+    :math:`\langle Z_u, \partial L/\partial I_v \rangle` (line 10 of the paper's Algorithm 1) enters ``.grad``; and
+    those that the optimiser may move. No gradient ever flows *through* a hallucinated edge.
 
     Attributes:
-        updates_hallucinated: Whether hallucinated candidates get the gradient ⟨Z_u, ∂L/∂I_v⟩ (line 10 of the paper's
-            Algorithm 1). If not, only the real edges of the forward pass get one. No gradient ever flows *through* a
-            hallucinated edge.
+        trained: The candidates that the optimiser may move: ``"all"``, ``"real"``, or ``"own"`` for those that
+            :meth:`trained_edges` returns. All others keep weight and optimiser state bit for bit.
+        gradient: The candidates whose gradient enters ``.grad``. Default: :attr:`trained`. The others have a gradient
+            of zero there, so that momentum and weight decay alone move those that are trained.
+        needs_momentum: Whether the rule needs an optimiser with momentum.
+        weight_decay: Weight decay of the rule's own parameters.
+        step: Steps of the optimiser that are done; counted by :func:`dnw_graph.attach` for rules that need it.
+        num_steps: Steps of the whole training; 0 as long as it is not known.
+        steps_per_epoch: Steps of an epoch; 0 as long as it is not known.
+        seed: Seed of the rule's random numbers; 0 before ``attach``.
 
     Examples:
         >>> from dnw_graph import NeuralGraph, Wiring
         >>> class StrongestPositive(Wiring):
-        ...     updates_hallucinated = True
-        ...
-        ...     def choose(self, weight, num_edges, name):
-        ...         return weight.topk(num_edges).indices.sort().values
+        ...     def choose(self, view):
+        ...         return view.weight.topk(view.k).indices.sort().values
         >>> graph = NeuralGraph(blocks=(3, 4, 2), num_edges=3, wiring=StrongestPositive())
         >>> bool((graph.edge_weight > 0).all())
         True
     """
 
-    updates_hallucinated: ClassVar[bool]
+    trained: ClassVar[str] = "all"
+    gradient: ClassVar[str | None] = None
+    needs_momentum: ClassVar[bool] = False
+    weight_decay: float = 0.0
+    step = 0
+    num_steps = 0
+    steps_per_epoch = 0
+    seed = 0
     _flag: Tensor
 
     def __init__(self) -> None:
@@ -46,38 +67,76 @@ class Wiring(nn.Module):
         self.register_buffer("_flag", new_flag(), persistent=False)
         self.register_state_dict_pre_hook(_read_flag)
 
-    def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
-        """Prepare state for a graph. Called whenever the candidate weights have been drawn anew.
+    def setup(self, view: View) -> None:
+        """Prepare state for a graph, and weights: called when the graph takes the rule or draws its weights anew."""
 
-        Args:
-            candidates: The graph's candidates with their initial weights.
-            num_edges: k, already checked against the number of candidates.
-            name: The graph's name, for messages.
-        """
-
-    def choose(self, weight: Float[Tensor, " candidates"], num_edges: int, name: str) -> Int[Tensor, " edges"]:
+    def choose(self, view: View) -> Int[Tensor, " edges"]:
         """Return the flat indices of the real edges, ascending; a look, which changes no state.
 
         Called in evaluation when the weights have changed, and whenever somebody asks for the wiring. A rule may choose
         another number of edges than k, for example more of them early in training.
-
-        Args:
-            weight: Candidate weights.
-            num_edges: k.
-            name: The graph's name, for messages.
         """
         raise NotImplementedError
 
-    def choose_to_train(self, weight: Float[Tensor, " candidates"], num_edges: int, name: str) -> Int[Tensor, " edges"]:
+    def choose_to_train(self, view: View) -> Int[Tensor, " edges"]:
         """Return the flat indices of the real edges of a training step, ascending; may change state.
 
         Called once per forward pass in training; by default it is :meth:`choose`. A recomputation in the backward pass
         takes the edges of the last forward pass, so a rule that chooses anew without a change of the weights must not
         be checkpointed over several forward passes.
         """
-        return self.choose(weight, num_edges, name)
+        return self.choose(view)
 
-    def largest(self, weight: Float[Tensor, " candidates"], k: int, name: str) -> Int[Tensor, " edges"]:
+    def values(self, weight: Float[Tensor, ...]) -> Float[Tensor, ...]:
+        """Return what real edges compute with, elementwise and differentiable; by default their weights."""
+        return weight
+
+    def trained_edges(self, view: View) -> Int[Tensor, " trained"]:
+        """Return the flat indices of the candidates that are trained, for ``trained = "own"``; changes no state."""
+        raise NotImplementedError
+
+    def penalty(self, view: View) -> Float[Tensor, ""] | None:
+        """Return what the rule adds to the loss, or None; see :func:`dnw_graph.wiring_penalty`."""
+        return None
+
+    def needs_gradient(self, view: View) -> bool:
+        """Return whether :meth:`after_step` of the next step needs the gradient of candidates that have none."""
+        return False
+
+    def skips_update(self, view: View) -> bool:
+        """Return whether the next step leaves all candidates and their optimiser state as they are."""
+        return False
+
+    def after_step(self, view: View) -> None:
+        """Act after a step of the optimiser, without gradients; what is changed in the view's vectors is kept.
+
+        Called once per step by the hook of :func:`dnw_graph.attach`, with ``view.step`` steps done, unless the graph
+        has not had a gradient so far.
+        """
+
+    @classmethod
+    def after_steps(cls, views: Sequence[View]) -> None:
+        """Act after a step on all graphs that have this rule, by default on each by itself.
+
+        A rule that overrides it has an :meth:`after_step` too.
+        """
+        for view in views:
+            view.wiring.after_step(view)
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether the rule is wrong without :func:`dnw_graph.attach`: it acts after steps, counts them or freezes."""
+        return self.trained != "all" or type(self).after_step is not Wiring.after_step
+
+    def own_num_edges(self, view: View) -> int | None:
+        """Return the number of edges where the rule decides it, or None."""
+        return None
+
+    def num_edges(self, k: int) -> int:
+        """Return the number of edges that the graph has by its budget now: k, unless budgets move between graphs."""
+        return k
+
+    def largest(self, view: View, k: int, among: Int[Tensor, " some"] | None = None) -> Int[Tensor, " edges"]:
         """Return the flat indices of the k weights of largest |w|, ascending, ties to the lower index.
 
         What :func:`dnw_graph.selection.select_top_k` returns, in less time where the weights are those of the last call
@@ -85,16 +144,19 @@ class Wiring(nn.Module):
         :meth:`raise_non_finite`.
 
         Args:
-            weight: Candidate weights.
+            view: The candidates.
             k: Number of edges, 1 … number of candidates.
-            name: The graph's name, for messages.
+            among: Flat indices of the candidates to choose from, ascending. Default: all.
 
         Raises:
             InputError: If k is out of range or, on a CPU, a weight is NaN or infinite.
         """
+        weight = view.weight
         if self._flag.device != weight.device:  # a rule for a graph that had been moved before
             self._flag = new_flag(weight.device)
-        return self._selector.select(weight, k, name, self._flag)
+        if among is None:
+            return self._selector.select(weight, k, view.name, self._flag)
+        return among[self._selector.select(weight.detach()[among], k, view.name, self._flag)]
 
     def raise_non_finite(self) -> None:
         """Report weights that :meth:`largest` met on a GPU, now that the host may wait for the device.
@@ -121,9 +183,11 @@ class Wiring(nn.Module):
         Raises:
             InputError: If it is no state of this rule for such a graph.
         """
+        if self.needs_steps:
+            refuse_counts(saved, COUNTERS, f"{name}: wiring")
 
     def forget_weights(self) -> None:
-        """Have nothing left of the weights so far: no flag, no threshold. Called when they were replaced."""
+        """Reset the cached threshold and the error flag. Called when the weights were replaced."""
         self._selector.forget(self._flag)
 
     def train(self, mode: bool = True) -> Wiring:
@@ -133,12 +197,29 @@ class Wiring(nn.Module):
         super().train(mode)
         return self
 
-    def penalty(self, weight: Float[Tensor, " candidates"]) -> Float[Tensor, ""] | None:
-        """Return what the rule adds to the loss, or None; see :func:`dnw_graph.wiring_penalty`."""
-        return None
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.needs_steps:
+            destination.update({prefix + name: torch.tensor(getattr(self, name)) for name in COUNTERS})
 
-    def set_num_steps(self, num_steps: int) -> None:
-        """Tell a rule with a schedule how many steps training has; other rules do not care."""
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        counters = {prefix + name: name for name in COUNTERS} if self.needs_steps else {}
+        others = {key: value for key, value in state_dict.items() if key not in counters}
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        for key, name in counters.items():
+            if key in state_dict:
+                setattr(self, name, int(state_dict[key]))
+            elif strict:
+                missing_keys.append(key)
 
     def __getstate__(self) -> dict[str, Any]:
         self.raise_non_finite()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dnw_graph.wirings.base import Wiring
+from dnw_graph.wirings.view import View
 
 
 class Complete(Wiring):
@@ -14,8 +15,6 @@ class Complete(Wiring):
     :func:`dnw_graph.two_stage.fine_tune` keep.
     """
 
-    updates_hallucinated = True
-
-    def choose(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
+    def choose(self, view: View) -> Tensor:
         """Return the flat indices of all candidates."""
-        return self.largest(weight, weight.numel(), name)
+        return self.largest(view, view.num_candidates)

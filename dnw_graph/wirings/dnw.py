@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dnw_graph.wirings.base import Wiring
+from dnw_graph.wirings.view import View
 
 
 class DNW(Wiring):
@@ -14,8 +15,6 @@ class DNW(Wiring):
     the weakest real edge once its magnitude is larger.
     """
 
-    updates_hallucinated = True
-
-    def choose(self, weight: Tensor, num_edges: int, name: str) -> Tensor:
+    def choose(self, view: View) -> Tensor:
         """Return the flat indices of the k largest |w|, ties to the lower index."""
-        return self.largest(weight, num_edges, name)
+        return self.largest(view, view.k)

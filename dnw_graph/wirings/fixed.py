@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
 from dnw_graph.wirings.kept import Kept
+from dnw_graph.wirings.view import View
 
 
 class Fixed(Kept):
@@ -37,11 +37,15 @@ class Fixed(Kept):
             raise InputError(f"edge_index must be [2, edges], sources over targets; got {list(edge_index.shape)}")
         self.edge_index = edge_index.long()
 
-    def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
+    def own_num_edges(self, view: View) -> int:
+        """Return the number of edges that were given."""
+        return self.edge_index.size(1)
+
+    def setup(self, view: View) -> None:
         """Find the edges among the candidates."""
-        index = candidates.flat_index(self.edge_index.to(candidates.weight.device)).unique()
+        index = view.candidates.flat_index(self.edge_index.to(view.weight.device)).unique()
         if index.numel() != self.edge_index.size(1):
-            raise InputError(f"{name}: {self.edge_index.size(1) - index.numel()} of the fixed edges are repeated")
-        if index.numel() != num_edges:
-            raise InputError(f"{name}: {index.numel()} fixed edges were given for num_edges = {num_edges}")
+            raise InputError(f"{view.name}: {self.edge_index.size(1) - index.numel()} of the fixed edges are repeated")
+        if index.numel() != view.k:
+            raise InputError(f"{view.name}: {index.numel()} fixed edges were given for num_edges = {view.k}")
         self.index = index

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from dnw_graph.arguments import checked
-from dnw_graph.candidates import CandidateEdges
 from dnw_graph.selection import select_top_k
 from dnw_graph.wirings.kept import Kept
+from dnw_graph.wirings.view import View
 
 
 class RandomGraph(Kept):
@@ -31,11 +31,10 @@ class RandomGraph(Kept):
         super().__init__()
         self.separate_scores = separate_scores
 
-    def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
+    def setup(self, view: View) -> None:
         """Draw the edges of a graph."""
-        weight = candidates.weight.detach()
-        scores = torch.rand_like(weight) if self.separate_scores else weight
-        self.index = select_top_k(scores, num_edges, name)
+        scores = torch.rand_like(view.weight) if self.separate_scores else view.weight
+        self.index = select_top_k(scores, view.k, view.name)
 
     def extra_repr(self) -> str:
         """Options, for ``repr``."""

@@ -11,25 +11,6 @@ from torch import Tensor
 from dnw_graph.errors import InputError
 
 
-def check_saved_wiring(graph: Any, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
-    """Refuse saved edges that a graph cannot have, before anything of the graph is loaded.
-
-    A pre-hook of ``load_state_dict``.
-
-    Args:
-        graph: A graph with a wiring.
-        state_dict: What is loaded.
-        prefix: The part of its names that leads to the graph.
-        others: Not used.
-
-    Raises:
-        InputError: See :meth:`~dnw_graph.wirings.Wiring.check_saved`.
-    """
-    prefix += "wiring."
-    saved = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    graph.wiring.check_saved(saved, graph.num_candidates, graph.num_edges, graph.name)
-
-
 def refuse_edges(index: object, num_candidates: int, num_edges: int, what: str) -> None:
     """Refuse what are not k distinct candidates in ascending order.
 

@@ -1,19 +1,14 @@
-"""Values that change while training goes on, and the rules that have them."""
+"""Values that change while training goes on."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
 
-import torch
-
-from dnw_graph.arguments import check_fields, checked, require
-from dnw_graph.candidates import CandidateEdges
+from dnw_graph.arguments import check_fields, require
 from dnw_graph.errors import InputError, unknown_name
-from dnw_graph.wirings.base import Wiring
-from dnw_graph.wirings.saved import refuse_counts
+from dnw_graph.wirings.view import View
 
 # Share of the way from `start` to `end`, at a share of the time between `begin` and `until`.
 SHAPES = {
@@ -63,8 +58,27 @@ class Schedule:
         """Whether a moment is a fraction of training, so that the number of steps must be known."""
         return isinstance(self.begin, float) or isinstance(self.until, float)
 
+    @property
+    def constant(self) -> bool:
+        """Whether the value never changes."""
+        return self.start == self.end
+
+    def at(self, view: View, *, after: bool = False) -> float:
+        """Return the value for the next step of a graph, or after the last one.
+
+        Args:
+            view: The graph, which knows how many steps are done and how many there will be.
+            after: Whether a step has been done: then 1.0 is after the last step of training, not that step.
+
+        Raises:
+            InputError: If a moment is a fraction, and the number of steps is not known.
+        """
+        if self.constant:
+            return self.end
+        return self.value(view.step, view.num_steps + after if self.in_fractions else 0)
+
     def __str__(self) -> str:
-        if self.start == self.end:
+        if self.constant:
             return f"{self.start:g}"
         return f"{self.start:g} to {self.end:g} from {self.begin} to {self.until}, {self.shape}"
 
@@ -82,6 +96,11 @@ class Schedule:
         if step <= begin:
             return self.start
         return self.start + (self.end - self.start) * SHAPES[self.shape]((step - begin) / (until - begin))
+
+
+def moment(view: View, value: int | float) -> int:
+    """Return the step of a moment: a fraction of training is rounded to the nearest."""
+    return round(value * view.num_steps) if isinstance(value, float) else value
 
 
 def as_schedule(what: str, value: float | Schedule | Mapping[str, int | float | str]) -> Schedule:
@@ -105,98 +124,3 @@ def as_schedule(what: str, value: float | Schedule | Mapping[str, int | float | 
             raise InputError(f"the schedule of {what} needs start and end; got {dict(value)}")
         return Schedule(**value)  # type: ignore[arg-type]  # checked by Schedule
     return Schedule(value, value, 0, 0)
-
-
-class Scheduled(Wiring):
-    """A rule with values that depend on the step of training.
-
-    The rule counts its own steps, one per forward pass in training, and the ``state_dict`` holds the count: a resumed
-    run goes on where the schedule was. Schedules in fractions need the number of steps of the whole training: from
-    ``num_steps``, from :meth:`set_num_steps`, which ``dnw_graph.training.run`` calls, or from a checkpoint.
-
-    Args:
-        num_steps: Steps of the whole training, if known.
-
-    Attributes:
-        step: Steps so far.
-        num_steps: Steps of the whole training; 0 as long as it is not known.
-        counters: Names of the whole numbers that the ``state_dict`` holds, as scalars. They are kept on the host, which
-            would have to wait for a device at every look.
-
-    Raises:
-        InputError: If ``num_steps`` is not a whole number from 1 up; in the first forward pass of training, if it is
-            not known and a schedule needs it.
-    """
-
-    counters: ClassVar[tuple[str, ...]] = ("step", "num_steps")
-
-    @checked
-    def __init__(self, num_steps: int | None = None) -> None:
-        super().__init__()
-        _check_num_steps(num_steps)
-        self.given_num_steps = num_steps
-        self.name = "graph"
-        self.step = 0
-        self.num_steps = num_steps or 0
-
-    def setup(self, candidates: CandidateEdges, num_edges: int, name: str) -> None:
-        """Start to count anew."""
-        self.step = 0
-        self.name = name
-
-    @checked
-    def set_num_steps(self, num_steps: int) -> None:
-        """Take the number of steps of the whole training, unless the rule was given one of its own."""
-        _check_num_steps(num_steps)
-        if self.given_num_steps is None:
-            self.num_steps = num_steps
-
-    def now(self, schedule: Schedule) -> float:
-        """Return a value at the step in progress: that of the last forward pass in training.
-
-        Args:
-            schedule: The value's schedule.
-        """
-        if schedule.in_fractions and not self.num_steps:
-            raise InputError(
-                f"{self.name}: {type(self).__name__} has a schedule in fractions of training, but does not know how "
-                "many steps training has: give it num_steps=…, call graph.wiring.set_num_steps(…), or give steps"
-            )
-        return schedule.value(max(self.step - 1, 0), self.num_steps)
-
-    def begin_step(self, *schedules: Schedule) -> None:
-        """Count one step of training, unless one of the rule's schedules cannot be followed."""
-        for schedule in schedules:
-            self.now(schedule)
-        self.step += 1
-
-    def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
-        """Refuse counters that are no numbers of steps."""
-        refuse_counts(saved, self.counters, f"{name}: wiring")
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: torch.tensor(getattr(self, name)) for name in self.counters})
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        keys = {prefix + name: name for name in self.counters}
-        others = {key: value for key, value in state_dict.items() if key not in keys}
-        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        for key, name in keys.items():
-            if key in state_dict:
-                setattr(self, name, int(state_dict[key]))
-            elif strict:
-                missing_keys.append(key)
-
-
-def _check_num_steps(num_steps: int | None) -> None:
-    require(num_steps is None or num_steps >= 1, "num_steps", "an integer from 1 up", num_steps)

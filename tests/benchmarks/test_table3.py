@@ -16,7 +16,7 @@ import table3  # noqa: E402
 from table3_rows import NAMES, ROWS, Nearest  # noqa: E402
 
 from dnw_graph import InputError  # noqa: E402
-from dnw_graph.cost import cost  # noqa: E402
+from dnw_graph.analysis.cost import cost  # noqa: E402
 from dnw_graph.models import MobileNetV1, MobileNetV1DNW  # noqa: E402
 from dnw_graph.training.checkpoint_io import FORMAT, SECTION, WholeFileIO  # noqa: E402
 

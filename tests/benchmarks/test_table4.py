@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 from torchvision.models import resnet50
 
-from dnw_graph.sparsify import sparsify
+from dnw_graph.sparse_layers import sparsify
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"

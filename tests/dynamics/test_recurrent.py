@@ -49,7 +49,7 @@ def test_receive_adds_up_blocks_of_candidates(propagation):
     matrix = dense_adjacency(N, BLOCK_PAIRS, graph.candidates.weight, 20)
     assert sum(1 for u, v in BLOCK_PAIRS if matrix[v, u]) == 20
     z = torch.randn(2, N, 3, 4, dtype=torch.float64)
-    propagate = propagation(RealEdges(graph.candidates, graph.real_index, True), z)
+    propagate = propagation(RealEdges(graph.candidates, graph.real_index, graph.candidates.weight), z)
     expected = product(matrix, z)
     for start in range(N):
         for stop in range(start + 1, N + 1):

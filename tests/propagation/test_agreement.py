@@ -38,10 +38,10 @@ class Fixed(Wiring):
 
     def __init__(self, index, updates_hallucinated=True):
         super().__init__()
-        self.updates_hallucinated = updates_hallucinated
+        self.gradient = None if updates_hallucinated else "real"
         self.index = torch.tensor(index, dtype=torch.long)
 
-    def choose(self, weight, num_edges, name):
+    def choose(self, view):
         return self.index
 
 

@@ -11,7 +11,7 @@ def choice(share, dtype=torch.float32, batch=32, states=None, sizes=(16, 32, 32)
     candidates = CandidateEdges.static(sizes).to(dtype)
     index = torch.arange(int(share * candidates.num_candidates))
     x = torch.zeros(batch, sizes[0], 4, 4, dtype=states or dtype)
-    return AutoPropagation().choose(RealEdges(candidates, index, True), x)
+    return AutoPropagation().choose(RealEdges(candidates, index, candidates.weight), x)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dnw_graph import Discrete, NeuralGraph
-from dnw_graph.compact import compact
+from dnw_graph.compaction import compact
 from dnw_graph.propagation import BlockPropagation
 from dnw_graph.wirings import Fixed
 
@@ -112,4 +112,4 @@ def test_a_sum_that_overflows_is_no_infinite_input():
 def graph_edges(graph):
     from dnw_graph.propagation import RealEdges
 
-    return RealEdges(graph.candidates, graph.real_index, False)
+    return RealEdges(graph.candidates, index := graph.real_index, graph.candidates.weight, index)

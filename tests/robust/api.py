@@ -32,14 +32,16 @@ from dnw_graph import (
     NeuralGraph,
     RandomGraph,
     Schedule,
+    SparseMomentum,
     TargetedDropout,
     Wiring,
+    attach,
     create_wiring,
     equivalence,
     wiring_penalty,
 )
-from dnw_graph.compact import compact, load_compact, save_compact
-from dnw_graph.cost import cost, live_nodes, neural_graphs
+from dnw_graph.analysis.cost import cost, live_nodes, neural_graphs
+from dnw_graph.compaction import compact, load_compact, save_compact
 from dnw_graph.dynamics import Dynamics
 from dnw_graph.models import MobileNetV1, MobileNetV1DNW, TinyClassifier, create_model, edges_at_width
 from dnw_graph.models.mobilenet import GraphClassifier
@@ -47,8 +49,7 @@ from dnw_graph.node_functions import Blockwise, NodeConv, NormReluConv, make_nod
 from dnw_graph.ops import sparse_product, static_graph
 from dnw_graph.propagation import MessagePassingPropagation, Propagation
 from dnw_graph.selection import select_top_k
-from dnw_graph.sparse_momentum import SparseMomentum, SparseMomentumRounds
-from dnw_graph.sparsify import (
+from dnw_graph.sparse_layers import (
     dense_state_dict,
     densify,
     load_optimizer_state,
@@ -190,10 +191,10 @@ def images(channels: int = 3, size: int = 4) -> torch.Tensor:
     return torch.randn(2, channels, size, size)
 
 
-def rounds(model: Any, num_steps: Any, every: Any) -> None:
+def attached(model: Any, num_steps: Any, steps_per_epoch: Any) -> None:
     parameters = model.parameters() if isinstance(model, nn.Module) else []
     optimizer = torch.optim.SGD([*parameters] or [torch.zeros(1)], 0.1, momentum=0.9)
-    SparseMomentumRounds(model, optimizer, num_steps=num_steps, every=every)
+    attach(model, optimizer, num_steps, steps_per_epoch=steps_per_epoch)
 
 
 def saved() -> Path:
@@ -325,27 +326,24 @@ def doors() -> list[tuple[int, str, Door]]:
             {
                 "strength": (lambda: 0.1, either(number(0), a(dict, Schedule))),
                 "removal": (lambda: Schedule(0.0, 1.0), a(dict, Schedule)),
-                "num_steps": num_steps,
             },
         ),
         (
             3,
+            SparseMomentum,
             TargetedDropout,
             {
                 "rho": (lambda: 0.5, either(text, shares)),
                 "variant": (lambda: "regular", text),
-                "seed": (lambda: 1, optional(integer(0))),
-                "num_steps": num_steps,
             },
         ),
         (1, RandomGraph, {"separate_scores": on}),
         (2, Fixed, {"edge_index": (lambda: torch.tensor([[0], [3]]), tensor)}),
         (1, FineTune, {"trained": weights}),
         (1, LotteryTicket, {"trained": weights, "initial": weights}),
-        (1, SparseMomentum, {"prune_rate": (lambda: 0.5, shares)}),
+        (2, SparseMomentum, {"prune_rate": (lambda: 0.5, shares), "every": num_steps}),
         (3, Schedule, schedule),
         (2, create_wiring, {"name": (lambda: "targeted_dropout", text), "rho": (lambda: 0.5, either(text, shares))}),
-        (1, method(lambda: L1Anneal(), "set_num_steps"), {"num_steps": (lambda: 4, integer())}),
         (
             3,
             Discrete,
@@ -438,8 +436,8 @@ def doors() -> list[tuple[int, str, Door]]:
         ),
         (
             2,
-            rounds,
-            {"model": (momentum, module), "num_steps": (lambda: 9, integer()), "every": (lambda: 3, integer())},
+            attached,
+            {"model": (momentum, module), "num_steps": num_steps, "steps_per_epoch": num_steps},
         ),
         (1, fine_tune, {"complete": (complete, module)}),
         (1, lottery_ticket, {"complete": (complete, module), "initial": (lambda: complete().state_dict(), a(dict))}),

@@ -32,8 +32,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dnw_graph import InputError, NeuralGraph
-from dnw_graph.compact import compact, load_compact, save_compact
-from dnw_graph.sparsify import sparsify
+from dnw_graph.compaction import compact, load_compact, save_compact
+from dnw_graph.sparse_layers import sparsify
 from dnw_graph.training import (
     SCHEDULES,
     Checkpoints,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dnw_graph import NeuralGraph
-from dnw_graph.compact import load_compact
+from dnw_graph.compaction import load_compact
 from dnw_graph.training import Classifier
 from dnw_graph.training.images import ArrayImages, ImageData, digits
 from dnw_graph.training.options import RunOptions

@@ -13,8 +13,8 @@ from torch import nn
 from torch_geometric.data import Data
 
 from dnw_graph import InputError, NeuralGraph
-from dnw_graph.cost import cost
-from dnw_graph.sparsify import sparsify, to_data
+from dnw_graph.analysis.cost import cost
+from dnw_graph.sparse_layers import sparsify, to_data
 from dnw_graph.training import ImageData, RunOptions, read_checkpoint, run
 from dnw_graph.training.summary import Summary, write_files
 

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import flop_registry
 from dnw_graph import Continuous, Discrete, L1Anneal, NeuralGraph, Schedule, TargetedDropout, Wiring
 from dnw_graph.dynamics import Dynamics
 from dnw_graph.node_functions import NormReluConv
-from dnw_graph.sparsify import sparsify
-from dnw_graph.training import Classifier, DataModule, RunOptions, TrainingCost, read_checkpoint, run
+from dnw_graph.sparse_layers import sparsify
+from dnw_graph.training import Classifier, DataModule, RunOptions, TrainingCost, WiringUpdates, read_checkpoint, run
 from dnw_graph.training.images import ImageData
 
 IMAGES, BATCH = 70, 16
@@ -98,7 +98,7 @@ def fit(model: nn.Module, images: ImageData, options: RunOptions, *callbacks: Ca
         accelerator="cpu",
         max_epochs=options.epochs,
         logger=False,
-        callbacks=[training_cost, *callbacks],
+        callbacks=[WiringUpdates(), training_cost, *callbacks],
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
@@ -203,7 +203,7 @@ def test_rules_by_hand(
 def test_dropped_edges_cost_nothing_in_the_step_that_drops_them(
     small_digits: ImageData, options: Callable[..., RunOptions]
 ):
-    model = Net(TargetedDropout(0.5, seed=3), K, None, nn.Tanh())
+    model = Net(TargetedDropout(0.5), K, None, nn.Tanh())
     real: list[int] = []
     model.graph.propagation.register_forward_hook(
         lambda module, args, output: real.append(len(args[0].index)) if model.training else None

@@ -9,7 +9,7 @@ from pairs import every_pair
 from reference import candidate_gradient, plain_forward, static_pairs, top_k
 from torch import nn
 
-from dnw_graph import Continuous, Discrete, InputError, NeuralGraph
+from dnw_graph import Continuous, Discrete, InputError, NeuralGraph, attach
 from dnw_graph.wirings import (
     DNW,
     WIRINGS,
@@ -202,6 +202,7 @@ def test_edges_outputs_gradients_and_updates(rule, dynamics, propagation):
     expected = plain(list(weights), pairs, k, trained.tolist(), **options)
     used = edges_of(graph)
     optimiser = torch.optim.SGD(graph.parameters(), LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    attach(graph, optimiser)
     buffers = [0.0] * n
     x = torch.randn(3, INPUTS, 2, 2, dtype=torch.float64)
     signs, sets = set(), set()
@@ -250,8 +251,8 @@ def test_edges_outputs_gradients_and_updates(rule, dynamics, propagation):
 STATEFUL = {
     "random_graph": lambda weight: RandomGraph(),
     "random_graph, scores": lambda weight: RandomGraph(separate_scores=True),
-    "l1_anneal": lambda weight: L1Anneal(Schedule(0.0, 0.1, 0.0, 1.0), num_steps=9),
-    "targeted_dropout": lambda weight: TargetedDropout(Schedule(0.2, 0.9, 0.0, 1.0), num_steps=9),
+    "l1_anneal": lambda weight: L1Anneal(Schedule(0.0, 0.1, 0.0, 1.0)),
+    "targeted_dropout": lambda weight: TargetedDropout(Schedule(0.2, 0.9, 0.0, 1.0)),
     "targeted_dropout, regular": lambda weight: TargetedDropout("gamma", "regular"),
     "lottery_ticket": lambda weight: LotteryTicket(weight.flip(0), weight),
     "fine_tune": lambda weight: FineTune(weight.flip(0)),
@@ -278,7 +279,9 @@ def steps(graph, optimiser, numbers):
 @pytest.mark.parametrize("rule", STATEFUL)
 def test_a_graph_continued_from_its_state_goes_on_exactly(rule, tmp_path):
     def sgd(graph):
-        return torch.optim.SGD(graph.parameters(), 0.5, momentum=0.9, weight_decay=0.01)
+        optimiser = torch.optim.SGD(graph.parameters(), 0.5, momentum=0.9, weight_decay=0.01)
+        attach(graph, optimiser, 9)
+        return optimiser
 
     graph = NeuralGraph((3, 5, 4), 11)
     graph.rewire(STATEFUL[rule](graph.candidates.weight.detach().clone()), 11)

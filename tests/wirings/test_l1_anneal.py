@@ -4,9 +4,10 @@ from itertools import pairwise
 import pytest
 import torch
 from reference import top_k
+from steps import attached
 from torch.utils.checkpoint import checkpoint
 
-from dnw_graph import InputError, L1Anneal, NeuralGraph, Schedule, wiring_penalty
+from dnw_graph import InputError, L1Anneal, NeuralGraph, Schedule, attach, wiring_penalty
 
 X = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 N, K = 26, 9
@@ -26,6 +27,7 @@ def train(graph, steps, after_step=lambda graph: None):
 
     graph.propagation.register_forward_hook(see)
     optimiser = torch.optim.SGD(graph.parameters(), lr=0.5, momentum=0.9, weight_decay=0.01)
+    attach(graph, optimiser, steps)
     for _ in range(steps):
         optimiser.zero_grad()
         ((graph(X) ** 2).mean() + graph.penalty()).backward()
@@ -46,8 +48,6 @@ def test_number_of_edges_follows_the_schedule_and_no_edge_returns(shape, given_b
     steps = 12
     span = (0.0, 1.0) if given_by == "fractions" else (0, steps - 1)
     graph = make_graph(L1Anneal(0.01, Schedule(0.0, 1.0, *span, shape)))
-    if given_by == "fractions":
-        graph.wiring.set_num_steps(steps)
 
     def disturb(graph):
         """Give removed edges the largest weights of all."""
@@ -63,7 +63,6 @@ def test_number_of_edges_follows_the_schedule_and_no_edge_returns(shape, given_b
 
 def test_edges_may_be_removed_in_a_part_of_training():
     graph = make_graph(L1Anneal(removal=Schedule(0.0, 1.0, 0.25, 0.5)))
-    graph.wiring.set_num_steps(21)
     counts = [len(edges) for edges in train(graph, 21)]
     assert counts[:6] == [N] * 6
     assert N > counts[6] > counts[9] > K
@@ -77,6 +76,7 @@ def test_the_weakest_of_those_left_are_removed_ties_to_the_lower_index():
     weight[7] = -weight[3]
     left = list(range(N))
     optimiser = torch.optim.SGD(graph.parameters(), lr=0.0)
+    attach(graph, optimiser)
     for keep in (N, N - 8, K):  # 26 - 17/2 = 17.5 → 18, since round(8.5) is 8
         left = [left[i] for i in top_k(weight[left].tolist(), keep)]
         graph(X).sum().backward()
@@ -86,8 +86,7 @@ def test_the_weakest_of_those_left_are_removed_ties_to_the_lower_index():
 
 @pytest.mark.parametrize("propagation", ["block", "message_passing"])
 def test_removed_edges_get_no_gradient(propagation):
-    graph = make_graph(L1Anneal(0.5, Schedule(1.0, 1.0)), propagation)
-    graph.wiring.set_num_steps(2)
+    graph = make_graph(L1Anneal(0.5, Schedule(1.0, 1.0, 0, 0)), propagation)
     (graph(X).sum() + graph.penalty()).backward()
     gone = sorted(set(range(N)) - set(top_k(graph.candidates.weight.tolist(), K)))
     assert (graph.candidates.weight.grad[gone] == 0).all()
@@ -95,6 +94,7 @@ def test_removed_edges_get_no_gradient(propagation):
 
 def test_penalty_and_its_gradient_are_those_of_the_edges_left():
     graph = make_graph(L1Anneal(0.25, Schedule(0.0, 1.0, 0, 1)))
+    step = attached(graph)
     for real in (N, K):
         graph(X)
         weights = graph.candidates.weight.tolist()
@@ -105,15 +105,18 @@ def test_penalty_and_its_gradient_are_those_of_the_edges_left():
         assert penalty.item() == pytest.approx(0.25 * sum(abs(weights[i]) for i in left), rel=1e-6)
         signs = [0.25 * ((weights[i] > 0) - (weights[i] < 0)) if i in left else 0 for i in range(N)]
         assert graph.candidates.weight.grad.tolist() == signs
+        step()
     assert {-0.25, 0.25} < set(signs)
 
 
 def test_strength_follows_its_schedule():
-    graph = make_graph(L1Anneal(Schedule(0.0, 0.4, 0.0, 1.0), Schedule(0.0, 0.0, 0, 0), num_steps=5))
+    graph = make_graph(L1Anneal(Schedule(0.0, 0.4, 0.0, 1.0), Schedule(0.0, 0.0, 0, 0)))
+    step = attached(graph, 5)
     for strength in (0.0, 0.1, 0.2, 0.3, 0.4, 0.4):
         graph(X)
         total = sum(map(abs, graph.candidates.weight.tolist()))
         assert graph.penalty().item() == pytest.approx(strength * total, rel=1e-6)
+        step()
 
 
 def test_the_penalty_of_a_model_is_the_sum_over_its_graphs():
@@ -141,13 +144,13 @@ def test_evaluation_and_looking_do_not_remove():
     seen = []
     for after_step in (lambda graph: None, look):
         torch.manual_seed(3)
-        graph = make_graph(L1Anneal(0.01, num_steps=12))
+        graph = make_graph(L1Anneal(0.01))
         seen.append(train(graph, 12, after_step))
     assert seen[0] == seen[1]
 
 
 def test_before_training_it_is_complete():
-    graph = make_graph(L1Anneal(num_steps=10)).eval()
+    graph = make_graph(L1Anneal()).eval()
     graph(X)
     assert graph.num_real_edges == N
 
@@ -167,6 +170,7 @@ def test_recomputation_removes_nothing_more(use_reentrant):
         torch.manual_seed(3)
         graph = make_graph(L1Anneal(0.01, Schedule(0.0, 1.0, 0, 4)))
         optimiser = torch.optim.SGD(graph.parameters(), lr=0.5)
+        attach(graph, optimiser)
         for _ in range(3):
             optimiser.zero_grad()
             x = X.clone().requires_grad_()

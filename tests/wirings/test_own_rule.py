@@ -4,27 +4,26 @@ import pytest
 import torch
 from reference import top_k
 
-from dnw_graph import InputError, NeuralGraph, Wiring
+from dnw_graph import InputError, NeuralGraph, NoUpdate, Wiring, create_wiring, register_wiring
+from dnw_graph.wirings import WIRINGS, wiring_name
 
 
 class StrongestPositive(Wiring):
-    updates_hallucinated = True
-
-    def choose(self, weight, num_edges, name):
-        return weight.topk(num_edges).indices.sort().values
+    def choose(self, view):
+        return view.weight.topk(view.k).indices.sort().values
 
 
 class OneEdgeLess(Wiring):
     """Keeps state: the number of choices; gives only real edges a gradient."""
 
-    updates_hallucinated = False
+    gradient = "real"
 
-    def setup(self, candidates, num_edges, name):
+    def setup(self, view):
         self.register_buffer("count", torch.tensor(0))
 
-    def choose(self, weight, num_edges, name):
+    def choose(self, view):
         self.count += 1
-        return torch.arange(num_edges - 1)
+        return torch.arange(view.k - 1)
 
 
 @pytest.mark.parametrize("propagation", ["block", "message_passing"])
@@ -52,15 +51,48 @@ def test_what_is_no_rule_is_refused(wiring, unchecked):
         NeuralGraph((3, 4), 2, wiring=wiring)
 
 
-class Returns(Wiring):
-    updates_hallucinated = True
+def test_a_rule_goes_by_its_class_path_or_by_a_name_that_it_was_given():
+    path = "dnw_graph.wirings.no_update.NoUpdate"
+    assert type(create_wiring(path)) is NoUpdate
+    assert type(NeuralGraph((3, 4), 2, wiring=path).wiring) is NoUpdate
+    with pytest.raises(InputError, match="has no options; got 'k'"):
+        create_wiring(path, k=3)
+    register_wiring("strongest_positive", StrongestPositive)
+    try:
+        register_wiring("strongest_positive", StrongestPositive)
+        graph = NeuralGraph((3, 4), 2, wiring="strongest_positive")
+        assert (graph.edge_weight > 0).all()
+        assert wiring_name(StrongestPositive) == "strongest_positive"
+        with pytest.raises(InputError, match="'strongest_positive' is StrongestPositive already"):
+            register_wiring("strongest_positive", OneEdgeLess)
+        with pytest.raises(InputError, match="did you mean 'strongest_positive'"):
+            create_wiring("strongest_positiv")
+    finally:
+        del WIRINGS["strongest_positive"]
+    assert wiring_name(StrongestPositive) == f"{StrongestPositive.__module__}.StrongestPositive"
 
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("dnw_graph.wirings.dnw.DNV", "is no package.module.Class that can be imported"),
+        ("no_such_package.Rule", "is no package.module.Class that can be imported: No module named"),
+        ("collections.OrderedDict", "is no subclass of dnw_graph.Wiring"),
+    ],
+)
+def test_what_a_path_does_not_lead_to_is_said(path, message):
+    with pytest.raises(InputError, match=message) as error:
+        create_wiring(path)
+    assert "\n" not in str(error.value)
+
+
+class Returns(Wiring):
     def __init__(self, chosen):
         super().__init__()
         self.chosen = chosen
 
-    def choose(self, weight, num_edges, name):
-        return self.chosen(weight)
+    def choose(self, view):
+        return self.chosen(view.weight)
 
 
 WRONG = {

@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 from alone import run_alone
+from steps import attached
 
 from dnw_graph import InputError, L1Anneal, NeuralGraph, Schedule, TargetedDropout
-from dnw_graph.wirings import Wiring
-from dnw_graph.wirings.schedule import Scheduled, as_schedule
+from dnw_graph.wirings.schedule import as_schedule
 
 # From 2 to 10 between the steps 4 and 12: value at a quarter, half and three quarters of the way.
 BY_HAND = {
@@ -102,9 +102,9 @@ def test_what_cannot_become_a_schedule_is_refused(given, message, unchecked):
 
 
 RULES = {
-    "l1_anneal": lambda **options: L1Anneal(removal=Schedule(0.0, 1.0), **options),
-    "l1_anneal, strength": lambda **options: L1Anneal(Schedule(0.0, 1.0), Schedule(0.0, 1.0, 0, 5), **options),
-    "targeted_dropout": lambda **options: TargetedDropout(Schedule(0.0, 1.0), **options),
+    "l1_anneal": lambda: L1Anneal(removal=Schedule(0.0, 1.0)),
+    "l1_anneal, strength": lambda: L1Anneal(Schedule(0.0, 1.0), Schedule(0.0, 1.0, 0, 5)),
+    "targeted_dropout": lambda: TargetedDropout(Schedule(0.0, 1.0)),
 }
 
 
@@ -115,71 +115,54 @@ def loss(graph):
 @pytest.mark.parametrize("rule", RULES)
 def test_fractions_need_to_know_how_long_training_is(rule):
     graph = NeuralGraph((3, 4, 2), 9, wiring=RULES[rule](), name="stage4")
-    with pytest.raises(InputError, match=r"does not know how many steps training has: give it num_steps=…") as error:
+    with pytest.raises(InputError, match=r"does not know how many steps training has: dnw_graph.attach") as error:
         loss(graph)
     assert "\n" not in str(error.value)
     graph.eval()(torch.rand(2, 3, 4, 4))  # evaluation needs no schedule
-    graph.train().wiring.set_num_steps(8)
-    loss(graph).backward()
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_the_rules_own_number_of_steps_wins(rule):
-    graph = NeuralGraph((3, 4, 2), 9, wiring=RULES[rule](num_steps=5))
-    graph.wiring.set_num_steps(50)
-    assert graph.wiring.num_steps == 5
-    graph = NeuralGraph((3, 4, 2), 9, wiring=RULES[rule]())
-    graph.wiring.set_num_steps(50)
-    assert graph.wiring.num_steps == 50
+    attached(graph, 8)
+    loss(graph.train()).backward()
 
 
 @pytest.mark.parametrize("given", [0, -1, 2.0, True, "ten"])
 def test_what_is_no_number_of_steps_is_refused(given, unchecked):
     with pytest.raises(InputError, match=f"num_steps must be an integer( or None| from 1 up)?; got {given!r}"):
-        TargetedDropout(num_steps=given)
-    with pytest.raises(InputError, match=f"num_steps must be an integer( or None| from 1 up)?; got {given!r}"):
-        TargetedDropout().set_num_steps(given)
+        attached(NeuralGraph((3, 4, 2), 9), given)
 
 
-def test_rules_without_a_schedule_take_the_number_of_steps_too():
-    graph = NeuralGraph((3, 4, 2), 9)
-    assert isinstance(graph.wiring, Wiring)
-    graph.wiring.set_num_steps(10)
-    graph(torch.rand(2, 3, 4, 4))
-
-
-def test_the_first_forward_pass_is_step_zero_and_only_training_counts():
+def test_steps_of_the_optimiser_count_and_nothing_else():
     graph = NeuralGraph((3, 4, 2), 9, wiring=TargetedDropout(0.5))
-    assert isinstance(graph.wiring, Scheduled)
+    step = attached(graph)
     count = Schedule(0.0, 100.0, 0, 100)
-    seen = [graph.wiring.now(count)]
+    seen = [count.at(graph.view())]
     for _ in range(3):
-        graph.train()(torch.rand(2, 3, 4, 4))
-        seen.append(graph.wiring.now(count))
-        graph.eval()(torch.rand(2, 3, 4, 4))
-        seen.append(graph.wiring.now(count))
-    assert seen == [0, 0, 0, 1, 1, 2, 2]
+        for mode in (True, True, False):  # two passes in training, one in evaluation
+            graph.train(mode)(torch.rand(2, 3, 4, 4))
+        seen.append(count.at(graph.view()))
+        step()
+        seen.append(count.at(graph.view()))
+    assert seen == [0, 0, 1, 1, 2, 2, 3]
     graph.reset_parameters()
-    graph.train()(torch.rand(2, 3, 4, 4))
-    assert graph.wiring.now(count) == 0
+    assert count.at(graph.view()) == 0
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_count_is_part_of_the_state(rule):
     graph, other = (NeuralGraph((3, 4, 2), 9, wiring=RULES[rule]()) for _ in range(2))
-    graph.wiring.set_num_steps(8)
+    step = attached(graph, 8)
     for _ in range(3):
         loss(graph)
+        step()
     state = graph.state_dict()
     assert (state["wiring.step"].tolist(), state["wiring.num_steps"].tolist()) == (3, 8)
+    assert state["wiring.seed"] > 0
     other.load_state_dict(state)
-    weight = graph.candidates.weight
     for _ in range(3):
-        edges = [
-            each.wiring.choose_to_train(weight, 9, "graph").tolist() for each in (graph, copy.deepcopy(other), other)
-        ]
+        edges = [each.wiring.choose_to_train(each.view()).tolist() for each in (graph, copy.deepcopy(other), other)]
         assert edges[0] == edges[1] == edges[2]
-    for key in ("wiring.step", "wiring.num_steps"):
+        graph.wiring.step += 1
+        other.wiring.step += 1
+    other.load_state_dict(state)
+    for key in ("wiring.step", "wiring.num_steps", "wiring.seed"):
         with pytest.raises(RuntimeError, match=f'Missing key.* "{key}"'):
             other.load_state_dict({name: value for name, value in state.items() if name != key})
     with pytest.raises(RuntimeError, match=r'Unexpected key.* "wiring.steps"'):
@@ -192,15 +175,18 @@ def test_the_count_is_part_of_the_state(rule):
 PROGRAM = """
 import torch
 
-from dnw_graph import L1Anneal, NeuralGraph, Schedule, TargetedDropout
+from dnw_graph import L1Anneal, NeuralGraph, Schedule, TargetedDropout, attach
 
 for rule in (L1Anneal(removal=Schedule(0.0, 1.0, 0, 30)), TargetedDropout(Schedule(0.2, 0.8, 0, 30))):
     torch.compiler.reset()
     graph = NeuralGraph((3, 5, 4), 11, wiring=rule, propagation="block")
     compiled = torch.compile(graph, backend="aot_eager")
+    optimiser = torch.optim.SGD(graph.parameters(), 0.1)
+    attach(compiled, optimiser)
     for step in range(9):
         with torch.compiler.set_stance("default" if step < 3 else "fail_on_recompile"):
             compiled(torch.rand(2, 3, 4, 4)).square().mean().backward()
+        optimiser.step()
     print(graph.wiring.step)
 """
 

@@ -5,7 +5,7 @@ import torch
 from reference import top_k
 
 from dnw_graph import Discrete, FineTune, InputError, LotteryTicket, NeuralGraph
-from dnw_graph.cost import cost
+from dnw_graph.analysis.cost import cost
 
 N, K = 26, 9
 TRAINED = torch.randn(N, generator=torch.Generator().manual_seed(1))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pairs import every_pair
 from reference import top_k
+from steps import attached
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,17 +26,22 @@ def masks(graph, steps):
     hook = graph.propagation.register_forward_hook(
         lambda module, args, output: seen.append(set(args[0].index.tolist()))
     )
+    step = attached(graph)
     with torch.no_grad():
         for _ in range(steps):
             graph(X)
+            step()
     hook.remove()
     return seen
 
 
 def draw(graph, steps):
     """The same without the forward passes, for many steps."""
-    weight, k = graph.candidates.weight, graph.num_edges
-    return [set(graph.wiring.choose_to_train(weight, k, graph.name).tolist()) for _ in range(steps)]
+    seen = []
+    for _ in range(steps):
+        seen.append(set(graph.wiring.choose_to_train(graph.view()).tolist()))
+        graph.wiring.step += 1
+    return seen
 
 
 def kept_per_node(graph):
@@ -102,7 +108,7 @@ def test_regular_counts_are_exact_where_gamma_times_fan_in_is_whole(fan_in):
 @pytest.mark.parametrize("variant", ["unconstrained", "regular"])
 @pytest.mark.parametrize("rho", [0.1, 0.5, 0.95])
 def test_each_target_is_dropped_with_probability_rho_and_nothing_else_ever(variant, rho):
-    graph = make_graph(TargetedDropout(rho, variant, seed=7))
+    graph = make_graph(TargetedDropout(rho, variant))
     stay = set(graph.real_index.tolist())
     rounds = 4000
     seen = draw(graph, rounds)
@@ -126,7 +132,7 @@ def test_the_ends_of_rho_are_exact(rho, expected):
 
 @pytest.mark.slow
 def test_rho_may_be_gamma():
-    graph = make_graph(TargetedDropout("gamma", seed=5), 20)
+    graph = make_graph(TargetedDropout("gamma"), 20)
     stays = sum(map(len, draw(graph, 2000))) - 2000 * 20
     gamma, draws = 6 / 26, 2000 * 6
     assert abs(stays / draws - (1 - gamma)) < 4.5 * math.sqrt(gamma * (1 - gamma) / draws)
@@ -135,7 +141,7 @@ def test_rho_may_be_gamma():
 
 
 def test_rho_may_follow_a_schedule():
-    graph = make_graph(TargetedDropout(Schedule(0.0, 1.0, 100, 200), seed=5))
+    graph = make_graph(TargetedDropout(Schedule(0.0, 1.0, 100, 200)))
     counts = [len(edges) for edges in draw(graph, 302)]
     assert counts[:101] == [N] * 101
     assert counts[200:] == [K] * 102
@@ -153,9 +159,7 @@ def test_targets_follow_the_weights():
 @pytest.mark.parametrize("propagation", ["block", "message_passing"])
 @pytest.mark.parametrize("training", [True, False])
 def test_what_stays_keeps_its_weight_and_sign(training, propagation):
-    graph = NeuralGraph(
-        (5, 3), 6, wiring=TargetedDropout(0.5, seed=3), input_function=False, propagation=propagation
-    ).double()
+    graph = NeuralGraph((5, 3), 6, wiring=TargetedDropout(0.5), input_function=False, propagation=propagation).double()
     graph.train(training)
     graph.candidates.weight.data[::2] *= -1
     x = torch.randn(4, 5, dtype=torch.float64)
@@ -175,20 +179,27 @@ def fix_weights(graph):
 
 
 def fixed_sequence(**options):
-    graph = make_graph(TargetedDropout(0.5, seed=options.pop("seed", 11)), **options)
+    torch.manual_seed(options.pop("seed", 11))
+    graph = make_graph(TargetedDropout(0.5), **options)
     fix_weights(graph)
     return masks(graph, 6)
 
 
-def test_each_forward_pass_in_training_draws_once():
-    drawn = make_graph(TargetedDropout(0.5, seed=11))
-    fix_weights(drawn)
-    assert draw(drawn, 6) == fixed_sequence()
+def test_all_forward_passes_of_a_step_have_one_mask():
+    graph = make_graph(TargetedDropout(0.5))
+    step = attached(graph)
+    seen = []
+    graph.propagation.register_forward_hook(lambda module, args, output: seen.append(args[0].index.tolist()))
+    for _ in range(3):
+        graph(X)
+        graph(X)
+        step()
+    assert seen[::2] == seen[1::2]
+    assert len(set(map(tuple, seen))) == 3
 
 
 def test_masks_are_a_function_of_seed_graph_and_step():
     first = fixed_sequence()
-    torch.manual_seed(99)  # the state of PyTorch's generator has no part in it
     assert fixed_sequence() == first
     assert len(set(map(frozenset, first))) == 6
     for other in (fixed_sequence(seed=12), fixed_sequence(name="stage3")):
@@ -218,11 +229,14 @@ def test_without_a_seed_that_of_pytorch_decides():
 def test_masks_are_the_same_in_another_process():
     program = (
         "import torch\n"
-        "from dnw_graph import NeuralGraph, TargetedDropout\n"
-        f"graph = NeuralGraph({SIZES}, {K}, wiring=TargetedDropout(0.5, seed=11), name='stage2')\n"
+        "from dnw_graph import NeuralGraph, TargetedDropout, attach\n"
+        "torch.manual_seed(11)\n"
+        f"graph = NeuralGraph({SIZES}, {K}, wiring=TargetedDropout(0.5), name='stage2')\n"
         f"graph.candidates.weight.data.copy_(torch.linspace(-1, 1, {N}))\n"
         "graph.propagation.register_forward_hook(lambda module, args, output: print(args[0].index.tolist()))\n"
-        "[graph(torch.zeros(1, 3, 4, 4)) for _ in range(6)]\n"
+        "optimiser = torch.optim.SGD(graph.parameters(), 0.0)\n"
+        "attach(graph, optimiser)\n"
+        "[(graph(torch.zeros(1, 3, 4, 4)), optimiser.step()) for _ in range(6)]\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert [set(map(int, line[1:-1].split(","))) for line in done.stdout.splitlines()] == fixed_sequence()
@@ -240,7 +254,7 @@ def test_looking_changes_nothing(variant):
         assert graph.real_index.tolist() == stay
         graph.train()
 
-    looked_at, left_alone = (make_graph(TargetedDropout(0.5, variant, seed=11)) for _ in range(2))
+    looked_at, left_alone = (make_graph(TargetedDropout(0.5, variant)) for _ in range(2))
     left_alone.load_state_dict(looked_at.state_dict())
     for _ in range(6):
         look(looked_at)
@@ -254,9 +268,10 @@ def test_recomputation_uses_the_mask_of_its_forward_pass(use_reentrant, propagat
     for recomputed in (False, True):
         torch.manual_seed(3)
         model = nn.Sequential(
-            make_graph(TargetedDropout(0.5, seed=3), propagation=propagation),
-            NeuralGraph((2, 5), 4, wiring=TargetedDropout(0.7, seed=3), propagation=propagation),
+            make_graph(TargetedDropout(0.5), propagation=propagation),
+            NeuralGraph((2, 5), 4, wiring=TargetedDropout(0.7), propagation=propagation),
         )
+        step = attached(model)
         for _ in range(3):
             model.zero_grad()
             x = X.clone().requires_grad_()
@@ -264,6 +279,7 @@ def test_recomputation_uses_the_mask_of_its_forward_pass(use_reentrant, propagat
             model[0].edge_index  # noqa: B018  # a look between the passes
             (out**2).sum().backward()
             gradients.append([x.grad, *(graph.candidates.weight.grad.clone() for graph in model)])
+            step()
     torch.testing.assert_close(gradients[:3], gradients[3:])
     assert not torch.equal(gradients[0][1], gradients[1][1])
 

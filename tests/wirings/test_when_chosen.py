@@ -21,18 +21,16 @@ class CountingDNW(DNW):
 
     calls = 0
 
-    def choose(self, weight, num_edges, name):
+    def choose(self, view):
         self.calls += 1
-        return super().choose(weight, num_edges, name)
+        return super().choose(view)
 
 
 class Restless(Wiring):
     """Other edges at every choice."""
 
-    updates_hallucinated = True
-
-    def choose(self, weight, num_edges, name):
-        return torch.randperm(len(weight))[:num_edges].sort().values
+    def choose(self, view):
+        return torch.randperm(view.num_candidates)[: view.k].sort().values
 
 
 def make_graph(wiring=None, **options):

@@ -1,0 +1,269 @@
+"""What a model costs: parameters and multiply-adds of its real edges and live nodes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from dnw_graph.analysis.chains import readers
+from dnw_graph.analysis.live_channels import classifier_columns, live_channels
+from dnw_graph.analysis.multiply_adds import MultiplyAdds
+from dnw_graph.arguments import checked, require
+from dnw_graph.candidates import CandidateEdges
+from dnw_graph.errors import InputError
+from dnw_graph.neural_graph import NeuralGraph
+from dnw_graph.sparse_layers.access import sparse_parameters
+
+NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+"""Modules whose weights and biases are those of a norm."""
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """Cost of one part of a model.
+
+    Attributes:
+        name: A neural graph's name, or the name of the submodule; what belongs to no submodule goes by the model's
+            class.
+        parameters: Number of parameters, see :class:`Cost`.
+        multiply_adds: Multiply-adds for one image, see :class:`Cost`.
+    """
+
+    name: str
+    parameters: int
+    multiply_adds: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a model; ``print`` shows it as a table.
+
+    Attributes:
+        rows: The stages or other parts of the model that cost anything, in its order.
+    """
+
+    rows: tuple[CostRow, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters: those of live real edges, live nodes and all other layers.
+
+        Norms are not counted, as in the paper's figures.
+        """
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of products, convolutions and edges for one image: what the paper calls FLOPs."""
+        return sum(row.multiply_adds for row in self.rows)
+
+    def __str__(self) -> str:
+        total = CostRow("in sum", self.parameters, self.multiply_adds)
+        cells = [("part", "parameters", "multiply-adds")]
+        cells += [(row.name, f"{row.parameters:,}", f"{row.multiply_adds:,}") for row in (*self.rows, total)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return "\n".join(f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in cells)
+
+
+@checked
+def neural_graphs(model: nn.Module) -> dict[str, NeuralGraph]:
+    """Return the neural graphs of a model by name, in the order of the model.
+
+    A graph whose name another one shares goes by its module path.
+    """
+    graphs = [(path, graph) for path, graph in model.named_modules() if isinstance(graph, NeuralGraph)]
+    names = [graph.name for _, graph in graphs]
+    return {graph.name if names.count(graph.name) == 1 else path: graph for path, graph in graphs}
+
+
+@checked
+def live_nodes(model: nn.Module) -> dict[str, Bool[Tensor, " nodes"]]:
+    """Return, by graph name, which nodes reach an output of the model over real edges; the others are dead.
+
+    In an ``nn.Sequential``, nested ones too, and in the models of this package, the outputs of a graph that count are
+    the live inputs of the next one, where there is nothing between them but modules that work on every channel by
+    itself: norms over batches, activations, pooling, dropout, convolutions of single channels. Any other module in
+    which graphs feed one another says so in a method ``live_nodes_by_graph()``, which returns masks like these by
+    graph. Elsewhere all outputs of a graph count.
+    """
+    masks: dict[NeuralGraph, Tensor] = {}
+    for module in model.modules():
+        by_graph = getattr(module, "live_nodes_by_graph", None)
+        if by_graph is not None:
+            masks |= by_graph()
+    read_by = readers(model)
+
+    def live(graph: NeuralGraph) -> Tensor:
+        if graph not in masks:
+            reader = read_by.get(graph)
+            masks[graph] = graph.live_nodes(None if reader is None else live(reader)[: reader.num_inputs])
+        return masks[graph]
+
+    return {name: live(graph) for name, graph in neural_graphs(model).items()}
+
+
+@checked
+def cost(model: nn.Module, input_size: Sequence[int], *, paper: bool = False) -> Cost:
+    """Count the parameters and multiply-adds of a model, part by part, without its dead nodes.
+
+    One image of zeros is sent through the model in evaluation mode, and what is computed is counted: live real edges at
+    every product, each step of a discrete graph and each evaluation of a continuous one; node functions at their live
+    nodes; a convolution or linear layer that feeds only a graph, in an ``nn.Sequential`` or a model of this package, at
+    the live inputs; everything else as PyTorch's ``FlopCounterMode`` counts it, two operations being one multiply-add.
+    Activations, norms and pooling are not counted. The model is left as it was: modes, hooks, wiring and random
+    state.
+
+    With ``paper=True`` dead nodes are counted as for Table 3 of the paper, by one look at each graph: an input or inner
+    node is dead if no real edge leaves it, whether or not its targets or later stages are of use; all real edges
+    count; and where a linear ``classifier`` reads the outputs of the last graph beside it, it has no column for an
+    output at which no real edge arrives.
+
+    Args:
+        model: Any module, with or without neural graphs, such as those of torchvision and timm.
+        input_size: Size of one image without the batch, such as ``(3, 224, 224)``.
+        paper: Count dead nodes as the paper does.
+
+    Raises:
+        InputError: If the model cannot take an image of that size, has lazy or scripted modules, or computes with an
+            operator whose multiply-adds are unknown.
+
+    Examples:
+        >>> from torch import nn
+        >>> from dnw_graph.analysis.cost import cost
+        >>> print(cost(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(128, 10)), (3, 4, 4)))
+        part    parameters  multiply-adds
+        0              224          3,456
+        2            1,290          1,280
+        in sum       1,514          4,736
+    """
+    expected = "the size of one image without the batch, such as (3, 224, 224)"
+    require(len(input_size) > 0 and min(input_size) > 0, "input_size", expected, input_size)
+    if any(map(is_lazy, chain(model.parameters(), model.buffers()))):
+        raise InputError(f"{type(model).__name__} has lazy modules without a shape: send one batch through it first")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise InputError(f"{type(model).__name__} has scripted modules, whose work cannot be seen: count it unscripted")
+    with _left_as_it_was(model), torch.no_grad():
+        graphs = neural_graphs(model)
+        live = _with_output_edge(graphs) if paper else {graphs[name]: mask for name, mask in live_nodes(model).items()}
+        counted_targets = {graph: torch.ones_like(mask) if paper else mask for graph, mask in live.items()}
+        channels = live_channels(model, live)
+        columns = classifier_columns(model) if paper else {}
+        rows = _rows(model)
+        parameters = _count_parameters(rows, channels, columns)
+        for graph, counted in counted_targets.items():
+            parameters[rows[graph]] += int(counted[graph.edge_index[1]].sum())
+        counter = MultiplyAdds(rows, channels | {layer: [mask] for layer, mask in columns.items()}, counted_targets)
+        _send_image(model, input_size, counter)
+    found = (CostRow(name, parameters[name], int(counter.counts[name])) for name in dict.fromkeys(rows.values()))
+    return Cost(tuple(row for row in found if row.parameters or row.multiply_adds))
+
+
+def _send_image(model: nn.Module, input_size: Sequence[int], counter: MultiplyAdds) -> None:
+    tensors = chain(model.parameters(), model.buffers())
+    like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+    image = torch.zeros(1, *input_size, dtype=like.dtype, device=like.device)
+    try:
+        with counter:
+            model.eval()(image)
+    except InputError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"{type(model).__name__} cannot take one image of size {tuple(input_size)} ({type(error).__name__}: "
+            f"{reason}); give the size of one image without the batch, such as (3, 224, 224)"
+        ) from error
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put back modes, chosen edges, what else a forward pass notes on its modules, and the random state."""
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            for module, before in attributes.items():
+                vars(module).clear()
+                vars(module).update(before)
+
+
+def _with_output_edge(graphs: dict[str, NeuralGraph]) -> dict[NeuralGraph, Tensor]:
+    """Return which nodes of each graph are outputs or have a real edge to any node."""
+    live = {}
+    for graph in graphs.values():
+        source = graph.edge_index[0]
+        live[graph] = torch.zeros(graph.num_nodes, dtype=torch.bool, device=source.device)
+        live[graph][-graph.num_outputs :] = True
+        live[graph][source] = True
+    return live
+
+
+def _rows(model: nn.Module) -> dict[nn.Module, str]:
+    """Return under which name every module is counted: that of a child of the model, or of an entry of a list."""
+    graph_names: dict[nn.Module, str] = {graph: name for name, graph in neural_graphs(model).items()}
+    if model in graph_names:
+        return dict.fromkeys(model.modules(), graph_names[model])
+    own = type(model).__name__
+    rows = {model: own}
+
+    def name_children(parent: nn.Module, prefix: str) -> None:
+        for name, child in parent.named_children():
+            if type(child) in (nn.ModuleList, nn.ModuleDict):
+                rows.setdefault(child, own)
+                name_children(child, f"{prefix}{name}.")
+            else:
+                for module in child.modules():
+                    rows.setdefault(module, graph_names.get(child, prefix + name))
+
+    name_children(model, "")
+    return rows
+
+
+def _count_parameters(
+    rows: dict[nn.Module, str], channels: dict[nn.Module, list[Tensor]], columns: dict[nn.Module, Tensor]
+) -> Counter[str]:
+    """Count all parameters but those of norms and edges, the shared ones once."""
+    counts: Counter[str] = Counter()
+    counted: set[nn.Parameter] = set()
+    real = {
+        parts.parts[0][0].parameter: int(parts.current_mask().count_nonzero())
+        for module in rows
+        for path, _, _, parts in sparse_parameters(module)
+        if not path
+    }
+    for module, row in rows.items():
+        if isinstance(module, (CandidateEdges, *NORMS)):
+            continue
+        if (own := getattr(module, "own_parameters", None)) is not None:  # a layer of a compact model
+            counts[row] += own()
+        for parameter in set(module.parameters(recurse=False)) - counted:
+            counted.add(parameter)
+            number = real.get(parameter, parameter.numel())
+            masks = channels.get(module, [])
+            if masks and parameter.dim() and all(len(mask) == parameter.size(0) for mask in masks):
+                number = number // parameter.size(0) * int(torch.stack(masks).any(0).sum())
+            if module in columns and parameter.dim() == 2:
+                number = number // parameter.size(1) * int(columns[module].sum())
+            counts[row] += number
+    return counts

@@ -1,0 +1,68 @@
+"""Models as chains of modules that are applied one after the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dnw_graph.analysis.chains import parts
+from dnw_graph.compaction.functions import steps
+from dnw_graph.compaction.layers import Activation, Affine, Layer, MapMean
+from dnw_graph.dynamics import Static
+from dnw_graph.models import GraphClassifier, MobileNetV1, MobileNetV1DNW, TinyClassifier
+from dnw_graph.neural_graph import NeuralGraph
+
+MODELS = (MobileNetV1, MobileNetV1DNW, TinyClassifier, GraphClassifier)
+
+
+def chain(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that a model applies one after the other, or the model alone."""
+    modules: list[nn.Module]
+    if type(model) in (nn.Sequential, MobileNetV1DNW):
+        modules = parts(model) or []
+    elif type(model) is MobileNetV1:
+        modules = [model.stem, model.features, MapMean(), model.classifier]
+    elif type(model) is TinyClassifier:
+        modules = [model.stem, model.graph, MapMean(2, 4), model.classifier]
+    elif type(model) is GraphClassifier:
+        modules = [model.graph, Affine(torch.ones_like(model.bias), model.bias.detach().clone())]
+    else:
+        return [model]
+    flat = [part for module in modules for part in chain(module)]
+    for place in reversed(range(len(flat) - 1)):
+        pool, flatten = flat[place : place + 2]
+        pooled = isinstance(pool, nn.AdaptiveAvgPool2d) and pool.output_size in (1, (1, 1))
+        if pooled and isinstance(flatten, nn.Flatten) and (flatten.start_dim, flatten.end_dim) == (1, -1):
+            flat[place : place + 2] = [MapMean()]
+    return flat
+
+
+def silent_features(modules: list[nn.Module]) -> Tensor | None:
+    """Return the values of those features that are the same for all images, NaN for all others; None if there are none.
+
+    Such a feature is the mean over the map of an output that receives nothing, with element-wise layers between.
+    """
+    between: list[Layer] = []
+    for module in reversed(modules):
+        known: list[Layer] | None = [module] if isinstance(module, MapMean) else steps(module)
+        if known is not None and all(isinstance(layer, Affine | Activation | MapMean) for layer in known):
+            between = known + between
+            continue
+        break
+    else:
+        return None
+    means = [layer.stop or 1 for layer in between if isinstance(layer, MapMean)]
+    if not (means and isinstance(module, NeuralGraph) and isinstance(module.dynamics, Static)):
+        return None
+    if steps(module.dynamics.node_functions[-1]) != []:
+        return None
+    received = module.edge_index[1] - (module.num_nodes - module.num_outputs)
+    silent = torch.ones(module.num_outputs, dtype=torch.bool, device=received.device)
+    silent[received[received >= 0]] = False
+    silent[0] &= not silent.all()  # One feature is kept: the size of the batch comes in through it.
+    if not silent.any():
+        return None
+    z = module.edge_weight.new_zeros(1, module.num_outputs, max(means), max(means))
+    for layer in between:
+        z = layer(z)
+    return z[0].masked_fill(~silent, torch.nan)

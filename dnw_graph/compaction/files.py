@@ -1,0 +1,178 @@
+"""One file for a compact model: its tensors in safetensors, its structure as JSON in the file's metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnw_graph.arguments import checked, wrong
+from dnw_graph.checksum import checksum
+from dnw_graph.compaction.dynamic_graphs import ContinuousGraph, DiscreteGraph, RungeKuttaGraph, Step
+from dnw_graph.compaction.functions import PerBlock
+from dnw_graph.compaction.layers import (
+    Activation,
+    Affine,
+    Chain,
+    Conv,
+    InstanceNorm,
+    Layer,
+    Linear,
+    MapMean,
+    Select,
+)
+from dnw_graph.compaction.model import CompactModel
+from dnw_graph.compaction.products import DenseProduct, SparseProduct
+from dnw_graph.compaction.static_graphs import FusedGraph, StaticGraph
+from dnw_graph.errors import InputError
+from dnw_graph.whole_file import write_whole
+
+FORMAT = "dnw_graph.compact"
+VERSION = 2
+
+KINDS: dict[str, type[Layer]] = {
+    "activation": Activation,
+    "affine": Affine,
+    "chain": Chain,
+    "continuous_graph": ContinuousGraph,
+    "conv": Conv,
+    "dense_product": DenseProduct,
+    "discrete_graph": DiscreteGraph,
+    "fused_graph": FusedGraph,
+    "instance_norm": InstanceNorm,
+    "linear": Linear,
+    "map_mean": MapMean,
+    "model": CompactModel,
+    "per_block": PerBlock,
+    "runge_kutta_graph": RungeKuttaGraph,
+    "select": Select,
+    "sparse_product": SparseProduct,
+    "static_graph": StaticGraph,
+    "step": Step,
+}
+"""The layers that a file can hold. Adding one, or an option that has no default, makes a new version."""
+
+
+@checked
+def save_compact(module: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a compact model to a file from which :func:`load_compact` makes it again, without the original model.
+
+    The file is written whole or not at all.
+
+    Args:
+        module: What :func:`~dnw_graph.compaction.compact` returned.
+        path: The file, by custom with the ending ``.safetensors``.
+
+    Raises:
+        InputError: If the model holds a module that is not a layer of this package, or the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    if not isinstance(module, CompactModel):
+        raise InputError(
+            f"{type(module).__name__} is not a CompactModel: save what compact(…) returned for a NeuralGraph, a model "
+            "of this package or an nn.Sequential; any other module can be written with torch.export"
+        )
+    config = json.dumps(_describe(module, ""))
+    metadata = {"format": FORMAT, "version": str(VERSION), "config": config}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    contents = save(tensors, {**metadata, "checksum": checksum([metadata, tensors])})
+    write_whole(Path(path), contents, "path")
+
+
+@checked
+def load_compact(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> CompactModel:
+    """Return the compact model that :func:`save_compact` wrote; nothing in the file is executed.
+
+    Args:
+        path: The file.
+        device: Where the tensors go.
+
+    Raises:
+        InputError: If the file is missing, torn, damaged, not such a file, or of another version.
+    """
+    from safetensors import safe_open
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise wrong("device", "a device of this machine, such as 'cpu' or 'cuda'", device) from error
+    path = Path(path)
+    if not os.path.isfile(path):
+        raise InputError(f"{str(path)!r} is not a file: give a file that save_compact wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Copied: what is read is a view of the file, which may be overwritten later.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # a damaged file can fail anywhere in the decoder
+        raise InputError(
+            f"{path} cannot be read ({_short(error)}): it is damaged or not a file of save_compact"
+        ) from error
+    _check_format(path, metadata)
+    found = metadata.pop("checksum", None)
+    if checksum([metadata, tensors]) != found:
+        raise InputError(f"{path} does not hold what was written (its checksum differs): it is damaged")
+    try:
+        model = _build(json.loads(metadata["config"]), tensors, "")
+    except Exception as error:  # a wrong description can fail anywhere
+        raise InputError(f"{path} does not describe a compact model ({_short(error)}): it is damaged") from error
+    if tensors or not isinstance(model, CompactModel):
+        raise InputError(f"{path} holds tensors of no layer ({', '.join(sorted(tensors)[:3]):.100}): it is damaged")
+    return model.eval().to(device)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _check_format(path: Path, metadata: dict[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"{path} is a safetensors file, but not of a compact model: give one that save_compact wrote")
+    if metadata.get("version") != str(VERSION):
+        raise InputError(
+            f"{path} has version {metadata.get('version')!r:.20} of the format, this package reads version {VERSION}: "
+            "update dnw-graph, or save the model again"
+        )
+
+
+def _describe(layer: nn.Module, name: str) -> dict[str, Any]:
+    kinds = [kind for kind, cls in KINDS.items() if type(layer) is cls]
+    if not kinds or not isinstance(layer, Layer):
+        raise InputError(
+            f"the model holds a {type(getattr(layer, 'function', layer)).__name__} ({name}), which a file cannot "
+            "describe without its code; write the model with torch.export"
+        )
+    parts: dict[str, Any] = {}
+    for part, child in layer.named_children():
+        where = f"{name}.{part}".lstrip(".")
+        if isinstance(child, nn.ModuleList):
+            parts[part] = [_describe(each, f"{where}.{number}") for number, each in enumerate(child)]
+        else:
+            parts[part] = _describe(child, where)
+    held = {key: getattr(layer, key) for key in layer.tensor_names}
+    tensors = {key: None if tensor is None else list(tensor.shape) for key, tensor in held.items()}
+    options = {option: getattr(layer, option) for option in layer.options}
+    return {"kind": kinds[0], "options": options, "tensors": tensors, "parts": parts}
+
+
+def _build(config: dict[str, Any], tensors: dict[str, Tensor], prefix: str) -> Layer:
+    cls = KINDS[config["kind"]]
+    if set(config["options"]) - set(cls.options):
+        raise InputError(f"{config['kind']} has no options {sorted(set(config['options']) - set(cls.options))}")
+    given: dict[str, Any] = dict(config["options"])
+    for name, shape in config["tensors"].items():
+        given[name] = None if shape is None else tensors.pop(f"{prefix}{name}")
+        if shape is not None and list(given[name].shape) != shape:
+            raise InputError(f"tensor {prefix}{name} should be {shape}, and is {list(given[name].shape)}")
+    for name, part in config["parts"].items():
+        if isinstance(part, Iterable) and not isinstance(part, dict):
+            given[name] = [_build(each, tensors, f"{prefix}{name}.{number}.") for number, each in enumerate(part)]
+        else:
+            given[name] = _build(part, tensors, f"{prefix}{name}.")
+    return cls(**given)

@@ -1,0 +1,165 @@
+"""Node functions and other modules that work on every channel by itself, as lists of plain layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dnw_graph.compaction.layers import Activation, Affine, Chain, Conv, InstanceNorm, Layer, require, require_whole
+from dnw_graph.dynamics.recurrent import takes_time
+from dnw_graph.equivalence import Biased
+from dnw_graph.node_functions import Blockwise, NodeConv, NormReluConv, NormReluConvNormRelu, ReluConvSendNorm
+
+ACTIVATION_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hardswish",
+    nn.SiLU: "silu",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+}
+
+# What does nothing in evaluation.
+SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def steps(module: nn.Module) -> list[Layer] | None:
+    """Return the layers, one after the other, that a module is in evaluation, or None if it is not known to be such.
+
+    Every layer works on each channel by itself, so that it can be cut to some of them. Only exact classes are known: a
+    subclass may do something else.
+    """
+    kind = type(module)
+    if kind in SILENT:
+        return []
+    if kind in ACTIVATION_MODULES:
+        return [Activation(ACTIVATION_MODULES[kind])]
+    if isinstance(module, Affine):
+        return [module]
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.InstanceNorm2d) and kind.__module__.startswith("torch."):
+        return _norm(module)
+    if kind in (nn.Conv2d, NodeConv):
+        layer = conv(module)
+        return [layer] if layer is not None and layer.single_channel else None
+    if isinstance(module, NormReluConv) and kind in (NormReluConv, NormReluConvNormRelu):
+        parts = [module.norm, nn.ReLU(), module.conv]
+        return _all(parts + ([module.norm2, nn.ReLU()] if isinstance(module, NormReluConvNormRelu) else []))
+    if isinstance(module, ReluConvSendNorm):
+        return steps(module.norm) if kind is ReluConvSendNorm else None
+    if kind is nn.Sequential:
+        return _all(list(module.children()))
+    if isinstance(module, Biased):
+        bias = module.bias
+        shift = [] if bias is None else [Affine(torch.ones_like(bias), bias.detach().clone())]
+        after = steps(module.activation)
+        return None if after is None else [*shift, *after]
+    if isinstance(module, Blockwise):
+        blocks = [steps(function) for function in module.functions]
+        known = [block for block in blocks if block is not None]
+        return [PerBlock([Chain(block) for block in known], module.sizes)] if len(known) == len(blocks) else None
+    return None
+
+
+def sending_steps(function: nn.Module) -> list[Layer] | None:
+    """Return what a node function does with a state before it is sent, see :func:`steps`."""
+    if type(function) is ReluConvSendNorm:
+        return _all([nn.ReLU(), function.conv])
+    return None if hasattr(function, "send") else []
+
+
+def conv(module: nn.Module) -> Conv | None:
+    """Return a convolution as a layer, or None if its padding is not of zeros."""
+    assert isinstance(module, nn.Conv2d)
+    if module.padding_mode != "zeros":
+        return None
+    bias = None if module.bias is None else module.bias.detach().clone()
+    padding = module.padding if isinstance(module.padding, str) else list(module.padding)
+    return Conv(module.weight.detach().clone(), bias, module.stride, padding, module.dilation, module.groups)
+
+
+def _all(modules: Sequence[nn.Module]) -> list[Layer] | None:
+    parts = [steps(module) for module in modules]
+    known = [part for part in parts if part is not None]
+    return [layer for part in known for layer in part] if len(known) == len(parts) else None
+
+
+def _norm(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.InstanceNorm2d) -> list[Layer] | None:
+    mean, variance = norm.running_mean, norm.running_var
+    if mean is None or variance is None:
+        if not isinstance(norm, nn.InstanceNorm2d):
+            return None  # It normalises over the batch, in evaluation too.
+        weight, bias = _scale_and_shift(norm, norm.weight) if norm.affine else (None, None)
+        return [InstanceNorm(weight, bias, norm.eps)]
+    weight, bias = _scale_and_shift(norm, mean)
+    scale = weight * (variance + norm.eps).rsqrt()
+    return [Affine(scale, bias - mean * scale)]
+
+
+def _scale_and_shift(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    scale = torch.ones_like(like) if norm.weight is None else norm.weight.detach().clone()
+    return scale, torch.zeros_like(like) if norm.bias is None else norm.bias.detach().clone()
+
+
+class PerBlock(Layer):
+    """Another chain of layers for each block of channels.
+
+    Args:
+        chains: One per block.
+        sizes: Number of channels of each block.
+    """
+
+    options = ("sizes",)
+
+    def __init__(self, chains: Sequence[nn.Module], sizes: Sequence[int]) -> None:
+        super().__init__()
+        require_whole(sizes, 1, "sizes of blocks")
+        require(len(chains) == len(sizes), f"{len(chains)} chains do not fit {len(sizes)} blocks")
+        for chain, size in zip(chains, sizes, strict=True):
+            inside = [layer.num_inputs for layer in chain.modules() if isinstance(layer, Layer)]
+            require({None, size}.issuperset(inside), f"{chain} does not take {size} channels")
+        self.chains = nn.ModuleList(chains)
+        self.sizes = list(sizes)
+
+    @property
+    def num_inputs(self) -> int:
+        """Number of channels."""
+        return sum(self.sizes)
+
+    def cut(self, nodes: Tensor) -> PerBlock:
+        """Return the chains of some channels; blocks of which none is left are dropped."""
+        chains, sizes, start = [], [], 0
+        for chain, size in zip(self.chains, self.sizes, strict=True):
+            inside = nodes[(nodes >= start) & (nodes < start + size)] - start
+            if len(inside):
+                assert isinstance(chain, Chain)
+                chains.append(chain.cut(inside))
+                sizes.append(len(inside))
+            start += size
+        return PerBlock(chains, sizes)
+
+    def forward(self, z: Float[Tensor, "batch nodes *space"]) -> Float[Tensor, "batch nodes *space2"]:
+        """Apply each chain to its own block."""
+        parts = z.split(self.sizes, dim=1)
+        return torch.cat([chain(part) for chain, part in zip(self.chains, parts, strict=True)], dim=1)
+
+
+class WholeFunction(nn.Module):
+    """A node function of unknown structure: kept as it is, over all its nodes."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.takes_time = takes_time(function)
+
+    def send(self, z: Tensor) -> Tensor:
+        """Return what the nodes send."""
+        send = getattr(self.function, "send", None)
+        return z if send is None else send(z)
+
+    def forward(self, z: Tensor, time: object = None) -> Tensor:
+        """Apply f_θ."""
+        return self.function(z, time) if self.takes_time else self.function(z)

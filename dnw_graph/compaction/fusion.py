@@ -1,0 +1,137 @@
+"""Fewer operations with the same result: norms folded into what comes before them, static graphs in one operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dnw_graph.compaction.layers import Activation, Affine, Chain, Conv, Layer
+from dnw_graph.compaction.products import SparseProduct
+from dnw_graph.compaction.static_graphs import FusedGraph, StaticGraph
+
+
+def fold(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Fold every scale and shift into the layer before it, where that layer is linear."""
+    folded: list[nn.Module] = []
+    for layer in layers:
+        last = folded[-1] if folded else None
+        if not (isinstance(layer, Affine) and isinstance(last, Layer) and last.absorb(layer.scale, layer.shift)):
+            folded.append(layer)
+    return folded
+
+
+def fuse(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Put runs of static graphs of (norm →) ReLU → 3×3 convolution (→ ReLU) into one operator each."""
+    fused: list[nn.Module] = []
+    place = 0
+    while place < len(layers):
+        run, after = _run(layers, place)
+        fused.append(run or layers[place])
+        place = after
+    return fused
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A node function ReLU → 3×3 convolution, with ReLU behind it where ``relu`` is true."""
+
+    conv: Conv
+    relu: bool
+
+
+def _function(layers: Sequence[nn.Module]) -> tuple[_Function | None, int]:
+    """Return the node function that the layers begin with, if the operator has it, and of how many layers it is."""
+    if len(layers) < 2 or not _is_relu(layers[0]):
+        return None, 0
+    conv = layers[1]
+    if not (isinstance(conv, Conv) and conv.single_channel and conv.weight.shape[2:] == (3, 3)):
+        return None, 0
+    if conv.stride not in ([1, 1], [2, 2]) or conv.padding != [1, 1] or conv.dilation != [1, 1]:
+        return None, 0
+    if len(layers) > 2 and _is_relu(layers[2]):
+        return _Function(conv, True), 3
+    return (_Function(conv, False), 2) if conv.bias is None else (None, 0)
+
+
+def _run(layers: Sequence[nn.Module], place: int) -> tuple[FusedGraph | None, int]:
+    """Return the static graphs that begin at a place as one operator, and the place after them."""
+    start = place
+    affine = layers[place] if isinstance(layers[place], Affine) else None
+    place += affine is not None
+    functions: list[_Function] = []
+    shifts: list[Tensor] = []
+    parts: list[tuple[SparseProduct, int]] = []  # Each with the number of the first node that feeds it.
+    strides: list[int] = []
+    sizes: list[int] = []
+    while True:
+        entry, length = _function(layers[place:])
+        graph = layers[place + length] if entry and place + length < len(layers) else None
+        inner = _inner(graph) if isinstance(graph, StaticGraph) else None
+        if entry is None or inner is None or {f.relu for f in [entry, *inner, *functions[:1]]} != {entry.relu}:
+            break
+        assert isinstance(graph, StaticGraph)
+        if not sizes:
+            sizes.append(entry.conv.num_outputs)
+            strides.append(0)
+            zero = torch.zeros_like(entry.conv.weight[:, 0, 0, 0])
+            shifts.append(affine.shift if isinstance(affine, Affine) else zero)
+        strides[-1] = entry.conv.stride[0]
+        first = sum(sizes[:-1])
+        blocks = [sizes[-1]]
+        for product, (low, _) in zip(graph.products, graph.feeding, strict=True):
+            assert isinstance(product, SparseProduct)
+            parts.append((product, first + sum(blocks[:low])))
+            blocks.append(product.num_outputs)
+            shifts.append(product.bias)
+        sizes += blocks[1:]
+        strides += [1] * len(inner) + [0]
+        functions += [entry, *inner]
+        place += length + 1
+    if not functions:
+        return None, start + 1
+    *shifts, output_shift = shifts
+    scale = torch.ones_like(torch.cat(shifts))
+    if isinstance(affine, Affine):
+        scale[: sizes[0]] = affine.scale
+    bias = None
+    if functions[0].relu:
+        biases = [
+            f.conv.weight.new_zeros(f.conv.num_outputs) if f.conv.bias is None else f.conv.bias for f in functions
+        ]
+        bias = torch.cat(biases)
+    rowptrs, edges = [parts[0][0].rowptr[:1]], 0
+    for product, _ in parts:
+        rowptrs.append(product.rowptr[1:] + edges)
+        edges += product.num_edges
+    graph = FusedGraph(
+        sizes=sizes,
+        strides=strides,
+        rowptr=torch.cat(rowptrs),
+        columns=torch.cat([product.columns + first for product, first in parts]),
+        values=torch.cat([product.values for product, _ in parts]),
+        scale=scale,
+        shift=torch.cat(shifts),
+        kernel=torch.cat([function.conv.weight[:, 0] for function in functions]),
+        bias=bias,
+        output_shift=output_shift,
+    )
+    return graph, place
+
+
+def _inner(graph: StaticGraph) -> list[_Function] | None:
+    """Return the node functions between inputs and outputs, if the operator has them and products are sparse."""
+    inner = []
+    for chain in graph.functions:
+        layers = list(chain.layers) if isinstance(chain, Chain) else []
+        function, length = _function(layers)
+        if function is None or length != len(layers) or function.conv.stride != [1, 1]:
+            return None
+        inner.append(function)
+    return inner if all(isinstance(product, SparseProduct) for product in graph.products) else None
+
+
+def _is_relu(layer: nn.Module) -> bool:
+    return isinstance(layer, Activation) and layer.name == "relu"

@@ -1,0 +1,234 @@
+"""``compact``: a model as a plain inference module without dead nodes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnw_graph.analysis.chains import channel_wise
+from dnw_graph.analysis.cost import neural_graphs
+from dnw_graph.arguments import checked, shown, wrong
+from dnw_graph.compaction.chains import MODELS, chain, silent_features
+from dnw_graph.compaction.convert import GraphConverter, can_be_compacted, is_adaptive, needed_nodes, whole_functions
+from dnw_graph.compaction.functions import conv, steps
+from dnw_graph.compaction.fusion import fold, fuse
+from dnw_graph.compaction.layers import Chain, Conv, Linear, MapMean, Select
+from dnw_graph.compaction.report import Report, Size, count_multiply_adds, count_parameters, relative_difference
+from dnw_graph.dynamics import Continuous
+from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.neural_graph import NeuralGraph
+from dnw_graph.sparse_layers import densify, weight_graphs
+
+PRODUCTS = ("sparse", "dense")
+
+
+class CompactModel(Chain):
+    """A model without dead nodes, as a chain of plain layers; made by :func:`compact` or ``load_compact``.
+
+    Attributes:
+        report: What was saved; None if the model comes from a file.
+    """
+
+    report: Report | None = None
+
+    def forward(self, z: Tensor, **options: Any) -> Tensor:
+        """Apply the layers; options of a graph, such as ``times``, are refused: the layers hold what outputs need."""
+        if options:
+            raise InputError(f"a compact model takes no options; got {', '.join(options)}: ask the original graph")
+        if not isinstance(z, Tensor):
+            raise wrong("the input of a compact model", "a tensor", z)
+        return super().forward(z)
+
+
+@checked
+def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | None = None) -> nn.Module:
+    """Return a model as a plain inference module without dead nodes, with the same outputs.
+
+    Nodes from which no path of real edges leads to an output of the model are left out, through all graphs and back
+    into the convolution before the first one. Batch norms are folded into products and convolutions. A node that
+    receives nothing is not silent (norm, ReLU and convolution make a constant map of its zero); it stays, but an output
+    that receives nothing becomes part of the bias of the linear layer that reads it.
+
+    The result is a :class:`CompactModel` for the models of this package, a :class:`~dnw_graph.NeuralGraph`, and an
+    ``nn.Sequential`` of them and other layers; any other module is copied, with such a model in place of each graph.
+
+    A graph with an adaptive solver takes other steps without its dead nodes, so that its outputs move within the
+    solver's tolerance; the report says by how much.
+
+    Sparse weights of layers (see :func:`~dnw_graph.sparse_layers.sparsify`) become dense ones with zeros.
+
+    Args:
+        model: The model; it stays as it is. The real edges are those of evaluation.
+        products: ``"sparse"``: the products over the edges are sparse, and static graphs of norm → ReLU → 3×3
+            convolution run in one operator. ``"dense"``: matrices with zeros, in plain PyTorch operators (for ONNX).
+        example: A batch of inputs, for a model that takes nothing else. With it, the report holds multiply-adds and
+            the difference of the outputs.
+
+    Returns:
+        The compact model, in evaluation mode, with the :class:`~dnw_graph.compaction.Report` as its ``report``.
+
+    Raises:
+        InputError: If ``products`` is unknown, or the model cannot take the example.
+
+    Examples:
+        >>> import torch
+        >>> from dnw_graph.compaction import compact
+        >>> from dnw_graph.models import MobileNetV1DNW
+        >>> small = compact(MobileNetV1DNW(wiring="random_graph", num_classes=10))
+        >>> small(torch.randn(1, 3, 64, 64)).shape
+        torch.Size([1, 10])
+    """
+    if products not in PRODUCTS:
+        raise unknown_name("kind of products", products, PRODUCTS)
+    if example is not None:
+        _check_example(model, example)
+    if weight_graphs(model):
+        model = copy.deepcopy(model)
+        densify(model)
+    report = Report()
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            compacted = _Compactor(products == "sparse", report).compact(model)
+            report.before.parameters = count_parameters(model)
+            report.after.parameters = count_parameters(compacted)
+            if example is not None:
+                whole = _Compactor(True, Report(), prune=False).compact(model)
+                report.before.multiply_adds = count_multiply_adds(whole, example)
+                report.after.multiply_adds = count_multiply_adds(compacted, example)
+            for module in compacted.modules():
+                if isinstance(module, CompactModel):
+                    module.layers = nn.ModuleList(fuse(list(module.layers)))
+            compacted.eval()
+            if example is not None:
+                _compare(model, compacted, example, report)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    compacted.report = report  # type: ignore[assignment]
+    return compacted
+
+
+class _Compactor:
+    """One pass over a model, from its end to its beginning, with the channels that are wanted.
+
+    Args:
+        sparse: Whether products are sparse.
+        report: Where sizes and notes go.
+        prune: Whether dead nodes are left out.
+    """
+
+    def __init__(self, sparse: bool, report: Report, prune: bool = True) -> None:
+        self.sparse = sparse
+        self.report = report
+        self.prune = prune
+        self.sizes: dict[NeuralGraph, tuple[Size, Size]] = {}
+
+    def compact(self, model: nn.Module) -> nn.Module:
+        """Return the model as a chain of plain layers, or a copy of it with its graphs as such chains."""
+        modules = chain(model)
+        plain = modules != [model] or can_be_compacted(model)
+        compacted = CompactModel(self._layers(modules)) if plain else self._copy(model)
+        for name, graph in neural_graphs(model).items():
+            if graph in self.sizes:
+                self.report.add(name, *self.sizes[graph])
+        return compacted
+
+    def _layers(self, modules: list[nn.Module]) -> list[nn.Module]:
+        layers: list[nn.Module] = []
+        wanted: Tensor | None = None
+        for place in reversed(range(len(modules))):
+            new, wanted = self._convert(modules[: place + 1], wanted)
+            layers = new + layers
+        if wanted is not None:
+            layers.insert(0, Select(wanted))
+        return fold(layers)
+
+    def _convert(self, modules: list[nn.Module], wanted: Tensor | None) -> tuple[list[nn.Module], Tensor | None]:
+        """Return the layers of the last module for the wanted channels, and the channels that they want."""
+        module = modules[-1]
+        if isinstance(module, NeuralGraph) and can_be_compacted(module):
+            return self._graph(module, wanted)
+        known = [module] if isinstance(module, MapMean) else steps(module)
+        if known is not None:
+            return [layer if wanted is None else layer.cut(wanted) for layer in known], wanted
+        new = self._plain(module)
+        if channel_wise(module) and not module.state_dict():  # Pooling, for one.
+            return [new], wanted
+        if isinstance(new, Conv) and new.groups == 1:
+            return [new if wanted is None else new.cut(wanted)], None
+        layers = [new] if wanted is None else [new, Select(wanted)]
+        if isinstance(new, Linear) and self.prune and (silent := silent_features(modules[:-1])) is not None:
+            used = silent.isnan().nonzero().flatten()
+            constant = new.weight @ silent.nan_to_num()
+            layers[0] = Linear(new.weight[:, used], constant if new.bias is None else new.bias + constant)
+            return layers, used
+        return layers, None
+
+    def _graph(self, graph: NeuralGraph, wanted: Tensor | None) -> tuple[list[nn.Module], Tensor | None]:
+        live = needed_nodes(graph, wanted) if self.prune else torch.ones_like(needed_nodes(graph, None))
+        source, target = graph.edge_index
+        before = Size(graph.num_nodes, len(source))
+        after = Size(int(live.sum()), int((live[source] & live[target]).sum()))
+        self.sizes[graph] = (before, after)
+        self.report.kept += whole_functions(graph)
+        if is_adaptive(graph.dynamics):
+            self.report.adaptive.append(graph.name)
+        inputs = live[: graph.num_inputs]
+        # A sequence has its nodes in another dimension: the graph selects the inputs itself.
+        every = bool(inputs.all()) or graph.dynamics.node_dim != 1
+        layers = GraphConverter(graph, live, wanted, self.sparse).layers()
+        return layers, None if every else inputs.nonzero().flatten()
+
+    def _plain(self, module: nn.Module) -> nn.Module:
+        """Return a module that may mix channels as a layer, or a copy of it with its graphs compacted."""
+        if type(module) is nn.Linear:
+            return Linear(module.weight.detach().clone(), None if module.bias is None else module.bias.detach().clone())
+        layer = conv(module) if type(module) is nn.Conv2d else None
+        return self._copy(module) if layer is None else layer
+
+    def _copy(self, module: nn.Module) -> nn.Module:
+        """Return a copy with a compact model in place of every model that can be one."""
+        memo: dict[int, Any] = {}
+        inside: set[nn.Module] = set()
+        for child in module.modules():
+            if child in inside:
+                continue
+            if can_be_compacted(child) or type(child) in MODELS:
+                memo[id(child)] = CompactModel(self._layers(chain(child)))
+                inside |= set(child.modules())
+            elif isinstance(child, NeuralGraph):
+                self.report.kept.append(f"{child.name}: a graph with {type(child.dynamics).__name__} dynamics")
+        return copy.deepcopy(module, memo)
+
+
+def _check_example(model: nn.Module, example: Tensor) -> None:
+    """Refuse an example that the model cannot take, before any work is done."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    except InputError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{type(model).__name__} cannot take the example, {shown(example)}: {reason}") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _compare(model: nn.Module, compacted: nn.Module, example: Tensor, report: Report) -> None:
+    """Report how far the outputs for an example are from the original's."""
+    expected = model(example)
+    report.difference = relative_difference(compacted(example), expected)
+    if report.adaptive:
+        closer = copy.deepcopy(model)
+        for module in closer.modules():
+            if isinstance(module, Continuous):
+                module.rtol, module.atol = module.rtol / 10, module.atol / 10
+        report.tolerance_difference = relative_difference(closer(example), expected)

@@ -1,0 +1,424 @@
+"""Weights that are ranked together, their rule, k, and when the real edges are chosen."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dnw_graph._compat import backward_pass, in_backward_pass, version
+from dnw_graph.arguments import checked, require, wrong
+from dnw_graph.candidates import CandidateEdges
+from dnw_graph.errors import InputError
+from dnw_graph.ops.layout import transformed
+from dnw_graph.wirings import View, Wiring, make_wiring, wiring_name
+from dnw_graph.wirings.base import COUNTERS
+from dnw_graph.wirings.checks import check_index
+from dnw_graph.wirings.view import Slot
+
+T = TypeVar("T")
+
+
+class Ranking(nn.Module):
+    """Candidate weights, a rule and k: what a neural graph and the weights of sparse layers have in common.
+
+    In training the real edges are chosen once per forward pass. In evaluation they are chosen after a switch from
+    training, after ``load_state_dict``, and when object, storage or version of the weights changed; what escapes that
+    (weights changed by a fused optimiser or through ``.data`` without a switch) needs :meth:`update_wiring`.
+
+    A subclass says where the weights lie (``slots``), and calls :meth:`rewire` when they are there.
+
+    Args:
+        name: Name in messages.
+
+    Attributes:
+        name: Name in messages.
+        full_name: Name in the model that was attached to an optimiser; before that ``name``.
+        wiring: The rule.
+        slots: Where the weights lie.
+        candidates: The candidates as blocks of sources × targets.
+    """
+
+    slots: Sequence[Slot]
+    candidates: CandidateEdges
+    wiring: Wiring
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = self.full_name = name
+        self._chosen: _Chosen | None = None
+        self._updates: weakref.ref[Any] | None = None  # what calls the rule after a step
+        self._backward_pass: int | None = None  # that of a rule that waits for steps
+        self.register_load_state_dict_post_hook(_forget)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the parameters that hold the weights, as they are now."""
+        return [slot.parameter for slot in self.slots]
+
+    @property
+    def num_candidates(self) -> int:
+        """Number of candidate edges."""
+        return sum(slot.numel for slot in self.slots)
+
+    @property
+    def num_edges(self) -> int:
+        """Number of real edges by the budget, k: what was asked for, or what a budget that moves has become.
+
+        Some rules keep another number, see :attr:`num_real_edges`.
+        """
+        return self.wiring.num_edges(self._num_edges)
+
+    @property
+    def num_real_edges(self) -> int:
+        """Number of real edges now: that of :attr:`real_index`."""
+        return self.real_index.numel()
+
+    @property
+    def real_index(self) -> Int[Tensor, " edges"]:
+        """Flat indices of the real edges among the candidates, ascending, for the weights as they are now.
+
+        They are those that evaluation would use, in training too; a copy.
+        """
+        return (self._choose() if self.training else self.real_edges(self.tensors())).clone()
+
+    @property
+    def real_weight(self) -> Float[Tensor, " edges"]:
+        """What the real edges compute with, in the order of :attr:`real_index`; gradients flow through it."""
+        return self.wiring.values(self.view().weight)[self.real_index]
+
+    @property
+    def edge_weight(self) -> Float[Tensor, " edges"]:
+        """What the real edges compute with, detached: a copy without a gradient. See :attr:`real_weight`."""
+        return self.real_weight.detach()
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a forward pass now is a recomputation within a backward pass, which must see the same edges."""
+        return self._chosen is not None and in_backward_pass()
+
+    def full_name_at(self, path: str) -> str:
+        """Return the graph's name in a model.
+
+        Args:
+            path: The path of its module there; empty if it is the model.
+        """
+        return path or self.name
+
+    def view(self, tensors: Sequence[Tensor] | None = None, **options: Any) -> View:
+        """Return what the rule is given."""
+        return View(self, self.wiring, self._num_edges, tensors, **options)
+
+    @checked
+    def rewire(self, wiring: str | Wiring, num_edges: int) -> None:
+        """Give the graph another wiring, or another number of edges.
+
+        The candidate weights stay as they are, unless the rule brings its own (:class:`~dnw_graph.wirings.FineTune`,
+        :class:`~dnw_graph.wirings.LotteryTicket`) or has hallucinated ones be zero.
+
+        Args:
+            wiring: Rule that chooses the real edges; an object is copied.
+            num_edges: Number of real edges k.
+
+        Raises:
+            InputError: If k is not in 1 … number of candidates, the name is unknown, or the rule refuses.
+        """
+        self.take(self.prepare(wiring, num_edges))
+
+    def prepare(self, wiring: str | Wiring, num_edges: int | None, default: int | None = None) -> View:
+        """Set a rule up for the weights as they are now; nothing of the graph is changed.
+
+        Args:
+            wiring: The rule; an object is copied.
+            num_edges: k; None for the rule's own number.
+            default: k where the rule has none. Default: all candidates.
+        """
+        rule = make_wiring(wiring).to(self.slots[0].parameter.device)
+        own = rule.own_num_edges(View(self, rule, 0))
+        if num_edges is None:
+            num_edges = next(number for number in (own, default, self.num_candidates) if number is not None)
+        require(num_edges >= 1, f"{self.name}: num_edges", "an integer from 1 up", num_edges)
+        if num_edges > self.num_candidates:
+            raise InputError(
+                f"{self.name}: num_edges = {num_edges:,} is more than the {self.num_candidates:,} candidate edges; ask "
+                "for fewer edges, or more nodes"
+            )
+        return self._set_up(rule, num_edges)
+
+    def _set_up(self, rule: Wiring, num_edges: int) -> View:
+        view = View(self, rule, num_edges, copy=True)
+        with torch.no_grad():
+            rule.setup(view)
+        return view
+
+    def set_up_anew(self) -> None:
+        """Have the rule begin again, after the weights were replaced."""
+        self.forget()
+        self.take(self._set_up(self.wiring, self._num_edges))
+
+    def take(self, view: View) -> None:
+        """Take a rule that was prepared."""
+        view.write_back()
+        before = getattr(self, "wiring", view.wiring)
+        self.wiring = view.wiring.train(self.training)
+        self.wiring.step = 0
+        for name in ("num_steps", "steps_per_epoch", "seed"):
+            setattr(self.wiring, name, getattr(before, name))
+        self._num_edges = view.k
+        self.forget()
+
+    def load_weights(self, state: Mapping[str, Any] | Tensor) -> None:
+        """Take the candidate weights alone: of another k or another rule, for fine-tuning.
+
+        The rule is set up anew for them, as when the graph was made.
+
+        Args:
+            state: The ``state_dict`` of a graph with the same candidates, or one vector ``[num_candidates]``; for the
+                weights of layers, that of the model that was given to ``sparsify``, dense or sparse.
+
+        Raises:
+            InputError: If there are no such weights in it.
+        """
+        flat = state if isinstance(state, Tensor) else self._weights_in(state)
+        if flat is None or flat.shape != (self.num_candidates,):
+            found = "no weights" if flat is None else f"{list(flat.shape)}"
+            raise InputError(f"{self.name}: expected {self.num_candidates:,} candidate weights; got {found}")
+        self._write(flat)
+        self.set_up_anew()
+
+    def _weights_in(self, state: Mapping[str, Any]) -> Tensor | None:
+        return state.get("candidates.weight")
+
+    def _write(self, flat: Tensor) -> None:
+        parts = flat.split([slot.numel for slot in self.slots])
+        with torch.no_grad():
+            for slot, part in zip(self.slots, parts, strict=True):
+                slot.write(part, slot.parameter)
+
+    def update_wiring(self) -> None:
+        """Choose the real edges anew from the weights as they are now."""
+        self._keep(self.tensors(), self._choose())
+
+    def penalty(self) -> Float[Tensor, ""] | None:
+        """Return what the wiring adds to the loss, or None; see :func:`dnw_graph.wiring_penalty`."""
+        return self.wiring.penalty(self.view())
+
+    def real_edges(self, tensors: Sequence[Tensor]) -> Int[Tensor, " edges"]:
+        """Return the flat indices for a forward pass, chosen anew where they have to be.
+
+        Args:
+            tensors: The parameters as the forward pass sees them.
+        """
+        wiring = self.wiring
+        choose = wiring.choose_to_train if self.training else wiring.choose
+        if torch.compiler.is_compiling() or transformed():
+            # Compiled code recomputes by itself, and cannot tell whether the weights have changed. The tensors of a
+            # transform of torch.func have no storage to tell it by, and must not outlive it.
+            return choose(self.view(tensors))
+        if self._chosen is not None and (in_backward_pass() if self.training else self._chosen.fits(tensors)):
+            return self._chosen.index
+        index = choose(self.view(tensors))
+        if not self.training:
+            wiring.raise_non_finite()
+        check_index(index, wiring, self.num_candidates, self.name, wait=not self.training)
+        self._keep(tensors, index)
+        return index
+
+    def derived(self, index: Int[Tensor, " edges"], make: Callable[[], T]) -> T:
+        """Return what is made of the edges of a forward pass, made once as long as they are kept."""
+        chosen = self._chosen
+        if chosen is None or chosen.index is not index:
+            return make()
+        if chosen.derived is None:
+            chosen.derived = make()
+        return chosen.derived
+
+    def trained_edges(self, tensors: Sequence[Tensor] | None = None) -> Int[Tensor, " trained"] | None:
+        """Return the flat indices of the candidates that are trained, for the weights as they are; None if all are."""
+        if self.wiring.trained == "all":
+            return None
+        view = self.view(tensors)
+        return self.wiring.choose(view) if self.wiring.trained == "real" else self.wiring.trained_edges(view)
+
+    def learning_edges(
+        self, index: Int[Tensor, " edges"], tensors: Sequence[Tensor]
+    ) -> Int[Tensor, " learning"] | None:
+        """Return the flat indices of the candidates whose gradient enters ``.grad``; None if it is all of them.
+
+        Args:
+            index: The real edges of the forward pass.
+            tensors: The parameters as the forward pass sees them.
+        """
+        wiring = self.wiring
+        kind = wiring.gradient or wiring.trained
+        if kind == "all":
+            return None
+        return index if kind == "real" else self.trained_edges(tensors)
+
+    def guarded(self, weight: Tensor) -> Tensor:
+        """Have a second backward pass refuse a rule that waits for the steps of an optimiser that nobody attached.
+
+        Args:
+            weight: What gradients of the weights flow through.
+        """
+        if not self.training or torch.compiler.is_compiling() or not self.wiring.needs_steps:
+            return weight
+        if self.updates is not None:
+            return weight
+        weight = weight.view_as(weight)
+        if weight.requires_grad:
+            weight.register_hook(self._refuse_second_pass)
+        return weight
+
+    def _refuse_second_pass(self, grad: Tensor) -> None:
+        if self._backward_pass is None:
+            self._backward_pass = backward_pass()
+        elif self._backward_pass != backward_pass():
+            raise InputError(
+                f"{self.name}: {type(self.wiring).__name__} waits for the optimiser's steps, and nothing tells it: "
+                "call dnw_graph.attach(model, optimizer) before training, and again for another optimiser or a copy"
+            )
+
+    @property
+    def updates(self) -> Any:
+        """What calls the rule after a step, see :func:`dnw_graph.attach`; None if there is nothing."""
+        return None if self._updates is None else self._updates()
+
+    def attached(self, updates: Any, full_name: str) -> None:
+        """Remember what calls the rule after a step.
+
+        Args:
+            updates: The object; held weakly, so that it lives as long as its optimiser.
+            full_name: The graph's name in the model.
+        """
+        self._updates, self._backward_pass, self.full_name = weakref.ref(updates), None, full_name
+
+    def forget(self) -> None:
+        """Have edges chosen anew, after weights or the state of the rule were replaced."""
+        self._chosen = None
+        self.wiring.forget_weights()
+
+    def forget_edges(self) -> None:
+        """Have edges chosen anew, after a step."""
+        self._chosen = None
+
+    def _choose(self) -> Tensor:
+        index = self.wiring.choose(self.view())
+        self.wiring.raise_non_finite()
+        check_index(index, self.wiring, self.num_candidates, self.name, wait=True)
+        return index
+
+    def _keep(self, tensors: Sequence[Tensor], index: Tensor) -> None:
+        self._chosen = _Chosen(tensors, index)
+
+    def train(self, mode: bool = True) -> Ranking:
+        """Switch between training and evaluation; a switch to evaluation chooses the real edges anew."""
+        if self.training and not mode:
+            self._chosen = None
+        super().train(mode)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "num_edges"] = torch.tensor(self._num_edges)
+        destination[prefix + "rule"] = torch.tensor(rule_hash(self.wiring))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        check_saved(self, state_dict, prefix)
+        # A file without them keeps the model's.
+        others = {key: value for key, value in state_dict.items() if key not in (prefix + "num_edges", prefix + "rule")}
+        super()._load_from_state_dict(others, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_chosen": None, "_updates": None, "_backward_pass": None}
+
+
+class _Chosen:
+    """Real edges, together with the weights that they were chosen for."""
+
+    def __init__(self, tensors: Sequence[Tensor], index: Tensor) -> None:
+        self.index = index
+        self.derived: Any = None
+        # The detached aliases keep the storage alive: no other storage can come to lie at the same address.
+        self.chosen_for = [(weight, weight.detach(), version(weight)) for weight in tensors]
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same weights, as far as object, storage and version tell."""
+        return all(
+            # Inference tensors keep no version: nothing tells whether they have changed.
+            now is weight and alias.data_ptr() == now.data_ptr() and changes == version(now) != -1
+            for now, (weight, alias, changes) in zip(tensors, self.chosen_for, strict=True)
+        )
+
+
+def rule_hash(wiring: Wiring) -> int:
+    """Return a number from 0 up that stands for a rule's name, the same in every process."""
+    return int.from_bytes(hashlib.sha256(wiring_name(type(wiring)).encode()).digest()[:7], "big")
+
+
+def rankings(model: nn.Module) -> Iterator[tuple[str, Ranking]]:
+    """Yield the neural graphs and the graphs of sparse layers of a model, each once, with the path of its module."""
+    for path, module in model.named_modules():
+        if isinstance(module, Ranking):
+            yield path, module
+
+
+def wiring_penalty(model: nn.Module) -> Float[Tensor, ""]:
+    """Return what the wirings of all graphs of a model add to the loss: zero for most rules.
+
+    :class:`~dnw_graph.wirings.L1Anneal` needs it. In a training loop of your own, after the forward pass:
+    ``loss = cross_entropy(scores, labels) + wiring_penalty(model)``.
+
+    Args:
+        model: Any module with neural graphs or sparse layers in it.
+    """
+    if not isinstance(model, nn.Module):
+        raise wrong("wiring_penalty: model", "a Module", model)
+    terms = [term for _, graph in rankings(model) if (term := graph.penalty()) is not None]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def check_saved(graph: Ranking, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Refuse saved edges that a graph cannot have, before anything of the graph is loaded.
+
+    Args:
+        graph: The graph.
+        state_dict: What is loaded.
+        prefix: The part of its names that leads to the graph.
+
+    Raises:
+        InputError: If the number of edges is another, the edges are those of another rule, or they are none of this
+            graph; see :meth:`~dnw_graph.wirings.Wiring.check_saved`.
+    """
+    saved_k, rule = (_scalar(graph, state_dict, prefix, name) for name in ("num_edges", "rule"))
+    if saved_k is not None and saved_k != graph.view().k:
+        raise InputError(
+            f"{graph.name}: the state has num_edges = {saved_k:,}, the graph {graph.view().k:,}: make the model with "
+            "that number, or take the weights alone with graph.load_weights(state)"
+        )
+    prefix += "wiring."
+    saved = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    if rule not in (None, rule_hash(graph.wiring)) and saved.keys() - set(COUNTERS):
+        own = wiring_name(type(graph.wiring))
+        raise InputError(
+            f"{graph.name}: the edges of the state were chosen by another rule than {own!r}: "
+            "make the model with that rule, or take the weights alone with graph.load_weights(state)"
+        )
+    graph.wiring.check_saved(saved, graph.num_candidates, graph.view().k, graph.name)
+
+
+def _scalar(graph: Ranking, state_dict: Mapping[str, Any], prefix: str, name: str) -> int | None:
+    value = state_dict.get(prefix + name)
+    if value is None or (isinstance(value, Tensor) and value.is_meta):
+        return None
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim():
+        raise InputError(f"{graph.name}: {name} must be one int64 number; the file is damaged")
+    return int(value)
+
+
+def _forget(graph: Ranking, *_: Any) -> None:
+    graph.forget()

@@ -1,0 +1,105 @@
+"""The sparse weights of a module: found, and looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from dnw_graph._compat import import_pyg
+from dnw_graph.arguments import checked
+from dnw_graph.errors import unknown_name
+from dnw_graph.sparse_layers.forward_pass import RealWeights
+from dnw_graph.sparse_layers.layers import LayerWeight, weight_name
+from dnw_graph.sparse_layers.weight_graph import WeightGraph
+
+if TYPE_CHECKING:
+    import torch_geometric.data
+
+
+def sparse_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, RealWeights]]:
+    """Yield every sparse parameter: the path of its layer, the layer, its name there, and its parametrization.
+
+    A layer that the module holds under two paths comes twice.
+    """
+    for path, layer in module.named_modules(remove_duplicate=False):
+        if parametrize.is_parametrized(layer):
+            for name, chain in layer.parametrizations.items():
+                if isinstance(chain[0], RealWeights):
+                    yield path, layer, name, chain[0]
+
+
+def sparse_weights(module: nn.Module) -> dict[str, tuple[LayerWeight, WeightGraph]]:
+    """Return every sparse weight with its graph, by its name in this module, which may be a part of a larger one.
+
+    A layer that the module holds under two paths has two names.
+    """
+    return {
+        weight_name(f"{path}.{name}" if path else name, weight.third): (weight, graph)
+        for path, _, name, real in sparse_parameters(module)
+        for weight, graph in real.parts
+    }
+
+
+@checked
+def weight_graphs(module: nn.Module) -> dict[str, WeightGraph]:
+    """Return the graphs of a module's sparse weights by name: one per weight, or one in all with ``"global"``.
+
+    The graph of one weight goes by the weight's name in this module. That of several is ``"all layers"``; where
+    ``sparsify`` was called for several parts, each ``"global"``, a further one goes by the name of its first weight.
+    """
+    graphs: dict[WeightGraph, str] = {}
+    for name, (_, graph) in sparse_weights(module).items():
+        if graph not in graphs:
+            shared = len(graph.weights) > 1 and graph.name not in graphs.values()
+            graphs[graph] = graph.name if shared else name
+    return {name: graph for graph, name in graphs.items()}
+
+
+@checked
+def to_data(module: nn.Module, name: str) -> torch_geometric.data.Data:
+    """Return the real weights of one layer as a bipartite PyG graph.
+
+    Nodes are channels: first the input channels, then the output channels. Each real weight is an edge, so that a
+    convolution can have parallel edges, one per place in its kernel.
+
+    The :class:`~torch_geometric.data.Data` holds ``edge_index [2, k]``, ``edge_weight [k]``, ``kernel_position
+    [k, dims]`` (the place in the kernel; no dims for a matrix), and for every node ``block`` (0 input, 1 output),
+    ``pos [nodes, 2]``, ``input_mask``, ``output_mask`` and ``live_mask`` (an output, or an input with an edge). All on
+    the CPU.
+
+    Args:
+        module: A module with sparse weights.
+        name: Name of a weight in the module, as in the table of :func:`sparsify`.
+
+    Raises:
+        InputError: If there is no sparse weight of that name.
+    """
+    found = sparse_weights(module)
+    if name not in found:
+        raise unknown_name("sparse weight", name, found)
+    weight, graph = found[name]
+    start = sum(other.numel for other in graph.weights[: graph.weights.index(weight)])
+    index = graph.real_index
+    index = index[(index >= start) & (index < start + weight.numel)] - start
+    source, target, place = weight.channel_pairs(index.cpu())
+    inputs, outputs = weight.channels
+    node = torch.arange(inputs + outputs)
+    block = (node >= inputs).long()
+    at = torch.cat([(torch.arange(size) + 0.5) / size for size in (inputs, outputs)])
+    live = node >= inputs
+    live[source] = True
+    return import_pyg().data.Data(
+        edge_index=torch.stack([source, inputs + target]),
+        edge_weight=weight.flat(weight.parameter.detach()).cpu()[index.cpu()],
+        kernel_position=place,
+        num_nodes=inputs + outputs,
+        block=block,
+        pos=torch.stack([block.to(at), at], dim=1),
+        input_mask=node < inputs,
+        output_mask=node >= inputs,
+        live_mask=live,
+    )

@@ -1,0 +1,149 @@
+"""sparsify: sparse weights for the layers of any module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NoReturn
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from dnw_graph.arguments import checked
+from dnw_graph.errors import InputError
+from dnw_graph.sparse_layers.access import sparse_parameters
+from dnw_graph.sparse_layers.budget import DISTRIBUTIONS, edges_per_weight, kept
+from dnw_graph.sparse_layers.checks import Skip, reasons_to_skip, refuse_module, refuse_weights
+from dnw_graph.sparse_layers.forward_pass import ForwardPass, RealWeights
+from dnw_graph.sparse_layers.layers import LayerWeight, find_weights, own_parameters
+from dnw_graph.sparse_layers.state import before_loading
+from dnw_graph.sparse_layers.table import SparsityRow, SparsityTable
+from dnw_graph.sparse_layers.weight_graph import WeightGraph
+from dnw_graph.wirings import Wiring
+
+
+@checked
+def sparsify(
+    module: nn.Module,
+    density: float | None = None,
+    wiring: str | Wiring = "dnw",
+    skip: Skip | Iterable[Skip] = (),
+    distribution: str | Mapping[str, float] = "uniform",
+) -> SparsityTable:
+    r"""Have the layers of a module compute with their strongest weights only, and discover which in training.
+
+    Section 3.4 of the paper. Every weight of a linear layer, a convolution, a transposed convolution or an attention
+    projection becomes a graph: its weights are the candidates, k of them are real, the others are zero in the forward
+    pass, and with the rule ``"dnw"`` all of them get the dense gradient. Biases, norms and everything else stay as they
+    are. The module is changed in place; its parameters stay the same objects, so that an optimiser may be made before
+    or after. :func:`densify` makes plain parameters again.
+
+    In training the real weights are chosen once per forward pass of the outermost module that is called, in evaluation
+    when the weights have changed, both as in :class:`~dnw_graph.NeuralGraph`. A weight that is read outside of a
+    forward pass shows the real weights of evaluation. What writes into ``layer.weight`` in place, such as ``nn.init``,
+    writes into a copy: initialise first, or assign a new weight.
+
+    Args:
+        module: The module.
+        density: Share of weights to keep: k = n - ⌊(1 - density) · n⌋ of n, at least 1. Default: 0.1, or what the rule
+            decides (``"nm"``).
+        wiring: The rule: a name or a :class:`~dnw_graph.wirings.Wiring`, which is copied for every weight.
+        skip: What stays dense: name patterns (``*`` and ``?``) of modules or parameters, and types of modules;
+            whatever lies in such a module stays dense too.
+        distribution: How the budget is divided: ``"uniform"``, ``"erdos_renyi"``, ``"erdos_renyi_kernel"``,
+            ``"global"`` (one ranking of all weights), or a mapping from patterns of weight names to densities. See
+            ``dnw_graph.sparse_layers.budget``.
+
+    Returns:
+        What became of every parameter of two or more dimensions.
+
+    Raises:
+        InputError: Before anything is changed, if a density is none, a name or pattern is unknown, nothing is left to
+            be made sparse, or a weight is sparse already, shared by two layers, lazy, quantised or without values.
+
+    Examples:
+        >>> from torch import nn
+        >>> from dnw_graph.sparse_layers import sparsify
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10))
+        >>> print(sparsify(model, density=0.1, skip="0"))
+        weight                 shape    weights  kept    share
+        0.weight               8×3×3×3      216   216  100.00%  dense: skip '0'
+        2.weight               10×288     2,880   288   10.00%
+        in sum, sparse layers             2,880   288   10.00%
+    """
+    reasons = reasons_to_skip(module, skip)
+    refuse_module(module, reasons)
+    every = list(find_weights(module))
+    weights = [weight for weight in every if reasons.keys().isdisjoint(weight.names)]
+    refuse_weights(module, weights)
+    given, density = density, 0.1 if density is None else density
+    counts = edges_per_weight(weights, density, distribution)
+    plan = [(weight.name, [weight], count) for weight, count in zip(weights, counts, strict=True)]
+    if distribution == "global":
+        plan = [("all layers", weights, kept(sum(weight.numel for weight in weights), density))]
+    graphs = [WeightGraph(name, each) for name, each, _ in plan]
+    views = [
+        graph.prepare(wiring, None if given is None and distribution in DISTRIBUTIONS else count, count)
+        for graph, (_, _, count) in zip(graphs, plan, strict=True)
+    ]
+
+    # Nothing above has changed the module, and nothing below refuses.
+    for graph, view in zip(graphs, views, strict=True):
+        graph.take(view)
+    table = _table(module, every, graphs, reasons)
+    _attach(module, graphs)
+    return table
+
+
+def _table(
+    module: nn.Module, weights: Sequence[LayerWeight], graphs: Sequence[WeightGraph], reasons: Mapping[str, str]
+) -> SparsityTable:
+    """Return a row per parameter of two or more dimensions; of ``in_proj_weight`` one per projection."""
+    real: dict[LayerWeight, int] = {}
+    for graph in graphs:
+        real |= graph.real_edges_per_weight()
+    parts: dict[Tensor, list[LayerWeight]] = {}
+    for weight in weights:
+        parts.setdefault(weight.parameter, []).append(weight)
+    rows = []
+    owners = dict(module.named_modules())
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter) or parameter.dim() < 2:
+            continue
+        for part in parts.get(parameter, []):
+            reason = "" if part in real else next(reasons[each] for each in part.names if each in reasons)
+            rows.append(SparsityRow(part.name, tuple(part.shape), part.numel, real.get(part, part.numel), reason))
+        if parameter not in parts:
+            reason = reasons.get(name) or f"parameter of {type(owners[name.rpartition('.')[0]]).__name__}"
+            rows.append(SparsityRow(name, tuple(parameter.shape), parameter.numel(), parameter.numel(), reason))
+    return SparsityTable(tuple(rows))
+
+
+def _attach(module: nn.Module, graphs: Sequence[WeightGraph]) -> None:
+    """Make the weights parametrizations of their layers, and have every module around them begin forward passes."""
+    parts: dict[tuple[nn.Module, str], list[tuple[LayerWeight, WeightGraph]]] = {}
+    for graph in graphs:
+        for weight in graph.weights:
+            parts.setdefault((weight.layer, weight.parameter_name), []).append((weight, graph))
+    orders = {layer: tuple(name for name, _ in own_parameters(layer)) for layer, _ in parts}
+    registered: set[WeightGraph] = set()
+    for (layer, name), found in parts.items():
+        owned = [graph for _, graph in found if graph not in registered]
+        registered.update(owned)
+        real = RealWeights([weight for weight, _ in found], [graph for _, graph in found], owned, orders[layer])
+        parametrize.register_parametrization(layer, name, real, unsafe=True)
+        type(layer).__getstate__ = _refuse_pickling  # type: ignore[method-assign]
+    for layer in orders:
+        layer.register_load_state_dict_pre_hook(before_loading)
+    for each in module.modules():
+        if below := dict.fromkeys(real for _, _, _, real in sparse_parameters(each)):
+            forward_pass = ForwardPass(tuple(below))
+            each.register_forward_pre_hook(forward_pass.begin)
+            each.register_forward_hook(forward_pass.end, always_call=True)
+
+
+def _refuse_pickling(module: nn.Module) -> NoReturn:
+    raise InputError(
+        f"a module with sparse weights cannot be pickled ({type(module).__name__}): save its state_dict(), or "
+        "densify(…) it first"
+    )

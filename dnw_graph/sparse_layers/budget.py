@@ -1,0 +1,107 @@
+"""How many weights each layer keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from math import floor
+
+from dnw_graph.arguments import require
+from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.sparse_layers.layers import LayerWeight
+
+DISTRIBUTIONS = ("uniform", "erdos_renyi", "erdos_renyi_kernel", "global")
+
+
+def kept(numel: int, density: float) -> int:
+    """Return k = n - ⌊(1 - density) · n⌋, at least 1, exact for decimal densities."""
+    return max(1, numel - floor((1 - Fraction(str(density))) * numel))
+
+
+def check_density(what: str, density: float) -> None:
+    """Refuse what is no share of weights.
+
+    Raises:
+        InputError: If it is not above 0 and at most 1.
+    """
+    require(0 < density <= 1, what, "the share of weights to keep, above 0 and at most 1", density)
+
+
+def edges_per_weight(
+    weights: Sequence[LayerWeight], density: float, distribution: str | Mapping[str, float]
+) -> list[int]:
+    r"""Return how many real edges each weight gets.
+
+    - ``"uniform"``: k = n - ⌊(1 - density) · n⌋ of the n weights, of each weight on its own (Section 3.4 of the paper).
+    - ``"erdos_renyi"``: the density of a layer is proportional to (inputs + outputs) / (inputs · outputs), counted in
+      channels (Mocanu et al. 2018).
+    - ``"erdos_renyi_kernel"``: the same with the sides of the kernel in sum and product (Evci et al. 2020).
+    - a mapping from name patterns to densities; the first pattern that matches decides, and a weight that none matches
+      has the density given beside it.
+
+    The Erdős–Rényi densities stop at 1 and the number of weights in sum is exactly that of ``"uniform"`` applied to all
+    of them together.
+
+    Args:
+        weights: The weights.
+        density: Share of weights to keep.
+        distribution: The name or mapping.
+
+    Raises:
+        InputError: If a density is none, a name is unknown, a pattern matches nothing, or the budget is smaller than
+            the number of layers.
+    """
+    check_density("density", density)
+    if isinstance(distribution, Mapping):
+        return _by_pattern(weights, density, distribution)
+    if distribution not in DISTRIBUTIONS:
+        raise unknown_name("distribution", distribution, DISTRIBUTIONS)
+    sizes = [weight.numel for weight in weights]
+    if distribution in ("uniform", "global"):
+        return [kept(size, density) for size in sizes]
+    sides = [weight.shape if distribution == "erdos_renyi_kernel" else weight.shape[:2] for weight in weights]
+    shares = [size * sum(side) / side.numel() for size, side in zip(sizes, sides, strict=True)]
+    return _in_proportion(sizes, shares, kept(sum(sizes), density))
+
+
+def _by_pattern(weights: Sequence[LayerWeight], density: float, densities: Mapping[str, float]) -> list[int]:
+    names = [name for weight in weights for name in weight.names]
+    for pattern, value in densities.items():
+        check_density(f"the density of {pattern!r}", value)
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise unknown_name("weight in distribution", pattern, names)
+    return [
+        kept(
+            weight.numel,
+            next(
+                (d for pattern, d in densities.items() if any(fnmatchcase(each, pattern) for each in weight.names)),
+                density,
+            ),
+        )
+        for weight in weights
+    ]
+
+
+def _in_proportion(sizes: Sequence[int], shares: Sequence[float], total: int) -> list[int]:
+    """Return counts in proportion to shares, each in 1 … its size, that add up to a total."""
+    if total < len(sizes):
+        raise InputError(f"the density leaves {total} weights for {len(sizes)} layers: give a larger one")
+
+    def at(scale: float) -> list[float]:
+        return [min(float(size), max(1.0, scale * share)) for size, share in zip(sizes, shares, strict=True)]
+
+    low, high = 0.0, max(size / share for size, share in zip(sizes, shares, strict=True))
+    if sum(at(high)) <= total:
+        return list(sizes)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(at(middle)) <= total else (low, middle)
+    exact = at(low)
+    counts = [floor(count) for count in exact]
+    # What rounding down has left goes to the largest remainders.
+    room = [i for i in range(len(sizes)) if counts[i] < sizes[i]]
+    room.sort(key=lambda i: counts[i] - exact[i])
+    for i in room[: total - sum(counts)]:
+        counts[i] += 1
+    return counts

@@ -1,0 +1,233 @@
+"""Once per forward pass: when the real weights are chosen, and what layers compute with."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dnw_graph._compat import is_replica
+from dnw_graph.errors import InputError
+from dnw_graph.propagation.gradient import masked_weights
+from dnw_graph.sparse_layers.layers import LayerWeight
+from dnw_graph.sparse_layers.weight_graph import WeightGraph
+from dnw_graph.wirings import Wiring
+
+
+class RealWeights(nn.Module):
+    """Parametrization of one parameter: its real weights, and zero for the hallucinated ones.
+
+    Args:
+        weights: What of the parameter is sparse: all of it, or some of the three projections of ``in_proj_weight``.
+        graphs: The graph of each.
+        owned: Those of the graphs that are registered here; a graph of many layers is registered in the first.
+        order: Names of the layer's own parameters before any became sparse.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[LayerWeight],
+        graphs: Sequence[WeightGraph],
+        owned: Sequence[WeightGraph],
+        order: tuple[str, ...],
+    ) -> None:
+        super().__init__()
+        self.owned: Any = nn.ModuleList(owned)
+        self.parts = tuple(zip(weights, graphs, strict=True))
+        self.order = order
+        self.mask: Tensor | None = None  # during a forward pass
+        self.learning: Tensor | None = None
+        self.probe: Tensor | None = None  # see dnw_graph.propagation.gradient
+        self.active = True  # until densify
+        self.look = ForwardPass([self])
+
+    def forward(self, weight: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
+        """Return the weight that the layer computes with."""
+        return masked_weights(self._values(weight), *self._masks(), self.probe)
+
+    def current_mask(self) -> Float[Tensor, "rows ..."]:
+        """Return 1 for real weights and 0 for hallucinated ones: of the forward pass in progress, or a look."""
+        return self._masks()[0]
+
+    def _masks(self) -> tuple[Tensor, Tensor | None]:
+        return self.look.masks(begins_pass=False)[0] if self.mask is None else (self.mask, self.learning)
+
+    def _values(self, weight: Tensor) -> Tensor:
+        for part, graph in self.parts:
+            if part is graph.weights[0]:
+                weight = graph.guarded(weight)
+        rules = [graph.wiring for _, graph in self.parts]
+        if self.parts[0][0].third is None:
+            return rules[0].values(weight)
+        if all(type(rule).values is Wiring.values for rule in rules):
+            return weight
+        own = {part.third: rule for (part, _), rule in zip(self.parts, rules, strict=True)}
+        thirds = enumerate(weight.chunk(3))
+        return torch.cat([own[third].values(rows) if third in own else rows for third, rows in thirds])
+
+    @property
+    def kind(self) -> str:
+        """Which weights get a gradient: ``"all"``, the ``"real"`` ones, or a set of their ``"own"``."""
+        kinds = {graph.wiring.gradient or graph.wiring.trained for _, graph in self.parts}
+        return kinds.pop() if len(kinds) == 1 else "own"
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Take an assigned weight as the candidates."""
+        return weight
+
+    def assemble(
+        self, real: Mapping[LayerWeight, Tensor], learning: Mapping[LayerWeight, Tensor | None]
+    ) -> tuple[Float[Tensor, "rows ..."], Float[Tensor, "rows ..."] | None]:
+        """Put the parameter's masks together from those of its parts; projections that stay dense are real.
+
+        Returns:
+            1 for real weights; 1 for those that get a gradient, None if all do, the same tensor if the real ones do.
+        """
+        mask = self._whole(real)
+        if self.kind == "all":
+            return mask, None
+        return mask, mask if self.kind == "real" else self._whole(learning)
+
+    def _whole(self, masks: Mapping[LayerWeight, Tensor | None]) -> Tensor:
+        first = self.parts[0][0]
+        if first.third is None:
+            (whole,) = (masks[weight] for weight, _ in self.parts)
+            assert whole is not None
+            return whole
+        dense = first.parameter.new_ones(first.shape)
+        thirds = {weight.third: masks[weight] for weight, _ in self.parts}
+        parts = [thirds.get(third) for third in range(3)]
+        return torch.cat([dense if part is None else part for part in parts])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "mask": None, "learning": None, "probe": None}
+
+
+class ForwardPass:
+    """Chooses the real weights below a module when its forward pass begins, unless one around it has begun.
+
+    Args:
+        weights: The sparse parameters below the module.
+    """
+
+    def __init__(self, weights: Sequence[RealWeights]) -> None:
+        self._weights = tuple(weights)
+        self.begun = False
+        self._register()
+
+    def _register(self) -> None:
+        self.token = str(next(_TOKENS))
+        _PASSES[self.token] = self
+
+    @property
+    def weights(self) -> list[RealWeights]:
+        """The sparse parameters below the module, without those that are dense again."""
+        return [weight for weight in self._weights if weight.active]
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the module.
+
+        Raises:
+            InputError: If the module is a copy that ``nn.DataParallel`` made on another device.
+        """
+        if is_replica(module):
+            raise InputError(
+                "nn.DataParallel on several devices copies a module for every forward pass, and sparse weights are not "
+                "copied with it: use nn.parallel.DistributedDataParallel"
+            )
+        weights = self.weights
+        if not weights or weights[0].mask is not None:
+            return
+        for weight, masks in zip(weights, self.masks(begins_pass=True), strict=True):
+            weight.mask, weight.learning = masks
+        self.begun = True
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the module."""
+        if self.begun:
+            for weight in self.weights:
+                weight.mask = weight.learning = None
+            self.begun = False
+
+    def masks(self, begins_pass: bool) -> list[tuple[Tensor, Tensor | None]]:
+        """Return the masks of each parameter, see :meth:`RealWeights.assemble`; a compiler sees one operator."""
+        parameters = [weight.parameter for graph in self.graphs() for weight in graph.weights]
+        if not torch.compiler.is_compiling():
+            return self.choose(parameters, begins_pass)
+        kinds = [weight.kind for weight in self.weights]
+        like = [weight.parts[0][0].parameter.detach() for weight in self.weights]
+        own = [each for each, kind in zip(like, kinds, strict=True) if kind == "own"]
+        detached = [parameter.detach() for parameter in parameters]
+        found = torch.ops.dnw_graph.real_masks(detached, [*like, *own], self.token, begins_pass)
+        real, learning = found[: len(like)], iter(found[len(like) :])
+        return [
+            (mask, None if kind == "all" else mask if kind == "real" else next(learning))
+            for mask, kind in zip(real, kinds, strict=True)
+        ]
+
+    def graphs(self) -> list[WeightGraph]:
+        """Return the graphs of the parameters, each once."""
+        return list(dict.fromkeys(graph for each in self.weights for _, graph in each.parts))
+
+    def choose(self, parameters: Sequence[Tensor], begins_pass: bool) -> list[tuple[Tensor, Tensor | None]]:
+        """Ask every graph for its masks, once."""
+        real: dict[LayerWeight, Tensor] = {}
+        learning: dict[LayerWeight, Tensor | None] = {}
+        rest = iter(parameters)
+        for graph in self.graphs():
+            own = list(itertools.islice(rest, len(graph.weights)))
+            masks = graph.masks(own, begins_pass)
+            real |= zip(graph.weights, masks[0], strict=True)
+            learning |= zip(graph.weights, masks[1], strict=True)
+        return [weight.assemble(real, learning) for weight in self.weights]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"weights": self._weights}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._weights = state["weights"]
+        self.begun = False
+        self._register()
+
+
+_TOKENS = itertools.count()
+_PASSES: weakref.WeakValueDictionary[str, ForwardPass] = weakref.WeakValueDictionary()
+
+
+# What it makes and keeps must not lie in the memory of a CUDA graph: the compiler records the parts around it.
+_UNSAFE: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
+@torch.library.custom_op(
+    "dnw_graph::real_masks",
+    mutates_args=(),
+    schema="(Tensor[] parameters, Tensor[] like, str token, bool begins_pass) -> Tensor[]",
+    **_UNSAFE,
+)
+def _real_masks(parameters: Sequence[Tensor], like: Sequence[Tensor], token: str, begins_pass: bool) -> list[Tensor]:
+    """The choice inside a compiled forward pass."""
+    if token not in _PASSES:
+        raise InputError("the model that was compiled or exported here is gone: call densify(…) before exporting one")
+    current = _PASSES[token]
+    owned = [weight.parameter for graph in current.graphs() for weight in graph.weights]
+    # Compiled code hands over aliases; the parameters themselves tell whether they have changed.
+    same = all(a.data_ptr() == b.data_ptr() for a, b in zip(owned, parameters, strict=True))
+    chosen = current.choose(owned if same else parameters, begins_pass)
+    pairs = zip(current.weights, chosen, strict=True)
+    own = [learning for weight, (_, learning) in pairs if weight.kind == "own" and learning is not None]
+    masks = [*(mask for mask, _ in chosen), *own]
+    # Copies: compiled code may reuse the memory of what an operator returns.
+    return [torch.empty_like(weight).copy_(mask) for weight, mask in zip(like, masks, strict=True)]
+
+
+@_real_masks.register_fake
+def _(parameters: Sequence[Tensor], like: Sequence[Tensor], token: str, begins_pass: bool) -> list[Tensor]:
+    # The exported program could not call the object that chooses. Refused here, where no compiler traces the question.
+    if torch.compiler.is_exporting():
+        raise InputError("a module with sparse weights cannot be exported: densify(…) it first, or a copy of it")
+    return [torch.empty_like(weight) for weight in like]

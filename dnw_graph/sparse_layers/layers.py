@@ -1,0 +1,169 @@
+"""The weights of layers, each as the candidate edges between what flows into the layer and its output channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from dnw_graph.candidates import CandidateEdges
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+PROJECTIONS = ("q", "k", "v")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWeight:
+    """One weight of a layer, ranked as a vector in the order output channel, input channel, place in the kernel.
+
+    Attributes:
+        names: The parameter's names in the model, one per path to its layer; a projection in ``in_proj_weight`` adds
+            ``.q``, ``.k`` or ``.v``.
+        layer: The module that the parameter belongs to.
+        parameter_name: The parameter's name in that module.
+        third: Which third of the parameter's rows this weight is; None if it is all of them.
+    """
+
+    names: tuple[str, ...]
+    layer: nn.Module
+    parameter_name: str
+    third: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter as the optimiser has it, whether or not it is sparse by now."""
+        if parametrize.is_parametrized(self.layer, self.parameter_name):
+            return self.layer.parametrizations[self.parameter_name].original  # type: ignore[union-attr, index]
+        return getattr(self.layer, self.parameter_name)
+
+    @property
+    def holder(self) -> Any:
+        """The parametrization, which has the probe."""
+        return self.layer.parametrizations[self.parameter_name][0]  # type: ignore[index]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight, a third of the rows where it is one."""
+        rows, *others = self.parameter.shape
+        return torch.Size([rows if self.third is None else rows // 3, *others])
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.shape.numel()
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution; each is a graph of its own channels."""
+        return self.layer.groups if isinstance(self.layer, CONVOLUTIONS) else 1
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the parameter has its input channels first, as transposed convolutions do."""
+        return isinstance(self.layer, TRANSPOSED)
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Number of input and of output channels."""
+        first, second = self.shape[:2]
+        return (first, second * self.groups) if self.transposed else (second * self.groups, first)
+
+    @property
+    def kernel(self) -> torch.Size:
+        """Size of the kernel; empty for a matrix."""
+        return self.shape[2:]
+
+    def flat(self, parameter: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, " candidates"]:
+        """Return the weight's part of a tensor of the parameter's shape as a vector; a view where possible."""
+        if self.third is not None:
+            parameter = parameter.chunk(3)[self.third]
+        if self.transposed:
+            parameter = parameter.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        return parameter.reshape(-1)
+
+    def shaped(self, flat: Shaped[Tensor, " candidates"]) -> Shaped[Tensor, "rows ..."]:
+        """Return a vector of one value per candidate in the shape of the weight: the inverse of :meth:`flat`."""
+        if not self.transposed:
+            return flat.view(self.shape)
+        return flat.view(self.groups, self.shape[1], -1, *self.kernel).transpose(1, 2).reshape(self.shape)
+
+    def write(self, flat: Shaped[Tensor, " candidates"], parameter: Shaped[Tensor, "rows ..."]) -> None:
+        """Set the weight's part of a tensor of the parameter's shape from a vector."""
+        rows = parameter if self.third is None else parameter.chunk(3)[self.third]
+        rows.copy_(self.shaped(flat))
+
+    def channel_pairs(self, index: Shaped[Tensor, " edges"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return input channel, output channel and place in the kernel, ``[edges, kernel dims]``, of flat indices."""
+        inputs, outputs = self.channels
+        places = math.prod(self.kernel)
+        slot = index // places
+        target, within = slot // (inputs // self.groups), slot % (inputs // self.groups)
+        group = target // (outputs // self.groups)
+        place = (
+            torch.stack(torch.unravel_index(index % places, self.kernel), 1) if self.kernel else index[:, None][:, :0]
+        )
+        return group * (inputs // self.groups) + within, target, place
+
+
+def find_weights(module: nn.Module) -> Iterator[LayerWeight]:
+    """Yield the weights of all linear layers, convolutions and attention projections that are plain parameters."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, layer in module.named_modules(remove_duplicate=False):
+        paths.setdefault(layer, []).append(f"{path}." if path else "")
+    for layer, prefixes in paths.items():
+        if isinstance(layer, nn.MultiheadAttention):
+            names: tuple[str, ...] = ("in_proj_weight", *(f"{each}_proj_weight" for each in PROJECTIONS))
+        elif isinstance(layer, (nn.Linear, *CONVOLUTIONS)):
+            names = ("weight",)
+        else:
+            continue
+        own = dict(own_parameters(layer))
+        for name in names:
+            if name in own:
+                for third in range(3) if name == "in_proj_weight" else (None,):
+                    yield LayerWeight(tuple(weight_name(path + name, third) for path in prefixes), layer, name, third)
+
+
+def own_parameters(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a layer itself, each by every name that it has there."""
+    return layer.named_parameters(recurse=False, remove_duplicate=False)
+
+
+def weight_name(parameter: str, third: int | None) -> str:
+    """Return the name of a weight from that of its parameter: a projection in ``in_proj_weight`` adds its letter."""
+    return parameter if third is None else f"{parameter}.{PROJECTIONS[third]}"
+
+
+def candidate_edges(weights: tuple[LayerWeight, ...], flat: Tensor) -> CandidateEdges:
+    """Return the candidates that a rule is set up with: a dense block per weight, no two with a node in common.
+
+    The targets of a block are the layer's output channels; its sources are what one output channel can be connected to:
+    pairs of an input channel (of its group) and a place in the kernel.
+
+    Args:
+        weights: The weights that are ranked together.
+        flat: Their values, one vector.
+    """
+    blocks, start = [], 0
+    for weight in weights:
+        targets = weight.channels[1]
+        sources = range(start, start + weight.numel // targets)
+        start = sources.stop + targets
+        blocks.append((sources, range(sources.stop, start)))
+    with torch.device("meta"):  # neither memory nor random numbers for weights that exist already
+        candidates = CandidateEdges(blocks)
+    candidates.places = tuple(weight.kernel.numel() for weight in weights)
+    candidates.weight = nn.Parameter(flat, requires_grad=False)
+    return candidates

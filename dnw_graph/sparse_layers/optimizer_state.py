@@ -1,0 +1,101 @@
+"""The state of an optimiser of the dense model, for one of the sparse model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnw_graph.arguments import checked, wrong
+from dnw_graph.errors import InputError
+from dnw_graph.sparse_layers.access import sparse_parameters
+from dnw_graph.sparse_layers.layers import own_parameters
+
+
+@checked
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any], module: nn.Module) -> None:
+    """Load the state that an optimiser had before ``sparsify`` or ``densify`` into one that was made after it.
+
+    ``Optimizer.load_state_dict`` goes by position, and a sparse layer lists its parameters in another order than a
+    dense one. Here every parameter gets its state by name: the names that the state holds (of an optimiser that was
+    made from ``named_parameters()``), or else those of the dense model, group by group in its order. An optimiser that
+    was made before and kept needs none of this.
+
+    Args:
+        optimizer: The optimiser of the module's parameters as they are now.
+        state_dict: The earlier optimiser's ``state_dict()``: of the dense model, or with names.
+        module: The module.
+
+    Raises:
+        InputError: Before anything is loaded, if the groups hold other parameters, or a state has another shape than
+            its parameter.
+    """
+    if not {"state", "param_groups"} <= set(state_dict):
+        raise wrong("state_dict", "what state_dict() of an optimiser returned", list(state_dict))
+    names = {id(parameter): name for name, parameter in dense_named_parameters(module)}
+    place = {name: number for number, name in enumerate(names.values())}
+    ids = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    old_groups = state_dict["param_groups"]
+    if len(ids) != len(old_groups):
+        raise InputError(f"the optimiser has {len(ids)} groups of parameters, the state has {len(old_groups)}")
+    state, groups = {}, []
+    for number, (group, new_ids, old) in enumerate(zip(optimizer.param_groups, ids, old_groups, strict=True)):
+        if strange := [tuple(p.shape) for p in group["params"] if id(p) not in names]:
+            raise InputError(f"the optimiser has parameters that the module lacks, of the shapes {strange}")
+        own = [names[id(parameter)] for parameter in group["params"]]
+        known = _dense_names(old.get("param_names") or sorted(own, key=place.__getitem__))
+        if sorted(known) != sorted(own) or len(known) != len(old["params"]):
+            raise InputError(
+                f"group {number} of the optimiser has {len(own)} parameters, that of the state {len(old['params'])} or "
+                "others: make the optimiser with the groups that it had"
+            )
+        before = dict(zip(known, old["params"], strict=True))
+        for name, new_id, parameter in zip(own, new_ids, group["params"], strict=True):
+            if before[name] in state_dict["state"]:
+                state[new_id] = state_dict["state"][before[name]]
+                _check_shapes(name, parameter, state[new_id])
+        groups.append({**old, "params": new_ids})
+        if "param_names" in group:
+            groups[-1]["param_names"] = group["param_names"]
+    optimizer.load_state_dict({**state_dict, "state": state, "param_groups": groups})
+
+
+def dense_named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters by the names and in the order that they have without sparse weights."""
+    sparse: dict[nn.Module, dict[str, nn.Parameter]] = {}
+    orders: dict[nn.Module, Sequence[str]] = {}
+    inside: set[nn.Module] = set()
+    for _, layer, name, real in sparse_parameters(module):
+        chain: Any = layer.parametrizations[name]  # type: ignore[index]
+        sparse.setdefault(layer, {})[name] = chain.original
+        orders[layer] = real.order
+        inside.add(chain)
+    seen: set[nn.Parameter] = set()
+    for path, each in module.named_modules():
+        if each in inside:
+            continue
+        own = {**dict(own_parameters(each)), **sparse.get(each, {})}
+        for name in dict.fromkeys((*orders.get(each, ()), *own)):
+            parameter = own.get(name)
+            if parameter is not None and parameter not in seen:
+                seen.add(parameter)
+                yield f"{path}.{name}" if path else name, parameter
+
+
+def _dense_names(names: Sequence[str]) -> list[str]:
+    return [name.replace("parametrizations.", "").removesuffix(".original") for name in names]
+
+
+def _check_shapes(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or not value.dim():
+            continue
+        # Adafactor keeps means over rows and columns: sides of length 1.
+        sides = zip(value.shape, parameter.shape, strict=False)
+        if value.dim() != parameter.dim() or any(a not in (1, b) for a, b in sides):
+            raise InputError(
+                f"{key} of {name} has the shape {list(value.shape)}, the parameter {list(parameter.shape)}: the state "
+                "is of another model, or of other groups of parameters"
+            )

@@ -1,0 +1,59 @@
+"""State dicts of dense models for sparse ones, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnw_graph.arguments import checked
+from dnw_graph.errors import InputError
+from dnw_graph.ranking import check_saved
+from dnw_graph.sparse_layers.access import sparse_parameters
+
+
+def before_loading(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Have a sparse layer load the weights of a dense one, and refuse edges that it cannot have.
+
+    A pre-hook of ``load_state_dict``. With the weights of a dense layer, rules keep their state.
+
+    Raises:
+        InputError: See :meth:`~dnw_graph.wirings.Wiring.check_saved`.
+    """
+    for path, _, name, real in sparse_parameters(layer):
+        if path:
+            continue
+        chain = f"{prefix}parametrizations.{name}."
+        if prefix + name in state_dict:
+            state_dict[chain + "original"] = state_dict.pop(prefix + name)
+            for key, value in real.state_dict().items():
+                state_dict.setdefault(f"{chain}0.{key}", value)
+        for number, graph in enumerate(real.owned):
+            check_saved(graph, state_dict, f"{chain}0.owned.{number}.")
+
+
+@checked
+def dense_state_dict(module: nn.Module, *, keep_hallucinated: bool = False) -> dict[str, Tensor]:
+    """Return the state dict that the module would have without sparse weights, for a dense model to load.
+
+    Args:
+        module: A module with sparse weights.
+        keep_hallucinated: Give the hallucinated weights' values instead of zeros.
+
+    Raises:
+        InputError: If there is no sparse weight.
+    """
+    found = list(sparse_parameters(module))
+    if not found:
+        raise InputError(f"{type(module).__name__} has no sparse weight: its state_dict() is a dense one")
+    state = module.state_dict()
+    for path, layer, name, _ in found:
+        prefix = f"{path}." if path else ""
+        chain = f"{prefix}parametrizations.{name}."
+        original = state[chain + "original"]
+        with torch.no_grad():
+            state[prefix + name] = original if keep_hallucinated else getattr(layer, name)
+        for key in [key for key in state if key.startswith(chain)]:
+            del state[key]
+    return state

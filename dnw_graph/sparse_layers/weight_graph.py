@@ -1,0 +1,113 @@
+"""WeightGraph: weights of layers that are ranked together, and the wiring that chooses the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dnw_graph.candidates import CandidateEdges
+from dnw_graph.errors import InputError
+from dnw_graph.ranking import Ranking
+from dnw_graph.sparse_layers.layers import LayerWeight, candidate_edges, weight_name
+
+
+class WeightGraph(Ranking):
+    """The weights of one layer, or of several that share a budget, as a graph with a wiring.
+
+    What a :class:`~dnw_graph.NeuralGraph` is for channels: the candidates are the weights, the real edges are those
+    that the layer computes with. :func:`sparsify` makes them, :func:`weight_graphs` finds them.
+
+    Args:
+        name: Name in messages: that of the weight.
+        weights: The weights that are ranked together.
+
+    Attributes:
+        weights: The same.
+    """
+
+    slots: tuple[LayerWeight, ...]
+
+    def __init__(self, name: str, weights: Sequence[LayerWeight]) -> None:
+        super().__init__(name)
+        self.weights = self.slots = tuple(weights)
+        self.training = weights[0].layer.training
+
+    def real_edges_per_weight(self) -> dict[LayerWeight, int]:
+        """Return the number of real edges now in each of ``weights``."""
+        parts = self._split(self.real_index)
+        return {weight: int(mask.count_nonzero()) for weight, mask in zip(self.weights, parts, strict=True)}
+
+    @property
+    def candidate_weight(self) -> Float[Tensor, " candidates"]:
+        """All weights as one vector, the order that wirings see; hallucinated ones keep their values."""
+        return self.view().weight
+
+    @property
+    def candidates(self) -> CandidateEdges:  # type: ignore[override]
+        """The candidates with their weights: blocks of (input channel, place in the kernel) × output channel."""
+        return candidate_edges(self.weights, torch.cat([each.flat(each.parameter.detach()) for each in self.weights]))
+
+    def full_name_at(self, path: str) -> str:
+        """Return the names of the weights in the model."""
+        layer = path.partition("parametrizations.")[0]
+        name = layer + weight_name(self.weights[0].parameter_name, self.weights[0].third)
+        return name if len(self.weights) == 1 else f"{name} and {len(self.weights) - 1} more"
+
+    def view(self, tensors: Sequence[Tensor] | None = None, **options: Any) -> Any:
+        """Return what the rule is given."""
+        for weight, parameter in zip(self.weights, self.tensors() if tensors is None else tensors, strict=True):
+            if hasattr(parameter, "full_tensor"):
+                raise InputError(
+                    f"{weight.name} is sharded, and is ranked as a whole: call fully_shard on the whole model alone, "
+                    "and unshard() on it before you look at its weights"
+                )
+        return super().view(tensors, **options)
+
+    def masks(self, tensors: Sequence[Tensor], begins_pass: bool) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Return, in the shape of each of ``weights``, 1 for real weights and 1 for those that get a gradient.
+
+        Hallucinated ones, and those that get none, are 0; None where all get one.
+
+        Args:
+            tensors: The parameters of the weights as the forward pass sees them.
+            begins_pass: Whether a forward pass begins: in training its edges are chosen anew, by the rule for training.
+                Otherwise somebody looks at a weight: training shows the edges of evaluation and keeps nothing.
+        """
+        if self.training and not begins_pass and not self.recomputes:
+            index = self.real_index
+            real = self._shaped(index, tensors)
+        else:
+            index = self.real_edges(tensors)
+            real = self.derived(index, lambda: self._shaped(index, tensors))
+        learning = self.learning_edges(index, tensors)
+        if learning is None:
+            return real, [None] * len(real)
+        return real, list(real if learning is index else self._shaped(learning, tensors))
+
+    def _split(self, index: Int[Tensor, " edges"]) -> tuple[Tensor, ...]:
+        # In the type of the weights: on a CPU their product with it is several times faster than torch.where.
+        real = self.weights[0].parameter.new_zeros(self.num_candidates).index_fill_(0, index, 1)
+        return real.split([weight.numel for weight in self.weights])
+
+    def _shaped(self, index: Int[Tensor, " edges"], tensors: Sequence[Tensor]) -> list[Tensor]:
+        triples = zip(self.weights, self._split(index), tensors, strict=True)
+        return [weight.shaped(part).to(parameter.dtype) for weight, part, parameter in triples]
+
+    def _weights_in(self, state: Mapping[str, Any]) -> Tensor | None:
+        flats = []
+        for weight in self.weights:
+            dense = weight.name if weight.third is None else weight.name.rpartition(".")[0]
+            layer = dense.removesuffix(weight.parameter_name)
+            found = state.get(dense, state.get(f"{layer}parametrizations.{weight.parameter_name}.original"))
+            if found is None:
+                return None
+            flats.append(weight.flat(found))
+        return torch.cat(flats)
+
+    def extra_repr(self) -> str:
+        """Name and sizes, for ``repr``."""
+        return f"{self.name!r}, candidates={self.num_candidates:,}, k={self.num_edges:,}"

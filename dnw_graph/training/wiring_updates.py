@@ -1,0 +1,47 @@
+"""Attaches the rules of a model to the optimiser of a run."""
+
+from __future__ import annotations
+
+import math
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from dnw_graph.wirings.updates import Updates, attach
+
+
+class WiringUpdates(Callback):
+    """Calls :func:`dnw_graph.attach` before training starts: all that rules need of a Lightning run.
+
+    It comes before the optimiser's state is restored, so that a resumed run goes on as an unbroken one does.
+
+    Args:
+        num_steps: Optimiser steps of the whole run. Default: what the trainer expects.
+        steps_per_epoch: Optimiser steps of an epoch. Default: the same.
+
+    Examples:
+        >>> from lightning.pytorch import Trainer
+        >>> from dnw_graph.training import WiringUpdates
+        >>> trainer = Trainer(max_epochs=3, callbacks=[WiringUpdates()], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self, num_steps: int | None = None, steps_per_epoch: int | None = None) -> None:
+        self.num_steps = num_steps
+        self.steps_per_epoch = steps_per_epoch
+        self.updates: list[Updates] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach the rules."""
+        num_steps, steps_per_epoch = self.num_steps, self.steps_per_epoch
+        if num_steps is None:
+            expected = trainer.estimated_stepping_batches
+            num_steps = int(expected) if math.isfinite(expected) else None
+        if steps_per_epoch is None and math.isfinite(trainer.num_training_batches):
+            steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) or None
+        for optimizer in trainer.optimizers:
+            self.updates.append(attach(pl_module, optimizer, num_steps, steps_per_epoch=steps_per_epoch))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the optimiser."""
+        for updates in self.updates:
+            updates.remove()
+        self.updates = []

@@ -1,0 +1,64 @@
+"""Alternating compressed and dense training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dnw_graph.arguments import checked, require
+from dnw_graph.wirings.kept import Stored
+from dnw_graph.wirings.schedule import moment
+from dnw_graph.wirings.view import View
+
+IMAGENET = (*(epoch / 100 for epoch in range(10, 80, 5)), 0.85)
+
+
+class ACDC(Stored):
+    """Alternates between all edges and the k strongest (Peste et al. 2021).
+
+    arXiv 2106.12379 and IST-DASLab/ACDC. Training starts dense, all candidates being real. A compressed phase begins
+    with the k of largest |w|, which stay until it ends; hallucinated weights are zero and are not trained. With a dense
+    phase the momentum of all parameters of the optimiser begins at zero. The published figures rank all layers together
+    (``distribution="global"``).
+
+    Args:
+        switches: Moments, steps or fractions of training, at which a phase ends, the first of which is dense; an odd
+            number, so that training ends with k edges. Default: the paper's for 100 epochs of ImageNet, dense until
+            epoch 10, compressed until 15, …, dense from 75 to 85.
+
+    Shapes:
+        - ``real``: ``[num_candidates]``, bool
+
+    Raises:
+        InputError: If the moments do not ascend or their number is even.
+    """
+
+    trained = "real"
+
+    @checked
+    def __init__(self, switches: Sequence[int | float] = IMAGENET) -> None:
+        super().__init__()
+        ascending = list(switches) == sorted(set(switches)) and switches[0] > 0
+        require(len(switches) % 2 == 1 and ascending, "switches", "an odd number of ascending moments", switches)
+        self.switches = tuple(switches)
+
+    def setup(self, view: View) -> None:
+        """Start with the complete graph."""
+        self.store(view, torch.arange(view.num_candidates, device=view.weight.device))
+
+    def after_step(self, view: View) -> None:
+        """Begin a phase if it is time."""
+        compressed = sum(moment(view, switch) <= view.step for switch in self.switches) % 2
+        number = view.k if compressed else view.num_candidates
+        if number == self.count:
+            return
+        self.store(view, self.largest(view, number))
+        if compressed:
+            view.weight.mul_(self.real)
+        else:
+            view.reset_momentum()
+
+    def extra_repr(self) -> str:
+        """Options, for ``repr``."""
+        return f"switches={self.switches}"

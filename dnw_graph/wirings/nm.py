@@ -1,0 +1,83 @@
+"""N:M sparsity with sparse-refined straight-through gradients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dnw_graph.arguments import checked, require
+from dnw_graph.errors import InputError
+from dnw_graph.wirings.base import Wiring
+from dnw_graph.wirings.view import View
+
+
+class NM(Wiring):
+    r"""Of every m consecutive inputs of a target the n of largest |w| are real (Zhou et al. 2021, SR-STE).
+
+    arXiv 2102.04010 and aojunzz/NM-sparsity. Groups are made of input channels at the same place of the kernel; a
+    shorter last group keeps min(n, its size). k follows: another one is refused. Every candidate gets a gradient,
+    hallucinated ones λw besides: add :func:`dnw_graph.wiring_penalty` to the loss, which is
+    :math:`\tfrac{\lambda}{2} \sum w^2` over them. With λ = 0 it is ``"dnw"`` group by group.
+
+    Args:
+        n: Real edges of a group.
+        m: Size of a group.
+        strength: λ.
+
+    Raises:
+        InputError: If not 1 ≤ n ≤ m, λ is negative, or the graph was asked for another k.
+    """
+
+    @checked
+    def __init__(self, n: int = 2, m: int = 4, strength: float = 2e-4) -> None:
+        super().__init__()
+        require(1 <= n <= m, "n", f"an integer in 1 … m = {m}", n)
+        require(strength >= 0, "strength", "0 or more", strength)
+        self.n, self.m, self.strength = n, m, strength
+
+    def own_num_edges(self, view: View) -> int:
+        """Return the number of edges, which follows from the groups."""
+        counts = []
+        for block, places in zip(view.candidates.blocks, view.candidates.places, strict=True):
+            groups, rest = divmod(block.shape[1] // places, self.m)
+            counts.append(block.shape[0] * places * (groups * self.n + min(self.n, rest)))
+        return sum(counts)
+
+    def setup(self, view: View) -> None:
+        """Refuse another k."""
+        if view.k != self.own_num_edges(view):
+            raise InputError(
+                f"{view.name}: {self.n} of every {self.m} are {self.own_num_edges(view):,} edges of "
+                f"{view.num_candidates:,}; got num_edges = {view.k:,}: leave num_edges or density out"
+            )
+
+    def choose(self, view: View) -> Tensor:
+        """Return the n strongest of every group, ties to the lower index."""
+        self.largest(view, 1)  # refuses weights that are not finite
+        return torch.nonzero(self._real(view)).flatten()
+
+    def _real(self, view: View) -> Tensor:
+        parts = []
+        for block, places in zip(view.candidates.blocks, view.candidates.places, strict=True):
+            channels = block.shape[1] // places
+            size = view.weight.detach()[block.flat].abs().view(-1, channels, places)
+            padded = size.new_full((len(size), math.ceil(channels / self.m) * self.m, places), -1.0)
+            padded[:, :channels] = size
+            groups = padded.unflatten(1, (-1, self.m))
+            order = groups.sort(dim=2, descending=True, stable=True).indices[:, :, : self.n]
+            real = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, order, True)
+            parts.append(real.flatten(1, 2)[:, :channels].flatten())
+        return torch.cat(parts)
+
+    def penalty(self, view: View) -> Float[Tensor, ""] | None:
+        """Return the penalty on hallucinated weights."""
+        if not self.strength:
+            return None
+        return self.strength / 2 * (view.weight.square() * ~self._real(view)).sum()
+
+    def extra_repr(self) -> str:
+        """Options, for ``repr``."""
+        return f"n={self.n}, m={self.m}, strength={self.strength}"

@@ -1,0 +1,66 @@
+"""What rules share that prune and grow: k random edges at first, some of which are exchanged every so many steps."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dnw_graph.arguments import require
+from dnw_graph.selection import select_top_k
+from dnw_graph.wirings.kept import Stored
+from dnw_graph.wirings.view import View
+
+
+class PruneAndGrow(Stored):
+    """Starts with k random edges, by PyTorch's generator; hallucinated weights are zero and are not trained.
+
+    Args:
+        every: Steps between rounds. Default: those of an epoch, which ``attach`` or the callback must know.
+
+    Raises:
+        InputError: If ``every`` is no integer from 1 up.
+    """
+
+    trained = "real"
+
+    def __init__(self, every: int | None) -> None:
+        super().__init__()
+        require(every is None or every >= 1, "every", "an integer from 1 up", every)
+        self.every = every
+
+    def setup(self, view: View) -> None:
+        """Draw k edges, and set all other weights to zero."""
+        self.store(view, select_top_k(torch.rand_like(view.weight), view.k, view.name))
+        view.weight.mul_(self.real)
+
+    def is_round(self, view: View, step: int) -> bool:
+        """Return whether a round follows a step, counted from 1."""
+        return step > 0 and step % (self.every or view.steps_per_epoch) == 0
+
+    def exchange(
+        self, view: View, number: int, scores: Float[Tensor, " candidates"], *, regrown_are_new: bool = False
+    ) -> None:
+        """Drop the real edges of least |w|, and grow as many by the largest |score| among all that are not kept.
+
+        Grown edges start with weight and optimiser state zero.
+
+        Args:
+            view: The candidates.
+            number: How many.
+            scores: A number per candidate.
+            regrown_are_new: Whether an edge that is dropped and grown again starts from zero too.
+        """
+        before = self.real
+        kept = top(view, self.choose(view), self.count - number, view.weight)
+        others = torch.ones_like(before).index_fill_(0, kept, False).nonzero().flatten()
+        self.store(view, torch.cat([kept, top(view, others, number, scores)]))
+        stay = torch.zeros_like(before).index_fill_(0, kept, True) if regrown_are_new else before & self.real
+        view.clear(~stay)
+
+
+def top(
+    view: View, among: Int[Tensor, " some"], number: int, scores: Float[Tensor, " candidates"]
+) -> Int[Tensor, " chosen"]:
+    """Return those of some candidates that have the largest |score|, ties to the lower index; none for 0."""
+    return among[select_top_k(scores[among], number, view.name)] if number else among[:0]

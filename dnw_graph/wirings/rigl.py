@@ -1,0 +1,76 @@
+"""Rigging the lottery."""
+
+from __future__ import annotations
+
+import math
+
+from dnw_graph.arguments import checked, require
+from dnw_graph.wirings.prune_and_grow import PruneAndGrow
+from dnw_graph.wirings.schedule import moment
+from dnw_graph.wirings.view import View
+
+
+class RigL(PruneAndGrow):
+    r"""Drops the weakest edges now and then, and grows those of largest gradient (Evci et al. 2020).
+
+    arXiv 1911.11134 and google-research/rigl. Starts with k random edges. A round follows step
+    :math:`t = \Delta T, 2 \Delta T, \dots < T_\text{end}`: :math:`\lfloor f(t) k \rfloor` real edges of least |w| are
+    dropped, with
+
+    .. math:: f(t) = \tfrac{\alpha}{2} (1 + \cos(\pi t / T_\text{end})),
+
+    and as many are grown by the largest :math:`|\langle Z_u, \partial L/\partial I_v \rangle|` among all that are not
+    kept. One that is dropped and grown again keeps weight and optimiser state; new ones start at zero in both.
+    Hallucinated weights and their states are zero, and are not trained. The gradient of all candidates is computed for
+    the rounds' steps only.
+
+    On a round's step the update of the candidates is dropped, and other parameters move; in the published code nothing
+    moves. A round that would exchange no edge is none. Under Adam the first step of a grown edge is about three times
+    the learning rate.
+
+    Args:
+        alpha: α, the share of edges in the first round.
+        every: ΔT, steps between rounds; None for those of an epoch.
+        until: T_end, a step or a fraction of training.
+        skip_update: Whether a round's step leaves the candidates as they are.
+
+    Shapes:
+        - ``real``: ``[num_candidates]``, bool
+
+    Raises:
+        InputError: If α is no share, ``every`` no integer from 1 up, or ``until`` no moment of training.
+    """
+
+    @checked
+    def __init__(
+        self, alpha: float = 0.3, every: int | None = 100, until: int | float = 0.75, skip_update: bool = True
+    ) -> None:
+        super().__init__(every)
+        require(0 <= alpha <= 1, "alpha", "a share of the real edges, within 0 … 1", alpha)
+        possible = until > 0 and (isinstance(until, int) or until <= 1)
+        require(possible, "until", "a step (an integer from 1 up) or a fraction of training (up to 1.0)", until)
+        self.alpha, self.until, self.skip_update = alpha, until, skip_update
+
+    def number(self, view: View, step: int) -> int:
+        """Return how many edges are exchanged after a step, counted from 1."""
+        end = moment(view, self.until)
+        if not self.is_round(view, step) or step >= end:
+            return 0
+        return math.floor(self.alpha / 2 * (1 + math.cos(math.pi * step / end)) * view.k)
+
+    def needs_gradient(self, view: View) -> bool:
+        """Before a round."""
+        return self.number(view, view.step + 1) > 0
+
+    def skips_update(self, view: View) -> bool:
+        """On a round's step, unless ``skip_update`` is off."""
+        return self.skip_update and self.needs_gradient(view)
+
+    def after_step(self, view: View) -> None:
+        """Do a round if it is time."""
+        if number := self.number(view, view.step):
+            self.exchange(view, number, view.gradient)
+
+    def extra_repr(self) -> str:
+        """Options, for ``repr``."""
+        return f"alpha={self.alpha}, every={self.every}, until={self.until}, skip_update={self.skip_update}"

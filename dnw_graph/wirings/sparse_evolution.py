@@ -1,0 +1,56 @@
+"""Sparse evolutionary training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from dnw_graph.arguments import checked, require
+from dnw_graph.wirings.prune_and_grow import PruneAndGrow
+from dnw_graph.wirings.schedule import Schedule, as_schedule
+from dnw_graph.wirings.view import View
+
+
+class SET(PruneAndGrow):
+    r"""Drops the weakest edges once per epoch, and grows as many at random (Mocanu et al. 2018).
+
+    Starts with k random edges. Every ``every`` steps the :math:`d = \min(\lfloor \zeta k \rfloor, n - k)` real edges of
+    least |w| are dropped, and d others are grown at random among all that are not kept. A grown edge starts with weight
+    and optimiser state zero. Hallucinated weights and their states are zero, and are not trained.
+
+    The paper, and jaxpruner's ``sparse_trainers``, differ: the paper prunes positive and negative weights apart, and
+    grows edges with random values. Under Adam the first step of a grown edge is about three times the learning rate.
+
+    Args:
+        fraction: ζ, a number in 0 … 1 or a :class:`~dnw_graph.wirings.Schedule`.
+        every: Steps between rounds. Default: those of an epoch.
+
+    Shapes:
+        - ``real``: ``[num_candidates]``, bool
+
+    Raises:
+        InputError: If ζ is no share, or ``every`` no integer from 1 up.
+    """
+
+    @checked
+    def __init__(
+        self, fraction: float | Schedule | Mapping[str, int | float | str] = 0.3, every: int | None = None
+    ) -> None:
+        super().__init__(every)
+        self.fraction = as_schedule("fraction", fraction)
+        possible = all(0 <= each <= 1 for each in (self.fraction.start, self.fraction.end))
+        require(possible, "fraction", "a share of the real edges, within 0 … 1", fraction)
+
+    def after_step(self, view: View) -> None:
+        """Do a round if it is time."""
+        if self.is_round(view, view.step):
+            number = min(math.floor(self.fraction.at(view, after=True) * view.k), view.num_candidates - view.k)
+            weight = view.weight
+            scores = torch.rand(len(weight), generator=view.generator(), dtype=weight.dtype, device=weight.device)
+            self.exchange(view, number, scores, regrown_are_new=True)
+
+    def extra_repr(self) -> str:
+        """Options, for ``repr``."""
+        return f"fraction={self.fraction}, every={self.every}"

@@ -1,0 +1,155 @@
+"""Sparse momentum: real edges move within and between graphs (Dettmers and Zettlemoyer 2019)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dnw_graph.arguments import checked, require
+from dnw_graph.errors import InputError
+from dnw_graph.wirings.prune_and_grow import PruneAndGrow, top
+from dnw_graph.wirings.schedule import Schedule, as_schedule
+from dnw_graph.wirings.view import View
+
+
+class SparseMomentum(PruneAndGrow):
+    r"""Prunes a share of each graph's weakest edges, and grows as many where the momentum is largest.
+
+    The graphs of a model that have the rule share one budget. After every ``every`` steps a round
+
+    1. takes of each graph i the mean magnitude m_i of the momentum of its real edges;
+    2. prunes the ⌈p · n_i⌉ of smallest magnitude of its n_i real edges;
+    3. gives the pruned number R of all graphs back to them in proportion to m_i;
+    4. grows, in each graph, so many edges among those that are not real, by the largest magnitude of momentum.
+
+    A grown edge starts at zero, unless the same round pruned it. The momentum is that of SGD, or
+    m / (√v + 1e-8) of Adam, as in the published code. All candidates get the gradient, which the momentum collects;
+    hallucinated weights are set back to zero after every step.
+
+    As published (arXiv 1907.04840 and its code): steps 1 to 4 and their order; p from 0.5 down by a cosine or linearly;
+    the mean over the real edges before they are pruned; an edge that is pruned and grown in the same round keeps its
+    value; pruned ones keep their momentum; the mask after every step. Different here:
+
+    - The number of real edges in all graphs together stays exactly what it was. The published code draws the first
+      ones each with a probability, rounds layer by layer and corrects the sum in later rounds.
+    - A graph can be filled, and what is beyond goes to the others in proportion to their momentum again. The published
+      code stops at 99% of the zero weights and spreads the rest evenly.
+    - A graph keeps at least one edge when it is pruned. The published code prunes less where a layer is more than 80%
+      dense and its momentum is large; here all are pruned alike.
+    - p ends at 0, so that nothing changes after the last step. In the published code the cosine ends at 0.005.
+    - Ties go to the lower index, and fractions of an edge to the largest remainders.
+    - The round follows the last step of an epoch and so comes before the evaluation; the published one comes after it.
+
+    Args:
+        prune_rate: p, a number or a :class:`~dnw_graph.wirings.Schedule`.
+        every: Steps between rounds. Default: those of an epoch.
+
+    Shapes:
+        - ``real``: ``[num_candidates]``, bool
+
+    Raises:
+        InputError: If the rate leaves 0 … 1; in a round, if the momentum is not finite.
+    """
+
+    trained = "all"
+    needs_momentum = True
+
+    @checked
+    def __init__(
+        self,
+        prune_rate: float | Schedule | Mapping[str, int | float | str] = Schedule(0.5, 0.0, shape="cosine"),  # noqa: B008
+        every: int | None = None,
+    ) -> None:
+        super().__init__(every)
+        self.prune_rate = as_schedule("prune_rate", prune_rate)
+        possible = all(0 <= rate <= 1 for rate in (self.prune_rate.start, self.prune_rate.end))
+        require(possible, "prune_rate", "a share of the real weights, within 0 … 1", prune_rate)
+
+    def num_edges(self, k: int) -> int:
+        """Return the number of edges that the rounds have left here."""
+        return self.count
+
+    def after_step(self, view: View) -> None:
+        """Set hallucinated weights back to zero."""
+        view.weight.mul_(self.real)
+
+    @classmethod
+    def after_steps(cls, views: Sequence[View]) -> None:
+        """Do a round over all graphs for which it is time."""
+        super().after_steps(views)
+        rules = [(view.wiring, view) for view in views if isinstance(view.wiring, SparseMomentum)]
+        due = [(rule, view) for rule, view in rules if rule.is_round(view, view.step)]
+        momenta = [_momentum(view) for _, view in due]
+        means = [_mean(view, momentum[rule.real]) for (rule, view), momentum in zip(due, momenta, strict=True)]
+        pruned = [rule.prune(view) for rule, view in due]
+        room = [int((~rule.real).sum()) for rule, _ in due]
+        for (rule, view), momentum, number in zip(due, momenta, allot(sum(pruned), means, room), strict=True):
+            rule.grow(view, momentum, number)
+
+    def prune(self, view: View) -> int:
+        """Take the real edges of smallest |w| out of the real ones, and return their number."""
+        before = self.count
+        stay = max(1, before - math.ceil(self.prune_rate.at(view, after=True) * before))
+        self.store(view, self.largest(view, stay, among=self.choose(view)))
+        return before - stay
+
+    def grow(self, view: View, momentum: Float[Tensor, " candidates"], number: int) -> None:
+        """Make so many edges real, by the largest magnitude of momentum."""
+        grown = top(view, torch.nonzero(~self.real).flatten(), number, momentum)
+        self.store(view, torch.cat([self.choose(view), grown]))
+        view.weight.mul_(self.real)
+
+    def extra_repr(self) -> str:
+        """Options, for ``repr``."""
+        return f"prune_rate={self.prune_rate}"
+
+
+def _momentum(view: View) -> Float[Tensor, " candidates"]:
+    if "exp_avg_sq" in view.state:
+        return view.momentum / (view.state["exp_avg_sq"].sqrt() + 1e-8)
+    return view.momentum
+
+
+def _mean(view: View, momentum: Float[Tensor, " real"]) -> float:
+    mean = float(momentum.abs().mean(dtype=torch.float64))
+    if not math.isfinite(mean):
+        raise InputError(f"{view.name}: the momentum is NaN or infinite; lower the learning rate")
+    return mean
+
+
+def allot(total: int, shares: Sequence[float], room: Sequence[int]) -> list[int]:
+    """Return whole numbers in proportion to shares, each at most its room, that add up to a total.
+
+    A layer whose share is more than its room is filled; what is beyond goes to the others in proportion to their
+    shares. Fractions go to the largest remainders, ties to the earlier layer. Where no share is left, all are equal.
+
+    Args:
+        total: The sum; at most that of ``room``.
+        shares: Shares, 0 or more.
+        room: Largest number for each.
+    """
+    numbers = [0] * len(room)
+    rest, open_layers = total, list(range(len(room)))
+    while True:
+        parts = {i: Fraction(shares[i]) for i in open_layers}
+        if not any(parts.values()):
+            parts = dict.fromkeys(open_layers, Fraction(1))
+        exact = {i: rest * part / sum(parts.values()) for i, part in parts.items()}
+        full = [i for i in open_layers if exact[i] >= room[i]]
+        if not full:
+            break
+        for i in full:
+            numbers[i] = room[i]
+            rest -= room[i]
+        open_layers = [i for i in open_layers if i not in full]
+    for i in open_layers:
+        numbers[i] = math.floor(exact[i])
+    remainders = sorted(open_layers, key=lambda i: numbers[i] - exact[i])
+    for i in remainders[: rest - sum(numbers[i] for i in open_layers)]:
+        numbers[i] += 1
+    return numbers

@@ -1,0 +1,138 @@
+"""Lottery Ticket and Fine Tune: the wiring of a trained complete graph, retrained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dnw_graph.arguments import checked
+from dnw_graph.errors import InputError
+from dnw_graph.selection import select_top_k
+from dnw_graph.wirings.kept import Kept
+from dnw_graph.wirings.view import View
+
+UNKNOWN = -1
+
+
+class SecondStage(Kept):
+    """The k edges of largest |w| of a trained complete graph, fixed; retrained from other weights.
+
+    Args:
+        trained: Candidate weights of the complete graph after its training, which decide the edges. Without them the
+            rule waits for a checkpoint that holds the edges.
+        start: Candidate weights that the graph starts from.
+
+    Shapes:
+        - ``trained``, ``start``: ``[num_candidates]``
+
+    Raises:
+        InputError: If the number of weights is not the graph's; if edges are asked for that are not known.
+    """
+
+    @checked
+    def __init__(
+        self, trained: Float[Tensor, " candidates"] | None, start: Float[Tensor, " candidates"] | None
+    ) -> None:
+        super().__init__()
+        self.complete = None if trained is None else trained.detach().clone()
+        same = start is trained
+        self.start = self.complete if same else None if start is None else start.detach().clone()
+        self.known = False  # whether the edges are; on the host, which could not look at them without waiting
+
+    def setup(self, view: View) -> None:
+        """Choose the edges and set the candidate weights."""
+        if self.complete is None or self.start is None:
+            self.index = torch.full((view.k,), UNKNOWN, device=view.weight.device)
+            self.known = False
+            return
+        for weight in (self.complete, self.start):
+            if weight.shape != view.weight.shape:
+                raise InputError(
+                    f"{view.name}: {type(self).__name__} was given {list(weight.shape)} weights for "
+                    f"{view.num_candidates} candidates: give those of the complete graph of the same blocks"
+                )
+        self.index = select_top_k(self.complete.to(view.weight.device), view.k, view.name)
+        self.known = True
+        view.weight.copy_(self.start)
+
+    def choose(self, view: View) -> Tensor:
+        """Return the edges of the trained complete graph."""
+        self._check_known(view)
+        return super().choose(view)
+
+    def choose_to_train(self, view: View) -> Tensor:
+        """Return the edges of the trained complete graph."""
+        self._check_known(view)
+        return self.index
+
+    def _check_known(self, view: View) -> None:
+        if not self.known:
+            raise InputError(
+                f"{view.name}: {type(self).__name__} needs a trained complete graph: train one with wiring 'complete', "
+                "then use dnw_graph.two_stage or, in the examples, --complete FOLDER; or load a checkpoint"
+            )
+
+    def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
+        """Refuse other than k edges, distinct and ascending, or as many that are all unknown."""
+        index = saved.get("index")
+        if isinstance(index, Tensor) and not index.is_meta and index.numel() and bool((index == UNKNOWN).all()):
+            saved = {**saved, "index": torch.arange(len(index)).to(index.dtype)}
+        super().check_saved(saved, num_candidates, num_edges, name)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        index = state_dict.get(prefix + "index")
+        if index is not None:
+            self.known = bool((index != UNKNOWN).all())
+
+
+class FineTune(SecondStage):
+    """The wiring and the weights of a trained complete graph, retrained, as a rule at another learning rate.
+
+    "FT" in Section 3.3 of the paper. For a whole model: :func:`dnw_graph.two_stage.fine_tune`.
+
+    Args:
+        trained: Candidate weights of the complete graph after its training, which decide the edges and which the graph
+            starts from. Without them the rule waits for a checkpoint that holds the edges.
+
+    Shapes:
+        - ``trained``: ``[num_candidates]``
+
+    Raises:
+        InputError: If the number of weights is not the graph's; if edges are asked for that are not known.
+    """
+
+    @checked
+    def __init__(self, trained: Float[Tensor, " candidates"] | None = None) -> None:
+        super().__init__(trained, trained)
+
+
+class LotteryTicket(SecondStage):
+    """The wiring of a trained complete graph, its weights reset to the initial ones, retrained (one-shot pruning).
+
+    "Lottery Ticket" in Section 3.3 of the paper, after Frankle et al. For a whole model, whose other parameters are
+    reset as well: :func:`dnw_graph.two_stage.lottery_ticket`.
+
+    Args:
+        trained: Candidate weights of the complete graph after its training, which decide the edges. Without them the
+            rule waits for a checkpoint that holds the edges.
+        initial: Its candidate weights before training, which the graph starts from.
+
+    Shapes:
+        - ``trained``, ``initial``: ``[num_candidates]``
+
+    Raises:
+        InputError: If the number of weights is not the graph's; if edges are asked for that are not known.
+    """
+
+    @checked
+    def __init__(
+        self,
+        trained: Float[Tensor, " candidates"] | None = None,
+        initial: Float[Tensor, " candidates"] | None = None,
+    ) -> None:
+        super().__init__(trained, initial)

@@ -1,0 +1,248 @@
+"""attach: has the rules of a model act after every step of its optimiser."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from dnw_graph._compat import unwrapped, unwrapped_name
+from dnw_graph.arguments import checked, require
+from dnw_graph.errors import InputError
+from dnw_graph.wirings.base import Wiring
+from dnw_graph.wirings.view import View, new_seed
+
+
+class Updates:
+    """What :func:`attach` returns; it lives as long as the optimiser.
+
+    Attributes:
+        graphs: The graphs whose rules wait for steps, by their full names.
+    """
+
+    def __init__(self, graphs: dict[str, Any], optimizer: Optimizer) -> None:
+        self.graphs = graphs
+        self._optimizer = weakref.ref(optimizer)
+        self._before: dict[str, _Before] = {}
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        for name, graph in graphs.items():
+            graph.attached(self, name)
+        self._set_probes()
+
+    def remove(self) -> None:
+        """Take the hooks off the optimiser."""
+        for handle in self._handles:
+            handle.remove()
+        for slot in self._slots():
+            slot.holder.probe = None
+
+    def _views(self, optimizer: Optimizer) -> dict[str, View]:
+        return {name: graph.view(optimizer=optimizer) for name, graph in self.graphs.items()}
+
+    def _slots(self) -> Iterator[Any]:
+        for graph in self.graphs.values():
+            yield from graph.slots
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Keep what the step must not change: weights and optimiser state of what is not trained."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise InputError(
+                "a step in a CUDA graph calls no rule when it is replayed: leave the step out of the graph"
+            )
+        for name, view in self._views(optimizer).items():
+            trained = self.graphs[name].trained_edges()
+            if view.wiring.skips_update(view):
+                trained = torch.empty(0, dtype=torch.long, device=view.weight.device)
+            if trained is not None:
+                states = {key: value.clone() for key, value in view.state.items()}
+                self._before[name] = _Before(trained, view.weight.clone(), states)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Restore that, count the step and let the rules act."""
+        before, self._before = self._before, {}
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not found_inf.item():  # else a GradScaler has a fused optimiser skip the step
+            views = self._views(optimizer)
+            for name, kept in before.items():
+                kept.restore(views[name])
+            self._average_probes()
+            for graph in self.graphs.values():
+                graph.wiring.step += 1
+            by_rule: dict[type, list[View]] = {}
+            for view in views.values():
+                if _has_had_gradient(view, optimizer):
+                    by_rule.setdefault(type(view.wiring), []).append(view)
+            for rule, together in by_rule.items():
+                rule.after_steps(together)  # type: ignore[attr-defined]
+            for view in views.values():
+                view.write_back()
+                view.graph.forget_edges()
+        self._set_probes()
+
+    def _set_probes(self) -> None:
+        """Have the next backward passes gather the gradients that the rules will need, and no others."""
+        for graph in self.graphs.values():
+            needed = graph.wiring.needs_gradient(graph.view())
+            for slot in graph.slots:
+                like = slot.parameter
+                probe = like.new_zeros(()).expand(like.shape).requires_grad_() if needed else None
+                slot.holder.probe = probe
+
+    def _average_probes(self) -> None:
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        for slot in self._slots():
+            probe = slot.holder.probe
+            if probe is not None:
+                probe.grad = torch.zeros_like(slot.parameter) if probe.grad is None else probe.grad.contiguous()
+                dist.all_reduce(probe.grad)
+                probe.grad /= dist.get_world_size()
+
+
+@dataclass
+class _Before:
+    """Weights and optimiser state before a step, and the candidates that may have moved in it."""
+
+    trained: Tensor
+    weight: Tensor
+    state: dict[str, Tensor]
+
+    def restore(self, view: View) -> None:
+        """Set what is not trained back; state that the step has made is zero there."""
+        for name, now in {"": view.weight, **view.state}.items():
+            before = self.state.get(name) if name else self.weight
+            restored = torch.zeros_like(now) if before is None else before
+            now.copy_(restored.index_copy_(0, self.trained, now[self.trained]))
+
+
+def _has_had_gradient(view: View, optimizer: Optimizer) -> bool:
+    parameters = [slot.parameter for slot in view.graph.slots]
+    return any(each.grad is not None or optimizer.state.get(each) for each in parameters)
+
+
+@checked
+def attach(
+    model: nn.Module, optimizer: Optimizer, num_steps: int | None = None, *, steps_per_epoch: int | None = None
+) -> Updates:
+    """Have the rules of a model act after every step of its optimiser; nothing is called in the training loop.
+
+    Rules that need it: those that exchange or remove edges between steps (``"set"``, ``"rigl"``, …), that freeze
+    candidates, and all schedules. Call it once the optimiser is made, before a learning-rate schedule and before a
+    checkpoint is loaded into either. Steps that a ``torch.amp.GradScaler`` skips do not count, nor do passes without a
+    step. A copy of the optimiser has no hooks: attach it too.
+
+    Parameters that a rule owns, such as the threshold of ``"str"``, get a group of the optimiser with their own weight
+    decay.
+
+    Args:
+        model: The model, wrapped for data-parallel training or compiled or not.
+        optimizer: Its optimiser.
+        num_steps: Steps of the whole training, for schedules in fractions of it.
+        steps_per_epoch: Steps of an epoch, for rules that act once per epoch.
+
+    Returns:
+        The attachment. It need not be kept; :meth:`Updates.remove` undoes it.
+
+    Raises:
+        InputError: If the optimiser cannot be followed, or lacks a parameter or the momentum that a rule needs.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from dnw_graph import attach, sparsify
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> _ = sparsify(model, density=0.25, wiring="rigl")
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> _ = attach(model, optimizer, num_steps=1000)
+    """
+    from dnw_graph.ranking import rankings  # which knows the rules; called only
+
+    for name, number in (("num_steps", num_steps), ("steps_per_epoch", steps_per_epoch)):
+        require(number is None or number >= 1, name, "an integer from 1 up", number)
+    names: dict[Any, str] = {}
+    for path, graph in rankings(unwrapped(model)):
+        names.setdefault(graph, graph.full_name_at(unwrapped_name(path)))
+    graphs = {name: graph for graph, name in names.items() if graph.wiring.needs_steps}
+    if graphs:
+        _refuse_optimizer(optimizer)
+    for name, graph in graphs.items():
+        _refuse_parameters(name, graph, optimizer)
+    seed = _common_seed()
+    for graph in graphs.values():
+        rule = graph.wiring
+        rule.num_steps = num_steps or rule.num_steps
+        rule.steps_per_epoch = steps_per_epoch or rule.steps_per_epoch
+        rule.seed = rule.seed or seed
+        if graph.updates is not None:
+            graph.updates.remove()
+    _give_own_decay(optimizer, own_decay(model))
+    return Updates(graphs, optimizer)
+
+
+def own_decay(model: nn.Module) -> dict[Tensor, float]:
+    """Return the parameters that the rules of a model own, each with its weight decay."""
+    wirings = [module for module in model.modules() if isinstance(module, Wiring)]
+    return {parameter: wiring.weight_decay for wiring in wirings for parameter in wiring.parameters()}
+
+
+def _common_seed() -> int:
+    """Return a seed that all ranks have."""
+    seed = [new_seed()]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(seed)
+    return seed[0]
+
+
+def _refuse_optimizer(optimizer: Optimizer) -> None:
+    name = type(optimizer).__name__
+    inner = [key for key, value in vars(optimizer).items() if isinstance(value, Optimizer)]
+    if isinstance(optimizer, LBFGS):
+        raise InputError("LBFGS takes many steps in one and calls its hooks once: use SGD, Adam or another optimiser")
+    if name in ("Lookahead", "ZeroRedundancyOptimizer"):
+        raise InputError(f"{name} keeps weights or state elsewhere, where rules cannot follow: use its base optimiser")
+    if inner:
+        raise InputError(f"{name} wraps another optimiser, which has the state: attach(model, optimizer.{inner[0]})")
+    for group in optimizer.param_groups:
+        if group.get("capturable"):
+            raise InputError(
+                f"{name}(capturable=True) is for steps in a CUDA graph, whose replay calls no rule: leave it out"
+            )
+        if any(hasattr(parameter, "full_tensor") for parameter in group["params"]):
+            raise InputError("a parameter is sharded, and rules rank it as a whole: use DistributedDataParallel")
+
+
+def _refuse_parameters(name: str, graph: Any, optimizer: Optimizer) -> None:
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    for slot in graph.slots:
+        if slot.parameter not in groups:
+            if not slot.parameter.requires_grad:
+                continue
+            raise InputError(f"{name} is not among the parameters of the optimiser: give it model.parameters()")
+        group = groups[slot.parameter]
+        if graph.wiring.needs_momentum and not (group.get("momentum") or "betas" in group):
+            raise InputError(
+                f"{type(optimizer).__name__} has no momentum for {name}, which {type(graph.wiring).__name__} needs: "
+                "give SGD momentum=0.9, or use Adam"
+            )
+
+
+def _give_own_decay(optimizer: Optimizer, decays: Mapping[Tensor, float]) -> None:
+    """Have parameters in groups with a decay of their own, like those that they were in otherwise."""
+    for group in list(optimizer.param_groups):
+        own = [each for each in group["params"] if decays.get(each, group["weight_decay"]) != group["weight_decay"]]
+        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        group["params"] = [each for each in group["params"] if each not in set(own)]
+        for decay in sorted({decays[each] for each in own}):
+            params = [each for each in own if decays[each] == decay]
+            optimizer.add_param_group({**options, "params": params, "weight_decay": decay})

@@ -1,0 +1,228 @@
+"""What a rule is given: flat vectors in the order of the candidates, whatever tensors lie behind them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dnw_graph._compat import version
+from dnw_graph.candidates import CandidateEdges
+from dnw_graph.errors import InputError
+from dnw_graph.seeding import mix
+
+if TYPE_CHECKING:
+    from dnw_graph.wirings.base import Wiring
+
+MOMENTA = ("momentum_buffer", "exp_avg", "momentum")
+"""What optimisers call the momentum: SGD and Muon, Adam and its kin, SGDP."""
+
+
+class Slot(Protocol):
+    """Where candidate weights lie: a parameter, or a part of one."""
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter as the optimiser has it."""
+
+    @property
+    def holder(self) -> Any:
+        """The module whose ``probe`` gathers the gradient of all candidates, where a rule asks for it."""
+
+    @property
+    def numel(self) -> int:
+        """Number of candidates."""
+
+    def flat(self, parameter: Shaped[Tensor, ...]) -> Shaped[Tensor, " candidates"]:
+        """Return the slot's part of a tensor of the parameter's shape as a vector; a view where possible."""
+
+    def write(self, flat: Shaped[Tensor, " candidates"], parameter: Shaped[Tensor, ...]) -> None:
+        """Set the slot's part of a tensor of the parameter's shape: the inverse of :meth:`flat`."""
+
+
+class View:
+    """The candidates of one graph as its rule sees them.
+
+    Weights, gradients and states of the optimiser are flat vectors ``[num_candidates]``. Each is gathered when it is
+    first read. After ``setup`` and ``after_step`` the engine writes back what the rule has changed in place.
+
+    Args:
+        graph: The graph; see :class:`dnw_graph.ranking.Ranking`.
+        wiring: Its rule.
+        k: Number of edges asked for.
+        tensors: The parameters as the forward pass sees them. Default: as they are.
+        optimizer: The optimiser, after a step of it.
+        copy: Whether ``weight`` is a copy even where the parameter is one vector.
+
+    Attributes:
+        graph: The graph.
+        wiring: Its rule.
+        name: The graph's name, for messages.
+        k: Number of edges asked for.
+    """
+
+    def __init__(
+        self,
+        graph: Any,
+        wiring: Wiring,
+        k: int,
+        tensors: Sequence[Tensor] | None = None,
+        *,
+        optimizer: Optimizer | None = None,
+        copy: bool = False,
+    ) -> None:
+        self.graph, self.wiring, self.name, self.k = graph, wiring, graph.name, k
+        self._tensors, self._optimizer, self._copy = tensors, optimizer, copy
+        self._weight: Tensor | None = None
+        self._gathered: list[tuple[Tensor, Sequence[Tensor], int]] = []
+
+    @property
+    def num_candidates(self) -> int:
+        """Number of candidates, n."""
+        return self.graph.num_candidates
+
+    @property
+    def candidates(self) -> CandidateEdges:
+        """The candidates as blocks of sources × targets, which turns flat indices into pairs and back."""
+        return self.graph.candidates
+
+    @property
+    def step(self) -> int:
+        """Steps of the optimiser that are done."""
+        return self.wiring.step
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole training.
+
+        Raises:
+            InputError: If it is not known.
+        """
+        return self._known("num_steps", "how many steps training has")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch.
+
+        Raises:
+            InputError: If it is not known.
+        """
+        return self._known("steps_per_epoch", "how many steps an epoch has, which is its default for every=…")
+
+    def _known(self, argument: str, what: str) -> int:
+        if value := getattr(self.wiring, argument):
+            return value
+        raise InputError(
+            f"{self.name}: {type(self.wiring).__name__} does not know {what}: "
+            f"dnw_graph.attach(model, optimizer, {argument}=…) says it"
+        )
+
+    @property
+    def weight(self) -> Float[Tensor, " candidates"]:
+        """The weights. In a forward pass gradients flow through it; after a step it can be written to."""
+        if self._weight is None:  # no cached_property: the compiler looks through this one
+            tensors = self.graph.tensors() if self._tensors is None else self._tensors
+            self._weight = self._gather([each.detach().clone() for each in tensors] if self._copy else tensors, tensors)
+        return self._weight
+
+    @cached_property
+    def gradient(self) -> Float[Tensor, " candidates"]:
+        """∂L/∂w of the last step, summed over its micro-batches and averaged over ranks; after a step only.
+
+        Of all candidates if the rule has asked for it (:meth:`Wiring.needs_gradient`), else what lies in ``.grad``.
+        """
+        parts = []
+        for slot in self.graph.slots:
+            probe, like = slot.holder.probe, slot.parameter
+            grad = like.grad if probe is None else probe.grad
+            parts.append(slot.flat(torch.zeros_like(like) if grad is None else grad.view(like.shape)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @cached_property
+    def state(self) -> dict[str, Float[Tensor, " candidates"]]:
+        """The floating-point states of the optimiser, by its names for them; after a step only.
+
+        Those that have the shape of their parameter, in every layer of the graph that has had a gradient; others are 0.
+        """
+        assert self._optimizer is not None
+        states = [tensor_state(self._optimizer, slot.parameter) for slot in self.graph.slots]
+        flats = {}
+        for name in dict.fromkeys(name for state in states for name in state):
+            tensors = [
+                state.get(name, torch.zeros_like(slot.parameter))
+                for state, slot in zip(states, self.graph.slots, strict=True)
+            ]
+            flats[name] = self._gather(tensors, tensors)
+        return flats
+
+    @property
+    def momentum(self) -> Float[Tensor, " candidates"]:
+        """The momentum of the optimiser; after a step only.
+
+        Raises:
+            InputError: If there is none.
+        """
+        for name in MOMENTA:
+            if name in self.state:
+                return self.state[name]
+        raise InputError(f"{self.name}: the optimiser has no momentum yet, only {sorted(self.state) or 'no state'}")
+
+    def clear(self, chosen: Shaped[Tensor, " chosen"]) -> None:
+        """Set weight and optimiser state of some candidates to zero; indices, or a mask."""
+        for vector in (self.weight, *self.state.values()):
+            vector[chosen] = 0
+
+    def generator(self) -> torch.Generator:
+        """Return a generator that is a function of (seed, step, full name of the graph): the same on every rank."""
+        seed = mix(self.wiring.seed or new_seed(), self.step, zlib.crc32(self.graph.full_name.encode()))
+        return torch.Generator(self.graph.slots[0].parameter.device).manual_seed(seed)
+
+    def reset_momentum(self) -> None:
+        """Set the momentum of all parameters of the optimiser to zero; after a step only."""
+        assert self._optimizer is not None
+        reset_momentum(self._optimizer)
+
+    def write_back(self) -> None:
+        """Write what was changed into the tensors behind it. The engine calls it."""
+        for flat, tensors, before in self._gathered:
+            if version(flat) != before:
+                parts = flat.split([slot.numel for slot in self.graph.slots])
+                for slot, tensor, part in zip(self.graph.slots, tensors, parts, strict=True):
+                    if slot.flat(tensor).data_ptr() != part.data_ptr():
+                        slot.write(part, tensor.detach())
+
+    def _gather(self, read: Sequence[Tensor], written: Sequence[Tensor]) -> Tensor:
+        parts = [slot.flat(tensor) for slot, tensor in zip(self.graph.slots, read, strict=True)]
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self._copy or self._optimizer is not None:
+            self._gathered.append((flat, written, version(flat)))
+        return flat
+
+
+def tensor_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Return the floating-point states of a parameter that have its shape, by name."""
+    return {
+        name: value
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
+    }
+
+
+def new_seed() -> int:
+    """Return a seed from that of PyTorch's generator; never 0, which says that there is none yet."""
+    return mix(torch.initial_seed()) >> 1 | 1
+
+
+def reset_momentum(optimizer: Optimizer) -> None:
+    """Set the momentum of all parameters of an optimiser to zero."""
+    with torch.no_grad():
+        for state in list(optimizer.state.values()):
+            for name in MOMENTA:
+                if isinstance(state.get(name), Tensor):
+                    state[name].zero_()

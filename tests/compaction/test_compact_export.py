@@ -1,0 +1,91 @@
+"""Compact models through torch.compile, torch.export and ONNX."""
+
+from functools import partial
+from itertools import product
+
+import onnxruntime
+import pytest
+import torch
+from pairs import rest_is_slow
+from reference import relative_error
+from torch import nn
+
+from dnw_graph import Continuous, Discrete, NeuralGraph
+from dnw_graph.compaction import compact
+from dnw_graph.models import MobileNetV1, MobileNetV1DNW, TinyClassifier
+from dnw_graph.node_functions import NormReluConv, ReluConvSendNorm
+
+DYNAMIC = {"num_nodes": 12, "num_inputs": 3, "num_outputs": 3, "num_edges": 30}
+INSTANCE = partial(ReluConvSendNorm, norm="instance")
+MODELS = {
+    "mobilenet dnw": lambda: MobileNetV1DNW(0.12, 7, wiring="random_graph"),
+    "small": lambda: MobileNetV1DNW(0.12, 7, small=True, node_function=partial(NormReluConv, norm="instance")),
+    "mobilenet": lambda: MobileNetV1(0.1, 7),
+    "tiny": lambda: TinyClassifier("static"),
+    "discrete": lambda: NeuralGraph(**DYNAMIC, dynamics=Discrete(steps=3), node_function=INSTANCE),
+    "fixed step": lambda: NeuralGraph(**DYNAMIC, dynamics=Continuous("rk4", options={"step_size": 0.5})),
+}
+BATCH = {0: torch.export.Dim("batch", min=1, max=64)}
+
+
+@pytest.fixture(autouse=True)
+def _fresh(unchecked):
+    torch.compiler.reset()
+
+
+# What a compiler takes long for is left to the slow tests.
+NAMES = sorted(MODELS, key="discrete".__ne__)
+
+
+@pytest.fixture(params=rest_is_slow(NAMES))
+def model(request, photos, trained):
+    return trained(MODELS[request.param](), photos.float())
+
+
+@pytest.mark.parametrize(("model", "products"), rest_is_slow(product(NAMES, ["sparse", "dense"])), indirect=["model"])
+def test_export_save_load(model, products, photos, tmp_path):
+    x = photos.float()
+    compacted = compact(model, products=products)
+    program = torch.export.export(compacted, (x[:2],), dynamic_shapes=(BATCH,))
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    with torch.no_grad():
+        for batch in (1, 2, 4):
+            assert relative_error(loaded(x[:batch]), model(x[:batch])) < 1e-5
+
+
+def test_compile_without_a_break(model, photos):
+    x = photos.float()
+    compiled = torch.compile(compact(model), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert relative_error(compiled(x), model(x)) < 1e-5
+
+
+def test_onnx(model, photos, tmp_path):
+    x = photos.float()
+    path = tmp_path / "model.onnx"
+    compacted = compact(model, products="dense")
+    torch.onnx.export(compacted, (x[:2],), path, dynamo=True, dynamic_shapes=(BATCH,), verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (name,) = (value.name for value in session.get_inputs())
+    with torch.no_grad():
+        for batch in (1, 4):
+            (out,) = session.run(None, {name: x[:batch].numpy()})
+            assert relative_error(torch.tensor(out), model(x[:batch])) < 1e-5
+
+
+def test_a_user_s_module_exports_too(photos, tmp_path):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stage = NeuralGraph((3, 8, 4), 30)
+
+        def forward(self, x):
+            return self.stage(x).amax((2, 3))
+
+    x = photos.float()
+    model = Own().eval()
+    program = torch.export.export(compact(model), (x,), dynamic_shapes=(BATCH,))
+    torch.export.save(program, tmp_path / "model.pt2")
+    with torch.no_grad():
+        assert relative_error(torch.export.load(tmp_path / "model.pt2").module()(x[:3]), model(x[:3])) < 1e-5

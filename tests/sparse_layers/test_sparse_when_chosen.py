@@ -1,0 +1,270 @@
+"""When the real weights are chosen anew, and when they must not be."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
+
+from dnw_graph import DNW, RandomGraph, Wiring
+from dnw_graph.sparse_layers import densify, sparsify, weight_graphs
+
+X = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(1))
+
+
+class CountingDNW(DNW):
+    """Counts how often edges are chosen, to train and otherwise."""
+
+    training_calls = 0
+    calls = 0
+
+    def choose(self, view):
+        self.calls += 1
+        return super().choose(view)
+
+    def choose_to_train(self, view):
+        self.training_calls += 1
+        return DNW.choose(self, view)
+
+
+class Restless(Wiring):
+    """Other edges at every choice."""
+
+    def choose(self, view):
+        return torch.randperm(view.num_candidates)[: view.k].sort().values
+
+
+class Block(nn.Module):
+    """Attention, a layer that is used twice, and a weight that is read without a call of its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.shared = nn.Linear(4, 4)
+        self.read = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.attention(x, x, x)[0]
+        x = self.shared(self.shared(x).relu())
+        return x @ self.read.weight @ self.read.weight
+
+
+def make_model(wiring=None, **options):
+    torch.manual_seed(2)
+    model = nn.Sequential(Block(), nn.Linear(4, 4), Block())
+    sparsify(model, 0.5, wiring or CountingDNW(), **options)
+    return model
+
+
+def counts(model):
+    graphs = weight_graphs(model).values()
+    return [(graph.wiring.training_calls, graph.wiring.calls) for graph in graphs]
+
+
+def choices(model, run):
+    """How often each graph was asked, to train and otherwise, while ``run`` ran."""
+    before = counts(model)
+    run()
+    return {(a - c, b - d) for (a, b), (c, d) in zip(counts(model), before, strict=True)}
+
+
+def swap_order(weight):
+    """Weights of which other ones are the largest."""
+    return 1 / (0.1 + weight.detach().abs())
+
+
+def strongest(weight, k):
+    order = sorted(range(weight.numel()), key=lambda i: -abs(weight.flatten()[i].item()))
+    return sorted(order[:k])
+
+
+def assert_edges_fit_weights(model):
+    for graph in weight_graphs(model).values():
+        assert graph.real_index.tolist() == strongest(graph.candidate_weight.detach(), graph.num_edges)
+    layer = model[1]
+    assert layer.weight.flatten().nonzero().flatten().tolist() == strongest(layer.parametrizations.weight.original, 8)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "global"])
+def test_once_per_forward_pass_in_training(distribution):
+    model = make_model(distribution=distribution)
+    for _ in range(2):
+        assert choices(model, lambda: model(X).sum().backward()) == {(1, 0)}
+
+
+def test_once_per_call_of_a_part():
+    model = make_model()
+    part = weight_graphs(model[0])
+    before = counts(model)
+    model[0](X).sum().backward()
+    changed = [a != b for a, b in zip(counts(model), before, strict=True)]
+    assert sum(changed) == len(part) == 6
+    assert all(graph.wiring.training_calls == 1 for graph in part.values())
+
+
+def test_a_look_in_training_changes_nothing():
+    model = make_model()
+    model(X)
+    with torch.no_grad():
+        model[1].parametrizations.weight.original.copy_(swap_order(model[1].parametrizations.weight.original))
+    look = model[1].weight
+    assert weight_graphs(model)["1.weight"].wiring.training_calls == 1
+    assert look.flatten().nonzero().flatten().tolist() == strongest(model[1].parametrizations.weight.original, 8)
+
+
+def test_a_failed_forward_pass_ends():
+    model = make_model()
+    with pytest.raises(AssertionError, match="embedding dimension"):
+        model(torch.rand(2, 3, 5))
+    assert choices(model, lambda: model(X)) == {(1, 0)}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_recomputation_sees_the_same_edges(use_reentrant, whole):
+    gradients = []
+    for recompute in (False, True):
+        model = make_model(Restless())
+        x = X.clone().requires_grad_()
+
+        def run(part, x, recompute=recompute):
+            return checkpoint(part, x, use_reentrant=use_reentrant) if recompute else part(x)
+
+        torch.manual_seed(5)
+        out = run(model, x) if whole else model[2](model[1](run(model[0], x)))
+        out.square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_recomputation_does_not_choose_again():
+    model = make_model()
+    assert choices(model, lambda: checkpoint(model, X, use_reentrant=False).sum().backward()) == {(1, 0)}
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "global"])
+def test_once_in_evaluation_and_never_again_for_unchanged_weights(distribution):
+    model = make_model(distribution=distribution)
+    model(X)
+    model.eval()
+    assert choices(model, lambda: model(X)) == {(0, 1)}
+    assert choices(model, lambda: [model(X), model[0](X), model[1].weight, model.eval()(X)]) == {(0, 0)}
+    assert choices(model, lambda: model.train().eval()(X)) == {(0, 1)}
+
+
+def change_in_place(weight, layer):
+    with torch.no_grad():
+        weight.copy_(swap_order(weight))
+
+
+def change_storage(weight, layer):
+    weight.data = swap_order(weight)
+
+
+def replace_object(weight, layer):
+    layer.parametrizations.weight.original = nn.Parameter(swap_order(weight))
+
+
+def assign(weight, layer):
+    layer.weight = swap_order(weight)
+
+
+def load(weight, layer):
+    layer.load_state_dict({"weight": swap_order(weight), "bias": layer.bias})
+
+
+def load_assigned(weight, layer):
+    layer.load_state_dict({"weight": swap_order(weight), "bias": layer.bias}, assign=True)
+
+
+@pytest.mark.parametrize("change", [change_in_place, change_storage, replace_object, assign, load, load_assigned])
+def test_anew_in_evaluation_after(change):
+    model = make_model().eval()
+    model(X)
+    before = model[1].weight
+    layer = model[1]
+    change(layer.parametrizations.weight.original, layer)
+    model(X)
+    assert_edges_fit_weights(model)
+    assert not torch.equal(model[1].weight, before)
+    calls = counts(model)
+    model(X)
+    assert counts(model) == calls
+
+
+def test_anew_after_loading_the_state_of_the_rule_alone():
+    model, other = make_model("random_graph").eval(), make_model(RandomGraph(separate_scores=True))
+    before = model[1].weight
+    key = "parametrizations.weight.0.owned.0.wiring.index"
+    model[1].load_state_dict({key: other[1].state_dict()[key]}, strict=False)
+    assert not torch.equal(model[1].weight, before)
+    assert torch.equal(model[1].weight.ne(0), other[1].weight.ne(0))
+
+
+def test_a_fused_step_is_seen_in_training_and_at_the_switch():
+    model = make_model()
+    model(X)
+    weight = model[1].parametrizations.weight.original
+    for mode in (True, False):
+        weight.grad = weight.detach() - swap_order(weight)
+        torch.optim.SGD([weight], lr=1.0, fused=True).step()
+        model.train(mode)
+        model(X)
+        assert_edges_fit_weights(model)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_weights_passed_by_functional_call(train):
+    model = make_model().train(train)
+    usual = model(X)
+    other = {"1.parametrizations.weight.original": swap_order(model[1].parametrizations.weight.original)}
+    changed = functional_call(model, other, (X,))
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(other, strict=False)
+    assert torch.equal(changed, twin(X))
+    assert torch.equal(model(X), usual)
+
+
+def test_gradients_per_sample():
+    model = nn.Linear(4, 3)
+    sparsify(model, 0.5)
+    name = "parametrizations.weight.original"
+    parameters = dict(model.named_parameters())
+
+    def loss(weight, x):
+        return functional_call(model, {**parameters, name: weight}, (x,)).square().sum()
+
+    weight = parameters[name].detach()
+    xs = X[0]
+    gradients = vmap(grad(loss), (None, 0))(weight, xs)
+    for x, gradient in zip(xs, gradients, strict=True):
+        model.zero_grad()
+        model(x).square().sum().backward()
+        torch.testing.assert_close(gradient, parameters[name].grad)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "global"])
+def test_copies_have_weights_of_their_own(distribution):
+    model = make_model(distribution=distribution).eval()
+    expected = model(X)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(X), expected)
+    change_in_place(twin[1].parametrizations.weight.original, None)
+    changed = twin(X)
+    assert not torch.equal(changed, expected)
+    assert choices(model, lambda: model(X)) == {(0, 0)}
+    assert torch.equal(model(X), expected)
+    densify(twin)
+    torch.testing.assert_close(twin(X), changed)
+    assert torch.equal(model(X), expected)
+
+
+def test_a_copy_of_a_part_trains():
+    model = make_model()
+    part, before = copy.deepcopy(model[0]), counts(model)
+    assert choices(part, lambda: part(X).sum().backward()) == {(1, 0)}
+    assert counts(model) == before

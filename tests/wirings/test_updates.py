@@ -1,0 +1,362 @@
+"""attach: what a rule sees after a step, what it may change, and what is refused."""
+
+import copy
+import gc
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from dnw_graph import InputError, NeuralGraph, TargetedDropout, Wiring, attach
+from dnw_graph.sparse_layers import sparsify, weight_graphs
+from dnw_graph.wirings.prune_and_grow import PruneAndGrow
+
+X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+class Probing(Wiring):
+    """Trains the first half of the candidates; asks for all gradients before every third step."""
+
+    trained = "own"
+
+    def setup(self, view):
+        self.seen, self.states = [], []
+
+    def choose(self, view):
+        return torch.arange(0, view.num_candidates, 3)
+
+    def trained_edges(self, view):
+        return torch.arange(view.num_candidates // 2)
+
+    def needs_gradient(self, view):
+        return (view.step + 1) % 3 == 0
+
+    def after_step(self, view):
+        self.seen.append((view.step, view.gradient.clone()))
+        self.states.append({name: value.clone() for name, value in view.state.items()})
+
+
+class Halving(Wiring):
+    """Halves weights and momentum after every step, through the view."""
+
+    def choose(self, view):
+        return self.largest(view, view.k)
+
+    def after_step(self, view):
+        view.weight.mul_(0.5)
+        view.momentum.mul_(0.25)
+
+
+def perceptron():
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def transposed():
+    return nn.Sequential(nn.Unflatten(1, (6, 1, 1)), nn.ConvTranspose2d(6, 4, 2, groups=2), nn.Flatten()).double()
+
+
+def attention():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.inner(x[None], x[None], x[None], need_weights=False)[0]
+
+    return Attention().double()
+
+
+def graph():
+    return NeuralGraph((6, 5, 4), 9, node_function=nn.Tanh(), input_function=False).double()
+
+
+def make(kind, rule):
+    if kind == "graph":
+        model = graph()
+        model.rewire(rule, 9)
+        return model
+    model = {"transposed": transposed, "attention": attention}.get(kind, perceptron)()
+    sparsify(model, 0.4, rule, distribution="global" if kind == "global" else "uniform")
+    return model
+
+
+def graphs(model):
+    return [model] if isinstance(model, NeuralGraph) else list(weight_graphs(model).values())
+
+
+def step(model, optimiser, x=X):
+    optimiser.zero_grad()
+    model(x).square().sum().backward()
+    optimiser.step()
+
+
+KINDS = ["graph", "perceptron", "global", "transposed", "attention"]
+OPTIMISERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.05),
+    "adam": lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.05),
+    "fused": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.05, fused=True),
+    "amsgrad": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.05, amsgrad=True),
+}
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_trained_keeps_weight_and_state(kind, optimiser):
+    model = make(kind, Probing())
+    own = OPTIMISERS[optimiser](model.parameters())
+    attach(model, own)
+    before = [each.view().weight.detach().clone() for each in graphs(model)]
+    for _ in range(4):
+        step(model, own)
+    for each, old in zip(graphs(model), before, strict=True):
+        now, half = each.view().weight.detach(), each.num_candidates // 2
+        assert torch.equal(now[half:], old[half:])
+        assert (now[:half] != old[:half]).all()
+        for value in each.wiring.states[-1].values():
+            assert not value[half:].any()
+            assert value[:half].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_all_candidates_comes_when_it_is_asked_for_and_stays_out_of_grad(kind):
+    """Against the gradient that DNW gives to the same weights with the same real edges, over two micro-batches."""
+    model = make(kind, Probing())
+    own = OPTIMISERS["sgd"](model.parameters())
+    attach(model, own)
+    for number in range(1, 5):
+        twin = copy.deepcopy(model)
+        for each in graphs(twin):
+            each.wiring.__class__ = type("All", (Probing,), {"trained": "all", "after_step": Wiring.after_step})
+        own.zero_grad()
+        for x in (X, 2 * X):
+            model(x).square().sum().backward()
+            twin(x).square().sum().backward()
+        grads = [each.slots[0].parameter.grad.clone() for each in graphs(model)]
+        own.step()
+        for each, other, grad in zip(graphs(model), graphs(twin), grads, strict=True):
+            seen_step, seen = each.wiring.seen[-1]
+            expected = torch.cat([slot.flat(slot.parameter.grad) for slot in other.slots])
+            half = each.num_candidates // 2
+            assert seen_step == number
+            torch.testing.assert_close(seen[:half], expected[:half])
+            torch.testing.assert_close(seen[half:], expected[half:] * (number == 3))
+            if kind in ("graph", "perceptron"):
+                assert not grad.flatten()[half:].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_rule_writes_reaches_the_parameters_and_the_optimiser(kind):
+    model, twin = make(kind, Halving()), None
+    twin = copy.deepcopy(model)
+    own, other = (OPTIMISERS["sgd"](each.parameters()) for each in (model, twin))
+    attach(model, own)
+    for each in graphs(twin):
+        each.wiring.__class__ = type("Idle", (Halving,), {"after_step": Wiring.after_step})
+    for _ in range(3):
+        step(model, own)
+        step(twin, other)
+        for each in dict.fromkeys(slot.parameter for graph in graphs(twin) for slot in graph.slots):
+            with torch.no_grad():
+                each.mul_(0.5)
+                other.state[each]["momentum_buffer"].mul_(0.25)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_rule_that_waits_for_steps_raises_at_its_second_backward_pass():
+    for living in ("never attached", "the optimiser is gone", "a copy of the model"):
+        model = NeuralGraph((6, 5, 4), 9, wiring=TargetedDropout(0.5), node_function=nn.Tanh()).double()
+        if living != "never attached":
+            own = torch.optim.SGD(model.parameters(), 0.1)
+            attach(model, own)
+            for _ in range(3):
+                step(model, own)
+        if living == "the optimiser is gone":
+            del own
+            gc.collect()
+        elif living == "a copy of the model":
+            model = copy.deepcopy(model)
+        loss = model(X).square().sum() + model(X).sum()  # two forward passes, one backward pass
+        loss.backward()
+        with pytest.raises(InputError, match=r"waits for the optimiser's steps, and nothing tells it: call dnw_graph"):
+            model(X).sum().backward()
+        own = torch.optim.SGD(model.parameters(), 0.1)
+        attach(model, own)
+        step(model, own)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_scaler_skips_do_not_count(fused):
+    model = make("graph", Probing()).float()
+    own = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
+    attach(model, own)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor in (1.0, torch.inf, 1.0, torch.inf, 1.0):
+        own.zero_grad()
+        scaler.scale(model(X.float()).square().sum() * factor).backward()
+        scaler.step(own)
+        scaler.update()
+    assert [number for number, _ in model.wiring.seen] == [1, 2, 3]
+    assert model.wiring.step == 3
+
+
+def test_a_closure_and_a_compiled_or_wrapped_model():
+    model = make("perceptron", Probing())
+    own = torch.optim.SGD(model.parameters(), 0.1)
+    wrapped = torch.compile(AveragedModel(model).module, backend="eager")
+    model = wrapped._orig_mod
+    own = torch.optim.SGD(model.parameters(), 0.1)
+    attach(wrapped, own)
+
+    def closure():
+        own.zero_grad()
+        loss = model(X).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        own.step(closure)
+    assert [graph.full_name for graph in graphs(model)] == ["0.weight", "2.weight"]
+    assert graphs(model)[0].wiring.seen[2][1].all()
+
+
+def test_layers_without_a_gradient_sit_out():
+    model = make("perceptron", Probing())
+    model[0].parametrizations.weight.original.requires_grad_(False)
+    own = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    attach(model, own)
+    step(model, own)
+    frozen, other = graphs(model)
+    assert (len(frozen.wiring.seen), len(other.wiring.seen)) == (0, 1)
+    assert frozen.wiring.step == 1
+
+
+class Wrapper(torch.optim.Optimizer):
+    def __init__(self, base):
+        super().__init__(base.param_groups, {})
+        self.base_optimizer = base
+
+
+class Lookahead(Wrapper):
+    pass
+
+
+REFUSED = {
+    "LBFGS": (lambda p: torch.optim.LBFGS(p), "LBFGS takes many steps in one"),
+    "SAM": (lambda p: Wrapper(torch.optim.SGD(p, 0.1)), r"attach\(model, optimizer\.base_optimizer\)"),
+    "Lookahead": (lambda p: Lookahead(torch.optim.SGD(p, 0.1)), "Lookahead keeps weights or state elsewhere"),
+    "graph": (lambda p: torch.optim.Adam(p, capturable=True), r"Adam\(capturable=True\) is for steps in a CUDA graph"),
+    "others": (lambda p: torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.1), "0.weight is not among the parameters"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_optimisers_that_rules_cannot_follow_are_refused(kind):
+    optimiser, message = REFUSED[kind]
+    model = make("perceptron", Probing())
+    with pytest.raises(InputError, match=message) as error:
+        attach(model, optimiser(list(model.parameters())))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+    dnw = make("perceptron", "dnw")
+    attach(dnw, optimiser(list(dnw.parameters())))  # whose rule needs no steps
+
+
+def test_names_tell_graphs_of_a_model_apart_and_are_those_of_the_unwrapped_model():
+    def drawn(wrap):
+        torch.manual_seed(3)
+        model = nn.ModuleList(NeuralGraph((6, 5, 4), 9, wiring=TargetedDropout(0.5)) for _ in range(2)).double()
+        own = torch.optim.SGD(model.parameters(), 0.1)
+        attach(wrap(model), own)
+        return [torch.rand(3, generator=each.view().generator()).tolist() for each in model]
+
+    first = drawn(lambda model: model)
+    assert first[0] != first[1]
+    assert first == drawn(lambda model: torch.compile(model, backend="eager"))
+
+
+def test_attaching_again_replaces_the_hooks():
+    model = make("graph", Probing())
+    own = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        updates = attach(model, own)
+    step(model, own)
+    assert len(model.wiring.seen) == 1
+    updates.remove()
+    step(model, own)
+    assert len(model.wiring.seen) == 1
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+def test_another_number_of_edges_or_rule_is_refused_and_weights_alone_are_taken():
+    model, fewer, fixed = graph(), graph(), graph()
+    fewer.rewire("dnw", 8)
+    fixed.rewire("random_graph", 9)
+    state = model.state_dict()
+    scalars = [value for name, value in state.items() if not name.endswith("weight")]
+    assert [(value.dtype, value.dim()) for value in scalars] == [(torch.int64, 0)] * 2
+    for strict in (True, False):
+        with pytest.raises(InputError, match=r"graph: the state has num_edges = 9, the graph 8"):
+            fewer.load_state_dict(state, strict=strict)
+        with pytest.raises(InputError, match=r"edges of the state were chosen by another rule than 'dnw'"):
+            model.load_state_dict(fixed.state_dict(), strict=strict)
+    fewer.load_weights(state)
+    assert torch.equal(fewer.candidates.weight, model.candidates.weight)
+    assert fewer.num_real_edges == 8
+    model.load_state_dict({"candidates.weight": state["candidates.weight"]})  # an older file
+    no_update = graph()
+    no_update.rewire("no_update", 9)
+    no_update.load_state_dict(state)  # no saved state decides its edges
+
+
+def test_edges_that_an_average_has_spoiled_are_refused():
+    class Turning(PruneAndGrow):
+        def after_step(self, view):
+            self.exchange(view, 3, torch.rand(view.num_candidates, generator=view.generator()))
+
+    model = make("perceptron", Turning(1))
+    own = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    attach(model, own)
+    average = copy.deepcopy(model)
+    for _ in range(3):
+        step(model, own)
+        for a, b in zip(average.buffers(), model.buffers(), strict=True):
+            a.copy_(a | b if a.dtype == torch.bool else a)
+    with pytest.raises(InputError, match=r"0\.weight: wiring\.real holds \d+ edges instead of 20: an average"):
+        average.eval()(X)
+
+
+def test_fixed_edges_that_an_average_has_spoiled_are_refused():
+    model = make("perceptron", "random_graph").eval()
+    index = graphs(model)[0].wiring.index
+    index.copy_(index // 2)
+    with pytest.raises(InputError, match=r"0\.weight: wiring\.index must be distinct candidates"):
+        model(X)
+
+
+def test_exchanged_edges_are_counted_and_real_ones_keep_weight_and_state():
+    class Turning(PruneAndGrow):
+        def after_step(self, view):
+            self.before = view.weight.clone(), view.momentum.clone(), self.real
+            self.exchange(view, 3, torch.rand(view.num_candidates, generator=view.generator()))
+
+    model = make("graph", Turning(1))
+    own = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    attach(model, own)
+    sets = [model.real_index.tolist()]
+    for _ in range(5):
+        step(model, own)
+        sets.append(model.real_index.tolist())
+        weight, momentum, real = model.wiring.before
+        stay = real & model.wiring.real
+        assert int(stay.sum()) >= 6
+        now = model.view(optimizer=own)
+        assert torch.equal(now.weight, weight * stay)
+        assert torch.equal(now.momentum, momentum * stay)
+    assert {len(each) for each in sets} == {9}
+    assert any(a != b for a, b in pairwise(sets))
