@@ -22,6 +22,10 @@ from dnw_graph.propagation import Propagate
 from dnw_graph.propagation.base import autocast_dtype
 
 
+FIXED_STEPS = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
+"""Solvers whose steps do not depend on errors, and so on no tolerance."""
+
+
 class Continuous(Recurrent):
     r"""The solution of :math:`\dot Z(t) = f_\theta(A Z(t), t)`, Equation 13 of the paper.
 
@@ -112,6 +116,12 @@ class Continuous(Recurrent):
             )
         if autocast_dtype(x) is not None:
             x = x.float()
+        if x.dtype in (torch.float16, torch.bfloat16) and self.method not in FIXED_STEPS:
+            raise InputError(
+                f"{self.name}: {self.method} chooses its steps by errors that {x.dtype} cannot tell from rounding: "
+                "keep the graph in float32 (under torch.autocast to bfloat16 its node function runs in that), or take "
+                "a solver of fixed steps, such as 'rk4'"
+            )
         grid = torch.tensor([self.t_span[0], *ends], dtype=torch.float64, device=x.device).to(x.dtype)
         z = F.pad(x, (*[0, 0] * (x.dim() - 2), 0, self.nodes.num_nodes - x.size(1)))
         # The solver's own arithmetic makes tensors in the usual layout: it gets the states as they lie in memory,

@@ -204,3 +204,6 @@ def _sampled_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | N
 
 _sparse_product.register_autograd(_product_backward, setup_context=_save_product)
 _sampled_product.register_autograd(_sampled_backward, setup_context=_save_product)
+# As loss functions under autocast: in float32, whatever the layers before have made.
+for _device in ("cpu", "cuda"):
+    torch.library.register_autocast("dnw_graph::sparse_product", _device, torch.float32)

@@ -102,6 +102,10 @@ def _(x: Tensor, sizes: list[int], strides: list[int], *tensors: Any) -> Tensor:
     return x.new_empty(_output_shape(x, sizes, strides))
 
 
+for _device in ("cpu", "cuda"):  # under autocast in float32, whatever the layers before have made
+    torch.library.register_autocast("dnw_graph::static_graph", _device, torch.float32)
+
+
 def _check(
     x: Tensor,
     sizes: list[int],

@@ -454,6 +454,14 @@ def test_under_autocast_the_solver_computes_in_single_precision(dtype, adjoint, 
     assert half(x.to(dtype)).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["dopri5", "adaptive_heun"])
+def test_adaptive_solvers_refuse_half_precision(dtype, method, x):
+    graph = make_graph(Continuous(method), nn.Tanh(), name="ode").to(dtype)
+    with pytest.raises(InputError, match=rf"^ode: {method} .* {dtype} .* keep the graph in float32 .*'rk4'$"):
+        graph(x.to(dtype))
+
+
 class Steep(nn.Module):
     def forward(self, z):
         return torch.full_like(z, 3e4)
