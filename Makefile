@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 EXT := .ext
+ASAN := .asan
 EXT_PACKAGES := "torch-scatter>=2.1.2" "torch-sparse>=0.6.18"
 # The releases of PyTorch that test-matrix takes, the oldest supported one first.
 VERSIONS ?= 2.8 2.11 2.14.1 newest
@@ -11,14 +12,20 @@ VERSIONS ?= 2.8 2.11 2.14.1 newest
 # A process for each core, up to four: each takes some 1.5 GB of memory.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-slow test-ext test-matrix lint types docs bench
+# Runs a program with kernels that look after every access to memory, in a cache of their own.
+SANITIZED := XDG_CACHE_HOME=$(CURDIR)/$(ASAN) ASAN_OPTIONS=detect_leaks=0 \
+	DNW_GRAPH_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g" \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" PYTHONPATH=$(CURDIR)
+
+.PHONY: help demo test test-slow test-asan test-ext test-matrix lint types docs bench
 
 help:
 	@echo "make demo      train MobileNetV1-DNW on scikit-learn's digits"
 	@echo "make test      run the quick tests: every feature"
 	@echo "make test-slow run the others: all combinations of settings, whole trainings"
+	@echo "make test-asan run the tests and a fuzz of the operators on kernels built with AddressSanitizer and UBSan (GCC)"
 	@echo "make test-ext  build torch-scatter and torch-sparse, run the tests that concern them"
-	@echo "make test-matrix VERSIONS=\"2.11 newest\"  run the tests under other versions of PyTorch, each in an environment of its own"
+	@echo "make test-matrix VERSIONS=\"2.11 newest\"  run the quick tests (all with SLOW=1) under other versions of PyTorch, each in an environment of its own"
 	@echo "make lint      check style and format"
 	@echo "make types     check types"
 	@echo "make docs      build the documentation into site/"
@@ -29,10 +36,15 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/imagenet_mobilenet.py
 
 test: $(INSTALLED)
-	$(PYTEST) -m "not slow"
+	CHECK_SIGNATURES=0 $(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow
+
+test-asan: $(INSTALLED)
+	$(SANITIZED) $(BIN)/python -c "from dnw_graph.ops.build import kernels; assert kernels() is not None"
+	$(SANITIZED) $(BIN)/python -m pytest -q -s tests/ops --ignore tests/ops/test_build.py
+	$(SANITIZED) $(BIN)/python -W ignore tests/robust/fuzz.py --surfaces operators --count 5000
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
@@ -56,7 +68,7 @@ test-ext: $(EXT)/.built
 	PYTHONPATH=$(CURDIR)/$(EXT) $(BIN)/python -m pytest tests/propagation
 
 test-matrix:
-	$(PYTHON) tests/matrix.py $(VERSIONS)
+	$(PYTHON) tests/matrix.py $(VERSIONS) $(if $(SLOW),--slow)
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \

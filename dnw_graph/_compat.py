@@ -164,7 +164,10 @@ def remove_hooks(module: nn.Module, belongs: Callable[[Any], bool]) -> None:
 
 
 def leave_signals_alone(trainer: Any) -> None:
-    """Have a trainer of Lightning install no signal handlers; no option of it says so."""
+    """Have a trainer of Lightning install no signal handlers; no option of it says so.
+
+    Its automatic requeue under SLURM is off with them, which docs/training.md says.
+    """
     trainer._signal_connector.register_signal_handlers = lambda: None
 
 

@@ -102,6 +102,8 @@ def check(what: str, value: object, hint: Any) -> Any:
     Raises:
         InputError: If it has another type.
     """
+    if torch.compiler.is_compiling():  # as in checked
+        return value
     try:
         return _convert(value, hint)
     except _MismatchError:

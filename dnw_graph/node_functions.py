@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dnw_graph._compat import has_hooks
 from dnw_graph.arguments import checked, fits, require, wrong
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.ops.node_function import computes_as_usual, fused_node_function, fusible, keeps_forward
@@ -109,7 +110,7 @@ class NormReluConv(nn.Module):
     ) -> Float[Tensor, "batch nodes h w"]:
         """Apply f_θ to the input of every node, or of the given ones if ``node_wise``."""
         self._check(z, nodes)
-        return _apply(z, self.norm, True, self.conv, nodes)
+        return self._compute(z, self.norm, True, self.conv, nodes)
 
     def _check(self, z: object, nodes: range | None) -> None:
         """Refuse what convolution and norm would refuse less clearly, or take for a single image or for other nodes."""
@@ -130,6 +131,36 @@ class NormReluConv(nn.Module):
                 "differ in size takes a name or a factory (num_nodes, stride) -> module)",
                 z,
             )
+
+    def _compute(
+        self, z: Tensor, norm: nn.Module | None, relu: bool, conv: nn.Conv2d | None, nodes: range | None
+    ) -> Tensor:
+        """Apply norm, ReLU and convolution, each of which may be left out, to the maps of all or of the given nodes."""
+        if nodes is not None:
+            self._check_parts(norm, conv)
+        fused = fused_node_function(z, norm, relu, conv, nodes)
+        if fused is not None:
+            return fused
+        if norm is not None:
+            z = _normalise(norm, z, nodes)
+        if relu:
+            z = F.relu(z, inplace=norm is not None and computes_as_usual(norm))
+        if conv is None:
+            return z
+        return conv(z) if nodes is None else conv(z, nodes)
+
+    def _check_parts(self, norm: nn.Module | None, conv: nn.Conv2d | None) -> None:
+        """Refuse parts that cannot be applied to some nodes."""
+        if norm is not None and not _node_wise(norm):
+            raise InputError(f"only a plain instance norm can be applied to some nodes; got {type(norm).__name__}")
+        if not isinstance(conv, NodeConv | None):
+            raise InputError(f"only a NodeConv can be applied to some nodes; got {type(conv).__name__}")
+        for part in filter(None, (norm, conv)):
+            counts = [getattr(part, "num_features", self.num_nodes), *map(len, part.parameters())]
+            if set(counts) != {self.num_nodes}:
+                raise InputError(
+                    f"the {type(part).__name__} of this node function is not for its {self.num_nodes} nodes"
+                )
 
 
 class NormReluConvNormRelu(NormReluConv):
@@ -155,7 +186,7 @@ class NormReluConvNormRelu(NormReluConv):
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes h w"]:
         """Apply f_θ to the input of every node, or of the given ones if ``node_wise``."""
-        return _apply(super().forward(z, nodes), self.norm2, True, None, nodes)
+        return self._compute(super().forward(z, nodes), self.norm2, True, None, nodes)
 
 
 class ReluConvSendNorm(NormReluConv):
@@ -171,14 +202,14 @@ class ReluConvSendNorm(NormReluConv):
     ) -> Float[Tensor, "batch nodes h w"]:
         """Return what the nodes send, or the given ones; zero for a state of zero."""
         self._check(z, nodes)
-        return _apply(z, None, True, self.conv, nodes)
+        return self._compute(z, None, True, self.conv, nodes)
 
     def forward(
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes height width"]:
         """Return the states that follow from what the nodes receive, or the given ones if ``node_wise``."""
         self._check(z, nodes)
-        return _apply(z, self.norm, False, None, nodes)
+        return self._compute(z, self.norm, False, None, nodes)
 
 
 class Blockwise(nn.Module):
@@ -209,22 +240,6 @@ class Blockwise(nn.Module):
         return torch.cat([function(part) for function, part in zip(self.functions, parts, strict=True)], dim=1)
 
 
-def _apply(z: Tensor, norm: nn.Module | None, relu: bool, conv: NodeConv | None, nodes: range | None) -> Tensor:
-    """Apply norm, ReLU and convolution, each of which may be left out, to the maps of all or of the given nodes."""
-    if nodes is not None and norm is not None and not _node_wise(norm):
-        raise InputError(f"only a plain instance norm can be applied to some nodes; got {type(norm).__name__}")
-    fused = fused_node_function(z, norm, relu, conv, nodes)
-    if fused is not None:
-        return fused
-    if norm is not None:
-        z = _normalise(norm, z, nodes)
-    if relu:
-        z = F.relu(z, inplace=norm is not None and computes_as_usual(norm))
-    if conv is None:
-        return z
-    return conv(z) if nodes is None else conv(z, nodes)
-
-
 def _node_wise(norm: nn.Module) -> bool:
     """Return whether a norm treats every node by itself."""
     return isinstance(norm, nn.InstanceNorm2d) and not norm.track_running_stats and keeps_forward(norm)
@@ -247,6 +262,9 @@ def _normalise(norm: nn.Module, z: Tensor, nodes: range | None) -> Tensor:
     if nodes is None:
         return norm(z)
     assert isinstance(norm, nn.InstanceNorm2d)
+    if has_hooks(norm):  # They are called with the maps of all nodes.
+        z = F.pad(z, (0, 0, 0, 0, nodes.start, norm.num_features - nodes.stop))
+        return norm(z)[:, nodes.start : nodes.stop]
     weight, bias = (None if each is None else each[nodes.start : nodes.stop] for each in (norm.weight, norm.bias))
     return F.instance_norm(z, weight=weight, bias=bias, eps=norm.eps)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.ops.call import run
+from dnw_graph.ops.checks import check_memory
 
 # Below this many candidates a sampled guess saves nothing; above it, one weight in _SAMPLE_STRIDE is sampled.
 _SAMPLE_FROM = 1 << 16
@@ -129,11 +130,12 @@ class Selector:
 
 
 def _check(weight: Tensor, k: int, name: str) -> None:
-    if weight.dim() != 1 or weight.dtype not in _BITS:
+    if weight.dim() != 1 or weight.dtype not in _BITS or weight.layout is not torch.strided:
         raise InputError(
-            f"{name}: expected one weight for each candidate, of {', '.join(map(str, _BITS))}; got "
-            f"{list(weight.shape)} of {weight.dtype}"
+            f"{name}: expected one weight for each candidate, dense, of {', '.join(map(str, _BITS))}; got "
+            f"{list(weight.shape)} of {weight.dtype}, {weight.layout}"
         )
+    check_memory(weight.shape)
     if not 1 <= k <= weight.numel():
         raise InputError(f"{name}: cannot choose {k} edges among {weight.numel()} candidates")
 
@@ -187,6 +189,7 @@ def _select(weight: Tensor, k: int, name: str, carried: Tensor) -> Tensor:
 
 @_select.register_fake
 def _(weight: Tensor, k: int, name: str, carried: Tensor) -> Tensor:
+    _check(weight, k, name)
     return weight.new_empty(k, dtype=torch.int64)
 
 

@@ -28,7 +28,7 @@ def write_whole(path: Path, content: bytes | memoryview, option: str) -> None:
     Raises:
         InputError: If the file cannot be written, for example because the disk is full. It stays as it was.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    partial = Path(f"{path}.partial")
     try:
         with open(partial, "wb") as file:
             file.write(content)
@@ -36,17 +36,17 @@ def write_whole(path: Path, content: bytes | memoryview, option: str) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(path.parent)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a null character
         raise unwritable(path, error, option) from error
     finally:
-        with suppress(OSError):  # such as a file system that has become read-only
+        with suppress(OSError, ValueError):  # such as a file system that has become read-only
             partial.unlink(missing_ok=True)
 
 
-def unwritable(path: Path, error: OSError, option: str) -> InputError:
+def unwritable(path: Path, error: OSError | ValueError, option: str) -> InputError:
     """Return the error for a file that cannot be written."""
-    room = "make room, or " if error.errno in FULL else ""
-    return InputError(f"cannot write {path} ({error.strerror or error}): {room}give another {option}")
+    room = "make room, or " if isinstance(error, OSError) and error.errno in FULL else ""
+    return InputError(f"cannot write {path} ({_cause(error)}): {room}give another {option}")
 
 
 def make_writable(folder: Path, option: str) -> None:
@@ -64,10 +64,14 @@ def make_writable(folder: Path, option: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(
-            f"cannot write to folder {folder} ({error.strerror or error}): give another one with {option}"
+            f"cannot write to folder {folder} ({_cause(error)}): give another one with {option}"
         ) from error
+
+
+def _cause(error: OSError | ValueError) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,14 +1,20 @@
-"""Shared fixtures. Shapes and types in the package's signatures are checked while the tests run."""
+"""Shared fixtures. Shapes and types in the package's signatures are checked while the tests run.
+
+The checks take a third of the time of small tests: CHECK_SIGNATURES=0 leaves them out.
+"""
+
+import os
 
 import jaxtyping
 
 # Before the first import of the package, here and in every test module.
-jaxtyping.install_import_hook("dnw_graph", "beartype.beartype")
+if os.environ.get("CHECK_SIGNATURES") != "0":
+    jaxtyping.install_import_hook("dnw_graph", "beartype.beartype")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
-from sklearn.datasets import load_digits  # noqa: E402
+import pytest
+import torch
+from hypothesis import settings
+from sklearn.datasets import load_digits
 
 # The tests' tensors are small: one thread is faster than two, ten times so on a busy machine.
 torch.set_num_threads(1)

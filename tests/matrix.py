@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # torchvision needs no such list: each release requires one PyTorch exactly, so pip finds the one that belongs to it.
 PYG = {(2, 6): "2.6.*", (2, 8): "2.7.*"}
 MATRIX = ("torch", "torchvision", "torch-geometric")
+# As in the Makefile.
+WORKERS = ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
+PYTEST = ["pytest", "-q", "--color=no", "-p", "no:cacheprovider", *WORKERS]
 
 
 def main() -> int:
@@ -36,7 +39,7 @@ def main() -> int:
             installed = versions(python) if code == 0 else [wanted, "", ""]
             if code == 0:
                 tier = [] if arguments.slow else ["-m", "not slow"]
-                code, line = run([python, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", *tier])
+                code, line = run([python, "-m", *PYTEST, *tier], CHECK_SIGNATURES=str(int(arguments.slow)))
         rows.append(("passed" if code == 0 else "FAILED", *installed, line))
 
     print()
@@ -78,9 +81,9 @@ def versions(python: str) -> list[str]:
     return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.split()
 
 
-def run(command: list[str]) -> tuple[int, str]:
+def run(command: list[str], **variables: str) -> tuple[int, str]:
     """Run a command on this checkout, print what it prints, and return its exit code and its last line."""
-    surroundings = {**os.environ, "PYTHONPATH": str(ROOT)}
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     process = subprocess.Popen(
         command, cwd=ROOT, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -34,6 +34,13 @@ def _parametrize(choose, *, rest=None, indirect=(), **settings):
     return pytest.mark.parametrize(tuple(settings), parameters, indirect=list(indirect))
 
 
+def rest_is_slow(values, quick=1):
+    """The values of ``pytest.mark.parametrize``, all but the first ones with the mark ``slow``."""
+    values = list(values)
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [*values[:quick], *(pytest.param(*row, marks=pytest.mark.slow) for row in rows[quick:])]
+
+
 # Like ``pytest.mark.parametrize`` over all combinations of the settings ``name=values``, but with few of them. The
 # others get the mark ``rest``; without it they are left out. ``indirect`` lists parameters of fixtures.
 every_value = partial(_parametrize, all_values)

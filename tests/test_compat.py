@@ -70,6 +70,7 @@ def test_version_counts_changes_in_place():
     assert _compat.version(uncounted) == -1
 
 
+@pytest.mark.slow
 def test_not_compiled_imports_no_compiler_and_keeps_the_compiler_out():
     assert _compat.not_compiled(lambda x: x + 1)(1) == 2
     program = (
@@ -146,6 +147,7 @@ def test_solvers_are_those_that_torchdiffeq_takes():
         assert end.shape == (1,), f"torchdiffeq lists the solver {name} and cannot use it"
 
 
+@pytest.mark.slow
 def test_pyg_is_imported_without_warnings_of_other_makers():
     program = "from dnw_graph import _compat; print(_compat.import_pyg().__name__)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

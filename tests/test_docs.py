@@ -15,6 +15,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import pytest
+from pairs import rest_is_slow
 
 from dnw_graph.analysis.cost import cost
 from dnw_graph.candidates import CandidateEdges
@@ -60,10 +61,13 @@ def test_getting_started_trains_a_graph_and_draws_it(getting_started):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "README.md",
-        *(f"docs/{name}.md" for name in ("concepts", "extending", "models", "rules", "shipping", "sparsify")),
-    ],
+    rest_is_slow(
+        [
+            "README.md",
+            *(f"docs/{name}.md" for name in ("concepts", "extending", "models", "rules", "sparsify", "shipping")),
+        ],
+        quick=5,
+    ),
 )
 def test_python_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -42,6 +42,7 @@ print([each.__module__ for each in (sparsify, compact, cost, attach)])
     assert run(program) == str([f"dnw_graph.{name}" for name in modules])
 
 
+@pytest.mark.slow
 def test_a_graph_trains_without_a_heavy_package():
     packages = [name for name in HEAVY if not name.startswith("torch._") and name != "sympy"]  # optimisers import these
     program = f"""
@@ -57,6 +58,13 @@ print([m for m in {packages} if m in sys.modules])
     assert run(program) == "[]"
 
 
+@pytest.mark.slow
+def test_programs_that_train_start_without_a_warning():
+    pytest.importorskip("lightning")
+    assert run("import dnw_graph.training") == ""
+
+
+@pytest.mark.slow
 def test_compact_models_are_loaded_without_pyg_and_solvers(tmp_path):
     pytest.importorskip("safetensors")
     from dnw_graph.compaction import compact, save_compact
@@ -72,6 +80,7 @@ print([m for m in ("torch_geometric", "torchdiffeq", "torchvision", "lightning")
     assert run(program) == "[]"
 
 
+@pytest.mark.slow
 def test_no_warning_filter_is_changed():
     program = """
 import warnings, torch

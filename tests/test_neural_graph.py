@@ -4,6 +4,7 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
+from pairs import every_value
 from reference import candidate_gradient, plain_forward, relative_error, static_pairs, top_k
 from torch import nn
 from torch.func import functional_call
@@ -27,8 +28,7 @@ def real_mask(graph):
     return mask
 
 
-@pytest.mark.parametrize("propagation", PROPAGATIONS)
-@pytest.mark.parametrize("training", [True, False])
+@every_value(rest=pytest.mark.slow, propagation=PROPAGATIONS, training=[True, False])
 def test_gradients_of_states_and_real_edges_are_numerically_right(propagation, training):
     graph = make_graph(propagation=propagation).train(training)
     real = graph.real_index

@@ -171,6 +171,7 @@ class Small(nn.Sequential):
         super().__init__(nn.Conv2d(3, 8, 3, 4), graph, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
+@pytest.mark.slow
 def test_a_run_and_its_checkpoints_are_the_same_with_and_without(tmp_path):
     options = {"epochs": 2, "batch_size": 720, "accelerator": "cpu", "workers": 0}
     states = []

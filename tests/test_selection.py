@@ -228,6 +228,14 @@ def test_a_graph_with_weights_that_are_not_finite_is_named():
 def test_impossible_numbers_of_edges_are_refused(way, k):
     with pytest.raises(InputError, match=f"cannot choose {k} edges among 5"):
         select_top_k(torch.zeros(5), k)
+    with pytest.raises(InputError, match=f"cannot choose {k} edges among 5"):
+        torch.ops.dnw_graph.select(torch.zeros(5), k, "graph", torch.tensor([-1, 14, 14]))
+
+
+@pytest.mark.parametrize("weight", [torch.ones(5).to_sparse(), torch.ones(1).expand(2**61), torch.ones(5, 1)])
+def test_what_is_no_vector_in_memory_is_refused(way, weight):
+    with pytest.raises(InputError):
+        torch.ops.dnw_graph.select(weight, 2, "graph", torch.tensor([-1, 14, 14]))
 
 
 @pytest.mark.parametrize("size", [50, LARGE])

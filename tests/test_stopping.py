@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from pairs import rest_is_slow
 
 from dnw_graph import stopping
 
@@ -119,30 +120,26 @@ with stopping.watched():
     assert ended(process) == (130, "stopping at the end of this step\n")
 
 
-def test_a_third_signal_does_not_wait(start: Start):
-    process = start("""
+# What a program does that defers signals, and how many it gets.
+NOT_ASKED_FOR = {
+    "a third signal does not wait": ("while True: time.sleep(60)", 3),
+    "one that nobody asked for counts at the end": ("while not stopping.requested(): time.sleep(0.01)", 1),
+}
+
+
+@pytest.mark.parametrize("name", rest_is_slow(reversed(NOT_ASKED_FOR)))
+def test_deferred_signals_that_nobody_asks_for(name: str, start: Start):
+    work, number = NOT_ASKED_FOR[name]
+    process = start(f"""
 with stopping.watched():
     stopping.defer()
     ready()
-    while True:
-        time.sleep(60)
-""")
-    for _ in range(3):
-        process.send_signal(signal.SIGTERM)
-        time.sleep(2 * stopping.SAME_SECONDS)
-    assert ended(process) == (143, "stopped: nothing was saved yet\n")
-
-
-def test_a_signal_that_nobody_asked_for_counts_at_the_end(start: Start):
-    process = start("""
-with stopping.watched():
-    stopping.defer()
-    ready()
-    while not stopping.requested():
-        time.sleep(0.01)
+    {work}
 print("not reached", flush=True)
 """)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(number):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(2 * stopping.SAME_SECONDS)
     assert ended(process) == (143, "stopped: nothing was saved yet\n")
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from pairs import rest_is_slow
 from torch import Tensor
 
 from dnw_graph import NeuralGraph
@@ -126,7 +127,7 @@ def make_swap(loss_name, seed, num_sources, num_targets, place):
     )
 
 
-@pytest.mark.parametrize("loss_name", LOSSES)
+@pytest.mark.parametrize("loss_name", rest_is_slow(LOSSES))
 @given(**INSTANCE)
 def test_a_swap_is_better_aligned_with_descent_than_no_swap(loss_name, seed, num_sources, num_targets, place):
     """Inequality (4), and (16) with two targets, for every α where a swap happens and α < α*."""
@@ -172,6 +173,7 @@ def test_lemma_1_as_the_learning_rate_goes_to_zero(loss_name, seed, num_targets,
     assert loss(before + alpha * better) < loss(before + alpha * worse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_name", ["logistic", "quadratic", "wave"])
 def test_share_of_swaps_that_lower_other_losses_is_reported(loss_name, record_property):
     """A swap moves I by w·Z, not by order α: for losses that are not linear it may raise the loss. Not asserted."""

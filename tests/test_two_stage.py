@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from pairs import rest_is_slow
 from torch import nn
 
 from dnw_graph import InputError, NeuralGraph
@@ -55,7 +56,8 @@ def assert_state(model, expected):
 
 
 @pytest.mark.parametrize(
-    "make", [Small, lambda: MobileNetV1DNW(0.225, num_classes=4, stem_stride=1, small=True, wiring="complete")]
+    "make",
+    rest_is_slow([Small, lambda: MobileNetV1DNW(0.225, num_classes=4, stem_stride=1, small=True, wiring="complete")]),
 )
 def test_edges_are_the_strongest_after_training_and_weights_those_of_the_rule(make):
     complete = make()

@@ -116,3 +116,16 @@ def test_a_mount_that_is_read_only(read_only: Path):
         write_whole(read_only / "file", b"", "path")
     with pytest.raises(InputError, match=r"\(Read-only file system\): give another one with --output"):
         make_writable(read_only, "--output")
+
+
+@pytest.mark.parametrize("name", ["", ".", "a\0b"])
+def test_what_cannot_be_the_name_of_a_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"cannot write .*: give another path"):
+        write_whole(Path(name), b"content", "path")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_the_name_of_a_folder():
+    with pytest.raises(InputError, match=r"cannot write to folder .*null byte.*: give another one with --output"):
+        make_writable(Path("a\0b"), "--output")

@@ -110,6 +110,7 @@ class Select(Layer):
         super().__init__()
         require(index.dim() == 1 and index.dtype in INTEGERS, "a selection needs a list of indices")
         require(not len(index) or int(index.min()) >= 0, "a selection has a negative index")
+        require_whole(dim, 0, "the dimension of a selection")
         self.register(index=index)
         self.dim = dim
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dnw_graph._compat import not_compiled, solver_names
 from dnw_graph.arguments import check, checked, require
+from dnw_graph.dynamics.recompute import FrozenBuffers
 from dnw_graph.dynamics.recurrent import Recurrent
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.propagation import Propagate
@@ -199,7 +201,10 @@ class _Field(torch.nn.Module):
         else:
             dynamics.num_evaluations += 1
         z = z.permute(*(self.order.index(dim) for dim in range(z.dim())))
-        return dynamics.step(self.propagate, dynamics.node_function, z, t).permute(*self.order).to(z.dtype)
+        # Running statistics are those of the forward pass: the adjoint meets the same states once more.
+        with FrozenBuffers(dynamics.node_function) if self.forward_done else nullcontext():
+            change = dynamics.step(self.propagate, dynamics.node_function, z, t)
+        return change.permute(*self.order).to(z.dtype)
 
     @property
     def time(self) -> float:

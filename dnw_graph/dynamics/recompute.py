@@ -27,12 +27,15 @@ def recomputed(module: nn.Module, call: Callable[..., Tensor], *arguments: Any, 
     """
     if transformed():
         return call(*arguments, **keywords)
-    buffers = _Buffers(module)
+    buffers = FrozenBuffers(module)
     return checkpoint(call, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), buffers), **keywords)
 
 
-class _Buffers:
-    """The buffers of a module and of those within it as they are now; while entered, the module works on copies."""
+class FrozenBuffers:
+    """The buffers of a module and of those within it as they are now.
+
+    While entered, the module works on copies of them: what is computed again does not move its own a second time.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.modules = list(module.modules())

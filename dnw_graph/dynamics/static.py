@@ -73,6 +73,8 @@ class Static(Dynamics):
 
     def _check(self, block: int, z: Tensor, received: Tensor) -> None:
         """Refuse states that cannot be sources of one product with those of other blocks."""
+        if z.shape == received.shape:
+            return
         ends = block in (0, len(self.node_functions) - 1)
         kept = slice(2) if ends else slice(None)
         if z.shape[kept] != received.shape[kept]:

@@ -45,11 +45,6 @@ def run(name: str, numbers: Sequence[Number], *tensors: Given) -> bool:
     return True
 
 
-def fits(name: str, numbers: Sequence[Number], *tensors: Given) -> bool:
-    """Return whether :func:`run` would call the kernel, as far as the first of its tensors tell."""
-    return kernels() is not None and _bind(name, numbers, tensors) is not None
-
-
 def readable(tensor: Tensor) -> bool:
     """Return whether the values of a tensor lie in this machine's memory as they are."""
     return (
@@ -67,7 +62,7 @@ def _bind(
     signature, kinds = SIGNATURES[name]
     types: dict[str, torch.dtype] = {}
     addresses: list[ctypes.c_void_p | ctypes.Array] = []
-    for expected, given in zip(signature(*numbers), tensors, strict=False):
+    for expected, given in zip(signature(*numbers), tensors, strict=True):
         if isinstance(expected, Expected):
             assert given is None or isinstance(given, Tensor)
             found = [_address(given, expected, types)]

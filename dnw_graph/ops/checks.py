@@ -34,23 +34,25 @@ def check_csr(rowptr: Tensor, columns: Tensor, values: Tensor) -> None:
 
 
 def check_types(numbers: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
-    """Refuse tensors of several types or on several devices."""
+    """Refuse tensors of several types or on several devices, and sparse ones."""
     found = {tensor.dtype for tensor in numbers}
     if len(found) > 1 or not found <= set(FLOATS):
         raise InputError(f"states and weights must have one type of {_names(FLOATS)}; got {_names(found)}")
     found = {tensor.dtype for tensor in indices}
     if len(found) > 1 or not found <= set(INTEGERS):
         raise InputError(f"rowptr and columns must have one type of {_names(INTEGERS)}; got {_names(found)}")
+    if any(tensor.layout is not torch.strided for tensor in (*numbers, *indices)):
+        raise InputError("all tensors must be dense ones; got one of PyTorch's sparse tensors: give tensor.to_dense()")
     devices = {tensor.device for tensor in (*numbers, *indices)}
     if len(devices) > 1:
         raise InputError(f"all tensors must be on one device; got {_names(devices)}")
 
 
 def check_memory(*shapes: Iterable[int | torch.SymInt]) -> None:
-    """Refuse sizes of tensors whose number of bytes no integer holds."""
+    """Refuse sizes of tensors that no processor can address."""
     for shape in shapes:
         sizes = [size for size in shape if isinstance(size, int) and size]
-        if math.prod(sizes) >= 2**60:
+        if math.prod(sizes) >= 2**47:
             raise InputError(f"no memory holds a tensor of shape {list(shape)}")
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dnw_graph._compat import has_hooks
 from dnw_graph.errors import InputError
-from dnw_graph.ops.call import fits, run
+from dnw_graph.ops.build import kernels
+from dnw_graph.ops.call import readable, run
 from dnw_graph.ops.checks import first_order
 from dnw_graph.ops.layout import batch_last, is_batch_last, owned, takes, unseen
 from dnw_graph.ops.signatures import BATCH, CONSTANT, INSTANCE, NO_NORM
@@ -61,9 +62,11 @@ def fused_node_function(
         conv: A 3×3 convolution of stride 1 or 2 with one kernel for every node, or None.
         nodes: The nodes that z holds, if not all that the modules are for.
     """
-    if not unseen() or not takes(z) or z.dim() != 4 or z.size(0) < 2 or z.numel() == 0 or not is_batch_last(z):
+    if not unseen() or kernels() is None or not takes(z):
         return None
-    if torch.is_autocast_enabled("cpu") or not _usual(z, norm, conv):
+    if z.dim() != 4 or z.size(0) < 2 or z.numel() == 0 or not is_batch_last(z):
+        return None
+    if torch.is_autocast_enabled("cpu") or not _usual(z, norm, conv, nodes):
         return None
     kind, eps = NO_NORM, 0.0
     statistics: list[Tensor | None] = []  # The running ones.
@@ -80,18 +83,16 @@ def fused_node_function(
     if nodes is not None:
         parameters = [None if each is None else each[nodes.start : nodes.stop] for each in parameters]
     options = (kind, int(relu), 0 if conv is None else conv.stride[0], eps)
-    # Running statistics must be what the kernel reads, even where it does not.
-    looked_at = (CONSTANT, *options[1:]) if statistics else options
-    if not fits("node_function", _numbers(z, looked_at), _memory(z), *parameters, *statistics):
+    if kind == BATCH and not all(_follows(each, z) for each in statistics):
         return None
     mean, variance = statistics if kind == CONSTANT else (None, None)
     out, mean, variance = _NodeFunction.apply(z, *parameters, mean, variance, options)
-    if isinstance(norm, nn.BatchNorm2d) and kind == BATCH and statistics:
+    if out is not None and isinstance(norm, nn.BatchNorm2d) and kind == BATCH and statistics:
         _follow(norm, mean, variance, z.numel() // z.size(1))
     return out
 
 
-def _usual(z: Tensor, norm: nn.Module | None, conv: nn.Conv2d | None) -> bool:
+def _usual(z: Tensor, norm: nn.Module | None, conv: nn.Conv2d | None, nodes: range | None) -> bool:
     """Return whether the kernel computes what these modules do."""
     if not computes_as_usual(norm) or not computes_as_usual(conv):
         return False
@@ -99,10 +100,21 @@ def _usual(z: Tensor, norm: nn.Module | None, conv: nn.Conv2d | None) -> bool:
         return False
     if isinstance(norm, nn.InstanceNorm2d) and (norm.track_running_stats or z.size(2) * z.size(3) == 1):
         return False
+    # Of some nodes, the modules are for more than z holds.
+    if isinstance(norm, nn.InstanceNorm2d) and nodes is None and norm.num_features != z.size(1):
+        return False
     if conv is None:
         return True
     usual = all(getattr(conv, name) == value for name, value in _CONVOLUTION.items())
-    return usual and conv.groups == conv.in_channels == conv.out_channels and conv.stride in ((1, 1), (2, 2))
+    usual = usual and conv.groups == conv.in_channels == conv.out_channels and conv.stride in ((1, 1), (2, 2))
+    return usual and (nodes is not None or conv.groups == z.size(1))
+
+
+def _follows(statistic: Tensor | None, z: Tensor) -> bool:
+    """Return whether a running statistic is one that the batch norm of z would update."""
+    if statistic is None or statistic.dtype != z.dtype or statistic.shape != z.shape[1:2]:
+        return False
+    return readable(statistic) and statistic.is_contiguous()
 
 
 def _follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
@@ -131,7 +143,10 @@ def _numbers(z: Tensor, options: _Options) -> tuple[int | float, ...]:
 
 
 class _NodeFunction(torch.autograd.Function):
-    """The kernel; with a batch norm in training it returns mean and variance (biased) of every node as well."""
+    """The kernel; with a batch norm in training it returns mean and variance (biased) of every node as well.
+
+    Where a tensor is not what the kernel takes, it returns None in place of all.
+    """
 
     @staticmethod
     def forward(
@@ -143,16 +158,18 @@ class _NodeFunction(torch.autograd.Function):
         mean: Tensor | None,
         variance: Tensor | None,
         options: _Options,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         kind, _, stride, _ = options
         batch, nodes, height, width = z.shape
         if kind in (BATCH, INSTANCE):
             mean, variance = z.new_empty(2, *((nodes,) if kind == BATCH else (nodes, batch)))
         step = stride or 1
         out = z.new_empty(nodes, (height + step - 1) // step, (width + step - 1) // step, batch)
+        constants = scale, shift, kernel, mean, variance
+        if not run("node_function", _numbers(z, options), _memory(z), *constants, out):
+            return None, None, None
         ctx.options = options
-        ctx.save_for_backward(z, scale, shift, kernel, mean, variance)
-        _run("node_function", z, options, scale, shift, kernel, mean, variance, out)
+        ctx.save_for_backward(z, *constants)
         out = owned(out.movedim(-1, 0))
         if kind != BATCH:
             return out, None, None
@@ -173,10 +190,6 @@ class _NodeFunction(torch.autograd.Function):
         ]
         assert grads[0] is not None
         out_grad = _memory(batch_last(grads[0]))
-        _run("node_function_grad", z, ctx.options, *constants, out_grad, z_grad, *own)
+        if not run("node_function_grad", _numbers(z, ctx.options), _memory(z), *constants, out_grad, z_grad, *own):
+            raise InputError("a node function's kernel takes gradients that are dense tensors; use propagation='block'")
         return None if z_grad is None else z_grad.movedim(-1, 0), *own, None, None, None
-
-
-def _run(name: str, z: Tensor, options: _Options, *tensors: Tensor | None) -> None:
-    if not run(name, _numbers(z, options), _memory(z), *tensors):
-        raise InputError("a node function's kernel takes gradients that are dense tensors; use propagation='block'")

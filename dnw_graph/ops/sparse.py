@@ -79,12 +79,7 @@ def _(z: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor) -> Tensor:
 )
 def _sampled_product(received: Tensor, z: Tensor, rowptr: Tensor, columns: Tensor) -> Tensor:
     """⟨received_v, z_u⟩ for every edge (u, v): the gradient of the edges' weights."""
-    check_csr(rowptr, columns, columns)
-    check_types((received, z), (rowptr, columns))
-    if z.dim() != 2 or received.shape != (len(rowptr) - 1, z.size(1)):
-        shapes = f"{list(received.shape)} and {list(z.shape)}"
-        raise InputError(f"expected received [targets, features] and z [sources, features]; got {shapes}")
-    check_memory(z.shape, received.shape)
+    _check_sampled(received, z, rowptr, columns)
     if is_half(z):
         return _sampled_product(received.float(), z.float(), rowptr, columns).to(z.dtype)
     received, z, rowptr, columns = received.contiguous(), z.contiguous(), rowptr.contiguous(), columns.contiguous()
@@ -93,6 +88,7 @@ def _sampled_product(received: Tensor, z: Tensor, rowptr: Tensor, columns: Tenso
 
 @_sampled_product.register_fake
 def _(received: Tensor, z: Tensor, rowptr: Tensor, columns: Tensor) -> Tensor:
+    _check_sampled(received, z, rowptr, columns)
     return z.new_empty(columns.size(0))
 
 
@@ -153,6 +149,15 @@ def _check(z: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor) -> None:
     check_csr(rowptr, columns, values)
     check_types((z, values), (rowptr, columns))
     check_memory(z.shape, (rowptr.size(0) - 1, z.size(1)))
+
+
+def _check_sampled(received: Tensor, z: Tensor, rowptr: Tensor, columns: Tensor) -> None:
+    check_csr(rowptr, columns, columns)
+    check_types((received, z), (rowptr, columns))
+    if z.dim() != 2 or received.shape != (rowptr.size(0) - 1, z.size(1)):
+        shapes = f"{list(received.shape)} and {list(z.shape)}"
+        raise InputError(f"expected received [targets, features] and z [sources, features]; got {shapes}")
+    check_memory(z.shape, received.shape)
 
 
 def _targets(rowptr: Tensor, columns: Tensor) -> Tensor:

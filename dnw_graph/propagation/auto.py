@@ -38,8 +38,8 @@ class AutoPropagation(Propagation):
         """Return the way for these edges and inputs like these."""
         candidates = edges.candidates
         sparse = (
-            takes(x)
-            and unseen()
+            unseen()
+            and takes(x)
             and x.dtype == candidates.weight.dtype
             and (len(x) >= self.MIN_BATCH or candidates.num_candidates >= self.MIN_BLOCK * len(candidates.blocks))
             and not torch.is_autocast_enabled("cpu")

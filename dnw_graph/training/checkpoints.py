@@ -16,6 +16,9 @@ from dnw_graph.errors import InputError
 from dnw_graph.training.checkpoint_io import FORMAT, SECTION
 from dnw_graph.training.loggers import Table
 
+# Steps between two looks at whether several GPUs are to stop, for which the host waits for its device.
+CALLS_PER_LOOK_ON_GPUS = 5
+
 
 class Checkpoints(Checkpoint):
     """Writes ``last.ckpt`` at the end of every epoch, every so many steps and when a run is stopped; and two others.
@@ -24,8 +27,9 @@ class Checkpoints(Checkpoint):
     accuracy. All can be resumed from.
 
     Checkpoints are taken between steps only, where weights, optimiser and schedule belong together. A run that is
-    stopped (Ctrl-C, SIGTERM) ends the step in progress and saves it, on all devices the same; a run on one device that
-    fails saves its last complete step on the way out. A state that is not finite is refused.
+    stopped (Ctrl-C, SIGTERM) ends the step in progress, and on several GPUs at most four more, and saves the last one,
+    on all devices the same; a run on one device that fails saves its last complete step on the way out. A state that is
+    not finite is refused.
 
     Args:
         folder: Folder of the checkpoints.
@@ -52,6 +56,7 @@ class Checkpoints(Checkpoint):
         self._in_step = False
         self._epoch_complete = True
         self._stoppable = False
+        self._calls = 0
 
     @property
     def last(self) -> Path:
@@ -77,6 +82,7 @@ class Checkpoints(Checkpoint):
         """Save the start, and start the clock; from now on Ctrl-C and SIGTERM wait for the end of a step."""
         stopping.defer()
         self._stoppable = True
+        self._calls = 0
         if not trainer.global_step:
             self._save(trainer, self.first)
         self._started = time.monotonic()
@@ -89,13 +95,14 @@ class Checkpoints(Checkpoint):
     def _save_last(self, trainer: Trainer, due: bool) -> None:
         """Save if it is time, and save and stop if any rank was told to.
 
-        All ranks call this at the same places, so they stop at the same.
+        All ranks call this at the same places, and look whether to stop at the same calls, so they stop at the same.
         """
-        number = stopping.requested()
-        if trainer.world_size > 1:
-            told = torch.tensor(number, device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-            number = int(told)
+        on_gpus = trainer.world_size > 1 and trainer.strategy.root_device.type != "cpu"
+        looks = due or not on_gpus or self._calls % CALLS_PER_LOOK_ON_GPUS == 0
+        self._calls += 1
+        if not looks:
+            return
+        number = self._told(trainer)
         stopping.agree(number)
         if due or number:
             self._save(trainer, self.last)
@@ -104,6 +111,15 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             stopping.say(f"stopped after step {trainer.global_step}: {stopping.how_to_continue()}")
         raise stopping.Stopped(number)
+
+    def _told(self, trainer: Trainer) -> int:
+        """Return the number of the signal that any rank got, or 0."""
+        number = stopping.requested()
+        if trainer.world_size == 1:
+            return number
+        told = torch.tensor(number, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+        return int(told)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note that a step is in progress."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dnw_graph import stopping
 from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
-from dnw_graph.stopping import SIGNALS
 from dnw_graph.training.augmentation import transforms
 from dnw_graph.training.images import EvaluationSamples, ImageData, TrainSamples
 from dnw_graph.training.options import RunOptions
@@ -32,7 +34,7 @@ class _Loader(DataLoader[tuple[Tensor, int]]):
     def __iter__(self) -> Any:
         if not self.num_workers or not hasattr(signal, "pthread_sigmask"):
             return super().__iter__()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # workers inherit this
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)  # workers inherit this
         try:
             return super().__iter__()
         finally:
@@ -42,11 +44,25 @@ class _Loader(DataLoader[tuple[Tensor, int]]):
 def _leave_the_group(worker: int) -> None:
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
-    for number in SIGNALS:
+    for number in stopping.SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # drops what came before
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # that of the parent
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping.SIGNALS)
+
+
+@contextmanager
+def lost_workers_told() -> Iterator[None]:
+    """Say in one line that a worker was killed, of which PyTorch tells in a traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise InputError(
+            "a process that loads images was killed, as happens where memory runs out: give fewer --workers; "
+            f"{stopping.how_to_continue()}"
+        ) from error
 
 
 class DataModule(LightningDataModule):

@@ -23,7 +23,7 @@ from dnw_graph.training.checkpoint_io import SECTION, WholeFileIO, read_checkpoi
 from dnw_graph.training.checkpoints import Checkpoints
 from dnw_graph.training.checks import check_files, check_hardware, check_same_run, on_gpu
 from dnw_graph.training.classifier import Classifier
-from dnw_graph.training.data_module import DataModule
+from dnw_graph.training.data_module import DataModule, lost_workers_told
 from dnw_graph.training.folder import run_folder
 from dnw_graph.training.images import ImageData, hold_out, load_images
 from dnw_graph.training.loggers import Events, StepLog, Table
@@ -140,7 +140,7 @@ def _train(
     trainer = _trainer(options, callbacks, [table, events])
     if options.resume and checkpoint:
         check_resumable(options.resume, checkpoint, trainer, callbacks, module, data.steps_per_epoch)
-    with stopping.watched(), _repeatable():
+    with stopping.watched(), _repeatable(), lost_workers_told():
         start_ranks(trainer, folder)
         trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)
     if "val/top1" not in trainer.callback_metrics:  # resumed where it had ended
@@ -196,7 +196,7 @@ def _evaluate(
     if options.compact:
         # Sparse products are made for CPUs.
         module.model = compact(model, products="dense" if on_gpu(options) else "sparse", example=example)
-    with stopping.watched():
+    with stopping.watched(), lost_workers_told():
         start_ranks(trainer, folder)
         trainer.validate(module, data, verbose=False)
     summary = summarize(model, data.image_size, trainer.callback_metrics, {**identity, "data": options.data})

@@ -8,11 +8,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
 
 from dnw_graph.analysis.cost import cost, live_nodes, neural_graphs
 from dnw_graph.neural_graph import NeuralGraph
@@ -21,6 +20,9 @@ from dnw_graph.sparse_layers.access import sparse_weights
 from dnw_graph.sparse_layers.layers import LayerWeight
 from dnw_graph.training.wiring_monitor import edges_swapped, real_edges
 from dnw_graph.whole_file import make_writable, write_whole
+
+if TYPE_CHECKING:
+    import torch_geometric.data
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ def _save_picture(graph: NeuralGraph, path: Path) -> None:
     write_whole(path, buffer.getbuffer(), "--output")
 
 
-def _save_data(data: Data, path: Path) -> None:
+def _save_data(data: torch_geometric.data.Data, path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(data.to_dict(), buffer)
     write_whole(path, buffer.getbuffer(), "--output")

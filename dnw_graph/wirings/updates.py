@@ -240,7 +240,7 @@ def _refuse_parameters(name: str, graph: Any, optimizer: Optimizer) -> None:
 def _give_own_decay(optimizer: Optimizer, decays: Mapping[Tensor, float]) -> None:
     """Have parameters in groups with a decay of their own, like those that they were in otherwise."""
     for group in list(optimizer.param_groups):
-        own = [each for each in group["params"] if decays.get(each, group["weight_decay"]) != group["weight_decay"]]
+        own = [each for each in group["params"] if each in decays and decays[each] != group["weight_decay"]]
         options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         group["params"] = [each for each in group["params"] if each not in set(own)]
         for decay in sorted({decays[each] for each in own}):

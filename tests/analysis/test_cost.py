@@ -3,6 +3,7 @@ from functools import partial
 import networkx as nx
 import pytest
 import torch
+from pairs import every_value
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,6 +70,7 @@ def test_a_complete_graph_costs_what_pytorch_counts():
     assert result.parameters == 8 * 6 + 14 * 4 + 9 * 14
 
 
+@pytest.mark.slow
 def test_complete_layers_cost_what_mobilenet_v1_costs():
     layered = MobileNetV1DNW(width=1.0, layered=True, num_classes=10)
     dense = MobileNetV1(width=1.0, num_classes=10)
@@ -102,8 +104,7 @@ def test_random_graph_costs_the_edges_and_live_nodes_counted_by_hand():
     assert round(result.parameters / 1e6, 1) == 1.2
 
 
-@pytest.mark.parametrize("small", [False, True])
-@pytest.mark.parametrize("width", [0.05, 0.225])
+@every_value(rest=pytest.mark.slow, small=[False, True], width=[0.05, 0.225])
 def test_live_nodes_are_those_that_reach_a_logit_through_all_stages(small, width):
     model = MobileNetV1DNW(width=width, num_classes=7, small=small)
     expected = live_by_networkx(model, small)
@@ -326,6 +327,7 @@ def test_only_a_linear_layer_on_the_outputs_loses_columns():
     assert cost(model, (3, 4, 4), paper=True).rows[-1] == CostRow("classifier", 15, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small", [False, True])
 def test_the_paper_s_count_of_a_random_graph_counted_by_numpy(small):
     model = MobileNetV1DNW(width=0.08, num_classes=7, small=small, wiring="random_graph")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairs import rest_is_slow
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -61,7 +62,7 @@ def test_layers_cost_what_pytorch_counts(name, layer, input_size):
     assert result.parameters == parameters_without_norms(layer)
 
 
-@pytest.mark.parametrize(("name", "build", "input_size"), MODELS, ids=[name for name, *_ in MODELS])
+@pytest.mark.parametrize(("name", "build", "input_size"), rest_is_slow(MODELS, 6), ids=[name for name, *_ in MODELS])
 def test_dense_models_cost_what_pytorch_counts(name, build, input_size):
     model = build()
     result = cost(model, input_size)
@@ -79,7 +80,9 @@ def test_torchvision_s_models_cost_what_it_publishes(name):
     assert abs(result.multiply_adds / 1e9 - published["_ops"]) <= 0.0005001
 
 
-@pytest.mark.parametrize("name", ["mobilenetv2_050", "mnasnet_small", "xception41", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name", rest_is_slow(["vit_tiny_patch16_224", "mobilenetv2_050", "mnasnet_small", "xception41"])
+)
 def test_timm_s_models_cost_what_pytorch_counts(name):
     timm = pytest.importorskip("timm")
     model = timm.create_model(name)

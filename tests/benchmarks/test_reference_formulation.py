@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from pairs import rest_is_slow
 from reference import batch_norm, convolve, instance_norm, plain_forward, relative_error, static_pairs, top_k
 from torch import nn
 
@@ -56,10 +57,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(
-    "name",
-    ["static", "discrete", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet", "continuous"))],
-)
+@pytest.mark.parametrize("name", rest_is_slow(["static", "discrete", "mobilenet", "continuous"]))
 def test_loss_and_gradients_are_those_of_the_package(
     formulation: ModuleType, agreement: ModuleType, name: str, layout: torch.memory_format
 ):

@@ -92,6 +92,7 @@ def test_a_figure_agrees_up_to_two_percent_beyond_its_rounding(printed, low, hig
     assert table3.agrees(10**9, None)
 
 
+@pytest.mark.slow
 def test_the_upper_bounds_are_those_counted_by_hand():
     edges, nodes, places = (103, 1_244, 4_976, 72_990, 79_626), (32, 192, 384, 2_816, 1_536), (112, 56, 28, 14, 7)
     stages = sum((e + 9 * n) * side**2 for e, n, side in zip(edges, nodes, places, strict=True))

@@ -71,6 +71,7 @@ def test_every_row_has_its_configuration(table4: ModuleType):
     assert {path.stem for path in CONFIGS.glob("resnet50_*.yaml")} == {row.config for row in table4.TABLE.rows}
 
 
+@pytest.mark.slow
 def test_parameters_kept_are_those_of_sparse_models(table4: ModuleType):
     """Counted in a model whose weights are cut by hand: n - ⌊0.9 n⌋ of the largest of each layer."""
     model = resnet50()

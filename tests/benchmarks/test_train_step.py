@@ -168,6 +168,7 @@ def test_a_model_with_another_loss_is_not_timed(scripts: dict[str, ModuleType], 
         run(scripts["train_step"], monkeypatch, Path("unused.json"), "--models", "tiny_static")
 
 
+@pytest.mark.slow
 def test_another_loss_in_half_precision_is_found_out(scripts: dict[str, ModuleType]):
     def other(model, layout):
         reference = scripts["reference_formulation"].from_ours(model, layout)
@@ -182,6 +183,7 @@ def test_another_loss_in_half_precision_is_found_out(scripts: dict[str, ModuleTy
         steps.check_case(steps.Case("other", ways, other, *batch), torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiler_that_loses_a_gradient_is_found(
     scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
@@ -200,6 +202,7 @@ def test_a_compiler_that_loses_a_gradient_is_found(
         steps.check_case(case, dtype, compiled=True)
 
 
+@pytest.mark.slow
 def test_growth_is_timed_and_drawn(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(scripts["growth"], "BLOCKS", (8, 12, 16))
     monkeypatch.setattr(scripts["growth"], "EDGES", 16)

@@ -4,11 +4,12 @@ import copy
 import subprocess
 import sys
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from dynamic_reference import Timed
-from pairs import every_pair, every_value
+from pairs import every_pair, rest_is_slow
 from reference import relative_error
 from torch import nn
 
@@ -75,7 +76,7 @@ MODELS = {
 }
 
 
-@every_value(rest=pytest.mark.slow, kind=MODELS, products=PRODUCTS)
+@pytest.mark.parametrize(("kind", "products"), rest_is_slow(product(MODELS, PRODUCTS), quick=4))
 def test_mobilenets_keep_their_outputs(kind, products, photos, trained):
     x = photos[:, :, ::2, ::2] if kind == "large kernel" else photos
     model = trained(MODELS[kind](), x)
@@ -91,7 +92,9 @@ def test_single_precision(products, photos, trained):
     assert_same(model, compact(model, products=products), photos.float(), 1e-5)
 
 
-@every_value(rest=pytest.mark.slow, dynamics=["static", "discrete", "continuous"], products=PRODUCTS)
+@pytest.mark.parametrize(
+    ("dynamics", "products"), rest_is_slow(product(["static", "discrete", "continuous"], PRODUCTS), quick=3)
+)
 def test_tiny_classifiers_keep_their_outputs(dynamics, products, photos, trained):
     x = photos[:, :, ::2, ::2]
     model = TinyClassifier(dynamics, wiring="random_graph")
@@ -324,7 +327,7 @@ class Own(nn.Module):
         return torch.cat([mixed.mean((2, 3)), self.tiny(x)], dim=1)
 
 
-@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize("products", rest_is_slow(PRODUCTS))
 def test_graphs_in_a_user_s_module_are_replaced(products, photos, trained):
     model = Own().double()
     with torch.no_grad():
@@ -434,6 +437,7 @@ def test_bad_arguments():
         compact(NeuralGraph((2, 3)), products="spars")
 
 
+@pytest.mark.slow
 def test_the_package_needs_nothing_that_only_export_needs():
     code = (
         "import sys, dnw_graph.compaction; "
@@ -490,3 +494,15 @@ def test_norms_without_scale_and_shift_have_the_type_and_device_of_the_model(pho
     assert {tensor.dtype for tensor in compacted.buffers() if tensor.is_floating_point()} == {torch.bfloat16}
     assert compacted(x).dtype == torch.bfloat16
     assert compacted.report.difference < 0.05
+
+
+class MyDiscrete(Discrete):
+    """A dynamics of one's own."""
+
+
+def test_a_graph_with_a_dynamics_of_ones_own_is_kept_and_counted_by_its_edges():
+    graph = NeuralGraph(num_nodes=20, num_inputs=4, num_outputs=3, num_edges=40, dynamics=MyDiscrete(2))
+    model = nn.Sequential(graph, nn.Flatten(), nn.Linear(3 * 16, 2))
+    report = compact(model).report
+    own = sum(p.numel() for name, p in model.named_parameters() if "candidates" not in name)
+    assert report.before.parameters == own + 40 == report.after.parameters

@@ -1,11 +1,12 @@
 """Compact models through torch.compile, torch.export and ONNX."""
 
 from functools import partial
+from itertools import product
 
 import onnxruntime
 import pytest
 import torch
-from pairs import every_value
+from pairs import rest_is_slow
 from reference import relative_error
 from torch import nn
 
@@ -33,16 +34,15 @@ def _fresh(unchecked):
 
 
 # What a compiler takes long for is left to the slow tests.
-SMALL = ["tiny", "discrete"]
-LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name not in SMALL]
+NAMES = sorted(MODELS, key="discrete".__ne__)
 
 
-@pytest.fixture(params=[*SMALL, *LARGE])
+@pytest.fixture(params=rest_is_slow(NAMES))
 def model(request, photos, trained):
     return trained(MODELS[request.param](), photos.float())
 
 
-@every_value(rest=pytest.mark.slow, model=MODELS, products=["sparse", "dense"], indirect=["model"])
+@pytest.mark.parametrize(("model", "products"), rest_is_slow(product(NAMES, ["sparse", "dense"])), indirect=["model"])
 def test_export_save_load(model, products, photos, tmp_path):
     x = photos.float()
     compacted = compact(model, products=products)

@@ -15,6 +15,7 @@ from dynamic_reference import (
     product,
     runge_kutta,
 )
+from pairs import rest_is_slow
 from reference import relative_error
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -371,7 +372,7 @@ def exploding(dynamics):
     return graph
 
 
-@pytest.mark.parametrize(("method", "adjoint"), [("dopri5", False), ("dopri5", True), ("dopri8", False)])
+@pytest.mark.parametrize(("method", "adjoint"), rest_is_slow([("dopri5", False), ("dopri5", True), ("dopri8", False)]))
 def test_adaptive_solvers_report_where_the_solution_blows_up(method, adjoint):
     # z(t) = 1 / (1/z(0) - 9 t) with z(0) = 0.5 leaves the finite numbers at t = 2/9.
     graph = exploding(Continuous(method, adjoint=adjoint))

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dynamic_reference import plain_discrete, product
+from pairs import every_value, rest_is_slow
 from reference import batch_norm, relative_error
 from torch import nn
 from torchdiffeq import odeint
@@ -123,7 +124,7 @@ def adjacency(weight, dynamics):
 PLAIN = {"static": plain_static, "discrete": plain_discrete_graph, "continuous": plain_continuous}
 
 
-@pytest.mark.parametrize("dynamics", DYNAMICS)
+@pytest.mark.parametrize("dynamics", rest_is_slow(DYNAMICS, quick=2))
 def test_a_training_step_by_a_plain_implementation(dynamics, images):
     count = 2 if dynamics == "continuous" else 4
     x, labels = images[0][:count].double(), images[1][:count]
@@ -160,8 +161,7 @@ def test_the_read_out_is_the_mean_of_rows_and_columns_2_and_3(images):
     torch.testing.assert_close(maps[0].grad, expected)
 
 
-@pytest.mark.parametrize("wiring", ["dnw", "random_graph"])
-@pytest.mark.parametrize("dynamics", ["static", "discrete"])
+@every_value(rest=pytest.mark.slow, wiring=["dnw", "random_graph"], dynamics=["static", "discrete"])
 def test_the_loss_falls(dynamics, wiring, images):
     model = TinyClassifier(dynamics, wiring=wiring)
     edges, weight = model.graph.edge_index, model.graph.candidates.weight.detach().clone()
@@ -183,7 +183,7 @@ def test_the_loss_falls(dynamics, wiring, images):
         assert moved > 2 * EDGES
 
 
-@pytest.mark.parametrize(("wiring", "adjoint"), [("dnw", True), ("random_graph", False)])
+@pytest.mark.parametrize(("wiring", "adjoint"), rest_is_slow([("random_graph", False), ("dnw", True)]))
 def test_one_step_of_the_continuous_one(wiring, adjoint, images):
     model = TinyClassifier("continuous", wiring=wiring, adjoint=adjoint)
     F.cross_entropy(model(images[0][:2]), images[1][:2]).backward()

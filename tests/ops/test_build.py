@@ -77,6 +77,7 @@ def test_importing_builds_nothing_and_two_processes_may_build_at_once(cache, has
     assert {path.suffix for path in cache.iterdir()} == {".so"}
 
 
+@pytest.mark.slow
 def test_an_ascii_locale_is_enough(cache, has_compiler):
     process = start(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert process.communicate(timeout=300) == ("0\nTrue True\n", "")
@@ -241,6 +242,7 @@ def test_a_relative_cache_home_is_ignored_as_the_specification_says(cache, sourc
     assert not (tmp_path / "relative").exists()
 
 
+@pytest.mark.slow
 def test_what_a_killed_build_left_is_removed_but_not_what_others_work_in(cache, source, tmp_path):
     compiler = tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *-dM*) ;; *) touch {tmp_path}/started; exec sleep 60;; esac\n')

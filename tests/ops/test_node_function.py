@@ -10,7 +10,7 @@ from pairs import every_pair
 from torch import nn
 from torch.func import functional_call
 
-from dnw_graph import InputError
+from dnw_graph import InputError, NeuralGraph
 from dnw_graph.node_functions import NormReluConv, NormReluConvNormRelu, ReluConvSendNorm
 from dnw_graph.ops.build import kernels
 from dnw_graph.ops.layout import batch_last, is_batch_last
@@ -199,3 +199,93 @@ def test_some_nodes_alone():
     part = module(batch_last(z[:, 1:3]), nodes=range(1, 3))
     assert is_batch_last(part)
     assert difference(part, module(z)[:, 1:3]) < 1e-10
+
+
+def of_other_nodes(kind):
+    """A norm or a convolution for fewer nodes than the maps have."""
+    if kind == "convolution":
+        return None, nn.Conv2d(2, 2, 3, padding=1, groups=2, bias=False)
+    if kind == "changed number":
+        norm = make_norm("instance")
+        norm.num_features = 2
+        return norm, make_conv(1)
+    return (nn.BatchNorm2d(2) if kind == "batch" else nn.InstanceNorm2d(2, affine=True)), make_conv(1)
+
+
+@pytest.mark.parametrize("kind", ["batch", "instance", "changed number", "convolution"])
+def test_modules_for_other_nodes_are_left_to_pytorch(kind):
+    norm, conv = of_other_nodes(kind)
+    z = batch_last(torch.randn(4, NODES, 3, 3))
+    with pytest.raises((RuntimeError, ValueError)):
+        by_layers(z, norm, True, conv)
+    assert fused_node_function(z, norm, True, conv) is None
+
+
+def test_a_ready_module_for_other_nodes_is_refused():
+    with pytest.raises(InputError, match="64 nodes"):
+        NeuralGraph((64, 512, 512), 5000, node_function=NormReluConv(64, norm="instance"))
+
+
+def test_moved_dimensions():
+    function = NormReluConv(2).eval()
+    with pytest.raises(InputError, match="2 nodes"):
+        function(torch.randn(400, 2, 2, 2).movedim(-1, 0))
+    z = torch.randn(2, 4, 3, 9).movedim(-1, 0)  # Images last, as the kernel takes them.
+    assert fused_node_function(z, function.norm, True, function.conv) is not None
+    expected = by_layers(z.contiguous(), function.norm, True, function.conv)
+    assert difference(function(z), expected) < TOLERANCE[z.dtype]
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("training", [True, False])
+def test_running_statistics_of_other_types_are_left_to_pytorch(name, training):
+    function = NormReluConv(NODES).train(training)
+    setattr(function.norm, name, getattr(function.norm, name).double())
+    z = batch_last(torch.randn(4, NODES, 3, 3))
+    assert fused_node_function(z, function.norm, True, function.conv) is None
+    with pytest.raises(RuntimeError):
+        function(z)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_strided_running_statistics(training):
+    function = NormReluConv(NODES).train(training)
+    for name in ("running_mean", "running_var"):
+        setattr(function.norm, name, torch.rand(NODES, 2)[:, 0])
+    layers = copy.deepcopy(function)
+    z = torch.randn(4, NODES, 3, 3)
+    expected = by_layers(z, layers.norm, True, layers.conv)
+    assert difference(function(batch_last(z)), expected) < TOLERANCE[z.dtype]
+    for value, other in zip(function.buffers(), layers.buffers(), strict=True):
+        torch.testing.assert_close(value, other)
+
+
+@pytest.mark.parametrize("part", ["weight", "num_features"])
+def test_some_nodes_of_parts_for_other_nodes_are_refused(part):
+    function = NormReluConv(NODES, norm="instance")
+    function.norm = nn.InstanceNorm2d(NODES + 1, affine=True)
+    if part == "weight":
+        function.norm.num_features = NODES
+    with pytest.raises(InputError, match="InstanceNorm2d of this node function is not for its 5 nodes"):
+        function(torch.randn(4, 2, 3, 3), nodes=range(2))
+
+
+def test_some_nodes_of_another_convolution_are_refused():
+    function = NormReluConv(NODES, norm="instance")
+    function.conv = make_conv(1)
+    with pytest.raises(InputError, match="NodeConv"):
+        function(torch.randn(4, 2, 3, 3), nodes=range(2))
+
+
+def test_hooks_of_a_norm_are_called_for_some_nodes_too():
+    function = NormReluConv(NODES, norm="instance")
+    z = torch.randn(4, NODES, 3, 3)
+    function.norm.register_forward_hook(lambda module, args, out: 2 * out + torch.arange(NODES).view(-1, 1, 1))
+    assert difference(function(z[:, 1:3], nodes=range(1, 3)), function(z)[:, 1:3]) < 1e-5
+
+
+def test_an_expanded_running_statistic_is_left_to_pytorch():
+    norm = make_norm("batch")
+    norm.running_mean = torch.zeros(1).expand(NODES)
+    z = batch_last(torch.randn(4, NODES, 3, 3))
+    assert fused_node_function(z, norm, True, make_conv(1)) is None

@@ -9,6 +9,7 @@ from reference import relative_error
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import dnw_graph.ops.flops  # noqa: F401  # tells the counter
 from dnw_graph import InputError
 from dnw_graph.ops import sparse_product
 

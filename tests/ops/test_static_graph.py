@@ -4,12 +4,13 @@ import io
 
 import pytest
 import torch
-from pairs import every_pair
+from pairs import every_pair, every_value
 from reference import relative_error
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import dnw_graph.ops.flops  # noqa: F401  # tells the counter
 from dnw_graph import InputError, NeuralGraph
 from dnw_graph.ops import static_graph
 
@@ -92,8 +93,7 @@ def test_equals_a_plain_loop_over_nodes_in_float32(way, side, index):
     assert relative_error(static_graph(x, *graph), plain_loop(x, *graph)) <= 1e-5
 
 
-@pytest.mark.parametrize("node_function", ["norm_relu_conv", "norm_relu_conv_norm_relu"])
-@pytest.mark.parametrize("stride", [1, 2])
+@every_value(rest=pytest.mark.slow, node_function=["norm_relu_conv", "norm_relu_conv_norm_relu"], stride=[1, 2])
 def test_equals_a_neural_graph_with_its_norms_folded(way, node_function, stride, digits):
     images = digits[0][:480].view(60, 8, 8, 8)  # Eight digits are the maps of eight nodes.
     graph = NeuralGraph((8, 12, 10, 6), 150, wiring="random_graph", node_function=node_function, stride=stride).double()
@@ -271,6 +271,9 @@ BAD = {
     "a scale too few": {"scale": torch.zeros(4, dtype=torch.float64)},
     "a shift for the outputs": {"shift": torch.zeros(7, dtype=torch.float64)},
     "a wrong bias": {"bias": torch.zeros(1, dtype=torch.float64)},
+    "maps that no memory holds": {"x": torch.zeros(1, 1, 1, 1, dtype=torch.float64).expand(1, 3, 1, 2**61)},
+    "more nodes than any memory holds": {"sizes": (3, 2**62, 2)},
+    "a sparse tensor of PyTorch": {"values": torch.ones(5, dtype=torch.float64).to_sparse()},
     "kernels of side 5": {"kernel": torch.zeros(5, 5, 5, dtype=torch.float64)},
     "another type": {"x": torch.zeros(1, 3, 6, 6)},
     "two integer types": {"columns": torch.tensor([2, 1, 0, 4, 3], dtype=torch.int32)},

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from alone import run_alone
+from pairs import every_value
 from reference import candidate_gradient, plain_forward, relative_error, static_pairs
 from torch import nn
 from torch.func import functional_call
@@ -130,9 +131,7 @@ def test_equals_concatenated_states_in_any_memory_format():
         assert_same(gradients(graph, layout), expected)
 
 
-@pytest.mark.parametrize("candidates", CANDIDATES)
-@pytest.mark.parametrize("function", [tanh, identity, NormTanhConv])
-@pytest.mark.parametrize("order", [1, 2])
+@every_value(rest=pytest.mark.slow, candidates=CANDIDATES, function=[tanh, identity, NormTanhConv], order=[1, 2])
 def test_gradients_are_numerically_right(candidates, function, order):
     graph = make(function, candidates, k=40)
     real, weight = graph.real_index, graph.candidates.weight.detach()
@@ -398,6 +397,7 @@ def test_without_gradients(mode):
         assert torch.equal(graph(x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_step_of_the_large_model_waits_for_nothing(monkeypatch, recompute):
     monkeypatch.setattr(selection, "_on_host", lambda weight: False)  # as on a GPU

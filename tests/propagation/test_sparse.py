@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from pairs import rest_is_slow
 from reference import relative_error
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -220,7 +221,7 @@ def test_tracing_is_refused():
         torch.jit.trace(graph, X.float())
 
 
-@pytest.mark.parametrize("node_function", ["norm_relu_conv", nn.Tanh()])
+@pytest.mark.parametrize("node_function", rest_is_slow([nn.Tanh(), "norm_relu_conv"]))
 def test_gradients_against_differences(node_function):
     torch.manual_seed(0)
     graph = NeuralGraph(SIZES, 20, node_function=node_function, propagation="sparse").double()

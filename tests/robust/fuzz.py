@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
 import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from dnw_graph import InputError
@@ -23,6 +26,7 @@ from dnw_graph import InputError
 # Modules beside this one. Each has ``cases(rng, count)``, which yields so many (description, callable) pairs. The
 # callable returns when all is well, raises InputError for a refusal, and raises Bad for what must not happen.
 SURFACES = ("api", "operators", "files", "commands")
+FORKED = ("operators",)  # Those whose cases may crash: they run in a child, and the next one goes on after a crash.
 LONGEST = 500
 Case = tuple[str, Callable[[], object]]
 
@@ -57,13 +61,36 @@ def fuzz(surface: str, count: int, seed: int) -> tuple[int, dict[str, str]]:
     Returns:
         How many were tried, and what was bad about each bad one, by description.
     """
-    cases: Callable[[random.Random, int], Iterator[Case]] = importlib.import_module(surface).cases
+    cases = importlib.import_module(surface).cases(random.Random(f"{surface} {seed}"), count)
+    endings = _in_children(cases) if surface in FORKED else ((what, verdict(call)) for what, call in cases)
     tried, bad = 0, {}
-    for description, call in cases(random.Random(f"{surface} {seed}"), count):
-        tried += 1
-        if (reason := verdict(call)) is not None:
-            bad[f"{tried}: {description}"] = reason
+    for tried, (what, reason) in enumerate(endings, 1):
+        if reason is not None:
+            bad[f"{tried}: {what}"] = reason
     return tried, bad
+
+
+def _in_children(cases: Iterator[Case]) -> Iterator[tuple[str, str | None]]:
+    context = multiprocessing.get_context("fork")
+    status = None
+    while status != 0:
+        ours, theirs = context.Pipe(duplex=False)
+        child = context.Process(target=_send_verdicts, args=(cases, theirs))
+        child.start()
+        theirs.close()
+        with suppress(EOFError):
+            while True:
+                reason = ours.recv()
+                yield next(cases)[0], reason
+        child.join()
+        status = child.exitcode
+        if status:
+            yield next(cases)[0], f"the process ends with status {status}"
+
+
+def _send_verdicts(cases: Iterator[Case], to: Connection) -> None:
+    for _, call in cases:
+        to.send(verdict(call))
 
 
 def main() -> int:

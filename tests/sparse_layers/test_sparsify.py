@@ -29,6 +29,7 @@ def test_kept_is_exact_for_decimal_densities(numel, thousandths):
     assert kept(numel, density) == max(1, numel - dropped)
 
 
+@pytest.mark.slow
 def test_resnet50_keeps_what_the_paper_says():
     model = resnet50()
     table = sparsify(model, 0.1)

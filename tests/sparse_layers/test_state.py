@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from pairs import rest_is_slow
 from torch import nn
 from torchvision.models import resnet18, resnet50, vit_b_16
 from torchvision.models.vision_transformer import VisionTransformer
@@ -31,7 +32,7 @@ def saved(state):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("make", [resnet18, small_vit])
+@pytest.mark.parametrize("make", rest_is_slow([small_vit, resnet18]))
 @pytest.mark.parametrize("wiring", ["dnw", "random_graph", "l1_anneal"])
 def test_a_dense_checkpoint_loads_and_comes_back(make, wiring):
     dense, model = make(), make()
@@ -50,6 +51,7 @@ def test_a_dense_checkpoint_loads_and_comes_back(make, wiring):
     torch.testing.assert_close(dense.eval()(image), model.eval()(image))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [resnet50, pytest.param(vit_b_16, marks=pytest.mark.slow)])
 def test_the_names_are_those_of_torchvision(make):
     with torch.device("meta"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from pairs import rest_is_slow
 from sparse_model import RULES, batches, make_model, train
 from torch import nn
 
@@ -110,7 +111,7 @@ def test_copies_on_several_devices_are_refused():
         model._replicate_for_data_parallel()(x)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", rest_is_slow([False, True]))
 def test_only_a_dense_copy_can_be_exported(strict, unchecked):
     model = make_model().eval()
     sparsify(model, 0.3)

@@ -8,13 +8,15 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pairs import every_value
+from pairs import every_value, rest_is_slow
 from torch import Tensor, nn
 
 from dnw_graph import InputError
@@ -87,17 +89,27 @@ def assert_equal_states(a: Path, b: Path) -> None:
     assert one["lr_schedulers"] == other["lr_schedulers"]
 
 
-# What stops the run: (training pass?, number of the pass), and the step of the checkpoint that is left.
-# Evaluation takes 2 forward passes per epoch.
+def assert_goes_on(create: Create, images: ImageData, chosen: RunOptions, summary: Summary, unbroken: Path) -> None:
+    """A run that is resumed ends as an unbroken one did: summary, state and table."""
+    last = Path(chosen.output or "") / "last.ckpt"
+    resumed = run(create, {}, replace(chosen, resume=str(last)), images)
+    assert without_time(resumed) == without_time(summary)
+    assert_equal_states(last, unbroken / "last.ckpt")
+    assert (last.parent / "metrics.csv").read_text() == (unbroken / "metrics.csv").read_text()
+
+
+# What stops the run: (training pass?, number of the pass), the step of the checkpoint that is left, and whether the run
+# is killed, so that it saves nothing on its way out. Evaluation takes 2 forward passes per epoch.
 PLACES = {
-    "mid-epoch": ({"save_every": 3}, True, 7, 6),
-    "last batch of an epoch": ({}, False, 3, 8),
-    "between epochs": ({}, True, 8, 8),
-    "in the first epoch": ({"save_every": 1}, True, 1, 1),
+    "mid-epoch": ({"save_every": 3}, True, 7, 6, False),
+    "last batch of an epoch": ({}, False, 3, 8, False),
+    "last batch of an epoch, killed": ({"save_every": STEPS}, False, 2, 8, True),
+    "between epochs": ({}, True, 8, 8, False),
+    "in the first epoch": ({"save_every": 1}, True, 1, 1, False),
 }
 
 
-@every_value(rest=pytest.mark.slow, place=PLACES, workers=[0, 2])
+@pytest.mark.parametrize(("place", "workers"), rest_is_slow(product(PLACES, [0, 2])))
 def test_resume_is_exact(
     place: str,
     workers: int,
@@ -106,13 +118,16 @@ def test_resume_is_exact(
     options: Callable[..., RunOptions],
     losses: list[float],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     unbroken = run(create, {}, options(output=str(tmp_path / "unbroken")), small_digits)
     expected = losses.copy()
     assert len(expected) == STEPS * EPOCHS
     assert unbroken.graphs["tiny"].edges_swapped
-    changes, training, call, saved = PLACES[place]
+    changes, training, call, saved, killed = PLACES[place]
     chosen = options(workers=workers, **changes)
+    if killed:
+        monkeypatch.setattr(Checkpoints, "on_exception", lambda *args: None)
     losses.clear()
     with pytest.raises(CrashError):
         run(crash_at(create, training, call, crash), {}, chosen, small_digits)
@@ -120,14 +135,11 @@ def test_resume_is_exact(
     assert read_checkpoint(last)["global_step"] == saved
     assert losses[:saved] == expected[:saved]
     losses.clear()
-    resumed = run(create, {}, replace(chosen, resume=str(last)), small_digits)
+    assert_goes_on(create, small_digits, chosen, unbroken, tmp_path / "unbroken")
     assert losses == expected[saved:]
-    assert without_time(resumed) == without_time(unbroken)
-    assert_equal_states(last, tmp_path / "unbroken" / "last.ckpt")
-    rows = [(folder / "metrics.csv").read_text() for folder in (last.parent, tmp_path / "unbroken")]
-    assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_resume_twice_in_a_row_while_evaluating(
     create: Create, small_digits: ImageData, options: Callable[..., RunOptions], losses: list[float], tmp_path: Path
 ) -> None:
@@ -144,32 +156,6 @@ def test_resume_twice_in_a_row_while_evaluating(
     assert without_time(resumed) == without_time(unbroken)
 
 
-def test_resume_after_a_kill_from_a_checkpoint_saved_on_the_last_batch_of_an_epoch(
-    create: Create,
-    small_digits: ImageData,
-    options: Callable[..., RunOptions],
-    losses: list[float],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    unbroken = run(create, {}, options(output=str(tmp_path / "unbroken")), small_digits)
-    expected = losses.copy()
-    chosen = options(save_every=STEPS)
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "on_exception", lambda *args: None)
-        with pytest.raises(CrashError):
-            run(crash_at(create, False, 2, crash), {}, chosen, small_digits)
-    last = f"{chosen.output}/last.ckpt"
-    assert read_checkpoint(last)["global_step"] == 2 * STEPS
-    losses.clear()
-    resumed = run(create, {}, replace(chosen, resume=last), small_digits)
-    assert losses == expected[2 * STEPS :]
-    assert without_time(resumed) == without_time(unbroken)
-    assert_equal_states(Path(last), tmp_path / "unbroken" / "last.ckpt")
-    rows = [Path(folder or "", "metrics.csv").read_text() for folder in (chosen.output, tmp_path / "unbroken")]
-    assert rows[0] == rows[1]
-
-
 # Where the weights are spoilt: (training pass?, number of the pass, options, step of the checkpoint that stays).
 SPOILT = {
     "before an evaluation": (False, 2, {}, STEPS),
@@ -177,8 +163,7 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("place", SPOILT)
-@pytest.mark.parametrize("part", ["graph.candidates.weight", "classifier.bias"])
+@every_value(rest=pytest.mark.slow, place=SPOILT, part=["graph.candidates.weight", "classifier.bias"])
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(
     place: str, part: str, create: Create, small_digits: ImageData, options: Callable[..., RunOptions]
 ) -> None:
@@ -211,8 +196,7 @@ def test_resume_of_a_finished_run_reports_it_again(
     assert without_time(again) == without_time(first)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@every_value(rest=pytest.mark.slow, number=[signal.SIGINT, signal.SIGTERM], workers=[0, 2])
 def test_a_stopped_run_keeps_its_last_step(
     number: signal.Signals,
     workers: int,
@@ -240,6 +224,57 @@ def test_a_stopped_run_keeps_its_last_step(
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_the_loss_of_a_worker_is_told_in_one_line(
+    evaluate: bool, create: Create, small_digits: ImageData, options: Callable[..., RunOptions]
+) -> None:
+    def lose_worker() -> None:
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        time.sleep(1)
+
+    chosen = options(workers=1, save_every=1)
+    if evaluate:
+        run(create, {}, options(), small_digits)
+        chosen = options(workers=1, evaluate=f"{options().output}/last.ckpt", output=None)
+    with pytest.raises(InputError, match=r"^a process that loads images was killed.*: give fewer --workers") as error:
+        run(crash_at(create, not evaluate, 0 if evaluate else 1, lose_worker), {}, chosen, small_digits)
+    if not evaluate:
+        last = f"{chosen.output}/last.ckpt"
+        assert str(error.value).endswith(f"continue with --resume {last}")
+        assert read_checkpoint(last)["global_step"] == 1
+
+
+def test_gpus_are_waited_for_at_every_fifth_step_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None
+) -> None:
+    class Run:
+        world_size = 2
+        is_global_zero = False
+        global_step = 0
+
+        class strategy:  # noqa: N801
+            root_device = torch.device("cuda")
+
+        def save_checkpoint(self, path: Path) -> None:
+            saved.append((self.global_step, path.name))
+
+    def stops_after(told_at: int, save_every: int) -> int:
+        """The step after which a rank stops if any is told to at a step."""
+        trainer, checkpoints = Run(), Checkpoints(tmp_path, save_every, {})
+        monkeypatch.setattr(Checkpoints, "_told", lambda self, trainer: 15 * (trainer.global_step >= told_at))
+        with suppress(Stopped):
+            for trainer.global_step in range(100):
+                due = bool(save_every) and trainer.global_step % save_every == 0
+                checkpoints._save_last(trainer, due)
+        assert saved[-1] == (trainer.global_step, "last.ckpt")
+        return trainer.global_step
+
+    saved: list[tuple[int, str]] = []
+    assert [stops_after(step, 0) for step in range(7)] == [0, 5, 5, 5, 5, 5, 10]
+    assert [stops_after(step, 3) for step in range(7)] == [0, 3, 3, 3, 5, 5, 6]
+
+
 # Where a signal comes, as for PLACES, and the step of the checkpoint that is left.
 MOMENTS = {
     "first checkpoint": (None, 0),
@@ -250,7 +285,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", rest_is_slow(MOMENTS))
 def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_numbers(
     moment: str,
     create: Create,
@@ -277,12 +312,8 @@ def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_numbers(
         with pytest.raises(Stopped):
             run(create if place is None else crash_at(create, *place, stop), {}, chosen, small_digits)
     assert read_checkpoint(last)["global_step"] == saved
-    resumed = run(create, {}, replace(chosen, resume=str(last)), small_digits)
+    assert_goes_on(create, small_digits, chosen, unbroken, tmp_path / "unbroken")
     assert losses == expected
-    assert without_time(resumed) == without_time(unbroken)
-    assert_equal_states(last, tmp_path / "unbroken" / "last.ckpt")
-    rows = [(folder / "metrics.csv").read_text() for folder in (last.parent, tmp_path / "unbroken")]
-    assert rows[0] == rows[1]
 
 
 def test_a_failing_write_does_not_hide_what_failed_first(
@@ -305,6 +336,7 @@ def test_a_failing_write_does_not_hide_what_failed_first(
     assert "the last complete step is lost: cannot write" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_best_is_the_epoch_of_highest_top1(
     create: Create, small_digits: ImageData, options: Callable[..., RunOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:

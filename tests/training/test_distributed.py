@@ -14,6 +14,7 @@ import dnw_graph
 from dnw_graph.training import ImageData, RunOptions, read_checkpoint, run
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 def test_two_processes_learn_one_wiring(
     tmp_path: Path,

@@ -54,6 +54,7 @@ def held(folder: Path | str, *, fork: bool = False, cwd: Path | None = None) -> 
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_until_the_first_one_is_gone(tmp_path: Path, options: Callable[..., RunOptions]):
     chosen = options()
     # With a process that loads images, which outlives it for a while.
@@ -71,6 +72,7 @@ def test_a_second_run_is_refused_until_the_first_one_is_gone(tmp_path: Path, opt
             assert str(folder) == chosen.output
 
 
+@pytest.mark.slow
 def test_ranks_share_the_folder_of_their_run(
     tmp_path: Path, options: Callable[..., RunOptions], monkeypatch: pytest.MonkeyPatch
 ):

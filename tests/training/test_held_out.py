@@ -110,6 +110,7 @@ def test_a_run_evaluates_on_the_same_ones_for_every_seed(
     assert len(evaluated[0][2][False]) >= 18
 
 
+@pytest.mark.slow
 def test_a_resumed_run_must_hold_out_as_many(
     create: Create, options: Callable[..., RunOptions], small_digits: ImageData
 ):

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
+from pairs import rest_is_slow
 from torch import Tensor
 
 from dnw_graph.training import read_checkpoint
@@ -38,6 +39,7 @@ TABLE_3 = {
 pytestmark = pytest.mark.usefixtures("few_digits")
 
 
+@pytest.mark.slow
 def test_training_resume_and_evaluation(
     start: Callable[..., int],
     stopping_at: Callable[[int], AbstractContextManager[None]],
@@ -77,7 +79,7 @@ def trained(example: ModuleType, few_digits: None, tmp_path_factory: pytest.Temp
     return folder / "last.ckpt"
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ending", rest_is_slow(["safetensors", "pt2", "onnx"]))
 def test_compact_evaluation_and_export(
     ending: str,
     trained: Path,

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pairs import rest_is_slow
 from torch import nn
 
 from dnw_graph import InputError
@@ -31,16 +32,18 @@ def trained(create: Create, small_digits: ImageData, options: Callable[..., RunO
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("epochs", 2),
-        ("batch_size", 8),
-        ("lr", 0.5),
-        ("momentum", 0.5),
-        ("weight_decay", 0.0),
-        ("seed", 1),
-        ("image_size", 16),
-        ("precision", "bf16-mixed"),
-    ],
+    rest_is_slow(
+        [
+            ("epochs", 2),
+            ("batch_size", 8),
+            ("lr", 0.5),
+            ("momentum", 0.5),
+            ("weight_decay", 0.0),
+            ("seed", 1),
+            ("image_size", 16),
+            ("precision", "bf16-mixed"),
+        ]
+    ),
 )
 def test_resume_with_another_option_is_refused(
     name: str, value: float, trained: RunOptions, create: Create, small_digits: ImageData
@@ -108,6 +111,7 @@ def test_output_that_cannot_be_a_folder_is_refused(
         run(create, MODEL, options(output=str(tmp_path / "file" / "run")), small_digits)
 
 
+@pytest.mark.slow
 def test_runs_are_numbered(
     tmp_path: Path,
     create: Create,
@@ -149,7 +153,7 @@ def test_a_broken_image_is_found_before_training(
     assert not list(image_folder.parent.glob("run/*.ckpt"))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", rest_is_slow([0, 1]))
 def test_an_image_that_breaks_later_stops_the_run_with_its_steps_saved(
     workers: int, create: Create, options: Callable[..., RunOptions], image_folder: Path
 ):
@@ -171,6 +175,7 @@ def test_mixed_precision_runs(create: Create, small_digits: ImageData, options: 
     assert np.isfinite(run(create, MODEL, options(precision="bf16-mixed", epochs=1), small_digits).top1)
 
 
+@pytest.mark.slow
 def test_cudnn_is_deterministic_while_training_and_as_it_was_afterwards(
     create: Create, small_digits: ImageData, options: Callable[..., RunOptions], monkeypatch: pytest.MonkeyPatch
 ):
@@ -190,6 +195,7 @@ def test_cudnn_is_deterministic_while_training_and_as_it_was_afterwards(
     assert cudnn.benchmark
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gpu", "products", "steps"), [(False, "sparse", 1), (True, "dense", 20)])
 def test_what_differs_on_a_gpu(
     gpu: bool,

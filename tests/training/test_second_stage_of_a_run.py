@@ -69,7 +69,8 @@ def assert_starts_from(model: nn.Module, path: Path) -> None:
     state, expected = model.state_dict(), model_state(path)
     assert state.keys() - expected.keys() == {"graph.wiring.index"}
     assert expected.keys() <= state.keys()
-    assert all(torch.equal(value, state[key]) for key, value in expected.items())
+    of_the_rule = {"graph.num_edges", "graph.rule"}
+    assert all(torch.equal(value, state[key]) for key, value in expected.items() if key not in of_the_rule)
 
 
 def strongest(weight: Tensor, k: int = K) -> list[int]:
@@ -96,6 +97,7 @@ def test_edges_of_the_end_and_weights_of_the_rule(rule: str, start: str, k: int,
     assert_starts_from(model, first_stage / start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "start"), [("lottery_ticket", "first.ckpt"), ("fine_tune", "last.ckpt")])
 def test_stopped_and_resumed_without_the_first_stage(
     rule: str, start: str, first_stage: Path, small_digits: ImageData, tmp_path: Path
@@ -135,6 +137,7 @@ def test_rules_without_a_second_stage_are_refused(rule: str, first_stage: Path):
         second_stage(rule, first_stage, tiny(), SHARED)
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_refused_until_it_is_finished(small_digits: ImageData, tmp_path: Path):
     folder = tmp_path / "run"
     chosen = run_options(folder, save_every=1)
@@ -197,6 +200,7 @@ def test_a_lottery_ticket_needs_the_start_of_the_run(first_stage: Path, tmp_path
     assert_starts_from(second_stage("fine_tune", folder, tiny(), SHARED), first_stage / "last.ckpt")
 
 
+@pytest.mark.slow
 def test_a_first_stage_that_was_resumed_keeps_its_start(small_digits: ImageData, tmp_path: Path):
     chosen = run_options(tmp_path / "run", save_every=1)
     with pytest.raises(StoppedError):

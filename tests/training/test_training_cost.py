@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from pairs import every_value
+from pairs import rest_is_slow
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -146,7 +147,7 @@ NODE_FUNCTIONS: dict[str, Callable[[], Any]] = {
 }
 
 
-@every_value(rest=pytest.mark.slow, dynamics=DYNAMICS, node_function=NODE_FUNCTIONS)
+@pytest.mark.parametrize(("dynamics", "node_function"), rest_is_slow(product(DYNAMICS, NODE_FUNCTIONS), quick=3))
 def test_with_all_candidates_real_it_is_what_pytorch_counts(
     dynamics: str, node_function: str, small_digits: ImageData, options: Callable[..., RunOptions]
 ):
@@ -186,7 +187,7 @@ RULES: dict[str, tuple[Callable[[], str | Wiring], int, int]] = {
 }
 
 
-@every_value(rest=pytest.mark.slow, rule=RULES, propagation=["block", "message_passing"])
+@pytest.mark.parametrize(("rule", "propagation"), rest_is_slow(product(RULES, ["block", "message_passing"]), quick=3))
 def test_rules_by_hand(
     rule: str, propagation: str, small_digits: ImageData, options: Callable[..., RunOptions], tmp_path: Path
 ):
@@ -245,6 +246,7 @@ class StoppedError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stop_at", "dynamics"), [(2, "static"), (8, "discrete"), (5, "continuous, dopri5")])
 def test_a_resumed_run_counts_as_an_unbroken_one(
     stop_at: int, dynamics: str, small_digits: ImageData, options: Callable[..., RunOptions], tmp_path: Path
@@ -275,6 +277,7 @@ def test_a_resumed_run_counts_as_an_unbroken_one(
     assert again.training_multiply_adds == unbroken.training_multiply_adds
 
 
+@pytest.mark.slow
 def test_evaluation_costs_no_training(small_digits: ImageData, options: Callable[..., RunOptions]):
     chosen = options(epochs=1)
     run(lambda *_: Net("dnw", K, None, nn.Tanh()), {}, chosen, small_digits)

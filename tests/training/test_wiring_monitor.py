@@ -26,6 +26,7 @@ def test_real_edges_are_those_of_the_graph(create: Callable[[int, int], nn.Modul
     assert set(real_edges(model)["tiny"].tolist()) == set(weight.detach().abs().topk(40).indices.tolist())
 
 
+@pytest.mark.slow
 def test_logged_swaps_and_live_nodes_against_sets_of_pairs(
     create: Callable[[int, int], nn.Module],
     small_digits: ImageData,

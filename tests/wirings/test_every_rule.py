@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from dynamic_reference import all_pairs, euler, plain_discrete, product, summed_gradient
+from pairs import every_pair
 from reference import candidate_gradient, plain_forward, static_pairs, top_k
 from torch import nn
 
@@ -183,9 +184,12 @@ def edges_of(graph):
     return seen
 
 
-@pytest.mark.parametrize("propagation", ["block", "message_passing"])
-@pytest.mark.parametrize("dynamics", ["static", "discrete", "continuous"])
-@pytest.mark.parametrize("rule", RULES)
+@every_pair(
+    rest=pytest.mark.slow,
+    rule=RULES,
+    dynamics=["static", "discrete", "continuous"],
+    propagation=["block", "message_passing"],
+)
 def test_edges_outputs_gradients_and_updates(rule, dynamics, propagation):
     make, plain, options = RULES[rule]
     graph = make_graph(dynamics, propagation)

@@ -191,6 +191,7 @@ for rule in (L1Anneal(removal=Schedule(0.0, 1.0, 0, 30)), TargetedDropout(Schedu
 """
 
 
+@pytest.mark.slow
 def test_compiled_training_is_not_compiled_anew_for_every_step():
     run = run_alone(PROGRAM)
     assert run.stdout == "9\n9\n", run.stderr

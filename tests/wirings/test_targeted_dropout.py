@@ -104,6 +104,7 @@ def test_regular_counts_are_exact_where_gamma_times_fan_in_is_whole(fan_in):
         assert graph.num_real_edges == k
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["unconstrained", "regular"])
 @pytest.mark.parametrize("rho", [0.1, 0.5, 0.95])
 def test_each_target_is_dropped_with_probability_rho_and_nothing_else_ever(variant, rho):
@@ -129,6 +130,7 @@ def test_the_ends_of_rho_are_exact(rho, expected):
     assert {len(edges) for edges in masks(make_graph(TargetedDropout(rho)), 50)} == {expected}
 
 
+@pytest.mark.slow
 def test_rho_may_be_gamma():
     graph = make_graph(TargetedDropout("gamma"), 20)
     stays = sum(map(len, draw(graph, 2000))) - 2000 * 20
@@ -223,6 +225,7 @@ def test_without_a_seed_that_of_pytorch_decides():
     assert all(a != b for a, b in zip(sequences[0], sequences[2], strict=True))
 
 
+@pytest.mark.slow
 def test_masks_are_the_same_in_another_process():
     program = (
         "import torch\n"

@@ -257,6 +257,7 @@ for on_host in (True, False):
 """
 
 
+@pytest.mark.slow
 def test_compiled_training_is_the_same_in_one_graph():
     run = run_alone(PROGRAM)
     assert run.stdout.count("graph: 1 of 47 candidate weights are NaN or infinite") == 2, run.stderr
