@@ -509,3 +509,30 @@ def test_a_norm_of_the_user_sees_states_as_everybody_does():
         results.append(make_graph(Continuous(options=options), propagation="sparse")(x))
     torch.testing.assert_close(*results)
     assert shapes == {(20, N, 3, 4)}
+
+
+class NormTanh(nn.Module):
+    def __init__(self, num_nodes, stride=1):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(num_nodes)
+
+    def forward(self, z):
+        return torch.tanh(self.norm(z))
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_the_adjoint_leaves_running_statistics_alone(method):
+    """A batch is counted once per evaluation of the forward pass; the statistics are those of backpropagation."""
+    buffers = []
+    for adjoint in (False, True):
+        torch.manual_seed(0)
+        graph = make_graph(Continuous(method, adjoint=adjoint), NormTanh)
+        evaluations = 0
+        for seed in range(3):
+            x = torch.randn(2, INPUTS, 3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            graph(x).square().sum().backward()
+            evaluations += graph.dynamics.num_evaluations
+            assert (graph.dynamics.num_backward_evaluations > 0) == adjoint
+        assert graph.dynamics.node_function.norm.num_batches_tracked == evaluations
+        buffers.append(list(graph.dynamics.node_function.buffers()))
+    assert all(map(torch.equal, *buffers))
