@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -220,6 +221,9 @@ class CandidateEdges(nn.Module):
             first = int(torch.nonzero(index < 0)[0])
             raise InputError(f"({int(u[first])}, {int(v[first])}) is not a candidate edge of this graph")
         return index
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "probe": None}
 
     def extra_repr(self) -> str:
         """Sizes, for ``repr``."""

@@ -395,7 +395,7 @@ def check_saved(graph: Ranking, state_dict: Mapping[str, Any], prefix: str) -> N
             graph; see :meth:`~dnw_graph.wirings.Wiring.check_saved`.
     """
     saved_k, rule = (_scalar(graph, state_dict, prefix, name) for name in ("num_edges", "rule"))
-    if saved_k is not None and saved_k != graph.view().k:
+    if saved_k not in (None, graph.view().k) and not graph.wiring.ignores_k:
         raise InputError(
             f"{graph.name}: the state has num_edges = {saved_k:,}, the graph {graph.view().k:,}: make the model with "
             "that number, or take the weights alone with graph.load_weights(state)"

@@ -207,6 +207,11 @@ def test_the_weakest_real_edge_differs_from_white():
     assert np.argmax(positive) == np.argmax(to_rgb(POSITIVE))
 
 
+def test_adjacency_tells_how_many_edges_are_real():
+    graph = NeuralGraph((3, 4, 2), 9, wiring="complete")
+    assert plot_adjacency(graph).get_title() == "26 of 26 candidate edges are real"
+
+
 def test_adjacency_of_a_large_graph_shows_the_real_share_of_candidates():
     sizes = (60, 170, 200)
     graph = NeuralGraph(sizes, 3000)

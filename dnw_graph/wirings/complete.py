@@ -15,6 +15,8 @@ class Complete(Wiring):
     :func:`dnw_graph.two_stage.fine_tune` keep.
     """
 
+    ignores_k = True
+
     def choose(self, view: View) -> Tensor:
         """Return the flat indices of all candidates."""
         return self.largest(view, view.num_candidates)

@@ -35,6 +35,7 @@ class STR(Wiring):
     """
 
     gradient = "real"
+    ignores_k = True
 
     @checked
     def __init__(self, start: float = -3200.0, weight_decay: float = 2.25e-5) -> None:

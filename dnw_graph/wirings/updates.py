@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from dnw_graph._compat import unwrapped, unwrapped_name
+from dnw_graph._compat import backward_pass, unwrapped, unwrapped_name
 from dnw_graph.arguments import checked, require
 from dnw_graph.errors import InputError
 from dnw_graph.wirings.base import Wiring
@@ -30,6 +31,7 @@ class Updates:
         self.graphs = graphs
         self._optimizer = weakref.ref(optimizer)
         self._before: dict[str, _Before] = {}
+        self._probe_handles: list[RemovableHandle] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -42,8 +44,7 @@ class Updates:
         """Take the hooks off the optimiser."""
         for handle in self._handles:
             handle.remove()
-        for slot in self._slots():
-            slot.holder.probe = None
+        self._remove_probes()
 
     def _views(self, optimizer: Optimizer) -> dict[str, View]:
         return {name: graph.view(optimizer=optimizer) for name, graph in self.graphs.items()}
@@ -92,12 +93,20 @@ class Updates:
 
     def _set_probes(self) -> None:
         """Have the next backward passes gather the gradients that the rules will need, and no others."""
+        self._remove_probes()
         for graph in self.graphs.values():
-            needed = graph.wiring.needs_gradient(graph.view())
-            for slot in graph.slots:
-                like = slot.parameter
-                probe = like.new_zeros(()).expand(like.shape).requires_grad_() if needed else None
-                slot.holder.probe = probe
+            if graph.wiring.needs_gradient(graph.view()):
+                for slot in graph.slots:
+                    if slot.holder.probe is None and slot.parameter.requires_grad:
+                        slot.holder.probe, handle = _new_probe(slot.parameter)
+                        self._probe_handles.append(handle)
+
+    def _remove_probes(self) -> None:
+        for handle in self._probe_handles:
+            handle.remove()
+        self._probe_handles = []
+        for slot in self._slots():
+            slot.holder.probe = None
 
     def _average_probes(self) -> None:
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
@@ -124,6 +133,30 @@ class _Before:
             before = self.state.get(name) if name else self.weight
             restored = torch.zeros_like(now) if before is None else before
             now.copy_(restored.index_copy_(0, self.trained, now[self.trained]))
+
+
+def _new_probe(parameter: Tensor) -> tuple[Tensor, RemovableHandle]:
+    """Return a leaf of zeros that gathers a gradient, and begins anew when the parameter's ``.grad`` was set to None.
+
+    So what a GradScaler has a step skip does not stay in it.
+    """
+    probe = parameter.new_zeros(()).expand(parameter.shape).requires_grad_()
+    fresh = last = None  # the backward passes that came first after that, and last
+
+    def before_parameter(grad: Tensor) -> None:
+        nonlocal fresh
+        if parameter.grad is None:
+            fresh = backward_pass()
+
+    def before_probe(grad: Tensor) -> None:
+        nonlocal last
+        now = backward_pass()
+        if now != last and (parameter.grad is None or fresh == now):
+            probe.grad = None
+        last = now
+
+    probe.register_hook(before_probe)
+    return probe, parameter.register_hook(before_parameter)
 
 
 def _has_had_gradient(view: View, optimizer: Optimizer) -> bool:
@@ -240,7 +273,7 @@ def _refuse_parameters(name: str, graph: Any, optimizer: Optimizer) -> None:
 def _give_own_decay(optimizer: Optimizer, decays: Mapping[Tensor, float]) -> None:
     """Have parameters in groups with a decay of their own, like those that they were in otherwise."""
     for group in list(optimizer.param_groups):
-        own = [each for each in group["params"] if decays.get(each, group["weight_decay"]) != group["weight_decay"]]
+        own = [each for each in group["params"] if each in decays and decays[each] != group["weight_decay"]]
         options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         group["params"] = [each for each in group["params"] if each not in set(own)]
         for decay in sorted({decays[each] for each in own}):

@@ -494,3 +494,15 @@ def test_norms_without_scale_and_shift_have_the_type_and_device_of_the_model(pho
     assert {tensor.dtype for tensor in compacted.buffers() if tensor.is_floating_point()} == {torch.bfloat16}
     assert compacted(x).dtype == torch.bfloat16
     assert compacted.report.difference < 0.05
+
+
+class MyDiscrete(Discrete):
+    """A dynamics of one's own."""
+
+
+def test_a_graph_with_a_dynamics_of_ones_own_is_kept_and_counted_by_its_edges():
+    graph = NeuralGraph(num_nodes=20, num_inputs=4, num_outputs=3, num_edges=40, dynamics=MyDiscrete(2))
+    model = nn.Sequential(graph, nn.Flatten(), nn.Linear(3 * 16, 2))
+    report = compact(model).report
+    own = sum(p.numel() for name, p in model.named_parameters() if "candidates" not in name)
+    assert report.before.parameters == own + 40 == report.after.parameters

@@ -354,3 +354,8 @@ def test_inputs_of_another_shape_are_refused():
 def test_unknown_options_are_refused(maps):
     with pytest.raises(InputError, match="unknown options times; known is return_states"):
         make_graph(Discrete(3))(maps, times=[1.0])
+
+
+def test_the_name_alone_says_what_is_missing():
+    with pytest.raises(InputError, match=r"give dynamics=Discrete\(steps=…\) instead of its name"):
+        NeuralGraph(num_nodes=9, num_inputs=3, num_outputs=2, num_edges=9, dynamics="discrete")

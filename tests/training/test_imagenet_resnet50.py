@@ -86,7 +86,7 @@ def test_sparse_momentum_moves_weights_and_keeps_their_number(start: Callable[..
     kept = []
     for file in ("first.ckpt", "last.ckpt"):
         state = read_checkpoint(Path("run", file))["state_dict"]
-        kept.append({name: value for name, value in state.items() if name.endswith("wiring.kept")})
+        kept.append({name: value for name, value in state.items() if name.endswith("wiring.real")})
     assert len(kept[0]) == 13  # the stem, two convolutions and a shortcut per stage but the first, the classifier
     first, last = ({name: int(mask.sum()) for name, mask in each.items()} for each in kept)
     assert sum(first.values()) == sum(last.values())
@@ -307,7 +307,7 @@ def test_no_weight_decay_on_the_norms_of_a_sparse_resnet(example: ModuleType):
         (("--wiring", "sparse_momentum", "--density", "1"), "give a --density below 1"),
         (("--first-layer-dense", "--density", "1"), "give a --density below 1"),
         (("--distribution", "unifrom"), "did you mean 'uniform'"),
-        (("--momentum", "0", "--wiring", "sparse_momentum"), "SGD has no momentum for conv1.weight"),
+        (("--momentum", "0", "--wiring", "sparse_momentum"), "SGD has no momentum for model.conv1.weight"),
         (("--epochs", "1"), "--warmup-epochs must be fewer than the 1 epochs"),
     ],
 )

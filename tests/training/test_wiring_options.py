@@ -80,7 +80,7 @@ def test_both_second_stages_from_a_complete_run(capsys: pytest.CaptureFixture[st
         assert len({line.split()[1] for line in tops[-3:]}) == 1  # trained, evaluated, resumed at its end
 
 
-@pytest.mark.parametrize("rule", WIRINGS)
+@pytest.mark.parametrize("rule", sorted(WIRINGS.keys() - {"nm"}))  # whose k follows from n and m
 def test_every_rule_is_a_name_on_the_command_line(rule: str, made: list[Any]):
     assert start("--wiring", rule) == 0
     create, identity, _ = made[0]

@@ -1,14 +1,16 @@
 """The callback: a Lightning run needs nothing else for rules that act between steps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dnw_graph import SET, STR, RigL, sparsify
+from dnw_graph import SET, STR, InputError, RigL, sparsify
 from dnw_graph.sparse_layers import weight_graphs
-from dnw_graph.training import Classifier, WiringUpdates
+from dnw_graph.training import Classifier, DataModule, ImageData, RunOptions, WiringUpdates
 
 
 class Module(LightningModule):
@@ -55,3 +57,10 @@ def test_a_run_gives_parameters_of_rules_their_own_decay(norms: bool):
     optimizer = module.configure_optimizers()["optimizer"]
     found = {group["weight_decay"]: len(group["params"]) for group in optimizer.param_groups}
     assert found == ({0.01: 6, 0.25: 2} if norms else {0.01: 4, 0.0: 2, 0.25: 2})
+
+
+def test_images_of_ones_own_need_a_size(small_digits: ImageData):
+    mine = replace(small_digits, name="mine")
+    with pytest.raises(InputError, match="images 'mine' have no size of their own: give --image-size"):
+        DataModule(mine, RunOptions(data="digits", batch_size=8))
+    assert DataModule(mine, RunOptions(data="digits", batch_size=8, image_size=16)).image_size == 16

@@ -172,11 +172,12 @@ def test_without_exchange_it_is_a_random_graph_of_the_same_edges(rule):
     assert not graph.candidates.weight[~graph.wiring.real].any()
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", ["sgd", pytest.param("adam", marks=pytest.mark.slow)])
 def test_top_kast_with_all_candidates_is_dnw_bit_for_bit(kind):
     assert torch.equal(trained(TopKAST(74 - 21, 0.0), kind).candidates.weight, trained(DNW(), kind).candidates.weight)
 
 
+@pytest.mark.slow
 def test_top_kast_with_none_is_no_update_without_momentum_and_decay_only():
     for options, same in (({"momentum": 0.0, "decay": 0.0}, True), ({"momentum": 0.0}, False), ({"decay": 0.0}, False)):
         pair = [trained(rule, **options).candidates.weight for rule in (TopKAST(0, 0.0), NoUpdate())]
@@ -198,6 +199,7 @@ def test_what_gmp_removes_never_comes_back_and_the_counts_are_those_of_the_formu
     assert all(b <= a for a, b in pairwise(sets))
 
 
+@pytest.mark.slow
 def test_phases_of_ac_dc_are_those_of_the_paper():
     model = make("graph", ACDC())
     graph = graph_of(model)

@@ -201,6 +201,10 @@ def test_steps_that_a_scaler_skips_do_not_count(fused):
         scaler.update()
     assert [number for number, _ in model.wiring.seen] == [1, 2, 3]
     assert model.wiring.step == 3
+    # The third step's gradient of all candidates is that of its own backward pass, not of the skipped one before it.
+    seen = model.wiring.seen[-1][1]
+    assert seen.isfinite().all()
+    assert seen[model.num_candidates // 2 :].any()
 
 
 def test_a_closure_and_a_compiled_or_wrapped_model():
