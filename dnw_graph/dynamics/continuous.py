@@ -21,7 +21,6 @@ from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.propagation import Propagate
 from dnw_graph.propagation.base import autocast_dtype
 
-
 FIXED_STEPS = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
 """Solvers whose steps do not depend on errors, and so on no tolerance."""
 

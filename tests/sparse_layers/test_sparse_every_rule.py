@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from steps import attached
+from step_loops import attached
 from torch import nn
 
 from dnw_graph import DNW, L1Anneal, Schedule, TargetedDropout, Wiring, attach

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 from reference import top_k
-from steps import attached
+from step_loops import attached
 from torch.utils.checkpoint import checkpoint
 
 from dnw_graph import InputError, L1Anneal, NeuralGraph, Schedule, attach, wiring_penalty

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from alone import run_alone
-from steps import attached
+from step_loops import attached
 
 from dnw_graph import InputError, L1Anneal, NeuralGraph, Schedule, TargetedDropout
 from dnw_graph.wirings.schedule import as_schedule

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pairs import every_pair
 from reference import top_k
-from steps import attached
+from step_loops import attached
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

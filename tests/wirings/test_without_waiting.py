@@ -11,7 +11,7 @@ import pytest
 import torch
 from alone import run_alone
 from reference import top_k
-from steps import attached
+from step_loops import attached
 from torch import nn
 from waits import Waits
 
