@@ -183,7 +183,8 @@ def test_a_second_stage_starts_from_the_first_and_costs_both(finished: Path):
         read_checkpoint(finished / "runs" / name / "seed0" / which)["state_dict"]
         for name, which in (("complete", "last.ckpt"), ("fine_tune", "first.ckpt"))
     )
-    assert all(torch.equal(tuned[name], value) for name, value in complete.items())
+    of_the_rule = (".num_edges", ".rule")
+    assert all(torch.equal(tuned[name], value) for name, value in complete.items() if not name.endswith(of_the_rule))
     rows = {row["model"]: row for row in json.loads((finished / "small.json").read_text())["rows"]}
     stages = [found[name]["summary"]["training_multiply_adds"] for name in ("complete", "fine_tune")]
     assert rows["FT"]["training_multiply_adds"] == sum(stages)
