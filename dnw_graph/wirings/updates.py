@@ -206,7 +206,7 @@ def attach(
     names: dict[Any, str] = {}
     for path, graph in rankings(unwrapped(model)):
         names.setdefault(graph, graph.full_name_at(unwrapped_name(path)))
-    graphs = {name: graph for graph, name in names.items() if graph.wiring.needs_steps}
+    graphs = {name: graph for graph, name in names.items() if graph.wiring.counts_steps}
     if graphs:
         _refuse_optimizer(optimizer)
     for name, graph in graphs.items():

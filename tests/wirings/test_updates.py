@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from dnw_graph import InputError, NeuralGraph, TargetedDropout, Wiring, attach
+from dnw_graph import InputError, NeuralGraph, Schedule, TargetedDropout, Wiring, attach
 from dnw_graph.sparse_layers import sparsify, weight_graphs
 from dnw_graph.wirings.prune_and_grow import PruneAndGrow
 
@@ -168,7 +168,9 @@ def test_what_a_rule_writes_reaches_the_parameters_and_the_optimiser(kind):
 
 def test_a_rule_that_waits_for_steps_raises_at_its_second_backward_pass():
     for living in ("never attached", "the optimiser is gone", "a copy of the model"):
-        model = NeuralGraph((6, 5, 4), 9, wiring=TargetedDropout(0.5), node_function=nn.Tanh()).double()
+        model = NeuralGraph(
+            (6, 5, 4), 9, wiring=TargetedDropout(Schedule(0.5, 0.6, 0, 9)), node_function=nn.Tanh()
+        ).double()
         if living != "never attached":
             own = torch.optim.SGD(model.parameters(), 0.1)
             attach(model, own)
