@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from dnw_graph._compat import backward_pass, unwrapped, unwrapped_name
+from dnw_graph._compat import backward_pass, unwrapped, unwrapped_name, version
 from dnw_graph.arguments import checked, require
 from dnw_graph.errors import InputError
 from dnw_graph.wirings.base import Wiring
@@ -98,8 +98,8 @@ class Updates:
             if graph.wiring.needs_gradient(graph.view()):
                 for slot in graph.slots:
                     if slot.holder.probe is None and slot.parameter.requires_grad:
-                        slot.holder.probe, handle = _new_probe(slot.parameter)
-                        self._probe_handles.append(handle)
+                        slot.holder.probe, handles = _new_probe(slot.parameter)
+                        self._probe_handles += handles
 
     def _remove_probes(self) -> None:
         for handle in self._probe_handles:
@@ -135,28 +135,39 @@ class _Before:
             now.copy_(restored.index_copy_(0, self.trained, now[self.trained]))
 
 
-def _new_probe(parameter: Tensor) -> tuple[Tensor, RemovableHandle]:
-    """Return a leaf of zeros that gathers a gradient, and begins anew when the parameter's ``.grad`` was set to None.
+def _new_probe(parameter: Tensor) -> tuple[Tensor, list[RemovableHandle]]:
+    """Return a leaf of zeros that gathers a gradient, and begins anew after ``zero_grad``, to None or to zeros.
 
     So what a GradScaler has a step skip does not stay in it.
     """
     probe = parameter.new_zeros(()).expand(parameter.shape).requires_grad_()
-    fresh = last = None  # the backward passes that came first after that, and last
+    fresh = last = gathered = None  # the backward passes that came first after that, and last; the version of ``.grad``
+
+    def begins() -> bool:
+        grad = parameter.grad
+        return grad is None or (version(grad) != gathered and not grad.any())
 
     def before_parameter(grad: Tensor) -> None:
         nonlocal fresh
-        if parameter.grad is None:
+        if begins():
             fresh = backward_pass()
+
+    def after_parameter(_: Tensor) -> None:
+        nonlocal gathered
+        gathered = None if parameter.grad is None else version(parameter.grad)
 
     def before_probe(grad: Tensor) -> None:
         nonlocal last
         now = backward_pass()
-        if now != last and (parameter.grad is None or fresh == now):
+        if now != last and (begins() or fresh == now):
             probe.grad = None
         last = now
 
     probe.register_hook(before_probe)
-    return probe, parameter.register_hook(before_parameter)
+    return probe, [
+        parameter.register_hook(before_parameter),
+        parameter.register_post_accumulate_grad_hook(after_parameter),
+    ]
 
 
 def _has_had_gradient(view: View, optimizer: Optimizer) -> bool:
