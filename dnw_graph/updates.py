@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from dnw_graph._compat import backward_pass, unwrapped, unwrapped_name, version
 from dnw_graph.arguments import checked, require
 from dnw_graph.errors import InputError
-from dnw_graph.wirings.base import Wiring
-from dnw_graph.wirings.view import View, new_seed
+from dnw_graph.ranking import Ranking, rankings
+from dnw_graph.wirings import View, Wiring
+from dnw_graph.wirings.view import Slot, new_seed
 
 
 class Updates:
@@ -27,7 +28,7 @@ class Updates:
         graphs: The graphs whose rules wait for steps, by their full names.
     """
 
-    def __init__(self, graphs: dict[str, Any], optimizer: Optimizer) -> None:
+    def __init__(self, graphs: dict[str, Ranking], optimizer: Optimizer) -> None:
         self.graphs = graphs
         self._optimizer = weakref.ref(optimizer)
         self._before: dict[str, _Before] = {}
@@ -49,7 +50,7 @@ class Updates:
     def _views(self, optimizer: Optimizer) -> dict[str, View]:
         return {name: graph.view(optimizer=optimizer) for name, graph in self.graphs.items()}
 
-    def _slots(self) -> Iterator[Any]:
+    def _slots(self) -> Iterator[Slot]:
         for graph in self.graphs.values():
             yield from graph.slots
 
@@ -210,11 +211,9 @@ def attach(
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         >>> _ = attach(model, optimizer, num_steps=1000)
     """
-    from dnw_graph.ranking import rankings  # which knows the rules; called only
-
     for name, number in (("num_steps", num_steps), ("steps_per_epoch", steps_per_epoch)):
         require(number is None or number >= 1, name, "an integer from 1 up", number)
-    names: dict[Any, str] = {}
+    names: dict[Ranking, str] = {}
     for path, graph in rankings(unwrapped(model)):
         names.setdefault(graph, graph.full_name_at(unwrapped_name(path)))
     graphs = {name: graph for graph, name in names.items() if graph.wiring.counts_steps}
@@ -266,7 +265,7 @@ def _refuse_optimizer(optimizer: Optimizer) -> None:
             raise InputError("a parameter is sharded, and rules rank it as a whole: use DistributedDataParallel")
 
 
-def _refuse_parameters(name: str, graph: Any, optimizer: Optimizer) -> None:
+def _refuse_parameters(name: str, graph: Ranking, optimizer: Optimizer) -> None:
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for slot in graph.slots:
         if slot.parameter not in groups:
