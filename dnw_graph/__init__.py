@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dnw_graph.neural_graph import NeuralGraph
     from dnw_graph.ranking import wiring_penalty
     from dnw_graph.sparse_layers import sparsify
+    from dnw_graph.updates import attach
     from dnw_graph.wirings import (
         ACDC,
         DNW,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
         create_wiring,
         register_wiring,
     )
-    from dnw_graph.wirings.updates import attach
 
 # Where the public names are. They are imported when they are first used, so that a program can prepare for Ctrl-C (see
 # dnw_graph.stopping) before the seconds that PyTorch takes to load.
@@ -47,7 +47,7 @@ _HOMES = {
     "InputError": "errors",
     "NeuralGraph": "neural_graph",
     "Static": "dynamics",
-    "attach": "wirings.updates",
+    "attach": "updates",
     "compact": "compaction",
     "cost": "analysis.cost",
     "sparsify": "sparse_layers",
@@ -93,7 +93,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name in {*_HOMES.values(), "wirings"} - {"analysis.cost", "wirings.updates"}:
+    if name in {*_HOMES.values(), "wirings"} - {"analysis.cost"}:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,12 +16,15 @@ from dnw_graph.arguments import checked, require, wrong
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
 from dnw_graph.ops.layout import transformed
-from dnw_graph.wirings import View, Wiring, make_wiring, wiring_name
+from dnw_graph.wirings import WIRINGS, View, Wiring, make_wiring, wiring_name
 from dnw_graph.wirings.base import COUNTERS
 from dnw_graph.wirings.checks import check_index
 from dnw_graph.wirings.view import Slot
 
 T = TypeVar("T")
+
+NUMBERS = ("num_edges", "rule")
+"""What the state of a graph has besides weights and state of the rule; older files have neither."""
 
 
 class Ranking(nn.Module):
@@ -325,12 +328,13 @@ class Ranking(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "num_edges"] = torch.tensor(self._num_edges)
-        destination[prefix + "rule"] = torch.tensor(rule_hash(self.wiring))
+        destination[prefix + "rule"] = torch.tensor(rule_hash(type(self.wiring)))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         check_saved(self, state_dict, prefix)
         # A file without them keeps the model's.
-        others = {key: value for key, value in state_dict.items() if key not in (prefix + "num_edges", prefix + "rule")}
+        numbers = {prefix + name for name in NUMBERS}
+        others = {key: value for key, value in state_dict.items() if key not in numbers}
         super()._load_from_state_dict(others, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -355,9 +359,15 @@ class _Chosen:
         )
 
 
-def rule_hash(wiring: Wiring) -> int:
+def rule_hash(rule: type[Wiring]) -> int:
     """Return a number from 0 up that stands for a rule's name, the same in every process."""
-    return int.from_bytes(hashlib.sha256(wiring_name(type(wiring)).encode()).digest()[:7], "big")
+    return int.from_bytes(hashlib.sha256(wiring_name(rule).encode()).digest()[:7], "big")
+
+
+def saved_rule(number: int) -> str:
+    """Return what a message calls the rule that a number stands for."""
+    names = (repr(name) for name, rule in WIRINGS.items() if rule_hash(rule) == number)
+    return next(names, "a rule that is not registered here (register_wiring)")
 
 
 def rankings(model: nn.Module) -> Iterator[tuple[str, Ranking]]:
@@ -402,10 +412,10 @@ def check_saved(graph: Ranking, state_dict: Mapping[str, Any], prefix: str) -> N
         )
     prefix += "wiring."
     saved = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    if rule not in (None, rule_hash(graph.wiring)) and saved.keys() - set(COUNTERS):
+    if rule not in (None, rule_hash(type(graph.wiring))) and saved.keys() - set(COUNTERS):
         own = wiring_name(type(graph.wiring))
         raise InputError(
-            f"{graph.name}: the edges of the state were chosen by another rule than {own!r}: "
+            f"{graph.name}: the edges of the state were chosen by {saved_rule(rule)}, not by {own!r}: "
             "make the model with that rule, or take the weights alone with graph.load_weights(state)"
         )
     graph.wiring.check_saved(saved, graph.num_candidates, graph.view().k, graph.name)

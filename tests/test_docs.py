@@ -15,8 +15,10 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 from pairs import rest_is_slow
 
+from dnw_graph import attach, sparsify
 from dnw_graph.analysis.cost import cost
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.models import STAGES, MobileNetV1DNW, edges_at_width
@@ -72,6 +74,33 @@ def test_getting_started_trains_a_graph_and_draws_it(getting_started):
 def test_python_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(ROOT / name, {})
+
+
+def test_two_lines_make_a_script_one_with_rigl():
+    (diff,) = blocks(ROOT / "README.md", "diff")
+    assert blocks(ROOT / "docs" / "rules.md", "diff") == [diff]
+    given = {
+        "torch": torch,
+        "F": torch.nn.functional,
+        "resnet18": lambda: torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)),
+        "loader": [(torch.randn(4, 8), torch.tensor([0, 1, 2, 3]))] * 10,
+        "attach": attach,
+        "sparsify": sparsify,
+    }
+
+    def weight(script, epochs):
+        torch.manual_seed(0)
+        variables = {**given, "epochs": epochs}
+        exec("\n".join(line[1:] for line in script), variables)
+        return variables["model"][0].weight
+
+    sparse = diff.splitlines()
+    plain = [line for line in sparse if not line.startswith("+")]
+    assert len(sparse) == len(plain) + 2
+    assert weight(plain, 1).all()
+    short, long = weight(sparse, 1) != 0, weight(sparse, 30) != 0  # whose rounds follow steps 100 and 200
+    assert int(short.sum()) <= 13
+    assert (short != long).any()
 
 
 @pytest.mark.slow

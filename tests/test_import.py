@@ -38,7 +38,7 @@ import dnw_graph
 from dnw_graph import attach, compact, cost, sparsify
 print([each.__module__ for each in (sparsify, compact, cost, attach)])
 """
-    modules = ["sparse_layers.apply", "compaction.model", "analysis.cost", "wirings.updates"]
+    modules = ["sparse_layers.apply", "compaction.model", "analysis.cost", "updates"]
     assert run(program) == str([f"dnw_graph.{name}" for name in modules])
 
 

@@ -37,7 +37,7 @@ class RealEdges:
         candidates: The graph's candidates.
         index: Flat indices of the real edges, ascending: ``[k]``.
         weight: What each candidate computes with if it is real, ``[num_candidates]``; gets the gradient.
-        learning: Flat indices of the candidates that get ⟨Z_u, ∂L/∂I_v⟩; None for all, ``index`` for the real edges.
+        learning: Flat indices of the candidates that get a gradient; None for all, ``index`` for the real edges.
         probe: Gets that of every candidate besides, where a rule asks for it.
     """
 
@@ -158,8 +158,7 @@ def _within(part: range | None, whole: range) -> slice:
 class Propagation(nn.Module):
     """One way of computing I_v = Σ w_uv Z_u (Equation 2 of the paper) and its gradients.
 
-    All ways give one result: states get their gradient through the real edges only, and the candidate weights get
-    ⟨Z_u, ∂L/∂I_v⟩, all of them or the real ones as the wiring says.
+    All ways give one result, and the gradients that :mod:`dnw_graph.propagation.gradient` states.
     """
 
     def forward(self, edges: RealEdges, x: Float[Tensor, "batch ..."]) -> Propagate:

@@ -21,9 +21,8 @@ from dnw_graph.propagation.message_passing import MessagePassingPropagation
 class BlockPropagation(Propagation):
     """Dense products block by block: I = W Z, where W holds the real edges' weights and zeros elsewhere.
 
-    The gradient of a dense product with respect to W is ⟨Z_u, ∂L/∂I_v⟩ for every pair of the block, hallucinated ones
-    included, and the gradient with respect to Z goes through the non-zero entries only. So the method needs no more
-    than a W whose backward hands that gradient to the candidates unmasked.
+    Both gradients of a dense product are those of :mod:`dnw_graph.propagation.gradient`, as long as the backward pass
+    of W hands its own to the candidates unmasked.
 
     An input of the graph that is NaN or infinite reaches what real edges lead to and nothing else, as in every
     propagation. The zeros of W would spread it (0 · ∞ is NaN), so such a pass goes over the edges one by one. Nobody

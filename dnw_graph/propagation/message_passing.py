@@ -123,7 +123,7 @@ class MessagePassingPropagation(Propagation):
 
 
 class _CandidateGradient(torch.autograd.Function):
-    """The identity on I; in the backward pass every pair (u, v) of the block gets ⟨Z_u, ∂L/∂I_v⟩."""
+    """The identity on I; in the backward pass every candidate of the block gets its gradient."""
 
     @staticmethod
     def forward(ctx: Any, received: Tensor, z: Tensor, weight: Tensor) -> Tensor:

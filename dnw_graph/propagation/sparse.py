@@ -104,7 +104,7 @@ def _part(edges: RealEdges, local: Tensor, number: int, rows: slice, columns: sl
 
 
 class _Product(torch.autograd.Function):
-    """I = A Z; Z gets its gradient through the real edges, every candidate, or every real edge, ⟨Z_u, ∂L/∂I_v⟩."""
+    """I = A Z, with the gradient of the states, and that of every candidate or of every real edge."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, weight: Tensor, adjacency: _Adjacency, dense: bool) -> Tensor:

@@ -48,15 +48,17 @@ def sparse_weights(module: nn.Module) -> dict[str, tuple[LayerWeight, WeightGrap
 def weight_graphs(module: nn.Module) -> dict[str, WeightGraph]:
     """Return the graphs of a module's sparse weights by name: one per weight, or one in all with ``"global"``.
 
-    The graph of one weight goes by the weight's name in this module. That of several is ``"all layers"``; where
-    ``sparsify`` was called for several parts, each ``"global"``, a further one goes by the name of its first weight.
+    The graph of one weight goes by every name that the weight has in this module, one per path to its layer. That of
+    several is ``"all layers"``; where ``sparsify`` was called for several parts, each ``"global"``, a further one goes
+    by the name of its first weight.
     """
-    graphs: dict[WeightGraph, str] = {}
+    graphs: dict[str, WeightGraph] = {}
     for name, (_, graph) in sparse_weights(module).items():
-        if graph not in graphs:
-            shared = len(graph.weights) > 1 and graph.name not in graphs.values()
-            graphs[graph] = graph.name if shared else name
-    return {name: graph for graph, name in graphs.items()}
+        if len(graph.weights) == 1:
+            graphs[name] = graph
+        elif graph not in graphs.values():
+            graphs[name if graph.name in graphs else graph.name] = graph
+    return graphs
 
 
 @checked

@@ -17,7 +17,7 @@ from dnw_graph.analysis.cost import NORMS
 from dnw_graph.arguments import checked, require
 from dnw_graph.ranking import wiring_penalty
 from dnw_graph.training.order import Purpose, mix
-from dnw_graph.wirings.updates import own_decay
+from dnw_graph.updates import own_decay
 
 
 class Classifier(LightningModule):

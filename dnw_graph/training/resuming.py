@@ -11,12 +11,14 @@ from torch import Tensor
 
 from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.errors import InputError
+from dnw_graph.ranking import NUMBERS, rankings, rule_hash, saved_rule
 from dnw_graph.training.checkpoint_io import damaged
 from dnw_graph.training.checkpoints import Checkpoints, loop_state
 from dnw_graph.training.classifier import Classifier
 from dnw_graph.training.structure import match
 from dnw_graph.training.training_cost import TrainingCost
 from dnw_graph.training.wiring_monitor import WiringMonitor
+from dnw_graph.wirings import wiring_name
 
 # What optimiser and schedule cannot do without; what else they have differs between versions of PyTorch.
 GROUP = ("params", "lr", "initial_lr", "momentum", "dampening", "weight_decay", "nesterov")
@@ -28,15 +30,16 @@ def check_weights(path: str, given: Mapping[str, Any], model_state: Mapping[str,
 
     Args:
         path: The checkpoint.
-        given: Its weights.
+        given: Its weights; an older file lacks the numbers that say which rule a graph has, and how many edges.
         model_state: ``state_dict`` of the model.
         hint: What to give instead.
 
     Raises:
         InputError: If names, shapes or types differ, or a number is NaN or infinite.
     """
+    numbers = {name: value for name, value in model_state.items() if name.rpartition(".")[2] in NUMBERS}
     try:
-        match(given, model_state, "state_dict")
+        match({**numbers, **given}, model_state, "state_dict")
     except InputError as error:
         raise InputError(f"the weights in {path} do not fit the model: {hint} ({error})") from error
 
@@ -64,6 +67,7 @@ def check_resumable(
             built otherwise than those of this run, or contradict one another.
     """
     check_weights(path, checkpoint["state_dict"], module.state_dict(), "give a checkpoint of this run")
+    _check_rules(path, checkpoint["state_dict"], module)
     try:
         _check_callbacks(checkpoint, callbacks, module)
         _check_loops(checkpoint, trainer, callbacks, steps_per_epoch)
@@ -74,6 +78,16 @@ def check_resumable(
             match(checkpoint.get(name), state, name)
     except InputError as error:
         raise damaged(path, f"cannot be continued from ({error})") from error
+
+
+def _check_rules(path: str, given: Mapping[str, Any], module: Classifier) -> None:
+    for name, graph in rankings(module):
+        own, saved = type(graph.wiring), given.get(f"{name}.rule")
+        if saved is not None and int(saved) != rule_hash(own):
+            raise InputError(
+                f"{path}: {graph.name} was trained with {saved_rule(int(saved))}, and is to go on with "
+                f"{wiring_name(own)!r}: give the rule again, by the name that it had or as package.module.Class"
+            )
 
 
 def _check_callbacks(checkpoint: Mapping[str, Any], callbacks: Sequence[Callback], module: Classifier) -> None:

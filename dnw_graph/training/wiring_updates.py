@@ -6,7 +6,7 @@ import math
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dnw_graph.wirings.updates import Updates, attach
+from dnw_graph.updates import Updates, attach
 
 
 class WiringUpdates(Callback):

@@ -51,7 +51,7 @@ class ACDC(Stored):
         """Begin a phase if it is time."""
         compressed = sum(moment(view, switch) <= view.step for switch in self.switches) % 2
         number = view.k if compressed else view.num_candidates
-        if number == self.count:
+        if number == self.choose(view).numel():
             return
         self.store(view, self.largest(view, number))
         if compressed:

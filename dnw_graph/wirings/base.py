@@ -127,8 +127,13 @@ class Wiring(nn.Module):
 
     @property
     def needs_steps(self) -> bool:
-        """Whether the rule is wrong without :func:`dnw_graph.attach`: it acts after steps, counts them or freezes."""
+        """Whether the rule is wrong without :func:`dnw_graph.attach`: it acts after steps, follows them or freezes."""
         return self.trained != "all" or type(self).after_step is not Wiring.after_step
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether :func:`dnw_graph.attach` counts steps for the rule, which its state then holds."""
+        return self.needs_steps
 
     def own_num_edges(self, view: View) -> int | None:
         """Return the number of edges where the rule decides it, or None."""
@@ -185,7 +190,7 @@ class Wiring(nn.Module):
         Raises:
             InputError: If it is no state of this rule for such a graph.
         """
-        if self.needs_steps:
+        if self.counts_steps:
             refuse_counts(saved, COUNTERS, f"{name}: wiring")
 
     def forget_weights(self) -> None:
@@ -201,7 +206,7 @@ class Wiring(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.needs_steps:
+        if self.counts_steps:
             destination.update({prefix + name: torch.tensor(getattr(self, name)) for name in COUNTERS})
 
     def _load_from_state_dict(
@@ -214,7 +219,7 @@ class Wiring(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        counters = {prefix + name: name for name in COUNTERS} if self.needs_steps else {}
+        counters = {prefix + name: name for name in COUNTERS} if self.counts_steps else {}
         others = {key: value for key, value in state_dict.items() if key not in counters}
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         for key, name in counters.items():

@@ -52,8 +52,9 @@ class GMP(Stored):
         if since < 0 or (since % self.every and view.step < moment(view, self.removal.until)):
             return
         keep = round(view.num_candidates - (view.num_candidates - view.k) * self.removal.at(view, after=True))
-        if keep < self.count:
-            self.store(view, self.largest(view, keep, among=self.choose(view)))
+        edges = self.choose(view)
+        if keep < edges.numel():
+            self.store(view, self.largest(view, keep, among=edges))
             view.clear(~self.real)
 
     def extra_repr(self) -> str:

@@ -48,43 +48,42 @@ class Kept(Wiring):
 
 
 class Stored(Wiring):
-    """Edges that change between steps: a persistent buffer and their number.
+    """Edges that change between steps, and their number: persistent buffers, which averages of models copy.
 
     Shapes:
         - ``real``: ``[num_candidates]``, bool
-
-    Attributes:
-        count: Number of real edges.
+        - ``count``: scalar, int64
     """
 
     real: Tensor
+    count: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("real", torch.empty(0, dtype=torch.bool))
-        self.count = 0
+        self.register_buffer("count", torch.tensor(0))
         self._found: tuple[Tensor, int, Tensor] | None = None  # ``real``, its version, and its edges
 
     def store(self, view: View, index: Int[Tensor, " edges"]) -> None:
         """Make these edges, in any order, the real ones."""
         self.real = torch.zeros_like(view.weight, dtype=torch.bool, requires_grad=False).index_fill_(0, index, True)
-        self.count = index.numel()
+        self.count = self.real.new_full((), index.numel(), dtype=torch.long)
 
     def choose(self, view: View) -> Tensor:
         """Return the edges that are stored; the host waits for a device once per change.
 
         Raises:
-            InputError: If their number is another, as after an average of buffers.
+            InputError: In evaluation, if their number is another, as after an average of buffers.
         """
         real = self.real
         if real.is_inference():  # which keeps no version
             return torch.nonzero(real).flatten()
         if self._found is None or self._found[0] is not real or self._found[1] != version(real):
             index = torch.nonzero(real).flatten()
-            if index.numel() != self.count:
+            if not self.training and index.numel() != int(self.count):
                 raise InputError(
-                    f"{view.name}: wiring.real holds {index.numel():,} edges instead of {self.count:,}: an average of "
-                    "models must not average this buffer (use_buffers=False); copy it from the model"
+                    f"{view.name}: wiring.real holds {index.numel():,} edges instead of {int(self.count):,}: an average"
+                    " of models must copy this buffer and not average it, as AveragedModel(use_buffers=False) does"
                 )
             self._found = real, version(real), index
         return self._found[2]
@@ -100,15 +99,10 @@ class Stored(Wiring):
                 counts = range(int(count), int(count) + 1)
             refuse_mask(saved["real"], num_candidates, counts, f"{name}: wiring.real")
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "count"] = torch.tensor(self.count)
-
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        others = {key: value for key, value in state_dict.items() if key != prefix + "count"}
-        super()._load_from_state_dict(others, prefix, *args)
-        if prefix + "real" in state_dict and not self.real.is_meta:
-            self.count = int(self.real.sum())
+        if prefix + "real" in state_dict:  # older files have the set alone
+            state_dict = {prefix + "count": state_dict[prefix + "real"].sum(), **state_dict}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_found": None}

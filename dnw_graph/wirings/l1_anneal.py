@@ -67,9 +67,10 @@ class L1Anneal(Stored):
         """Remove as many edges as this step asks for, and return the others."""
         share = self.removal.at(view)
         # Never more than there are: a graph that was given to the rule half-way stays as it is until its time comes.
-        keep = min(self.count, view.num_candidates - round(share * (view.num_candidates - view.k)))
-        chosen = self.largest(view, keep, among=self.choose(view))
-        if keep < self.count:
+        edges = self.choose(view)
+        keep = min(edges.numel(), view.num_candidates - round(share * (view.num_candidates - view.k)))
+        chosen = self.largest(view, keep, among=edges)
+        if keep < edges.numel():
             self.store(view, chosen)
         return chosen
 

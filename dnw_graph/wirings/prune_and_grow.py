@@ -52,7 +52,8 @@ class PruneAndGrow(Stored):
             regrown_are_new: Whether an edge that is dropped and grown again starts from zero too.
         """
         before = self.real
-        kept = top(view, self.choose(view), self.count - number, view.weight)
+        edges = self.choose(view)
+        kept = top(view, edges, edges.numel() - number, view.weight)
         others = torch.ones_like(before).index_fill_(0, kept, False).nonzero().flatten()
         self.store(view, torch.cat([kept, top(view, others, number, scores)]))
         stay = torch.zeros_like(before).index_fill_(0, kept, True) if regrown_are_new else before & self.real

@@ -31,7 +31,8 @@ def refuse_edges(index: object, num_candidates: int, num_edges: int, what: str) 
     if bool((index.diff(prepend=bounds[0], append=bounds[1]) <= 0).any()):
         raise InputError(
             f"{what} must be distinct candidates in 0 … {num_candidates - 1:,}, ascending; got "
-            f"{_count(index, num_candidates)}: the file is damaged or of another graph"
+            f"{_count(index, num_candidates)}: the file is damaged or of another graph, or an average of models has "
+            "averaged this buffer, which AveragedModel(use_buffers=False) copies"
         )
 
 

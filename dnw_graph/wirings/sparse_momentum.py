@@ -72,7 +72,7 @@ class SparseMomentum(PruneAndGrow):
 
     def num_edges(self, k: int) -> int:
         """Return the number of edges that the rounds have left here."""
-        return self.count
+        return int(self.count)
 
     def after_step(self, view: View) -> None:
         """Set hallucinated weights back to zero."""
@@ -93,9 +93,10 @@ class SparseMomentum(PruneAndGrow):
 
     def prune(self, view: View) -> int:
         """Take the real edges of smallest |w| out of the real ones, and return their number."""
-        before = self.count
+        edges = self.choose(view)
+        before = edges.numel()
         stay = max(1, before - math.ceil(self.prune_rate.at(view, after=True) * before))
-        self.store(view, self.largest(view, stay, among=self.choose(view)))
+        self.store(view, self.largest(view, stay, among=edges))
         return before - stay
 
     def grow(self, view: View, momentum: Float[Tensor, " candidates"], number: int) -> None:

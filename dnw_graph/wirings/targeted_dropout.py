@@ -31,8 +31,9 @@ class TargetedDropout(Wiring):
     - ``"regular"``: the targets are the ⌊γ · fan-in⌋ weakest into each node, so that every node keeps some. The number
       of edges is the sum of what stays, somewhat more than k.
 
-    The masks are a function of (seed, step, name of the graph), the same on every rank and in all forward passes of a
-    step, which :func:`dnw_graph.attach` counts. Every step of training waits for the device, to learn how many edges
+    The masks are a function of (seed, step, name of the graph). With :func:`dnw_graph.attach` they are the same on
+    every rank and in all forward passes of a step of the optimiser. A constant ρ does not need it: without it every
+    forward pass in training counts as a step. Every step of training waits for the device, to learn how many edges
     stay.
 
     Args:
@@ -45,7 +46,7 @@ class TargetedDropout(Wiring):
     """
 
     gradient = "real"
-    needs_steps = True
+    counts_steps = True
 
     @checked
     def __init__(
@@ -62,6 +63,11 @@ class TargetedDropout(Wiring):
         if variant not in VARIANTS:
             raise unknown_name("variant of targeted dropout", variant, VARIANTS)
         self.variant = variant
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether ρ moves."""
+        return self.rho is not None and not self.rho.constant
 
     def setup(self, view: View) -> None:
         """Group the candidates by target."""
@@ -82,6 +88,8 @@ class TargetedDropout(Wiring):
         rho = 1 - view.k / view.num_candidates if self.rho is None else self.rho.at(view)
         stays = torch.rand(view.num_candidates, generator=view.generator(), device=view.weight.device) >= rho
         stays[self.choose(view)] = True
+        if not self.needs_steps and view.graph.updates is None:
+            self.step += 1
         return torch.nonzero(stays).flatten()
 
     def _strongest_per_node(self, magnitude: Float[Tensor, " candidates"], num_edges: int) -> Int[Tensor, " edges"]:

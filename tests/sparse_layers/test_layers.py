@@ -223,6 +223,9 @@ def test_a_layer_is_known_by_every_name_that_it_has():
         assert [row.kept for row in table.sparse] == [18, 9]
     model = Shared()
     sparsify(model, 0.5)
+    graphs = weight_graphs(model)
+    assert list(graphs) == ["layers.0.weight", "layers.1.weight", "head.weight"]
+    assert graphs["head.weight"] is graphs["layers.1.weight"]
     assert to_data(model, "head.weight").num_edges == to_data(model, "layers.1.weight").num_edges == 18
 
 

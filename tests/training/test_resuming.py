@@ -13,7 +13,8 @@ import torch
 from conftest import create_tiny
 from lightning.pytorch import Trainer
 
-from dnw_graph import InputError
+from dnw_graph import DNW, InputError
+from dnw_graph.ranking import rule_hash
 from dnw_graph.training import (
     SCHEDULES,
     Checkpoints,
@@ -28,6 +29,7 @@ from dnw_graph.training import (
 from dnw_graph.training.checkpoint_io import WholeFileIO
 from dnw_graph.training.resuming import check_resumable, check_weights
 from dnw_graph.training.structure import match
+from dnw_graph.wirings import WIRINGS
 
 STEPS = 4  # of an epoch
 IDENTITY = {"wiring": "dnw"}
@@ -178,6 +180,52 @@ def test_what_a_version_of_pytorch_adds_or_drops_is_no_matter(folder: Path, chec
     checkpoint["optimizer_states"][0]["param_groups"][0]["new"] = None
     checkpoint["lr_schedulers"][0]["verbose"] = False
     check(checkpoint)
+
+
+class Own(DNW):
+    """A rule of one's own."""
+
+
+def create_own(classes: int, image_size: int) -> torch.nn.Module:
+    model = create_tiny(classes, image_size)
+    model.graph.rewire(Own(), 40)
+    return model
+
+
+def test_a_rule_of_ones_own_is_registered_or_named_again(folder: Path, check: Check, monkeypatch: pytest.MonkeyPatch):
+    checkpoint = read_checkpoint(folder / "last.ckpt")
+    checkpoint["state_dict"]["model.graph.rule"] = torch.tensor(rule_hash(Own))
+    with pytest.raises(InputError, match=r"tiny was trained with a rule that is not registered here .*with 'dnw'"):
+        check(checkpoint)
+    monkeypatch.setitem(WIRINGS, "mine", Own)
+    checkpoint["state_dict"]["model.graph.rule"] = torch.tensor(rule_hash(Own))
+    with pytest.raises(InputError, match=r"last\.ckpt: tiny was trained with 'mine', .*: give the rule again"):
+        check(checkpoint)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_rule_of_ones_own_goes_on_with_it(small_digits: ImageData, tmp_path: Path):
+    summary = run(create_own, {}, options(tmp_path), small_digits)
+    resume = options(tmp_path, resume=str(tmp_path / "last.ckpt"))
+    with pytest.raises(InputError, match="not registered here"):
+        run(create_tiny, {}, resume, small_digits)
+    assert run(create_own, {}, resume, small_digits).top1 == summary.top1
+
+
+def test_an_older_file_without_rule_and_number_of_edges_keeps_those_of_the_model(folder: Path, check: Check):
+    checkpoint = read_checkpoint(folder / "last.ckpt")
+    for name in ("num_edges", "rule"):
+        del checkpoint["state_dict"][f"model.graph.{name}"]
+    check(checkpoint)
+    model = create_tiny(10, 8)
+    model.load_state_dict(
+        {
+            name.removeprefix("model."): value
+            for name, value in checkpoint["state_dict"].items()
+            if name.startswith("model.")
+        }
+    )
+    assert model.graph.num_edges == 40
 
 
 def test_a_run_refuses_before_anything_is_written(folder: Path, small_digits: ImageData):

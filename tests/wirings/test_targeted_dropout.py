@@ -198,6 +198,16 @@ def test_all_forward_passes_of_a_step_have_one_mask():
     assert len(set(map(tuple, seen))) == 3
 
 
+def test_a_constant_rho_draws_new_masks_without_attach():
+    graph = make_graph(TargetedDropout(0.5))
+    seen = []
+    graph.propagation.register_forward_hook(lambda module, args, output: seen.append(frozenset(args[0].index.tolist())))
+    for _ in range(6):
+        graph(X).sum().backward()
+    assert len(set(seen)) == 6
+    assert graph.state_dict()["wiring.step"] == 6
+
+
 def test_masks_are_a_function_of_seed_graph_and_step():
     first = fixed_sequence()
     assert fixed_sequence() == first

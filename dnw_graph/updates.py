@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from dnw_graph._compat import backward_pass, unwrapped, unwrapped_name
+from dnw_graph._compat import backward_pass, unwrapped, unwrapped_name, version
 from dnw_graph.arguments import checked, require
 from dnw_graph.errors import InputError
-from dnw_graph.wirings.base import Wiring
-from dnw_graph.wirings.view import View, new_seed
+from dnw_graph.ranking import Ranking, rankings
+from dnw_graph.wirings import View, Wiring
+from dnw_graph.wirings.view import Slot, new_seed
 
 
 class Updates:
@@ -27,7 +28,7 @@ class Updates:
         graphs: The graphs whose rules wait for steps, by their full names.
     """
 
-    def __init__(self, graphs: dict[str, Any], optimizer: Optimizer) -> None:
+    def __init__(self, graphs: dict[str, Ranking], optimizer: Optimizer) -> None:
         self.graphs = graphs
         self._optimizer = weakref.ref(optimizer)
         self._before: dict[str, _Before] = {}
@@ -49,7 +50,7 @@ class Updates:
     def _views(self, optimizer: Optimizer) -> dict[str, View]:
         return {name: graph.view(optimizer=optimizer) for name, graph in self.graphs.items()}
 
-    def _slots(self) -> Iterator[Any]:
+    def _slots(self) -> Iterator[Slot]:
         for graph in self.graphs.values():
             yield from graph.slots
 
@@ -98,8 +99,8 @@ class Updates:
             if graph.wiring.needs_gradient(graph.view()):
                 for slot in graph.slots:
                     if slot.holder.probe is None and slot.parameter.requires_grad:
-                        slot.holder.probe, handle = _new_probe(slot.parameter)
-                        self._probe_handles.append(handle)
+                        slot.holder.probe, handles = _new_probe(slot.parameter)
+                        self._probe_handles += handles
 
     def _remove_probes(self) -> None:
         for handle in self._probe_handles:
@@ -135,28 +136,39 @@ class _Before:
             now.copy_(restored.index_copy_(0, self.trained, now[self.trained]))
 
 
-def _new_probe(parameter: Tensor) -> tuple[Tensor, RemovableHandle]:
-    """Return a leaf of zeros that gathers a gradient, and begins anew when the parameter's ``.grad`` was set to None.
+def _new_probe(parameter: Tensor) -> tuple[Tensor, list[RemovableHandle]]:
+    """Return a leaf of zeros that gathers a gradient, and begins anew after ``zero_grad``, to None or to zeros.
 
     So what a GradScaler has a step skip does not stay in it.
     """
     probe = parameter.new_zeros(()).expand(parameter.shape).requires_grad_()
-    fresh = last = None  # the backward passes that came first after that, and last
+    fresh = last = gathered = None  # the backward passes that came first after that, and last; the version of ``.grad``
+
+    def begins() -> bool:
+        grad = parameter.grad
+        return grad is None or (version(grad) != gathered and not grad.any())
 
     def before_parameter(grad: Tensor) -> None:
         nonlocal fresh
-        if parameter.grad is None:
+        if begins():
             fresh = backward_pass()
+
+    def after_parameter(_: Tensor) -> None:
+        nonlocal gathered
+        gathered = None if parameter.grad is None else version(parameter.grad)
 
     def before_probe(grad: Tensor) -> None:
         nonlocal last
         now = backward_pass()
-        if now != last and (parameter.grad is None or fresh == now):
+        if now != last and (begins() or fresh == now):
             probe.grad = None
         last = now
 
     probe.register_hook(before_probe)
-    return probe, parameter.register_hook(before_parameter)
+    return probe, [
+        parameter.register_hook(before_parameter),
+        parameter.register_post_accumulate_grad_hook(after_parameter),
+    ]
 
 
 def _has_had_gradient(view: View, optimizer: Optimizer) -> bool:
@@ -199,14 +211,12 @@ def attach(
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         >>> _ = attach(model, optimizer, num_steps=1000)
     """
-    from dnw_graph.ranking import rankings  # which knows the rules; called only
-
     for name, number in (("num_steps", num_steps), ("steps_per_epoch", steps_per_epoch)):
         require(number is None or number >= 1, name, "an integer from 1 up", number)
-    names: dict[Any, str] = {}
+    names: dict[Ranking, str] = {}
     for path, graph in rankings(unwrapped(model)):
         names.setdefault(graph, graph.full_name_at(unwrapped_name(path)))
-    graphs = {name: graph for graph, name in names.items() if graph.wiring.needs_steps}
+    graphs = {name: graph for graph, name in names.items() if graph.wiring.counts_steps}
     if graphs:
         _refuse_optimizer(optimizer)
     for name, graph in graphs.items():
@@ -255,7 +265,7 @@ def _refuse_optimizer(optimizer: Optimizer) -> None:
             raise InputError("a parameter is sharded, and rules rank it as a whole: use DistributedDataParallel")
 
 
-def _refuse_parameters(name: str, graph: Any, optimizer: Optimizer) -> None:
+def _refuse_parameters(name: str, graph: Ranking, optimizer: Optimizer) -> None:
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for slot in graph.slots:
         if slot.parameter not in groups:

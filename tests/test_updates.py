@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from dnw_graph import InputError, NeuralGraph, TargetedDropout, Wiring, attach
+from dnw_graph import InputError, NeuralGraph, Schedule, TargetedDropout, Wiring, attach
 from dnw_graph.sparse_layers import sparsify, weight_graphs
 from dnw_graph.wirings.prune_and_grow import PruneAndGrow
 
@@ -168,7 +168,9 @@ def test_what_a_rule_writes_reaches_the_parameters_and_the_optimiser(kind):
 
 def test_a_rule_that_waits_for_steps_raises_at_its_second_backward_pass():
     for living in ("never attached", "the optimiser is gone", "a copy of the model"):
-        model = NeuralGraph((6, 5, 4), 9, wiring=TargetedDropout(0.5), node_function=nn.Tanh()).double()
+        model = NeuralGraph(
+            (6, 5, 4), 9, wiring=TargetedDropout(Schedule(0.5, 0.6, 0, 9)), node_function=nn.Tanh()
+        ).double()
         if living != "never attached":
             own = torch.optim.SGD(model.parameters(), 0.1)
             attach(model, own)
@@ -188,14 +190,15 @@ def test_a_rule_that_waits_for_steps_raises_at_its_second_backward_pass():
         step(model, own)
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("fused", [False, True])
-def test_steps_that_a_scaler_skips_do_not_count(fused):
+def test_steps_that_a_scaler_skips_do_not_count(fused, set_to_none):
     model = make("graph", Probing()).float()
     own = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
     attach(model, own)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for factor in (1.0, torch.inf, 1.0, torch.inf, 1.0):
-        own.zero_grad()
+        own.zero_grad(set_to_none)
         scaler.scale(model(X.float()).square().sum() * factor).backward()
         scaler.step(own)
         scaler.update()
@@ -307,7 +310,7 @@ def test_another_number_of_edges_or_rule_is_refused_and_weights_alone_are_taken(
     for strict in (True, False):
         with pytest.raises(InputError, match=r"graph: the state has num_edges = 9, the graph 8"):
             fewer.load_state_dict(state, strict=strict)
-        with pytest.raises(InputError, match=r"edges of the state were chosen by another rule than 'dnw'"):
+        with pytest.raises(InputError, match=r"edges of the state were chosen by 'random_graph', not by 'dnw'"):
             model.load_state_dict(fixed.state_dict(), strict=strict)
     fewer.load_weights(state)
     assert torch.equal(fewer.candidates.weight, model.candidates.weight)
