@@ -23,6 +23,8 @@ ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.Tanh: "tanh",
 }
 
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)
+
 # What does nothing in evaluation.
 SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -40,7 +42,7 @@ def steps(module: nn.Module) -> list[Layer] | None:
         return [Activation(ACTIVATION_MODULES[kind])]
     if isinstance(module, Affine):
         return [module]
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.InstanceNorm2d) and kind.__module__.startswith("torch."):
+    if isinstance(module, NORMS) and kind.__module__.startswith("torch."):
         return _norm(module)
     if kind in (nn.Conv2d, NodeConv):
         layer = conv(module)
@@ -87,7 +89,7 @@ def _all(modules: Sequence[nn.Module]) -> list[Layer] | None:
     return [layer for part in known for layer in part] if len(known) == len(parts) else None
 
 
-def _norm(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.InstanceNorm2d) -> list[Layer] | None:
+def _norm(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm | nn.InstanceNorm2d) -> list[Layer] | None:
     mean, variance = norm.running_mean, norm.running_var
     if mean is None or variance is None:
         if not isinstance(norm, nn.InstanceNorm2d):
