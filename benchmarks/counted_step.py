@@ -24,10 +24,10 @@ from roofline import Machine, floor, groups
 from steps import DTYPES, OURS, REFERENCE
 from timing import arguments, print_table, report
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry
 from train_step import MOBILENET, MODELS, make_model
 
 from dnw_graph._compat import TorchDispatchMode, tree_leaves
+from dnw_graph.analysis.multiply_adds import operations
 
 H200 = {torch.float32: 67.0, torch.bfloat16: 989.0}
 NOTHING = {"_unsafe_view", "empty", "empty_like", "new_empty", "empty_strided", "detach", "lift_fresh"}
@@ -61,22 +61,13 @@ class Counter(TorchDispatchMode):
             read = 0 if name in WRITES_ONLY else _bytes((args, kwargs))
             if name == "copy_":
                 read = _bytes(args[1])
-            self.calls.append(Call(name, _operations(func, args, kwargs or {}, result), read + _bytes(result)))
+            self.calls.append(Call(name, operations(func, args, kwargs or {}, result), read + _bytes(result)))
         return result
 
 
 def _bytes(arguments: Any) -> int:
     tensors = {id(leaf): leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _operations(func: Any, args: Any, kwargs: Any, result: Any) -> float:
-    if func is torch.ops.aten.convolution_backward.default:
-        # PyTorch's own formula takes the gradient of a grouped convolution's weight for that of a full one.
-        grad, _, weight, *_, wanted = args
-        return 2 * sum(wanted[:2]) * grad.numel() * weight[0].numel()
-    formula = flop_registry.get(func.overloadpacket)
-    return formula(*args, **kwargs, out_val=result) if formula else 0
 
 
 def calls_of(model: nn.Module, images: Tensor) -> list[Call]:

@@ -41,6 +41,7 @@ from timing import median_times
 from torch import Tensor, nn
 
 from dnw_graph import Continuous, Discrete, NeuralGraph
+from dnw_graph.analysis.multiply_adds import edges_between, layer_multiply_adds
 from dnw_graph.ops.dense import product_with_transpose
 
 PARAMETER = 4  # bytes: parameters, gradients and momentum are float32 under autocast too
@@ -221,8 +222,7 @@ class _Counter:
 
     def edges(self, sources: range, targets: range) -> int:
         """Return the number of real edges from some nodes to others."""
-        leaving = (self.source >= sources.start) & (self.source < sources.stop)
-        return int((leaving & (self.target >= targets.start) & (self.target < targets.stop)).sum())
+        return edges_between(self.source, self.target, sources, targets)
 
     def group(self, kind: str, multiply_adds: int, moved: float) -> Group:
         """Return a group with so many multiply-adds per image."""
@@ -235,7 +235,7 @@ def _other_layers(sizes: dict[nn.Module, tuple[int, int]], element: int, batch: 
     for number, layer in enumerate(layers):
         read, written = sizes[layer]
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            operations = 2 * batch * written * layer.weight[0].numel()
+            operations = 2 * batch * layer_multiply_adds(layer.weight, written)
             # Nobody asks for the gradient of the images.
             for kind in ("forward", "gradient of the weight", *["gradient of the input"] * (number > 0)):
                 yield Group("other layers", kind, operations, element * (read + written))

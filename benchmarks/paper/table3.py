@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,13 +23,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from table3_rows import NAMES, ROWS, SIDE, Nearest, Row
+from table3_rows import NAMES, ROWS, SIDE, Row
 from torch import nn
 
 from dnw_graph import InputError
 from dnw_graph.analysis.cost import cost
 from dnw_graph.errors import unknown_name
-from dnw_graph.models import STAGES, create_model, edges_at_width
+from dnw_graph.models import create_model
 from dnw_graph.whole_file import write_whole
 
 TITLE = f"Table 3: models for ImageNet, images of {SIDE} pixels"
@@ -46,7 +45,7 @@ class Counted:
         what: Which model, or why none.
         parameters: Number of parameters, nodes without a path to an output left out.
         multiply_adds: Multiply-adds for one image, likewise.
-        paper_parameters: Number of parameters by the paper's count of dead nodes, if the model has nodes.
+        paper_parameters: Number of parameters by the paper's count: norms left out, and its dead nodes.
         paper_multiply_adds: Multiply-adds by the paper's count.
         verdict: ``agrees``, ``differs``, ``upper bound``, ``other model`` or ``cited only``.
     """
@@ -72,17 +71,6 @@ def agrees(counted: int, printed: str | None) -> bool:
         return True
     low, high = interval(printed)
     return low * (1 - TOLERANCE) <= counted <= high * (1 + TOLERANCE)
-
-
-def nothing_dead(width: float, small: bool) -> tuple[int, int]:
-    """Return parameters and multiply-adds of MobileNetV1-DNW with every node live."""
-    features = STAGES[-1][-1]
-    edges_of_classifier = math.floor(features * NUM_CLASSES * Fraction(str(width))) if small else features * NUM_CLASSES
-    stem = 3 * 9 * STAGES[0][0]
-    stages = [edges_at_width(stage, width) + 9 * sum(stage[:-1]) for stage in STAGES]
-    places = [(SIDE // 2**number) ** 2 for number in range(1, 6)]
-    multiply_adds = stem * places[0] + sum(map(math.prod, zip(stages, places, strict=True))) + edges_of_classifier
-    return stem + sum(stages) + edges_of_classifier + NUM_CLASSES, multiply_adds
 
 
 def load(row: Row, path: Path, model: nn.Module) -> None:
@@ -112,37 +100,23 @@ def load(row: Row, path: Path, model: nn.Module) -> None:
 
 def count(row: Row, checkpoint: Path | None = None) -> Counted:
     """Count a row's model, or the nearest one."""
-    if row.nearest is not None:
-        return _count_nearest(row, row.nearest)
-    if row.name is None:
+    if row.nearest is None and row.name is None:
         return Counted("in neither torchvision nor timm")
-    if row.options.get("wiring") == "dnw" and checkpoint is None:
-        parameters, multiply_adds = nothing_dead(row.options["width"], row.options["small"])
-        return Counted("nothing dead", parameters, multiply_adds, parameters, multiply_adds, "upper bound")
+    if row.nearest is not None and importlib.util.find_spec(row.nearest.library) is None:
+        return Counted(f"{row.nearest}: not installed")
     torch.manual_seed(0)
-    model = create_model(**row.options, num_classes=NUM_CLASSES)
+    side = SIDE if row.nearest is None else row.nearest.side
+    model = create_model(**row.options, num_classes=NUM_CLASSES) if row.nearest is None else row.nearest.build()
     if checkpoint is not None:
         load(row, checkpoint, model)
-    live, paper = cost(model, (3, SIDE, SIDE)), cost(model, (3, SIDE, SIDE), paper=True)
+    bound = row.options.get("wiring") == "dnw" and checkpoint is None
+    ours, paper = (cost(model, (3, side, side), paper=paper, dead_nodes=bound) for paper in (False, True))
     good = agrees(paper.parameters, row.parameters) and agrees(paper.multiply_adds, row.flops)
-    what = f"checkpoint {checkpoint}" if checkpoint else "random graph, seed 0" if "wiring" in row.options else "dense"
-    return Counted(
-        what,
-        live.parameters,
-        live.multiply_adds,
-        paper.parameters,
-        paper.multiply_adds,
-        "agrees" if good else "differs",
-    )
-
-
-def _count_nearest(row: Row, nearest: Nearest) -> Counted:
-    if importlib.util.find_spec(nearest.library) is None:
-        return Counted(f"{nearest}: not installed")
-    result = cost(nearest.build(), (3, nearest.side, nearest.side))
-    good = agrees(result.parameters, row.parameters) and agrees(result.multiply_adds, row.flops)
-    verdict = "agrees" if good else "other model"
-    return Counted(str(nearest), result.parameters, result.multiply_adds, verdict=verdict)
+    verdict = "upper bound" if bound else "agrees" if good else "other model" if row.nearest else "differs"
+    wirings = {"dnw": "nothing dead", "random_graph": "random graph, seed 0"}
+    what = str(row.nearest or wirings.get(row.options.get("wiring", ""), "dense"))
+    what = what if checkpoint is None else f"checkpoint {checkpoint}"
+    return Counted(what, ours.parameters, ours.multiply_adds, paper.parameters, paper.multiply_adds, verdict)
 
 
 HEADER = (
@@ -167,8 +141,8 @@ def lines(results: Sequence[tuple[Row, Counted]]) -> list[str]:
     text = ["| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |" for cells in table]
     text += [
         "",
-        "parameters, multiply-adds: real edges and live nodes only, one image, norms not counted. Paper's count: dead "
-        "is a node without an output edge in its stage. The result is that of the paper's count: agrees is within "
+        "parameters, multiply-adds: real edges and live nodes only, one image. Paper's count: no parameters of norms; "
+        "dead is a node without an output edge in its stage. The result is that of the paper's count: agrees is within "
         f"{TOLERANCE:.0%} of what rounds to the paper's figures.",
         "",
     ]

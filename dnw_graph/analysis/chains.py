@@ -88,4 +88,6 @@ def _num_channels(module: nn.Module) -> int | None:
         return module.num_outputs
     if isinstance(module, nn.Conv2d):
         return module.out_channels
-    return module.out_features if isinstance(module, nn.Linear) else None
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    return getattr(module, "num_features", None) if type(module) in CHANNEL_WISE else None  # norms

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from jaxtyping import Bool
@@ -65,10 +64,7 @@ class Cost:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters: those of live real edges, live nodes and all other layers.
-
-        Norms are not counted, as in the paper's figures.
-        """
+        """Number of parameters: those of live real edges, live nodes and all other layers; norms are among them."""
         return sum(row.parameters for row in self.rows)
 
     @property
@@ -122,25 +118,26 @@ def live_nodes(model: nn.Module) -> dict[str, Bool[Tensor, " nodes"]]:
 
 
 @checked
-def cost(model: nn.Module, input_size: Sequence[int], *, paper: bool = False) -> Cost:
+def cost(model: nn.Module, input_size: Sequence[int], *, paper: bool = False, dead_nodes: bool = False) -> Cost:
     """Count the parameters and multiply-adds of a model, part by part, without its dead nodes.
 
     One image of zeros is sent through the model in evaluation mode, and what is computed is counted: live real edges at
     every product, each step of a discrete graph and each evaluation of a continuous one; node functions at their live
     nodes; a convolution or linear layer that feeds only a graph, in an ``nn.Sequential`` or a model of this package, at
     the live inputs; everything else as PyTorch's ``FlopCounterMode`` counts it, two operations being one multiply-add.
-    Activations, norms and pooling are not counted. The model is left as it was: modes, hooks, wiring and random
-    state.
+    What activations, norms and pooling compute is not counted. The model is left as it was: modes, hooks, wiring and
+    random state.
 
-    With ``paper=True`` dead nodes are counted as for Table 3 of the paper, by one look at each graph: an input or inner
-    node is dead if no real edge leaves it, whether or not its targets or later stages are of use; all real edges
-    count; and where a linear ``classifier`` reads the outputs of the last graph beside it, it has no column for an
-    output at which no real edge arrives.
+    With ``paper=True`` the count is that of Table 3 of the paper, without the parameters of norms. Dead nodes are found
+    by one look at each graph: an input or inner node is dead if no real edge leaves it, whether or not its targets or
+    later stages are of use; all real edges count; and where a linear ``classifier`` reads the outputs of the last graph
+    beside it, it has no column for an output at which no real edge arrives.
 
     Args:
         model: Any module, with or without neural graphs, such as those of torchvision and timm.
         input_size: Size of one image without the batch, such as ``(3, 224, 224)``.
-        paper: Count dead nodes as the paper does.
+        paper: Count as the paper does.
+        dead_nodes: Count dead nodes, and the edges into them, like the others.
 
     Raises:
         InputError: If the model cannot take an image of that size, has lazy or scripted modules, or computes with an
@@ -157,39 +154,50 @@ def cost(model: nn.Module, input_size: Sequence[int], *, paper: bool = False) ->
     """
     expected = "the size of one image without the batch, such as (3, 224, 224)"
     require(len(input_size) > 0 and min(input_size) > 0, "input_size", expected, input_size)
-    if any(map(is_lazy, chain(model.parameters(), model.buffers()))):
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(map(is_lazy, tensors)):
         raise InputError(f"{type(model).__name__} has lazy modules without a shape: send one batch through it first")
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise InputError(f"{type(model).__name__} has scripted modules, whose work cannot be seen: count it unscripted")
+    like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+    image = torch.zeros(1, *input_size, dtype=like.dtype, device=like.device)
+    return cost_of(model, image, paper, dead_nodes)
+
+
+def cost_of(model: nn.Module, image: Tensor | None, paper: bool = False, dead_nodes: bool = False) -> Cost:
+    """Count as :func:`cost` does, with a batch of one image, or the parameters alone without one."""
     with _left_as_it_was(model), torch.no_grad():
         graphs = neural_graphs(model)
-        live = _with_output_edge(graphs) if paper else {graphs[name]: mask for name, mask in live_nodes(model).items()}
+        if dead_nodes:
+            live = {graph: torch.ones_like(graph.live_nodes()) for graph in graphs.values()}
+        elif paper:
+            live = _with_output_edge(graphs)
+        else:
+            live = {graphs[name]: mask for name, mask in live_nodes(model).items()}
         counted_targets = {graph: torch.ones_like(mask) if paper else mask for graph, mask in live.items()}
         channels = live_channels(model, live)
-        columns = classifier_columns(model) if paper else {}
+        columns = classifier_columns(model) if paper and not dead_nodes else {}
         rows = _rows(model)
-        parameters = _count_parameters(rows, channels, columns)
+        parameters = _count_parameters(rows, channels, columns, NORMS if paper else ())
         for graph, counted in counted_targets.items():
             parameters[rows[graph]] += int(counted[graph.edge_index[1]].sum())
         counter = MultiplyAdds(rows, channels | {layer: [mask] for layer, mask in columns.items()}, counted_targets)
-        _send_image(model, input_size, counter)
+        if image is not None:
+            _send_image(model, image, counter)
     found = (CostRow(name, parameters[name], int(counter.counts[name])) for name in dict.fromkeys(rows.values()))
     return Cost(tuple(row for row in found if row.parameters or row.multiply_adds))
 
 
-def _send_image(model: nn.Module, input_size: Sequence[int], counter: MultiplyAdds) -> None:
-    tensors = chain(model.parameters(), model.buffers())
-    like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
-    image = torch.zeros(1, *input_size, dtype=like.dtype, device=like.device)
+def _send_image(model: nn.Module, image: Tensor, counter: MultiplyAdds) -> None:
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise InputError(f"{type(model).__name__} has scripted modules, whose work cannot be seen: count it unscripted")
     try:
-        with counter:
+        with counter.listening():
             model.eval()(image)
     except InputError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"{type(model).__name__} cannot take one image of size {tuple(input_size)} ({type(error).__name__}: "
+            f"{type(model).__name__} cannot take one image of size {tuple(image.shape[1:])} ({type(error).__name__}: "
             f"{reason}); give the size of one image without the batch, such as (3, 224, 224)"
         ) from error
 
@@ -241,9 +249,12 @@ def _rows(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _count_parameters(
-    rows: dict[nn.Module, str], channels: dict[nn.Module, list[Tensor]], columns: dict[nn.Module, Tensor]
+    rows: dict[nn.Module, str],
+    channels: dict[nn.Module, list[Tensor]],
+    columns: dict[nn.Module, Tensor],
+    left_out: tuple[type[nn.Module], ...],
 ) -> Counter[str]:
-    """Count all parameters but those of norms and edges, the shared ones once."""
+    """Count all parameters but those of edges and of some types of modules, the shared ones once."""
     counts: Counter[str] = Counter()
     counted: set[nn.Parameter] = set()
     real = {
@@ -253,7 +264,7 @@ def _count_parameters(
         if not path
     }
     for module, row in rows.items():
-        if isinstance(module, (CandidateEdges, *NORMS)):
+        if isinstance(module, (CandidateEdges, *left_out)):
             continue
         if (own := getattr(module, "own_parameters", None)) is not None:  # a layer of a compact model
             counts[row] += own()

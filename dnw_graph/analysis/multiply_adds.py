@@ -1,11 +1,11 @@
-"""Counts the multiply-adds of a forward pass and says which module computed them."""
+"""Multiply-adds: of operators, layers and edges, of a forward pass module by module, and of a training step."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from fractions import Fraction
@@ -15,31 +15,57 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import flop_registry
 
 import dnw_graph.ops.flops  # noqa: F401
 from dnw_graph._compat import OPERATORS_WITHOUT_FORMULA, TorchDispatchMode, tree_leaves
 from dnw_graph.errors import InputError
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.propagation import Propagate, Propagation, RealEdges
+from dnw_graph.propagation.base import States
 from dnw_graph.sparse_layers.forward_pass import RealWeights
 
 aten = torch.ops.aten
 
-# Products with a vector, which PyTorch's counter leaves out: two operations per multiply-add.
-_VECTOR_FORMULAS = {
-    aten.mv: lambda matrix, *_, **__: 2 * math.prod(matrix),
-    aten.addmv: lambda _, matrix, *__, **___: 2 * math.prod(matrix),
-    aten.dot: lambda vector, *_, **__: 2 * math.prod(vector),
+
+def layer_multiply_adds(weight: Tensor, written: int) -> int:
+    """Return the multiply-adds with which a convolution or linear layer writes so many values."""
+    return written * weight[0].numel()
+
+
+def edges_between(source: Tensor, target: Tensor, sources: range, targets: range) -> int:
+    """Return how many edges lead from some nodes to others."""
+    used = (source >= sources.start) & (source < sources.stop)
+    return int((used & (target >= targets.start) & (target < targets.stop)).sum())
+
+
+def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *args: Any, **_: Any) -> int:
+    return 2 * sum(args[-1][:2]) * layer_multiply_adds(weight, grad.numel())
+
+
+# Products with a vector are left out by PyTorch's counter, and of a grouped convolution it takes the gradient of the
+# weight for that of a full one.
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    aten.mv: lambda matrix, *_, **__: 2 * matrix.numel(),
+    aten.addmv: lambda _, matrix, *__, **___: 2 * matrix.numel(),
+    aten.dot: lambda vector, *_, **__: 2 * vector.numel(),
+    aten.convolution_backward: _convolution_backward,
 }
 
 
-class MultiplyAdds(TorchDispatchMode):
-    """A context in which the multiply-adds of a model's forward pass are counted.
+def operations(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """Return the operations of a call of an operator, two per multiply-add; 0 if nothing tells how many."""
+    formula = (flop_registry | _FORMULAS).get(operator.overloadpacket)
+    return formula(*args, **kwargs, out_val=result) if formula else 0
 
-    PyTorch's ``FlopCounterMode`` counts the operators; each count is booked on the module at work, times the share of
-    live channels among those that it computes. The product over a graph's edges is counted here: one multiply-add per
-    counted real edge and place, however many an implementation computes with zeros.
+
+class MultiplyAdds(TorchDispatchMode):
+    """Counts the multiply-adds of a model's forward pass.
+
+    PyTorch's formulas count the operators; each count is booked on the module at work, times the share of live channels
+    among those that it computes, and of real weights among those of a sparse layer. The product over a graph's edges is
+    counted here: one multiply-add per counted real edge and place, however many an implementation computes with zeros.
 
     Args:
         rows: The name under which to book each module of the model.
@@ -65,43 +91,45 @@ class MultiplyAdds(TorchDispatchMode):
         self._rows = rows
         self._live = live
         self._counted_targets = counted_targets
-        self._operators = FlopCounterMode(display=False, custom_mapping=_VECTOR_FORMULAS)
-        self._operations = Fraction(0)  # of all operators, when they were last booked
-        self._left_out = Fraction(0)  # of these, what was multiplied by hallucinated weights of sparse layers
-        self._sparse: dict[int, tuple[Tensor, Tensor]] = {}  # by storage: the weight of a layer, and which are real
+        self._sparse: dict[int, tuple[Tensor, Tensor]] = {}  # by storage: a weight, and which of it are real
         self._at_work: list[tuple[str, Fraction]] = []
         self._in_product = False
-        self._scope = ExitStack()
 
-    def __enter__(self) -> MultiplyAdds:
-        """Start to count; operators that fuse products and so hide them are switched off."""
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Count what the model computes; operators that fuse products and so hide them are switched off."""
         with ExitStack() as scope:
             for module in self._rows:
                 scope.callback(module.register_forward_pre_hook(self._start, with_kwargs=True).remove)
                 scope.callback(module.register_forward_hook(self._stop).remove)
                 if isinstance(module, RealWeights):
                     scope.callback(module.register_forward_hook(self._remember).remove)
+                elif (mask := getattr(module, "edge_mask", None)) is not None:  # a dense product of a compact model
+                    weight = module.get_buffer("weight")
+                    self._sparse[weight.untyped_storage().data_ptr()] = (weight, mask)
             for graph in self._counted_targets:
                 scope.callback(graph.propagation.register_forward_hook(partial(self._listen, graph)).remove)
             scope.enter_context(_without_fused_products(self._rows))
-            super().__enter__()
-            scope.push(super().__exit__)
-            scope.enter_context(self._operators)
-            self._scope = scope.pop_all()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        """Leave no hook and no setting behind."""
-        self._scope.__exit__(*error)
+            scope.enter_context(self)
+            yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at every operator that PyTorch's counter has split as far as it could."""
-        result = func(*args, **(kwargs or {}))
-        if not self._in_product and func.overloadpacket in self._operators.flop_registry:
-            self._leave_out(func.overloadpacket, args, kwargs or {}, result)
+        """Count an operator that cannot be split into others."""
+        kwargs = kwargs or {}
+        if func is not torch.ops.prim.device.default:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if self._in_product:
+            return result
+        if (count := operations(func, args, kwargs, result)) and self._at_work:
+            name, share = self._at_work[-1]
+            self._add(name, count * share * self._real_share((args, kwargs)) / 2)
         name = func.overloadpacket.__name__
         known = func.namespace in ("aten", "prim", "prims") and name not in OPERATORS_WITHOUT_FORMULA
-        if known or self._in_product or func.overloadpacket in flop_registry:
+        if known or func.overloadpacket in flop_registry:
             return result
         if any(isinstance(value, Tensor) and value.is_floating_point() for value in tree_leaves(result)):
             raise InputError(
@@ -114,17 +142,17 @@ class MultiplyAdds(TorchDispatchMode):
         mask = torch.empty_like(weight).copy_(real.current_mask())  # strides like those of the weight
         self._sparse[weight.untyped_storage().data_ptr()] = (weight, mask)
 
-    def _leave_out(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Note the operations of a product with the hallucinated weights of a sparse layer."""
-        for operand in tree_leaves((args, kwargs)):
+    def _real_share(self, operands: Any) -> Fraction:
+        """Return which share of a product's weights is real."""
+        share = Fraction(1)
+        for operand in tree_leaves(operands):
             if isinstance(operand, Tensor) and operand.untyped_storage().data_ptr() in self._sparse:
                 _, mask = self._sparse[operand.untyped_storage().data_ptr()]
                 mask = mask.as_strided(operand.size(), operand.stride(), operand.storage_offset())
-                operations = self._operators.flop_registry[operator](*args, **kwargs, out_val=result)
-                self._left_out += Fraction(operations * int((mask == 0).sum()), mask.numel())
+                share *= Fraction(int(mask.count_nonzero()), mask.numel())
+        return share
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._book()
         share = Fraction(1)
         if module in self._live:
             # A node function can be applied to a part of its nodes.
@@ -134,16 +162,7 @@ class MultiplyAdds(TorchDispatchMode):
         self._at_work.append((self._rows[module], share))
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._book()
         self._at_work.pop()
-
-    def _book(self) -> None:
-        """Book what was computed since the last call on the module at work."""
-        operations = self._operators.get_total_flops() - self._left_out
-        if self._at_work and not self._in_product:
-            name, share = self._at_work[-1]
-            self._add(name, share * (operations - self._operations) / 2)
-        self._operations = operations
 
     def _add(self, name: str, multiply_adds: Fraction | int) -> None:
         self.counts[name] += multiply_adds  # type: ignore[assignment]
@@ -159,13 +178,9 @@ class MultiplyAdds(TorchDispatchMode):
         def product(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
             block = propagate.blocks[number]
             sources, targets = block.sources[columns], block.targets[rows]
-            used = (source >= sources.start) & (source < sources.stop)
-            used &= (target >= targets.start) & (target < targets.stop)
-            self._add(self._rows[graph], int(used.sum()) * math.prod(z.shape[2:]))
-            self._book()
+            self._add(self._rows[graph], edges_between(source, target, sources, targets) * math.prod(z.shape[2:]))
             self._in_product = True
             result = propagate.product(number, z, rows, columns)
-            self._book()
             self._in_product = False
             return result
 
@@ -187,3 +202,90 @@ def _without_fused_products(modules: Mapping[nn.Module, str]) -> Iterator[None]:
             scope.enter_context(torch.backends.mkldnn.flags(enabled=False))
             scope.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
+
+
+def layer_step(layer: nn.Module, x: Tensor, output: Tensor) -> int:
+    """Return the multiply-adds of a convolution or linear layer for one image of a training step, in all its passes."""
+    weight, real, updated = _weight(layer)
+    once = layer_multiply_adds(weight, output[0].numel())
+    through, to_weights = _passes(weight, x.requires_grad)
+    return round(once * (real * through + updated * to_weights))
+
+
+def _weight(layer: nn.Module) -> tuple[Tensor, Fraction, Fraction]:
+    """Return a layer's weight, which share of it is real in this step, and which share gets a gradient."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return layer.get_parameter("weight"), Fraction(1), Fraction(1)
+    weight = layer.get_parameter("parametrizations.weight.original")
+    sparse = layer.get_submodule("parametrizations.weight.0")
+    if not isinstance(sparse, RealWeights) or sparse.mask is None:
+        return weight, Fraction(1), Fraction(1)
+    real = Fraction(int(sparse.mask.count_nonzero()), weight.numel())
+    dense = sparse.learning is not sparse.mask or sparse.probe is not None
+    return weight, real, Fraction(1) if dense else real
+
+
+def _passes(weight: Tensor, to_source: bool) -> tuple[int, int]:
+    """Return how often a product runs, forward and for the gradient of its source, and for that of its weight."""
+    backward = torch.is_grad_enabled()
+    return 1 + (backward and to_source), backward and weight.requires_grad
+
+
+class GraphStep:
+    """The products of one graph for one image of a training step.
+
+    Attributes:
+        edges: The real edges of the step.
+        through_edges: Products forward, and backward to the states, if every candidate were real.
+        to_weights: Those for the gradient of the weights, likewise.
+    """
+
+    def __init__(self) -> None:
+        self.edges: RealEdges | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Start to count anew."""
+        self.through_edges = 0
+        self.to_weights = 0
+
+    def listen(self, propagate: Propagate) -> Propagate:
+        """Return the product over the edges such that it is counted."""
+        product: Callable[[int, Tensor, slice, slice], Tensor] = propagate.product
+
+        def counted(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
+            pairs = (rows.stop - rows.start) * (columns.stop - columns.start)
+            self.count(propagate.weights[number], pairs * math.prod(z.shape[2:]), z.requires_grad)
+            return product(number, z, rows, columns)
+
+        states = propagate.states and partial(_CountedStates, self, propagate)
+        return replace(propagate, product=counted, states=states)
+
+    def count(self, weight: Tensor, products: int, to_source: bool) -> None:
+        """Add the products of a block."""
+        through, to_weights = _passes(weight, to_source)
+        self.to_weights += products * to_weights
+        self.through_edges += products * through
+
+    def multiply_adds(self) -> float:
+        """Return the multiply-adds of the step for its real edges, and all candidates where those get a gradient."""
+        if self.edges is None:
+            return 0
+        real = self.edges.index.numel() / self.edges.candidates.num_candidates
+        return real * self.through_edges + (1 if self.edges.dense else real) * self.to_weights
+
+
+class _CountedStates(States):
+    """The states of a static graph in a way of its own: counting keeps no more of them than other steps do."""
+
+    def __init__(self, counter: GraphStep, propagate: Propagate, feeding: Sequence[slice]) -> None:
+        self.counter, self.weights, self.feeding = counter, propagate.weights, feeding
+        self.own = propagate.start(feeding)
+        self.learning: list[bool] = []
+
+    def receive(self, number: int, z: Tensor) -> Tensor:
+        self.learning.append(z.requires_grad)
+        weight = self.weights[number]
+        products = weight.numel() * math.prod(z.shape[2:])
+        self.counter.count(weight, products, any(self.learning[self.feeding[number]]))
+        return self.own.receive(number, z)

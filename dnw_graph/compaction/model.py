@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dnw_graph.analysis.chains import channel_wise
-from dnw_graph.analysis.cost import neural_graphs
+from dnw_graph.analysis.cost import cost_of, neural_graphs
 from dnw_graph.arguments import checked, shown, wrong
 from dnw_graph.compaction.chains import MODELS, chain, silent_features
 from dnw_graph.compaction.convert import GraphConverter, can_be_compacted, is_adaptive, needed_nodes, whole_functions
 from dnw_graph.compaction.functions import conv, steps
 from dnw_graph.compaction.fusion import fold, fuse
 from dnw_graph.compaction.layers import Chain, Conv, Linear, MapMean, Select
-from dnw_graph.compaction.report import Report, Size, count_multiply_adds, count_parameters, relative_difference
+from dnw_graph.compaction.report import Report, Size, relative_difference
 from dnw_graph.dynamics import Continuous
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.neural_graph import NeuralGraph
@@ -94,16 +95,12 @@ def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | Non
         model.eval()
         with torch.no_grad():
             compacted = _Compactor(products == "sparse", report).compact(model)
-            report.before.parameters = count_parameters(model)
-            report.after.parameters = count_parameters(compacted)
-            if example is not None:
-                whole = _Compactor(True, Report(), prune=False).compact(model)
-                report.before.multiply_adds = count_multiply_adds(whole, example)
-                report.after.multiply_adds = count_multiply_adds(compacted, example)
             for module in compacted.modules():
                 if isinstance(module, CompactModel):
                     module.layers = nn.ModuleList(fuse(list(module.layers)))
             compacted.eval()
+            for size, counted in ((report.before, model), (report.after, compacted)):
+                _count(size, counted, example)
             if example is not None:
                 _compare(model, compacted, example, report)
     finally:
@@ -119,13 +116,11 @@ class _Compactor:
     Args:
         sparse: Whether products are sparse.
         report: Where sizes and notes go.
-        prune: Whether dead nodes are left out.
     """
 
-    def __init__(self, sparse: bool, report: Report, prune: bool = True) -> None:
+    def __init__(self, sparse: bool, report: Report) -> None:
         self.sparse = sparse
         self.report = report
-        self.prune = prune
         self.sizes: dict[NeuralGraph, tuple[Size, Size]] = {}
 
     def compact(self, model: nn.Module) -> nn.Module:
@@ -162,7 +157,7 @@ class _Compactor:
         if isinstance(new, Conv) and new.groups == 1:
             return [new if wanted is None else new.cut(wanted)], None
         layers = [new] if wanted is None else [new, Select(wanted)]
-        if isinstance(new, Linear) and self.prune and (silent := silent_features(modules[:-1])) is not None:
+        if isinstance(new, Linear) and (silent := silent_features(modules[:-1])) is not None:
             used = silent.isnan().nonzero().flatten()
             constant = new.weight @ silent.nan_to_num()
             layers[0] = Linear(new.weight[:, used], constant if new.bias is None else new.bias + constant)
@@ -170,7 +165,7 @@ class _Compactor:
         return layers, None
 
     def _graph(self, graph: NeuralGraph, wanted: Tensor | None) -> tuple[list[nn.Module], Tensor | None]:
-        live = needed_nodes(graph, wanted) if self.prune else torch.ones_like(needed_nodes(graph, None))
+        live = needed_nodes(graph, wanted)
         source, target = graph.edge_index
         before = Size(graph.num_nodes, len(source))
         after = Size(int(live.sum()), int((live[source] & live[target]).sum()))
@@ -220,6 +215,14 @@ def _check_example(model: nn.Module, example: Tensor) -> None:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _count(size: Size, model: nn.Module, example: Tensor | None) -> None:
+    """Note what a model costs with all the nodes that it has."""
+    size.parameters = cost_of(model, None, dead_nodes=True).parameters
+    if example is not None:
+        with suppress(InputError):  # an operator whose multiply-adds are unknown
+            size.multiply_adds = cost_of(model, example[:1], dead_nodes=True).multiply_adds
 
 
 def _compare(model: nn.Module, compacted: nn.Module, example: Tensor, report: Report) -> None:

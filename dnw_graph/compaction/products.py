@@ -80,9 +80,14 @@ class DenseProduct(Layer):
         require(weight.dim() == 2 and bias.shape == weight.shape[:1], "a product needs a matrix and a bias per row")
         self.register(weight=weight, bias=bias)
 
+    @property
+    def edge_mask(self) -> Tensor:
+        """Where the matrix has edges; what ``cost`` counts."""
+        return self.weight != 0
+
     def own_parameters(self) -> int:
         """Return the number of its parameters, zeros left out."""
-        return int(self.weight.count_nonzero()) + self.bias.numel()
+        return int(self.edge_mask.sum()) + self.bias.numel()
 
     @property
     def num_inputs(self) -> int:

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from dnw_graph.candidates import CandidateEdges
-from dnw_graph.compaction.layers import Conv, Layer, Linear
-from dnw_graph.compaction.products import DenseProduct, SparseProduct
-from dnw_graph.neural_graph import NeuralGraph
+from torch import Tensor
 
 
 @dataclass
@@ -22,10 +14,10 @@ class Size:
     Attributes:
         nodes: Number of nodes.
         edges: Number of real edges.
-        parameters: Number of parameters: the weights of real edges, and those of all other layers. Of a compact model,
-            all numbers that it stores (a discrete graph stores its first and its last step apart).
-        multiply_adds: Multiply-adds of real edges, convolutions and linear layers for one image of the example; None
-            without example.
+        parameters: Number of parameters as :func:`~dnw_graph.analysis.cost.cost` counts them, dead nodes included. Of a
+            compact model, all numbers that it stores (a discrete graph stores its first and its last step apart).
+        multiply_adds: Multiply-adds for one image of the example, likewise; None without example, or where the model
+            computes with an operator whose multiply-adds are unknown.
     """
 
     nodes: int = 0
@@ -83,48 +75,6 @@ class Report:
                 "tolerance; give an example to see how much"
             )
         return "\n".join(lines)
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of parameters of a model: of graphs the real edges, of dense products what is not zero."""
-    total = 0
-    counted: set[nn.Parameter] = set()
-    for layer in module.modules():
-        if isinstance(layer, Layer):
-            total += layer.own_parameters()
-        elif isinstance(layer, NeuralGraph):
-            total += layer.num_real_edges
-        elif not isinstance(layer, CandidateEdges):
-            own = set(layer.parameters(recurse=False)) - counted
-            counted |= own
-            total += sum(parameter.numel() for parameter in own)
-    return total
-
-
-def count_multiply_adds(module: nn.Module, example: Tensor) -> int:
-    """Return the multiply-adds of a compact model without fused graphs for one example, zeros of products left out."""
-    total = 0
-
-    def hook(layer: nn.Module, _: Any, output: Tensor) -> None:
-        nonlocal total
-        if isinstance(layer, SparseProduct):
-            total += layer.num_edges * math.prod(output.shape[2:])
-        elif isinstance(layer, DenseProduct):
-            total += int(layer.weight.count_nonzero()) * math.prod(output.shape[2:])
-        elif isinstance(layer, Linear | nn.Linear):
-            total += layer.weight.numel() * math.prod(output.shape[1:-1])
-        elif isinstance(layer, Conv | nn.Conv2d):
-            total += layer.weight.numel() * math.prod(output.shape[2:])
-
-    kinds = (SparseProduct, DenseProduct, Linear, nn.Linear, Conv, nn.Conv2d)
-    handles = [layer.register_forward_hook(hook) for layer in module.modules() if isinstance(layer, kinds)]
-    try:
-        with torch.no_grad():
-            module(example[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return total
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:

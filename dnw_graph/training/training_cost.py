@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from fractions import Fraction
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from dnw_graph.analysis.cost import neural_graphs
+from dnw_graph.analysis.multiply_adds import GraphStep, layer_step
 from dnw_graph.arguments import checked
 from dnw_graph.propagation import Propagate, Propagation, RealEdges
-from dnw_graph.propagation.base import States
-from dnw_graph.sparse_layers.forward_pass import RealWeights
 
 
 class TrainingCost(Callback):
@@ -51,7 +45,7 @@ class TrainingCost(Callback):
         self.multiply_adds = 0
         self.model = model
         self._layers = 0
-        self._graphs = {name: _GraphCounter() for name in neural_graphs(model)}
+        self._graphs = {name: GraphStep() for name in neural_graphs(model)}
         self._in_step = False
         self._listening: list[Any] = []
         self._counting: list[Any] = []
@@ -92,16 +86,10 @@ class TrainingCost(Callback):
         self.multiply_adds += round(images * per_image)
 
     def _on_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        linear = isinstance(layer, nn.Linear)
-        places = math.prod(output.shape[1:-1] if linear else output.shape[2:])
-        weight, real, updated = _weight(layer)
-        once = output.size(-1 if linear else 1) * weight[0].numel() * places
-        to_weights = torch.is_grad_enabled() and weight.requires_grad
-        through = passes(weight, args[0].requires_grad) - to_weights
-        self._layers += round(once * (real * through + updated * to_weights))
+        self._layers += layer_step(layer, args[0], output)
 
     def _on_edges(
-        self, counter: _GraphCounter, propagation: Propagation, args: tuple[RealEdges, Tensor], output: Propagate
+        self, counter: GraphStep, propagation: Propagation, args: tuple[RealEdges, Tensor], output: Propagate
     ) -> Propagate | None:
         if not self._in_step:
             return None
@@ -125,74 +113,3 @@ class TrainingCost(Callback):
         self._layers = state_dict["layers"]
         for name, (through_edges, to_weights) in state_dict["graphs"].items():
             self._graphs[name].through_edges, self._graphs[name].to_weights = through_edges, to_weights
-
-
-def _weight(layer: nn.Module) -> tuple[Tensor, Fraction, Fraction]:
-    """Return a layer's weight, which share of it is real in this step, and which share gets a gradient."""
-    if not parametrize.is_parametrized(layer, "weight"):
-        return layer.get_parameter("weight"), Fraction(1), Fraction(1)
-    weight = layer.get_parameter("parametrizations.weight.original")
-    sparse = layer.get_submodule("parametrizations.weight.0")
-    if not isinstance(sparse, RealWeights) or sparse.mask is None:
-        return weight, Fraction(1), Fraction(1)
-    real = Fraction(int(sparse.mask.count_nonzero()), weight.numel())
-    dense = sparse.learning is not sparse.mask or sparse.probe is not None
-    return weight, real, Fraction(1) if dense else real
-
-
-def passes(weight: Tensor, to_source: bool) -> int:
-    """Return how often a product is computed: forward, and for the gradients of its weight and of its source."""
-    if not torch.is_grad_enabled():
-        return 1
-    return 1 + weight.requires_grad + to_source
-
-
-class _GraphCounter:
-    """The products of one graph for one image: how many, if every candidate were real, along each pass."""
-
-    def __init__(self) -> None:
-        self.edges: RealEdges | None = None
-        self.forget()
-
-    def forget(self) -> None:
-        self.through_edges = 0  # forward, and backward to the states
-        self.to_weights = 0
-
-    def listen(self, propagate: Propagate) -> Propagate:
-        product: Callable[[int, Tensor, slice, slice], Tensor] = propagate.product
-
-        def counted(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
-            pairs = (rows.stop - rows.start) * (columns.stop - columns.start)
-            self.count(propagate.weights[number], pairs * math.prod(z.shape[2:]), z.requires_grad)
-            return product(number, z, rows, columns)
-
-        states = propagate.states and partial(_CountedStates, self, propagate)
-        return replace(propagate, product=counted, states=states)
-
-    def count(self, weight: Tensor, products: int, to_source: bool) -> None:
-        """Add the products of a block."""
-        to_weights = torch.is_grad_enabled() and weight.requires_grad
-        self.to_weights += products * to_weights
-        self.through_edges += products * (passes(weight, to_source) - to_weights)
-
-    def multiply_adds(self) -> float:
-        if self.edges is None:
-            return 0
-        real = self.edges.index.numel() / self.edges.candidates.num_candidates
-        return real * self.through_edges + (1 if self.edges.dense else real) * self.to_weights
-
-
-class _CountedStates(States):
-    """The states of a static graph in a way of its own: counting keeps no more of them than other steps do."""
-
-    def __init__(self, counter: _GraphCounter, propagate: Propagate, feeding: Sequence[slice]) -> None:
-        self.counter, self.weights, self.feeding = counter, propagate.weights, feeding
-        self.own = propagate.start(feeding)
-        self.learning: list[bool] = []
-
-    def receive(self, number: int, z: Tensor) -> Tensor:
-        self.learning.append(z.requires_grad)
-        weight = self.weights[number]
-        products = weight.numel() * math.prod(z.shape[2:])
-        self.counter.count(weight, products, any(self.learning[self.feeding[number]]))
-        return self.own.receive(number, z)

@@ -67,14 +67,15 @@ def test_a_complete_graph_costs_what_pytorch_counts():
     result = cost(graph, (8, 12, 12))
     assert result.multiply_adds == counted_by_pytorch(graph, (8, 12, 12))
     assert result.multiply_adds == 36 * (8 * 6 + 14 * 4 + 9 * 14)
-    assert result.parameters == 8 * 6 + 14 * 4 + 9 * 14
+    assert result.parameters == 8 * 6 + 14 * 4 + 11 * 14  # of each node a kernel, and scale and shift of its norm
 
 
 @pytest.mark.slow
 def test_complete_layers_cost_what_mobilenet_v1_costs():
     layered = MobileNetV1DNW(width=1.0, layered=True, num_classes=10)
     dense = MobileNetV1(width=1.0, num_classes=10)
-    assert totals(cost(layered, (3, 64, 64))) == totals(cost(dense, (3, 64, 64)))
+    # MobileNetV1 has two norms for each of our node functions' one, which the paper's count leaves out.
+    assert totals(cost(layered, (3, 64, 64), paper=True)) == totals(cost(dense, (3, 64, 64), paper=True))
 
 
 def test_random_graph_costs_the_edges_and_live_nodes_counted_by_hand():
@@ -98,10 +99,15 @@ def test_random_graph_costs_the_edges_and_live_nodes_counted_by_hand():
     live_stem = sum(v < 32 for v in live[0])
     result = cost(model, (3, 224, 224))
     assert result.multiply_adds == total(live_edges, live_non_outputs, live_stem)
-    assert result.parameters == sum(live_edges) + 9 * sum(live_non_outputs) + 27 * live_stem + 1024 * 1000 + 1000
+    rest = 27 * live_stem + 2 * 1024 + 1024 * 1000 + 1000  # stem, norm of the head, classifier
+    assert result.parameters == sum(live_edges) + 11 * sum(live_non_outputs) + rest
     # Some nodes are dead, but few: the paper's random graph shows 55.7M and 1.2M parameters.
     assert 0.95 * nothing_dead < result.multiply_adds < nothing_dead
     assert round(result.parameters / 1e6, 1) == 1.2
+    whole = cost(model, (3, 224, 224), dead_nodes=True)
+    candidates = sum(p.numel() for name, p in model.named_parameters() if "candidates" in name)
+    stored = sum(p.numel() for p in model.parameters())
+    assert totals(whole) == (stored - candidates + sum(edges), nothing_dead)
 
 
 @every_value(rest=pytest.mark.slow, small=[False, True], width=[0.05, 0.225])
@@ -129,12 +135,13 @@ def chain_with_a_dead_end():
 def test_a_chain_that_ends_nowhere_is_dead_as_a_whole():
     graph = chain_with_a_dead_end()
     assert live_nodes(graph)["graph"].tolist() == [True, False, True, False, True, False, True]
-    # Three live edges and three live convolutions of nine weights, on maps of 16.
-    assert cost(graph, (2, 4, 4)) == Cost((CostRow("graph", 3 + 27, 16 * (3 + 27)),))
+    # Three live edges, three live convolutions of nine weights and their norms of two, on maps of 16.
+    assert cost(graph, (2, 4, 4)) == Cost((CostRow("graph", 3 + 27 + 6, 16 * (3 + 27)),))
+    assert cost(graph, (2, 4, 4), dead_nodes=True) == Cost((CostRow("graph", 6 + 54 + 12, 16 * (6 + 54)),))
 
 
 def test_the_paper_s_count_looks_one_edge_ahead_by_hand():
-    # 5 alone has no output edge. All six edges count, and the convolutions of 0 … 4.
+    # 5 alone has no output edge. All six edges count, and the convolutions of 0 … 4; norms do not.
     assert cost(chain_with_a_dead_end(), (2, 4, 4), paper=True) == Cost((CostRow("graph", 6 + 45, 16 * (6 + 45)),))
 
 
@@ -150,7 +157,7 @@ def graph_with_a_dead_cycle():
 
 def test_a_cycle_that_reaches_no_output_is_dead():
     # Step 1: 0 → 4, and f at 0 and 4. Step 2: only the output is computed: 0 → 4 again, f at 4.
-    assert cost(graph_with_a_dead_cycle(), (1, 4, 4)) == Cost((CostRow("graph", 1 + 18, 16 * (1 + 18 + 1 + 9)),))
+    assert cost(graph_with_a_dead_cycle(), (1, 4, 4)) == Cost((CostRow("graph", 1 + 18 + 4, 16 * (1 + 18 + 1 + 9)),))
 
 
 def test_the_paper_s_count_keeps_a_dead_cycle():
@@ -190,8 +197,8 @@ def test_both_counts_of_chained_graphs_by_hand():
     # known: it counts in full.
     assert cost(model, (3, 4, 4)).rows == (
         CostRow("stem", 8, 16 * 6),
-        CostRow("stage1", 1 + 9, 16 * (1 + 9)),
-        CostRow("stage2", 1 + 9, 16 * (1 + 9)),
+        CostRow("stage1", 1 + 9 + 2, 16 * (1 + 9)),
+        CostRow("stage2", 1 + 9 + 2, 16 * (1 + 9)),
         CostRow("classifier", 15, 10),
     )
     # The paper's count of the first graph does not look at the second; output 2 of that one has no edge and no column.
@@ -248,7 +255,8 @@ def test_graphs_of_a_sequential_are_live_where_they_reach_its_end():
     expected = 64 * (3 * inputs[0] + edges[0] + convolutions[0] + 9 * inputs[1]) + 16 * (edges[1] + convolutions[1]) + 6
     result = cost(model, (3, 8, 8))
     assert result.multiply_adds == expected
-    assert result.parameters == 4 * inputs[0] + 10 * inputs[1] + sum(edges) + sum(convolutions) + 8
+    norms = 2 * inputs[1] + 2 * sum(convolutions) // 9
+    assert result.parameters == 4 * inputs[0] + 10 * inputs[1] + sum(edges) + sum(convolutions) + norms + 8
 
 
 def test_graphs_of_vectors_behind_a_flattening():
@@ -357,7 +365,8 @@ def test_of_a_stem_of_several_layers_only_the_last_one_s_channels_can_be_dead():
     edges, nodes = int((live[source] & live[target]).sum()), int(live[:800].sum())
     stem = [3 * 16 * 9, 16 * 9, 16 * 16]  # convolution, depthwise, and 16 of the 32 pointwise outputs
     result = cost(model, (3, 32, 32))
-    assert result.parameters == sum(stem) + edges + 9 * nodes + 1_010
+    norms = 2 * 16 + 2 * 16 + 2 * nodes
+    assert result.parameters == sum(stem) + norms + edges + 9 * nodes + 1_010
     assert result.multiply_adds == 16**2 * stem[0] + 8**2 * (stem[1] + stem[2] + edges + 9 * nodes) + 1_000
 
 
@@ -422,8 +431,8 @@ def test_counting_leaves_the_model_as_it_was(paper, fail):
 def test_rows_are_the_stages_and_their_sum():
     model = MobileNetV1DNW(width=0.1, num_classes=10, stem_stride=1, wiring="random_graph")
     result = cost(model, (3, 16, 16))
-    assert [row.name for row in result.rows] == ["stem", *(f"stage{n}" for n in range(1, 6)), "classifier"]
-    assert result.rows[-1] == CostRow("classifier", 10_250, 10_240)
+    assert [row.name for row in result.rows] == ["stem", *(f"stage{n}" for n in range(1, 6)), "head", "classifier"]
+    assert result.rows[-2:] == (CostRow("head", 2 * 1024, 0), CostRow("classifier", 10_250, 10_240))
     lines = [line.split() for line in str(result).splitlines()]
     assert lines[0] == ["part", "parameters", "multiply-adds"]
     assert lines[1:-1] == [[row.name, f"{row.parameters:,}", f"{row.multiply_adds:,}"] for row in result.rows]

@@ -17,7 +17,7 @@ from table3_rows import NAMES, ROWS, Nearest  # noqa: E402
 
 from dnw_graph import InputError  # noqa: E402
 from dnw_graph.analysis.cost import cost  # noqa: E402
-from dnw_graph.models import MobileNetV1, MobileNetV1DNW  # noqa: E402
+from dnw_graph.models import MobileNetV1DNW, create_model  # noqa: E402
 from dnw_graph.training.checkpoint_io import FORMAT, SECTION, WholeFileIO  # noqa: E402
 
 PAPER = """
@@ -96,25 +96,30 @@ def test_a_figure_agrees_up_to_two_percent_beyond_its_rounding(printed, low, hig
 def test_the_upper_bounds_are_those_counted_by_hand():
     edges, nodes, places = (103, 1_244, 4_976, 72_990, 79_626), (32, 192, 384, 2_816, 1_536), (112, 56, 28, 14, 7)
     stages = sum((e + 9 * n) * side**2 for e, n, side in zip(edges, nodes, places, strict=True))
-    assert table3.nothing_dead(0.225, small=False) == (
-        27 * 32 + sum(edges) + 9 * sum(nodes) + 1024 * 1000 + 1000,
-        27 * 32 * 112**2 + stages + 1024 * 1000,
-    )
-    assert table3.nothing_dead(0.225, small=True)[1] == 27 * 32 * 112**2 + stages + 230_400
+    parameters = 27 * 32 + sum(edges) + 9 * sum(nodes) + 1024 * 1000 + 1000
+    norms = 2 * sum(nodes) + 2 * 1024
+    found = table3.count(row_of(DNW))
+    assert (found.parameters, found.paper_parameters) == (parameters + norms, parameters)
+    assert found.multiply_adds == found.paper_multiply_adds == 27 * 32 * 112**2 + stages + 1024 * 1000
+    found = table3.count(row_of("mobilenet_v1_dnw_small_x0.225"))
+    assert found.multiply_adds == found.paper_multiply_adds == 27 * 32 * 112**2 + stages + 230_400
     # No wiring of these edges costs more, however its nodes are connected.
     for small in (False, True):
         model = MobileNetV1DNW(0.15, small=small, wiring="random_graph")
         for paper in (False, True):
             result = cost(model, (3, 224, 224), paper=paper)
-            parameters, multiply_adds = table3.nothing_dead(0.15, small)
-            assert 0.8 * multiply_adds < result.multiply_adds <= multiply_adds
-            assert 0.98 * parameters < result.parameters <= parameters
+            bound = cost(model, (3, 224, 224), paper=paper, dead_nodes=True)
+            assert 0.8 * bound.multiply_adds < result.multiply_adds <= bound.multiply_adds
+            assert 0.98 * bound.parameters < result.parameters <= bound.parameters
 
 
 def test_the_figures_in_the_note_on_the_larger_random_graph():
-    parameters, multiply_adds = table3.nothing_dead(0.51, small=False)
-    assert (f"{multiply_adds / 1e6:.1f}M", f"{parameters / 1e6:.1f}M") == ("169.6M", "1.9M")
-    assert f"{table3.nothing_dead(0.49, small=False)[1] / 1e6:.1f}M" == "158.8M"
+    wide, narrow = (
+        cost(MobileNetV1DNW(width, wiring="random_graph"), (3, 224, 224), paper=True, dead_nodes=True)
+        for width in (0.51, 0.49)
+    )
+    assert (f"{wide.multiply_adds / 1e6:.1f}M", f"{wide.parameters / 1e6:.1f}M") == ("169.6M", "1.9M")
+    assert f"{narrow.multiply_adds / 1e6:.1f}M" == "158.8M"
     note = row_of("mobilenet_v1_rg_x0.49").note
     assert all(figure in note for figure in ("169.6M", "1.9M", "158.8M"))
 
@@ -127,12 +132,8 @@ def test_the_figures_in_the_docs():
     assert [cells[0] for cells in table] == [row.model for row in ROWS if row.name]
     for row, (_, *cells) in zip([row for row in ROWS if row.name], table, strict=True):
         figures = [row.parameters, row.flops, f"{row.top1}%"]
-        if row.options["name"] == "mobilenet_v1_dnw":
-            parameters, multiply_adds = table3.nothing_dead(row.options["width"], row.options["small"])
-        else:
-            result = cost(MobileNetV1(row.options["width"]), (3, 224, 224))
-            parameters, multiply_adds = result.parameters, result.multiply_adds
-        counted = f"{parameters / 1e6:.2f}M, {multiply_adds / 1e6:.1f}M"
+        result = cost(create_model(**row.options), (3, 224, 224), paper=True, dead_nodes=True)
+        counted = f"{result.parameters / 1e6:.2f}M, {result.multiply_adds / 1e6:.1f}M"
         assert [cell.replace(" M", "M") for cell in cells] == [*figures, counted]
 
 
@@ -205,7 +206,7 @@ def test_a_library_that_is_missing_leaves_the_row_cited():
 
 def test_every_row_is_printed_and_every_other_figure_explained(tmp_path, capsys, monkeypatch):
     """With small models in place of all others: the table, its notes and the file."""
-    monkeypatch.setattr(table3, "cost", lambda model, size, paper=False: cost(nn.Linear(5, 3), (5,)))
+    monkeypatch.setattr(table3, "cost", lambda model, size, **_: cost(nn.Linear(5, 3), (5,)))
     monkeypatch.setattr(table3, "create_model", lambda *_, **__: nn.Linear(5, 3))
     monkeypatch.setattr(Nearest, "build", lambda self: nn.Linear(5, 3))
     path = tmp_path / "table3.json"
