@@ -92,6 +92,26 @@ def test_single_precision(products, photos, trained):
     assert_same(model, compact(model, products=products), photos.float(), 1e-5)
 
 
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_under_autocast(products, photos, trained):
+    model = trained(MobileNetV1DNW(0.12, 7, wiring="random_graph"), photos.float())
+    compacted = compact(model, products=products)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = compacted(photos.float())
+        assert_same(model, compact(model, products=products, example=photos.float()), photos.float(), 0.05)
+    assert scores.isfinite().all()
+    assert relative_error(scores.float(), compacted(photos.float())) < 0.05
+
+
+def test_synchronised_norms_are_folded(photos, trained):
+    model = trained(MobileNetV1DNW(0.12, 7, wiring="random_graph"), photos)
+    expected = compact(model)
+    compacted = compact(nn.SyncBatchNorm.convert_sync_batchnorm(model))
+    assert torch.equal(compacted(photos), expected(photos))
+    assert compacted.report.after == expected.report.after
+    assert not compacted.report.kept
+
+
 @pytest.mark.parametrize(
     ("dynamics", "products"), rest_is_slow(product(["static", "discrete", "continuous"], PRODUCTS), quick=3)
 )
