@@ -2,12 +2,13 @@ r"""The gradient of Figure 3 of the paper: *to* hallucinated edges, not *through
 
 The forward pass computes with the real edges E alone (Equation 1), so states get their gradient through them only:
 
-.. math:: I_v = \sum_{(u,v) \in E} w_{uv} Z_u, \qquad
-          \frac{\partial L}{\partial Z_u} = \sum_{(u,v) \in E} w_{uv} \frac{\partial L}{\partial I_v}.
+.. math:: I_v = \sum_{(u,v) \in E} w_{uv} Z_u
+
+.. math:: \frac{\partial L}{\partial Z_u} = \sum_{(u,v) \in E} w_{uv} \frac{\partial L}{\partial I_v}
 
 Every candidate (u, v), real or not, gets what it would get if it were real (line 10 of Algorithm 1):
 
-.. math:: \frac{\partial L}{\partial w_{uv}} := \left\langle Z_u, \frac{\partial L}{\partial I_v} \right\rangle.
+.. math:: \frac{\partial L}{\partial w_{uv}} := \left\langle Z_u, \frac{\partial L}{\partial I_v} \right\rangle
 
 A rule may have it enter ``.grad`` for some candidates only, and ask for that of all of them in a buffer beside it, the
 *probe*: a leaf of zeros whose own ``.grad`` sums it over backward passes.

@@ -22,7 +22,7 @@ class Wiring(nn.Module):
     A subclass overrides :meth:`choose`, and what else it needs. All methods get a :class:`~dnw_graph.wirings.View`:
     flat vectors in the order of the candidates. State that must survive a checkpoint is a persistent buffer, which the
     graph's ``state_dict`` holds under ``wiring.``. Parameters of a rule are trained with the others;
-    :attr:`weight_decay` is their own.
+    ``weight_decay`` is their own.
 
     Three sets of candidates may differ: the real edges E, which the forward pass computes with; those whose gradient
     :math:`\langle Z_u, \partial L/\partial I_v \rangle` (line 10 of the paper's Algorithm 1) enters ``.grad``; and
@@ -31,7 +31,7 @@ class Wiring(nn.Module):
     Attributes:
         trained: The candidates that the optimiser may move: ``"all"``, ``"real"``, or ``"own"`` for those that
             :meth:`trained_edges` returns. All others keep weight and optimiser state bit for bit.
-        gradient: The candidates whose gradient enters ``.grad``. Default: :attr:`trained`. The others have a gradient
+        gradient: The candidates whose gradient enters ``.grad``. Default: ``trained``. The others have a gradient
             of zero there, so that momentum and weight decay alone move those that are trained.
         ignores_k: Whether k has no part in what the rule does, so that a state with another one may be loaded.
         needs_momentum: Whether the rule needs an optimiser with momentum.
