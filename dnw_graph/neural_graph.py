@@ -39,7 +39,8 @@ class NeuralGraph(Ranking):
 
     In training the real edges are chosen once per forward pass. In evaluation they are chosen after a switch from
     training, after ``load_state_dict``, and when object, storage or version of the weights changed; what escapes that
-    (weights changed by a fused optimiser or through ``.data`` without a switch) needs :meth:`~dnw_graph.ranking.Ranking.update_wiring`.
+    (weights changed by a fused optimiser or through ``.data`` without a switch) needs
+    :meth:`~dnw_graph.ranking.Ranking.update_wiring`.
 
     Args:
         blocks: Static graphs: number of nodes of each block; the first are the inputs, the last the outputs.
