@@ -330,7 +330,6 @@ def doors() -> list[tuple[int, str, Door]]:
         ),
         (
             3,
-            SparseMomentum,
             TargetedDropout,
             {
                 "rho": (lambda: 0.5, either(text, shares)),
