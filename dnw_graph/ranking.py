@@ -404,10 +404,11 @@ def check_saved(graph: Ranking, state_dict: Mapping[str, Any], prefix: str) -> N
         InputError: If the number of edges is another, the edges are those of another rule, or they are none of this
             graph; see :meth:`~dnw_graph.wirings.Wiring.check_saved`.
     """
+    k = graph.view().k
     saved_k, rule = (_scalar(graph, state_dict, prefix, name) for name in ("num_edges", "rule"))
-    if saved_k not in (None, graph.view().k) and not graph.wiring.ignores_k:
+    if saved_k not in (None, k) and not graph.wiring.ignores_k:
         raise InputError(
-            f"{graph.name}: the state has num_edges = {saved_k:,}, the graph {graph.view().k:,}: make the model with "
+            f"{graph.name}: the state has num_edges = {saved_k:,}, the graph {k:,}: make the model with "
             "that number, or take the weights alone with graph.load_weights(state)"
         )
     prefix += "wiring."
@@ -418,7 +419,7 @@ def check_saved(graph: Ranking, state_dict: Mapping[str, Any], prefix: str) -> N
             f"{graph.name}: the edges of the state were chosen by {saved_rule(rule)}, not by {own!r}: "
             "make the model with that rule, or take the weights alone with graph.load_weights(state)"
         )
-    graph.wiring.check_saved(saved, graph.num_candidates, graph.view().k, graph.name)
+    graph.wiring.check_saved(saved, graph.num_candidates, k, graph.name)
 
 
 def _scalar(graph: Ranking, state_dict: Mapping[str, Any], prefix: str, name: str) -> int | None:

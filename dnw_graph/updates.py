@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,6 @@ class Updates:
 
     def __init__(self, graphs: dict[str, Ranking], optimizer: Optimizer) -> None:
         self.graphs = graphs
-        self._optimizer = weakref.ref(optimizer)
         self._before: dict[str, _Before] = {}
         self._probe_handles: list[RemovableHandle] = []
         self._handles = [
@@ -62,9 +60,9 @@ class Updates:
                 "a step in a CUDA graph calls no rule when it is replayed: leave the step out of the graph"
             )
         for name, view in self._views(optimizer).items():
-            trained = self.graphs[name].trained_edges()
-            if view.wiring.skips_update(view):
-                trained = torch.empty(0, dtype=torch.long, device=view.weight.device)
+            skips = view.wiring.skips_update(view)
+            none = torch.empty(0, dtype=torch.long, device=view.weight.device)
+            trained = none if skips else self.graphs[name].trained_edges()
             if trained is not None:
                 states = {key: value.clone() for key, value in view.state.items()}
                 self._before[name] = _Before(trained, view.weight.clone(), states)
@@ -110,14 +108,15 @@ class Updates:
             slot.holder.probe = None
 
     def _average_probes(self) -> None:
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        ranks = _num_ranks()
+        if ranks == 1:
             return
         for slot in self._slots():
             probe = slot.holder.probe
             if probe is not None:
                 probe.grad = torch.zeros_like(slot.parameter) if probe.grad is None else probe.grad.contiguous()
                 dist.all_reduce(probe.grad)
-                probe.grad /= dist.get_world_size()
+                probe.grad /= ranks
 
 
 @dataclass
@@ -239,10 +238,14 @@ def own_decay(model: nn.Module) -> dict[Tensor, float]:
     return {parameter: wiring.weight_decay for wiring in wirings for parameter in wiring.parameters()}
 
 
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def _common_seed() -> int:
     """Return a seed that all ranks have."""
     seed = [new_seed()]
-    if dist.is_available() and dist.is_initialized():
+    if _num_ranks() > 1:
         dist.broadcast_object_list(seed)
     return seed[0]
 
