@@ -174,6 +174,7 @@ class Ranking(nn.Module):
         self._num_edges = view.k
         self.forget()
 
+    @checked
     def load_weights(self, state: Mapping[str, Any] | Tensor) -> None:
         """Take the candidate weights alone: of another k or another rule, for fine-tuning.
 
@@ -184,17 +185,20 @@ class Ranking(nn.Module):
                 weights of layers, that of the model that was given to ``sparsify``, dense or sparse.
 
         Raises:
-            InputError: If there are no such weights in it.
+            InputError: If there are no such weights in it, or one is NaN or infinite; nothing is changed then.
         """
         flat = state if isinstance(state, Tensor) else self._weights_in(state)
-        if flat is None or flat.shape != (self.num_candidates,):
-            found = "no weights" if flat is None else f"{list(flat.shape)}"
-            raise InputError(f"{self.name}: expected {self.num_candidates:,} candidate weights; got {found}")
+        if flat is None or flat.shape != (self.num_candidates,) or not has_numbers(flat):
+            expected = f"the {self.num_candidates:,} candidate weights, as a vector or in a state_dict"
+            raise wrong(f"{self.name}: the state", expected, state if flat is None else flat)
+        if not flat.isfinite().all():
+            raise InputError(f"{self.name}: the state has candidate weights that are NaN or infinite")
         self._write(flat)
         self.set_up_anew()
 
     def _weights_in(self, state: Mapping[str, Any]) -> Tensor | None:
-        return state.get("candidates.weight")
+        found = state.get("candidates.weight")
+        return found if isinstance(found, Tensor) else None
 
     def _write(self, flat: Tensor) -> None:
         parts = flat.split([slot.numel for slot in self.slots])
@@ -357,6 +361,11 @@ class _Chosen:
             now is weight and alias.data_ptr() == now.data_ptr() and changes == version(now) != -1
             for now, (weight, alias, changes) in zip(tensors, self.chosen_for, strict=True)
         )
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Return whether a tensor holds floating-point numbers, one after the other."""
+    return tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_meta
 
 
 def rule_hash(rule: type[Wiring]) -> int:

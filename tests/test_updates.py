@@ -321,6 +321,29 @@ def test_another_number_of_edges_or_rule_is_refused_and_weights_alone_are_taken(
     no_update.load_state_dict(state)  # no saved state decides its edges
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        torch.zeros(25),
+        torch.zeros(74, dtype=torch.int64),
+        torch.full((74,), torch.nan),
+        torch.zeros(74, device="meta"),
+        torch.zeros(74).to_sparse(),
+        {},
+        {"candidates.weight": "x"},
+        {1: torch.zeros(74)},
+        [0.0] * 74,
+        None,
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_changed(state):
+    model = graph()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"state"):
+        model.load_weights(state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_edges_that_an_average_has_spoiled_are_refused():
     class Turning(PruneAndGrow):
         def after_step(self, view):

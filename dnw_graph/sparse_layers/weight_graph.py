@@ -103,7 +103,7 @@ class WeightGraph(Ranking):
             dense = weight.name if weight.third is None else weight.name.rpartition(".")[0]
             layer = dense.removesuffix(weight.parameter_name)
             found = state.get(dense, state.get(f"{layer}parametrizations.{weight.parameter_name}.original"))
-            if found is None:
+            if not isinstance(found, Tensor) or found.shape != weight.parameter.shape:
                 return None
             flats.append(weight.flat(found))
         return torch.cat(flats)

@@ -6,6 +6,7 @@ import math
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from dnw_graph.arguments import checked, require
 from dnw_graph.updates import Updates, attach
 
 
@@ -24,7 +25,10 @@ class WiringUpdates(Callback):
         >>> trainer = Trainer(max_epochs=3, callbacks=[WiringUpdates()], logger=False, enable_checkpointing=False)
     """
 
+    @checked
     def __init__(self, num_steps: int | None = None, steps_per_epoch: int | None = None) -> None:
+        for name, number in (("num_steps", num_steps), ("steps_per_epoch", steps_per_epoch)):
+            require(number is None or number >= 1, name, "an integer from 1 up", number)
         self.num_steps = num_steps
         self.steps_per_epoch = steps_per_epoch
         self.updates: list[Updates] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from dnw_graph.arguments import checked
+from dnw_graph.arguments import checked, require
 from dnw_graph.errors import InputError
 from dnw_graph.registry import build, resolve
 from dnw_graph.wirings.ac_dc import ACDC
@@ -86,8 +86,9 @@ def register_wiring(name: str, rule: type[Wiring]) -> None:
         rule: The class.
 
     Raises:
-        InputError: If another rule has the name.
+        InputError: If another rule has the name, or it is empty or cannot be printed.
     """
+    require(name.isprintable() and name.strip() != "", "name", "a name in one line", name)
     if WIRINGS.setdefault(name, rule) is not rule:
         raise InputError(f"the wiring {name!r} is {WIRINGS[name].__qualname__} already: choose another name")
 

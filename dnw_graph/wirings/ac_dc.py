@@ -39,8 +39,8 @@ class ACDC(Stored):
     @checked
     def __init__(self, switches: Sequence[int | float] = IMAGENET) -> None:
         super().__init__()
-        ascending = list(switches) == sorted(set(switches)) and switches[0] > 0
-        require(len(switches) % 2 == 1 and ascending, "switches", "an odd number of ascending moments", switches)
+        ascending = len(switches) % 2 == 1 and list(switches) == sorted(set(switches)) and switches[0] > 0
+        require(ascending, "switches", "an odd number of ascending moments", switches)
         self.switches = tuple(switches)
 
     def setup(self, view: View) -> None:

@@ -22,6 +22,11 @@ from torch import nn
 from torch_geometric.data import Data
 
 from dnw_graph import (
+    ACDC,
+    GMP,
+    NM,
+    SET,
+    STR,
     CandidateEdges,
     Continuous,
     Discrete,
@@ -31,13 +36,16 @@ from dnw_graph import (
     LotteryTicket,
     NeuralGraph,
     RandomGraph,
+    RigL,
     Schedule,
     SparseMomentum,
     TargetedDropout,
+    TopKAST,
     Wiring,
     attach,
     create_wiring,
     equivalence,
+    register_wiring,
     wiring_penalty,
 )
 from dnw_graph.analysis.cost import cost, live_nodes, neural_graphs
@@ -57,9 +65,10 @@ from dnw_graph.sparse_layers import (
     to_data,
     weight_graphs,
 )
-from dnw_graph.training import Classifier, RunOptions, cosine, step
+from dnw_graph.training import Classifier, RunOptions, TrainingCost, WiringMonitor, WiringUpdates, cosine, step
 from dnw_graph.two_stage import fine_tune, lottery_ticket
 from dnw_graph.visualize import plot, plot_adjacency, plot_change, to_networkx
+from dnw_graph.wirings import WIRINGS
 
 Possible = Callable[[Any], bool]
 
@@ -197,6 +206,43 @@ def attached(model: Any, num_steps: Any, steps_per_epoch: Any) -> None:
     attach(model, optimizer, num_steps, steps_per_epoch=steps_per_epoch)
 
 
+def trained(rule: type[Wiring], layers: bool, lr: float) -> Callable[..., object]:
+    """Return what trains a small model for some steps, evaluates it and takes what is left of it."""
+
+    def train(density: Any, num_edges: Any, num_steps: Any, steps_per_epoch: Any, **options: Any) -> None:
+        model = perceptron() if layers else nn.Sequential(graph())
+        wiring = rule(**options)
+        if layers:
+            sparsify(model, density, wiring, distribution="global" if rule is GMP else "uniform")
+        else:
+            model[0].rewire(wiring, num_edges)
+        optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+        attach(model, optimizer, num_steps, steps_per_epoch=steps_per_epoch)
+        x = torch.randn(4, 3) if layers else torch.randn(4, 3, 4, 4)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (model(x).square().mean() + wiring_penalty(model)).backward()
+            optimizer.step()
+        model.eval()(x)
+        cost(model, (3,) if layers else (3, 4, 4))
+        if layers:
+            densify(model)
+        else:
+            compact(model)(x)
+
+    train.__qualname__ = f"{rule.__name__} in {'layers' if layers else 'a graph'} with lr={lr:g}"
+    return train
+
+
+def registered(**arguments: Any) -> None:
+    before = dict(WIRINGS)
+    try:
+        register_wiring(**arguments)
+    finally:
+        WIRINGS.clear()
+        WIRINGS.update(before)
+
+
 def saved() -> Path:
     save_compact(compact(graph()), "a.safetensors")
     return Path("a.safetensors")
@@ -235,6 +281,48 @@ wiring_data = (lambda: graph().to_data(), a(NeuralGraph, Data))
 data = (lambda: graph().to_data(), a(Data))
 top = (lambda: 5, integer())
 axes = (lambda: None, nothing)
+
+
+def moment(least: float = 0) -> Possible:
+    """A step, or a fraction of training."""
+    return lambda value: integer(1 if least else 0)(value) or (not is_integer(value) and number(least, 1)(value))
+
+
+share = (lambda: 0.5, either(number(0, 1), a(dict, Schedule)))
+every = (lambda: 2, optional(integer()))
+strength = (lambda: 0.1, number(0))
+RULES: dict[type[Wiring], dict[str, Argument]] = {
+    SET: {"fraction": share, "every": every},
+    RigL: {
+        "alpha": (lambda: 0.5, number(0, 1)),
+        "every": every,
+        "until": (lambda: 0.75, moment(1e-300)),
+        "skip_update": on,
+    },
+    SparseMomentum: {"prune_rate": share, "every": every},
+    GMP: {"begin": (lambda: 0, moment()), "until": (lambda: 3, moment()), "every": (lambda: 1, integer())},
+    TopKAST: {"extra": (lambda: 0.1, moment()), "strength": strength},
+    ACDC: {"switches": (lambda: (1, 2, 4), sequence(moment(), 1))},
+    STR: {"start": (lambda: -5.0, number()), "weight_decay": strength},
+    NM: {"n": (lambda: 1, integer()), "m": (lambda: 2, integer()), "strength": strength},
+    L1Anneal: {
+        "strength": (lambda: 0.1, either(number(0), a(dict, Schedule))),
+        "removal": (lambda: Schedule(0.0, 1.0), a(dict, Schedule)),
+    },
+    TargetedDropout: {"rho": (lambda: 0.5, either(text, shares)), "variant": (lambda: "regular", text)},
+}
+
+
+def budget(rule: type[Wiring], layers: bool) -> dict[str, Argument]:
+    """Return the arguments that say how many edges there are; the rule that decides that itself takes no other."""
+    density = (lambda: None if rule is NM else 0.5, optional(number(1e-12, 1)))
+    num_edges = (lambda: 11 if rule is NM else 9, integer())
+    unused = (lambda: None, anything)
+    return {"density": density if layers else unused, "num_edges": unused if layers else num_edges}
+
+
+def is_rule(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Wiring)
 
 
 def method(make: Callable[[], Any], which: str) -> Callable[..., Any]:
@@ -292,6 +380,7 @@ def doors() -> list[tuple[int, str, Door]]:
         for field in RunOptions.__dataclass_fields__.values()
         for value in [field.default]
     }
+    steps: dict[str, Argument] = {"num_steps": num_steps, "steps_per_epoch": (lambda: 3, optional(integer()))}
     found: list[tuple[int, Callable[..., Any], dict[str, Argument]]] = [
         (9, NeuralGraph, {"blocks": blocks, **edges, **shared, "input_function": on, "output_function": on}),
         (5, NeuralGraph, {**dynamics, **edges, **shared, "dynamics": (lambda: Discrete(2), a(str, Dynamics))}),
@@ -320,27 +409,34 @@ def doors() -> list[tuple[int, str, Door]]:
             {"edge_index": (lambda: torch.tensor([[0], [3]]), tensor)},
         ),
         (2, select_top_k, {"weight": (lambda: torch.randn(9), tensor), "k": size}),
-        (
-            3,
-            L1Anneal,
-            {
-                "strength": (lambda: 0.1, either(number(0), a(dict, Schedule))),
-                "removal": (lambda: Schedule(0.0, 1.0), a(dict, Schedule)),
-            },
-        ),
-        (
-            3,
-            TargetedDropout,
-            {
-                "rho": (lambda: 0.5, either(text, shares)),
-                "variant": (lambda: "regular", text),
-            },
-        ),
         (1, RandomGraph, {"separate_scores": on}),
         (2, Fixed, {"edge_index": (lambda: torch.tensor([[0], [3]]), tensor)}),
         (1, FineTune, {"trained": weights}),
         (1, LotteryTicket, {"trained": weights, "initial": weights}),
-        (2, SparseMomentum, {"prune_rate": (lambda: 0.5, shares), "every": num_steps}),
+        *((2, rule, options) for rule, options in RULES.items()),
+        *(
+            (1, trained(rule, layers, lr), {**options, **(budget(rule, layers)), **steps})
+            for rule, options in RULES.items()
+            for layers in (True, False)
+            for lr in (0.1, 1e20)
+        ),
+        (
+            2,
+            registered,
+            {
+                "name": (lambda: "mine", lambda value: text(value) and value.isprintable() and value != ""),
+                "rule": (lambda: SET, is_rule),
+            },
+        ),
+        (1, WiringUpdates, steps),
+        (1, WiringMonitor, {"model": model}),
+        (1, TrainingCost, {"model": model}),
+        (2, method(graph, "load_weights"), {"state": (lambda: graph().state_dict(), a(dict, torch.Tensor))}),
+        (
+            2,
+            method(lambda: weight_graphs(sparse())["0.weight"], "load_weights"),
+            {"state": (lambda: perceptron().state_dict(), a(dict, torch.Tensor))},
+        ),
         (3, Schedule, schedule),
         (2, create_wiring, {"name": (lambda: "targeted_dropout", text), "rho": (lambda: 0.5, either(text, shares))}),
         (
@@ -414,7 +510,7 @@ def doors() -> list[tuple[int, str, Door]]:
             sparsify,
             {
                 "module": (perceptron, module),
-                "density": (lambda: 0.5, number(1e-12, 1)),
+                "density": (lambda: 0.5, optional(number(1e-12, 1))),
                 "wiring": rule,
                 "skip": (lambda: "0", either(text, sequence(anything), callable, a(set))),
                 "distribution": (lambda: "uniform", a(str, dict)),
@@ -436,7 +532,15 @@ def doors() -> list[tuple[int, str, Door]]:
         (
             2,
             attached,
-            {"model": (momentum, module), "num_steps": num_steps, "steps_per_epoch": num_steps},
+            {"model": (momentum, module), **steps},
+        ),
+        (
+            1,
+            attach,
+            {
+                "model": (momentum, module),
+                "optimizer": (lambda: torch.optim.Adam(perceptron().parameters()), a(torch.optim.Optimizer)),
+            },
         ),
         (1, fine_tune, {"complete": (complete, module)}),
         (1, lottery_ticket, {"complete": (complete, module), "initial": (lambda: complete().state_dict(), a(dict))}),

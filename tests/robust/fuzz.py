@@ -14,6 +14,7 @@ import argparse
 import importlib
 import multiprocessing
 import random
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +27,8 @@ from dnw_graph import InputError
 # Modules beside this one. Each has ``cases(rng, count)``, which yields so many (description, callable) pairs. The
 # callable returns when all is well, raises InputError for a refusal, and raises Bad for what must not happen.
 SURFACES = ("api", "operators", "files", "commands")
-FORKED = ("operators",)  # Those whose cases may crash: they run in a child, and the next one goes on after a crash.
+FORKED = ("api", "operators")  # Their cases may crash or hang: they run in a child, and another one goes on after it.
+SECONDS = 60  # for a case there
 LONGEST = 500
 Case = tuple[str, Callable[[], object]]
 
@@ -85,11 +87,17 @@ def _in_children(cases: Iterator[Case]) -> Iterator[tuple[str, str | None]]:
         child.join()
         status = child.exitcode
         if status:
-            yield next(cases)[0], f"the process ends with status {status}"
+            ending = (
+                f"takes more than {SECONDS} s"
+                if status == -signal.SIGALRM
+                else f"the process ends with status {status}"
+            )
+            yield next(cases)[0], ending
 
 
 def _send_verdicts(cases: Iterator[Case], to: Connection) -> None:
     for _, call in cases:
+        signal.alarm(SECONDS)  # kills the child, whatever holds it
         to.send(verdict(call))
 
 

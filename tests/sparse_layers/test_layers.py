@@ -241,3 +241,6 @@ def test_weights_alone_come_from_dense_and_sparse_states_of_another_number_of_ed
             expected = other.candidate_weight if other else graph.weights[0].flat(source.get_parameter(path))
             assert torch.equal(graph.candidate_weight, expected)
             assert graph.num_real_edges == graph.num_candidates // 2
+    for wrong in ({}, {"0.weight": torch.zeros(3, 3)}, {"0.weight": None}):
+        with pytest.raises(InputError, match=r"0\.weight: the state must be the 24 candidate weights"):
+            weight_graphs(model)["0.weight"].load_weights(wrong)

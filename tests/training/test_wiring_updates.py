@@ -64,3 +64,11 @@ def test_images_of_ones_own_need_a_size(small_digits: ImageData):
     with pytest.raises(InputError, match="images 'mine' have no size of their own: give --image-size"):
         DataModule(mine, RunOptions(data="digits", batch_size=8))
     assert DataModule(mine, RunOptions(data="digits", batch_size=8, image_size=16)).image_size == 16
+
+
+def test_numbers_that_are_none_are_refused():
+    for wrong in (0, -1, 2.5, "x"):
+        with pytest.raises(InputError, match=r"num_steps .*integer"):
+            WiringUpdates(num_steps=wrong)
+        with pytest.raises(InputError, match=r"steps_per_epoch .*integer"):
+            WiringUpdates(steps_per_epoch=wrong)

@@ -297,6 +297,7 @@ def test_another_density_than_that_of_nm_is_refused():
         (lambda: GMP(0.5, 0.25), "a schedule cannot begin at 0.5 and end before"),
         (lambda: TopKAST(-1), "extra must be a number of candidates"),
         (lambda: TopKAST(strength=-1.0), "strength must be 0 or more"),
+        (lambda: ACDC(()), "switches must be an odd number of ascending moments"),
         (lambda: ACDC((0.1, 0.2)), "switches must be an odd number of ascending moments"),
         (lambda: ACDC((0.3, 0.2, 0.4)), "switches must be an odd number of ascending moments"),
         (lambda: STR(weight_decay=-1.0), "weight_decay must be 0 or more"),

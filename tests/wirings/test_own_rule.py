@@ -65,6 +65,9 @@ def test_a_rule_goes_by_its_class_path_or_by_a_name_that_it_was_given():
         assert wiring_name(StrongestPositive) == "strongest_positive"
         with pytest.raises(InputError, match="'strongest_positive' is StrongestPositive already"):
             register_wiring("strongest_positive", OneEdgeLess)
+        for name in ("", " ", "two\nlines"):
+            with pytest.raises(InputError, match="name must be a name in one line"):
+                register_wiring(name, OneEdgeLess)
         with pytest.raises(InputError, match="did you mean 'strongest_positive'"):
             create_wiring("strongest_positiv")
     finally:
