@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 __all__ = [
     "OPERATORS_WITHOUT_FORMULA",
     "TorchDispatchMode",
+    "as_plain_tensors",
     "backward_pass",
     "functorch_active",
     "has_hooks",
@@ -90,6 +92,14 @@ def is_batched(tensor: Tensor) -> bool:
     Such a tensor has the shape of one, and nothing public tells.
     """
     return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def as_plain_tensors() -> AbstractContextManager[None]:
+    """Return a context in which operators see plain tensors in those of a subclass, and return such.
+
+    PyTorch's notes on extending it name this class; no public module has it.
+    """
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def version(tensor: Tensor) -> int:

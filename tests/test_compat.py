@@ -60,6 +60,16 @@ def test_tree_leaves_are_those_of_nested_containers():
     assert _compat.tree_leaves([1, {"a": (2, [3])}]) == [1, 2, 3], "torch.utils._pytree.tree_leaves has changed"
 
 
+def test_tensors_of_a_subclass_are_seen_as_plain_ones():
+    class Other(torch.Tensor):
+        pass
+
+    other = torch.ones(2).as_subclass(Other)
+    assert type(other + 1) is Other
+    with _compat.as_plain_tensors():
+        assert type(other + 1) is torch.Tensor
+
+
 def test_version_counts_changes_in_place():
     weight = torch.ones(2)
     before = _compat.version(weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,6 +30,14 @@ def sparse_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, 
             for name, chain in layer.parametrizations.items():
                 if isinstance(chain[0], RealWeights):
                     yield path, layer, name, chain[0]
+
+
+def sparse_chain(layer: nn.Module, name: str) -> Any:
+    """Return the parametrizations of a layer's parameter if it is sparse; the first of them makes it so."""
+    if not parametrize.is_parametrized(layer, name):
+        return None
+    chain: Any = layer.get_submodule(f"parametrizations.{name}")
+    return chain if isinstance(chain[0], RealWeights) else None
 
 
 def sparse_weights(module: nn.Module) -> dict[str, tuple[LayerWeight, WeightGraph]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
-from dnw_graph.sparse_layers.access import sparse_parameters
+from dnw_graph.sparse_layers.access import sparse_chain, sparse_parameters
 from dnw_graph.sparse_layers.budget import DISTRIBUTIONS, edges_per_weight, kept
 from dnw_graph.sparse_layers.checks import Skip, reasons_to_skip, refuse_module, refuse_weights
 from dnw_graph.sparse_layers.forward_pass import ForwardPass, RealWeights
@@ -40,8 +40,9 @@ def sparsify(
 
     In training the real weights are chosen once per forward pass of the outermost module that is called, in evaluation
     when the weights have changed, both as in :class:`~dnw_graph.NeuralGraph`. A weight that is read outside of a
-    forward pass shows the real weights of evaluation. What writes into ``layer.weight`` in place, such as ``nn.init``,
-    writes into a copy: initialise first, or assign a new weight.
+    forward pass shows the real weights of evaluation; its gradient and its hooks are those of all candidates. What
+    writes into it, such as ``nn.init`` or ``layer.reset_parameters()``, is refused: initialise first, assign a new
+    weight, or write to ``layer.parametrizations.weight.original``.
 
     Args:
         module: The module.
@@ -132,14 +133,30 @@ def _attach(module: nn.Module, graphs: Sequence[WeightGraph]) -> None:
         registered.update(owned)
         real = RealWeights([weight for weight, _ in found], [graph for _, graph in found], owned, orders[layer])
         parametrize.register_parametrization(layer, name, real, unsafe=True)
-        type(layer).__getstate__ = _refuse_pickling  # type: ignore[method-assign]
     for layer in orders:
+        own_class: Any = type(layer)
+        own_class.__getstate__, own_class.__setattr__ = _refuse_pickling, _assign(own_class.__setattr__)
         layer.register_load_state_dict_pre_hook(before_loading)
     for each in module.modules():
         if below := dict.fromkeys(real for _, _, _, real in sparse_parameters(each)):
             forward_pass = ForwardPass(tuple(below))
             each.register_forward_pre_hook(forward_pass.begin)
             each.register_forward_hook(forward_pass.end, always_call=True)
+
+
+def _assign(otherwise: Callable[[nn.Module, str, Any], None]) -> Callable[[nn.Module, str, Any], None]:
+    """Return a ``__setattr__`` that takes an assigned parameter as the candidates, and leaves all else to another."""
+
+    def assign(layer: nn.Module, name: str, value: Any) -> None:
+        chain: Any = isinstance(value, nn.Parameter) and sparse_chain(layer, name)
+        if chain and len(chain) > 1:
+            value = value.detach()
+        elif chain:
+            chain[0].take(value)
+            layer, name = chain, "original"
+        otherwise(layer, name, value)
+
+    return assign
 
 
 def _refuse_pickling(module: nn.Module) -> NoReturn:

@@ -12,9 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dnw_graph._compat import is_replica
+from dnw_graph.arguments import wrong
 from dnw_graph.errors import InputError
+from dnw_graph.ops.layout import traced
 from dnw_graph.propagation.gradient import masked_weights
 from dnw_graph.sparse_layers.layers import LayerWeight
+from dnw_graph.sparse_layers.reading import ReadWeight
 from dnw_graph.sparse_layers.weight_graph import WeightGraph
 from dnw_graph.wirings import Wiring
 
@@ -48,6 +51,15 @@ class RealWeights(nn.Module):
 
     def forward(self, weight: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         """Return the weight that the layer computes with."""
+        if self.mask is not None or traced():
+            return self._real(weight)
+        if torch.is_inference_mode_enabled():
+            # Tensors of that mode do not tell that they are written to.
+            with torch.inference_mode(False), torch.no_grad():
+                return ReadWeight.of(self._real(weight), self.name, weight)
+        return ReadWeight.of(self._real(weight), self.name, weight)
+
+    def _real(self, weight: Tensor) -> Tensor:
         return masked_weights(self._values(weight), *self._masks(), self.probe)
 
     def current_mask(self) -> Float[Tensor, "rows ..."]:
@@ -76,9 +88,28 @@ class RealWeights(nn.Module):
         kinds = {graph.wiring.gradient or graph.wiring.trained for _, graph in self.parts}
         return kinds.pop() if len(kinds) == 1 else "own"
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """Take an assigned weight as the candidates."""
-        return weight
+    @property
+    def name(self) -> str:
+        """The parameter's name in the model."""
+        first = self.parts[0][0]
+        return first.name if first.third is None else first.name.rpartition(".")[0]
+
+    def right_inverse(self, weight: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
+        """Take an assigned weight as the candidates.
+
+        Raises:
+            InputError: If it has another shape.
+        """
+        self.take(weight)
+        return weight.detach().clone()
+
+    def take(self, weight: Tensor) -> None:
+        """Prepare for other candidates in the place of these."""
+        shape = self.parts[0][0].parameter.shape
+        if weight.shape != shape:
+            raise wrong(self.name, f"a weight of {list(shape)}, or densify(…) the model first", weight)
+        for _, graph in self.parts:
+            graph.forget()
 
     def assemble(
         self, real: Mapping[LayerWeight, Tensor], learning: Mapping[LayerWeight, Tensor | None]

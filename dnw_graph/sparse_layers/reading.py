@@ -1,0 +1,101 @@
+"""What somebody reads from a sparse weight outside of a forward pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnw_graph._compat import as_plain_tensors, tree_leaves, version
+from dnw_graph.errors import InputError
+
+_Type: Any = Tensor
+# About a parameter, not about the values that were computed from it.
+_OF_THE_PARAMETER = {
+    _Type.grad.__get__,
+    _Type.grad.__set__,
+    _Type.requires_grad.__set__,
+    _Type.requires_grad_,
+    _Type.retain_grad,
+    _Type.register_hook,
+    _Type.register_post_accumulate_grad_hook,
+}
+
+
+class ReadWeight(Tensor):
+    """The values of a sparse weight, computed from its candidates; a write into them would be lost and is refused.
+
+    Its gradient, its hooks and ``requires_grad`` are those of the candidates. Views are refused writes too; what other
+    operations return are plain tensors.
+    """
+
+    _candidates: Tensor | None = None
+    _name: str
+
+    @classmethod
+    def of(cls, values: Tensor, name: str, candidates: Tensor | None = None) -> ReadWeight:
+        """Return values, which the new tensor shares, as such a tensor.
+
+        Args:
+            values: The values.
+            name: Name of the weight.
+            candidates: The parameter, if the values are all that is read from it.
+        """
+        read = values.as_subclass(cls)
+        read._name, read._candidates = name, candidates
+        return read
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call an operator on plain tensors."""
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if func in _OF_THE_PARAMETER and isinstance(first, cls) and first._candidates is not None:
+            return func(first._candidates, *args[1:], **kwargs)
+        read = [each for each in tree_leaves((args, kwargs)) if isinstance(each, cls)]
+        if func == _Type.data.__set__ and isinstance(first, cls):
+            raise first._lost()
+        with as_plain_tensors():
+            before = [version(each) for each in read]
+            out = func(*args, **kwargs)
+            for each, number in zip(read, before, strict=True):
+                if version(each) != number:
+                    raise each._lost()
+            if type(out) in (tuple, list):
+                return type(out)(_view(each, read) for each in out)
+            return _view(out, read)
+
+    def _lost(self) -> InputError:
+        layer, _, parameter = self._name.rpartition(".")
+        prefix = f"{layer}." if layer else ""
+        return InputError(
+            f"{self._name} is sparse, and a write into what is read from it would be lost: densify(…) the model first, "
+            f"assign a new weight, or write to {prefix}parametrizations.{parameter}.original"
+        )
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        with as_plain_tensors():
+            return copy.deepcopy(self.as_subclass(Tensor), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Be saved as a plain tensor."""
+        with as_plain_tensors():
+            return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def _view(out: Any, read: Sequence[ReadWeight]) -> Any:
+    """Return what shares the memory of values that were read as such too."""
+    if not isinstance(out, Tensor) or out.layout != torch.strided:
+        return out
+    place = out.untyped_storage().data_ptr()
+    source = next((each for each in read if each.untyped_storage().data_ptr() == place), None)
+    return out if source is None or isinstance(out, ReadWeight) else ReadWeight.of(out, source._name)
