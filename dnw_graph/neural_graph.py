@@ -19,7 +19,7 @@ from dnw_graph.node_functions import NodeFunction, NormReluConv
 from dnw_graph.nodes import Nodes, reaching
 from dnw_graph.propagation import Propagation, RealEdges, make_propagation
 from dnw_graph.ranking import Ranking
-from dnw_graph.wirings import Wiring
+from dnw_graph.wirings import Wiring, wiring_name
 
 if TYPE_CHECKING:
     import torch_geometric.data
@@ -218,21 +218,23 @@ class NeuralGraph(Ranking):
         The :class:`~torch_geometric.data.Data` holds ``edge_index [2, k]``, ``edge_weight [k]``, and for every node its
         ``block``, its position ``pos [nodes, 2]`` (x the block, y the place within it, both in 0 … 1), and whether it
         is an input (``input_mask``), an output (``output_mask``) and live (``live_mask``: a path of real edges leads to
-        an output of this graph). All on the CPU.
+        an output of this graph). For pictures it says besides which pairs are candidates (``candidate_blocks
+        [blocks, 4]``: first source, end of the sources, first target, end of the targets), and has the ``name`` of the
+        graph, its ``rule`` and its ``dynamics``. All on the CPU.
         """
-        sizes = torch.tensor(self.blocks)
-        block = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-        place = torch.cat([(torch.arange(size) + 0.5) / size for size in self.blocks])
-        node = torch.arange(self.num_nodes)
+        blocks = self.candidates.blocks
         return import_pyg().data.Data(
             edge_index=self.edge_index.cpu(),
             edge_weight=self.edge_weight.cpu(),
             num_nodes=self.num_nodes,
-            block=block,
-            pos=torch.stack([block / max(1, len(sizes) - 1), place], dim=1),
-            input_mask=node < self.num_inputs,
-            output_mask=node >= self.num_nodes - self.num_outputs,
+            **self.nodes.attributes(),
             live_mask=self.live_nodes().cpu(),
+            candidate_blocks=torch.tensor(
+                [(b.sources.start, b.sources.stop, b.targets.start, b.targets.stop) for b in blocks]
+            ),
+            name=self.name,
+            rule=wiring_name(type(self.wiring)),
+            dynamics=type(self.dynamics).__name__,
         )
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -97,3 +98,19 @@ class Nodes:
     def block_ranges(self) -> list[range]:
         """The nodes of each block."""
         return [range(start, stop) for start, stop in pairwise([0, *accumulate(self.blocks)])]
+
+    def attributes(self) -> dict[str, Tensor]:
+        """Return what ``to_data`` says of every node: ``block``, ``pos``, ``input_mask`` and ``output_mask``.
+
+        The position is x the block, y the place within it, both in 0 … 1.
+        """
+        sizes = torch.tensor(self.blocks)
+        block = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        place = torch.cat([(torch.arange(size) + 0.5) / size for size in self.blocks])
+        node = torch.arange(self.num_nodes)
+        return {
+            "block": block,
+            "pos": torch.stack([block / max(1, len(sizes) - 1), place], dim=1),
+            "input_mask": node < self.num_inputs,
+            "output_mask": node >= self.num_nodes - self.num_outputs,
+        }

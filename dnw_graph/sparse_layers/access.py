@@ -12,9 +12,11 @@ from torch.nn.utils import parametrize
 from dnw_graph._compat import import_pyg
 from dnw_graph.arguments import checked
 from dnw_graph.errors import unknown_name
+from dnw_graph.nodes import Nodes
 from dnw_graph.sparse_layers.forward_pass import RealWeights
 from dnw_graph.sparse_layers.layers import LayerWeight, weight_name
 from dnw_graph.sparse_layers.weight_graph import WeightGraph
+from dnw_graph.wirings import wiring_name
 
 if TYPE_CHECKING:
     import torch_geometric.data
@@ -78,8 +80,9 @@ def to_data(module: nn.Module, name: str) -> torch_geometric.data.Data:
 
     The :class:`~torch_geometric.data.Data` holds ``edge_index [2, k]``, ``edge_weight [k]``, ``kernel_position
     [k, dims]`` (the place in the kernel; no dims for a matrix), and for every node ``block`` (0 input, 1 output),
-    ``pos [nodes, 2]``, ``input_mask``, ``output_mask`` and ``live_mask`` (an output, or an input with an edge). All on
-    the CPU.
+    ``pos [nodes, 2]``, ``input_mask``, ``output_mask`` and ``live_mask`` (an output, or an input with an edge). As of a
+    neural graph, ``candidate_blocks``, ``name``, ``rule`` and ``dynamics`` are there for pictures, and ``places``, the
+    number of places in the kernel. All on the CPU.
 
     Args:
         module: A module with sparse weights.
@@ -97,19 +100,23 @@ def to_data(module: nn.Module, name: str) -> torch_geometric.data.Data:
     index = index[(index >= start) & (index < start + weight.numel)] - start
     source, target, place = weight.channel_pairs(index.cpu())
     inputs, outputs = weight.channels
-    node = torch.arange(inputs + outputs)
-    block = (node >= inputs).long()
-    at = torch.cat([(torch.arange(size) + 0.5) / size for size in (inputs, outputs)])
-    live = node >= inputs
+    nodes = Nodes.in_blocks((inputs, outputs)).attributes()
+    live = nodes["output_mask"].clone()
     live[source] = True
+    per_input, per_output = inputs // weight.groups, outputs // weight.groups
+    starts = range(0, inputs, per_input), range(0, outputs, per_output)
     return import_pyg().data.Data(
         edge_index=torch.stack([source, inputs + target]),
         edge_weight=weight.flat(weight.parameter.detach()).cpu()[index.cpu()],
         kernel_position=place,
         num_nodes=inputs + outputs,
-        block=block,
-        pos=torch.stack([block.to(at), at], dim=1),
-        input_mask=node < inputs,
-        output_mask=node >= inputs,
+        **nodes,
         live_mask=live,
+        candidate_blocks=torch.tensor(
+            [(a, a + per_input, inputs + b, inputs + b + per_output) for a, b in zip(*starts, strict=True)]
+        ),
+        name=name,
+        rule=wiring_name(type(graph.wiring)),
+        dynamics="layers",
+        places=weight.kernel.numel(),
     )

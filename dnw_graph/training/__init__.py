@@ -14,6 +14,7 @@ from dnw_graph.training.summary import Summary
 from dnw_graph.training.training_cost import TrainingCost
 from dnw_graph.training.wiring_monitor import WiringMonitor
 from dnw_graph.training.wiring_options import WiringOptions
+from dnw_graph.training.wiring_recorder import WiringRecorder
 from dnw_graph.training.wiring_updates import WiringUpdates
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "TrainingCost",
     "WiringMonitor",
     "WiringOptions",
+    "WiringRecorder",
     "WiringUpdates",
     "cosine",
     "load_images",

@@ -129,6 +129,9 @@ class RunOptions:
     save_every: int = option(
         0, "also write last.ckpt every so many steps; 0: at the end of every epoch only, and when interrupted"
     )
+    record_every: int = option(
+        0, "record the wiring every so many steps too; 0: after every epoch only. See wiring.recording"
+    )
     resume: str | None = option(
         None, "checkpoint to continue from. On the same devices the numbers are those of an unbroken run"
     )
@@ -146,7 +149,7 @@ class RunOptions:
         check_fields(self, flag)
         for name in ("epochs", "batch_size", "devices", "num_nodes"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("weight_decay", "save_every", "held_out", "warmup_epochs"):
+        for name in ("weight_decay", "save_every", "record_every", "held_out", "warmup_epochs"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "a number from 0 to below 2^63")
         for name in ("data", "output", "resume", "evaluate", "export"):

@@ -18,6 +18,7 @@ from dnw_graph.training.classifier import Classifier
 from dnw_graph.training.structure import match
 from dnw_graph.training.training_cost import TrainingCost
 from dnw_graph.training.wiring_monitor import WiringMonitor
+from dnw_graph.training.wiring_recorder import WiringRecorder, read
 from dnw_graph.wirings import wiring_name
 
 # What optimiser and schedule cannot do without; what else they have differs between versions of PyTorch.
@@ -91,14 +92,17 @@ def _check_rules(path: str, given: Mapping[str, Any], module: Classifier) -> Non
 
 
 def _check_callbacks(checkpoint: Mapping[str, Any], callbacks: Sequence[Callback], module: Classifier) -> None:
-    graphs = neural_graphs(module.model)
+    graphs, given = neural_graphs(module.model), checkpoint.get("callbacks")
     like: dict[str, Any] = {each.state_key: each.state_dict() for each in callbacks if each.state_dict()}
     for each in callbacks:
         if isinstance(each, Checkpoints):
             like[each.state_key]["best_top1"] = float | None
         if isinstance(each, WiringMonitor):
             like[each.state_key] = {"initial": dict, "epoch_start": dict}
-    match(checkpoint.get("callbacks"), like, "callbacks")
+        # Older checkpoints have no recording.
+        if isinstance(each, WiringRecorder) and isinstance(given, dict) and each.state_key in given:
+            like[each.state_key] = {"recording": Tensor}
+    match(given, like, "callbacks")
     for each in callbacks:
         if isinstance(each, WiringMonitor):
             for kind, edges in checkpoint["callbacks"][each.state_key].items():
@@ -108,6 +112,8 @@ def _check_callbacks(checkpoint: Mapping[str, Any], callbacks: Sequence[Callback
                 for name, index in edges.items():
                     if not _ascending(index, graphs[name].num_candidates):
                         raise InputError(f"{where}.{name} is no list of candidates, ascending")
+        if isinstance(each, WiringRecorder) and each.state_key in like:
+            read(checkpoint["callbacks"][each.state_key]["recording"], module.model)
         if isinstance(each, TrainingCost) and checkpoint["callbacks"][each.state_key]["multiply_adds"] < 0:
             raise InputError(f"callbacks.{each.state_key}.multiply_adds is below 0")
 

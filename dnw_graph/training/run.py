@@ -37,12 +37,15 @@ from dnw_graph.training.throughput import Throughput
 from dnw_graph.training.training_cost import TrainingCost
 from dnw_graph.training.trial import check_step
 from dnw_graph.training.wiring_monitor import WiringMonitor
+from dnw_graph.training.wiring_recorder import WiringRecorder
 from dnw_graph.training.wiring_updates import WiringUpdates
 
 # Steps between two looks at the loss for the progress bar, for which the host waits for the device.
 STEPS_SHOWN_ON_GPU = 20
 # Steps between two rows of a log, if an epoch has as many.
 STEPS_PER_ROW = 50
+# File of the recording.
+RECORDING = "wiring.recording"
 
 
 @checked
@@ -136,7 +139,8 @@ def _train(
     num_steps = options.epochs * data.steps_per_epoch
     updates = WiringUpdates(num_steps, data.steps_per_epoch)
     log = StepLog(min(STEPS_PER_ROW, data.steps_per_epoch))
-    callbacks = [updates, monitor, training_cost, log, checkpoints]
+    recorder = WiringRecorder(folder / RECORDING, options.record_every, module.model)
+    callbacks = [updates, monitor, recorder, training_cost, log, checkpoints]
     trainer = _trainer(options, callbacks, [table, events])
     if options.resume and checkpoint:
         check_resumable(options.resume, checkpoint, trainer, callbacks, module, data.steps_per_epoch)
@@ -158,7 +162,9 @@ def _train(
     if trainer.is_global_zero:
         print("\n".join(["", *summary.lines()]))
         checkpoint_files = [path.name for path in (checkpoints.first, checkpoints.last, checkpoints.best)]
-        written = [*write_files(summary, module.model, folder), *checkpoint_files, "metrics.csv", "tensorboard/"]
+        recorded = [RECORDING] if recorder.recording is not None else []
+        logs = ["metrics.csv", "tensorboard/", *recorded]
+        written = [*write_files(summary, module.model, folder), *checkpoint_files, *logs]
         print(f"written to {folder}: {', '.join(written)}")
     return summary
 

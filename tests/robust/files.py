@@ -44,6 +44,7 @@ from dnw_graph.training import (
     TrainingCost,
     WiringMonitor,
     WiringOptions,
+    WiringRecorder,
     run,
 )
 from dnw_graph.training.checkpoint_io import SECTION, WholeFileIO, read_checkpoint
@@ -283,7 +284,12 @@ def resumed(rng: random.Random) -> Case:
         options = _options()
         model = Model("random_graph")
         module = Classifier(model, 10, SCHEDULES["cosine"](STEPS), options.lr, 0.9, 5e-5, 0)
-        callbacks = [WiringMonitor(model), TrainingCost(model), Checkpoints(_folder(), 0, then)]
+        callbacks = [
+            WiringMonitor(model),
+            WiringRecorder(model=model),
+            TrainingCost(model),
+            Checkpoints(_folder(), 0, then),
+        ]
         trainer = Trainer(
             accelerator="cpu", max_epochs=1, logger=False, callbacks=callbacks, plugins=[WholeFileIO()],
             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,

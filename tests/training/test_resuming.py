@@ -23,6 +23,7 @@ from dnw_graph.training import (
     RunOptions,
     TrainingCost,
     WiringMonitor,
+    WiringRecorder,
     read_checkpoint,
     run,
 )
@@ -56,7 +57,7 @@ def check(folder: Path) -> Check:
     """What a run like it checks before it goes on."""
     model = create_tiny(10, 8)
     module = Classifier(model, 10, SCHEDULES["cosine"](2 * STEPS), 0.3, 0.9, 5e-5, 0)
-    callbacks = [WiringMonitor(model), TrainingCost(model), Checkpoints(folder, 3, {})]
+    callbacks = [WiringMonitor(model), WiringRecorder(model=model), TrainingCost(model), Checkpoints(folder, 3, {})]
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=callbacks, enable_progress_bar=False)
     return lambda checkpoint: check_resumable("last.ckpt", checkpoint, trainer, callbacks, module, STEPS)
 
@@ -110,6 +111,7 @@ NEEDED = [
     *(f"lr_schedulers/0/{name}" for name in ("base_lrs", "last_epoch", "_last_lr")),
     "callbacks",
     *(f"callbacks/{name}" for name in ("WiringMonitor", "TrainingCost", "Checkpoints")),
+    "callbacks/WiringRecorder/recording",
     "callbacks/WiringMonitor/initial/tiny",
     "callbacks/TrainingCost/graphs/tiny",
     *(f"callbacks/Checkpoints/{name}" for name in ("best_top1", "best_epoch", "seconds", "epoch_complete")),
@@ -161,6 +163,8 @@ def refused(check: Check, checkpoint: dict[str, Any]) -> None:
         ("callbacks/WiringMonitor/epoch_start/tiny", lambda value: value + 1000),
         ("callbacks/WiringMonitor/epoch_start/tiny", lambda value: value.long()),
         ("callbacks/WiringMonitor/initial", lambda value: {}),
+        ("callbacks/WiringRecorder/recording", lambda value: value[:-1]),
+        ("callbacks/WiringRecorder/recording", lambda value: value.index_fill(0, torch.tensor([99]), 0)),
         ("callbacks/TrainingCost/multiply_adds", lambda value: -1),
         ("callbacks/Checkpoints/epoch_complete", lambda value: not value),
         ("loops/fit_loop/epoch_progress/current/completed", lambda value: value - 1),
@@ -226,6 +230,12 @@ def test_an_older_file_without_rule_and_number_of_edges_keeps_those_of_the_model
         }
     )
     assert model.graph.num_edges == 40
+
+
+def test_an_older_file_without_a_recording_will_do(folder: Path, check: Check):
+    checkpoint = read_checkpoint(folder / "last.ckpt")
+    del checkpoint["callbacks"]["WiringRecorder"]
+    check(checkpoint)
 
 
 def test_a_run_refuses_before_anything_is_written(folder: Path, small_digits: ImageData):

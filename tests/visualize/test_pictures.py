@@ -20,7 +20,8 @@ from torch_geometric.utils import contains_isolated_nodes, from_networkx, to_den
 from torch_geometric.visualization import visualize_graph
 
 from dnw_graph import CandidateEdges, InputError, NeuralGraph
-from dnw_graph.visualize import ADDED, KEPT, NEGATIVE, POSITIVE, REMOVED, plot, plot_adjacency, plot_change, to_networkx
+from dnw_graph.visualize import plot, plot_adjacency, plot_change, to_networkx
+from dnw_graph.visualize.pictures import ADDED, KEPT, NEGATIVE, POSITIVE, REMOVED
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,90 @@
+"""Records how the wirings of a model change while it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from dnw_graph.arguments import checked, require
+from dnw_graph.ranking import rankings
+from dnw_graph.visualize.recording import Recording
+
+
+class WiringRecorder(Callback):
+    """Makes a :class:`~dnw_graph.visualize.Recording` of a Lightning run, after every epoch or so many steps.
+
+    The recording is part of the checkpoint, so a resumed run records the same as an unbroken one. It comes before the
+    callback that writes checkpoints. On several devices the first process records.
+
+    Args:
+        path: File that the recording is written to after every epoch; None for none.
+        every_n_steps: Also record after so many optimiser steps; 0 for the ends of epochs alone.
+        model: The model to record, as it is within the LightningModule. Default: all of that.
+
+    Attributes:
+        recording: The recording; None before training, and of a model without a graph or sparse layer.
+
+    Examples:
+        >>> from lightning.pytorch import Trainer
+        >>> from dnw_graph.training import WiringRecorder
+        >>> recorder = WiringRecorder("wiring.recording")
+        >>> trainer = Trainer(max_epochs=3, callbacks=[recorder], logger=False, enable_checkpointing=False)
+    """
+
+    @checked
+    def __init__(self, path: str | Path | None = None, every_n_steps: int = 0, model: nn.Module | None = None) -> None:
+        require(every_n_steps >= 0, "WiringRecorder: every_n_steps", "an integer from 0 up", every_n_steps)
+        self.path = None if path is None else Path(path)
+        self.every_n_steps = every_n_steps
+        self.model = model
+        self.recording: Recording | None = None
+        self._saved: Tensor | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the wiring that training starts from, or go on with the recording of a checkpoint."""
+        model = self.model or pl_module
+        if self._saved is not None:
+            self.recording, self._saved = read(self._saved, model), None
+        elif trainer.is_global_zero and any(rankings(model)):
+            self.recording = Recording(model, step=trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Record after some steps."""
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._record(trainer, trainer.current_epoch + (batch_idx + 1) / float(trainer.num_training_batches))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record after an epoch, and write the file."""
+        self._record(trainer, trainer.current_epoch + 1.0)
+        if self.recording is not None and self.path is not None and trainer.is_global_zero:
+            self.recording.save(self.path)
+
+    def _record(self, trainer: Trainer, epoch: float) -> None:
+        # Batches whose gradients are accumulated end without a step.
+        if self.recording is not None and trainer.global_step > self.recording.moments[-1].step:
+            self.recording.add(trainer.global_step, epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the recording so far."""
+        if self.recording is None:
+            return {} if self._saved is None else {"recording": self._saved}
+        return {"recording": torch.frombuffer(bytearray(self.recording.to_bytes()), dtype=torch.uint8)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the recording of a checkpoint."""
+        self._saved = state_dict.get("recording")
+
+
+def read(content: Tensor, model: nn.Module) -> Recording:
+    """Return the recording that a checkpoint holds as bytes.
+
+    Raises:
+        InputError: If it is damaged, or of another model.
+    """
+    return Recording.from_bytes(content.cpu().numpy().tobytes(), model)

@@ -1,0 +1,111 @@
+"""The callback records every epoch, and a resumed run records what an unbroken one does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dnw_graph import InputError, sparsify
+from dnw_graph.training import ImageData, RunOptions, WiringRecorder, run
+from dnw_graph.visualize import Recording
+
+
+class Module(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        sparsify(self.net, 0.3)
+        self.seen: list[list[int]] = []
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1.0, momentum=0.9)
+
+
+def fit(recorder: WiringRecorder, epochs: int, accumulate: int = 1, **options: object) -> Trainer:
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(24, 6, generator=generator), torch.arange(24) % 3)
+    trainer = Trainer(
+        max_epochs=epochs,
+        accumulate_grad_batches=accumulate,
+        callbacks=[recorder],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(), DataLoader(data, batch_size=4), **options)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("every", "accumulate", "expected"),
+    [
+        (0, 1, [(0, 0), (6, 1), (12, 2)]),
+        (4, 1, [(0, 0), (4, 4 / 6), (6, 1), (8, 8 / 6), (12, 2)]),
+        (2, 2, [(0, 0), (2, 4 / 6), (3, 1), (4, 8 / 6), (6, 2)]),
+    ],
+)
+def test_moments_are_steps_of_the_optimiser(every: int, accumulate: int, expected: list[tuple[int, float]]):
+    recorder = WiringRecorder(every_n_steps=every)
+    fit(recorder, 2, accumulate)
+    assert recorder.recording is not None
+    assert [(m.step, pytest.approx(m.epoch)) for m in recorder.recording.moments] == expected
+    assert list(recorder.recording.graphs) == ["net.0.weight", "net.2.weight"]
+    assert sum(graph.swaps().sum() for graph in recorder.recording.graphs.values()) > 0
+
+
+def test_a_checkpoint_carries_the_recording(tmp_path: Path):
+    whole, first = WiringRecorder(tmp_path / "whole"), WiringRecorder()
+    fit(whole, 3)
+    trainer = fit(first, 2)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = WiringRecorder(tmp_path / "resumed")
+    fit(resumed, 3, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_model_without_graphs_is_not_recorded(small_digits: ImageData, options: Callable[..., RunOptions]):
+    def plain(num_classes: int, image_size: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))
+
+    chosen = options(epochs=1)
+    run(plain, {}, chosen, small_digits)
+    assert not (Path(chosen.output or "") / "wiring.recording").exists()
+
+
+def test_a_run_that_is_stopped_within_an_epoch_records_the_same(
+    create: Callable[[int, int], nn.Module], small_digits: ImageData, options: Callable[..., RunOptions], tmp_path: Path
+):
+    def stopping(classes: int, image_size: int) -> nn.Module:
+        model, calls = create(classes, image_size), iter(range(99))
+
+        def stop(*_: object) -> None:
+            if model.training and next(calls) == 6:
+                raise RuntimeError("stop")
+
+        model.register_forward_pre_hook(stop)
+        return model
+
+    whole, broken = (options(record_every=2, epochs=2, output=str(tmp_path / name)) for name in ("whole", "broken"))
+    run(create, {}, whole, small_digits)
+    with pytest.raises(RuntimeError):
+        run(stopping, {}, broken, small_digits)
+    resume = options(record_every=2, epochs=2, output=broken.output, resume=str(tmp_path / "broken" / "last.ckpt"))
+    run(create, {}, resume, small_digits)
+    paths = [tmp_path / name / "wiring.recording" for name in ("whole", "broken")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    recording = Recording.load(paths[0])
+    assert [moment.step for moment in recording.moments] == [0, 2, 4, 6, 8]
+    with pytest.raises(InputError, match="another model"):
+        Recording.load(paths[0], Module())

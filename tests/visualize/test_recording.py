@@ -1,0 +1,227 @@
+"""A recording gives back what the wirings were, of any model, and goes on where it was left."""
+
+import io
+import pickletools
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch_geometric.data import Data
+
+from dnw_graph import DNW, Discrete, InputError, NeuralGraph, sparsify
+from dnw_graph.analysis.cost import live_nodes
+from dnw_graph.sparse_layers import weight_graphs
+from dnw_graph.visualize import QUANTILES, Recording
+
+
+class Model(nn.Module):
+    """Two graphs, one after the other, and a sparse layer."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = nn.Sequential(NeuralGraph((3, 5, 6), 20, name="first"), NeuralGraph((6, 8, 4), 30, name="second"))
+        self.head = nn.Conv2d(4, 6, 3)
+        sparsify(self.head, 0.2)
+
+
+def shake(model, seed):
+    """Change all weights, as a step would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for graph in graphs(model).values():
+            for slot in graph.slots:
+                slot.parameter.add_(0.1 * torch.randn(slot.parameter.shape, generator=generator))
+
+
+def graphs(model):
+    return {"first": model.body[0], "second": model.body[1], "head.weight": weight_graphs(model)["head.weight"]}
+
+
+def recorded(moments=6):
+    """A recording, and what there was to see at every moment."""
+    model = Model()
+    recording, seen = Recording(model), []
+    for step in range(moments):
+        if step:
+            shake(model, step)
+            recording.add(step, step / 2)
+        edges = {name: graph.real_index.tolist() for name, graph in graphs(model).items()}
+        weights = {name: graph.edge_weight for name, graph in graphs(model).items()}
+        seen.append((edges, weights, live_nodes(model)))
+    return model, recording, seen
+
+
+def test_edges_weights_and_live_nodes_are_those_of_the_moments():
+    _, recording, seen = recorded()
+    recording = Recording.from_bytes(recording.to_bytes())
+    assert list(recording.graphs) == ["first", "second", "head.weight"]
+    for moment in (3, 0, 5, 1, 4, 2, -1):
+        edges, weights, live = seen[moment]
+        for name, graph in recording.graphs.items():
+            assert graph.edges(moment).tolist() == edges[name]
+            np.testing.assert_allclose(graph.weights(moment), weights[name], rtol=1e-3)
+            if name in live:
+                assert graph.live(moment).tolist() == live[name].tolist()
+            expected = weights[name].abs().quantile(torch.tensor(QUANTILES))
+            np.testing.assert_allclose(graph.magnitudes()[moment], expected, rtol=1e-3)
+    assert [moment.step for moment in recording.moments] == list(range(6))
+    assert [moment.epoch for moment in recording.moments] == [0, 0.5, 1, 1.5, 2, 2.5]
+
+
+def test_born_gone_and_life_spans_against_sets():
+    _, recording, seen = recorded()
+    for name, graph in recording.graphs.items():
+        sets = [set(edges[name]) for edges, _, _ in seen]
+        swaps, spans, ended = [(0, 0)], [], []
+        for number in range(1, 6):
+            assert set(graph.born(number).tolist()) == sets[number] - sets[number - 1]
+            assert set(graph.gone(number).tolist()) == sets[number - 1] - sets[number]
+            swaps.append((len(sets[number] - sets[number - 1]), len(sets[number - 1] - sets[number])))
+        assert graph.swaps().tolist() == [list(pair) for pair in swaps]
+        assert sum(map(sum, swaps)) > 0
+        for edge in set().union(*sets):
+            life = 0
+            for number in range(1, 7):
+                life += edge in sets[number - 1]
+                if life and (number == 6 or edge not in sets[number]):
+                    spans.append(life - (number == 6))
+                    ended.append(number < 6)
+                    life = 0
+        found = sorted(zip(*(each.tolist() for each in graph.life_spans()), strict=True))
+        assert found == sorted(zip(spans, ended, strict=True))
+
+
+def test_a_moment_is_the_graph_as_pyg_has_it():
+    model, recording, _ = recorded()
+    now, then = model.body[0].to_data(), recording["first"].to_data()
+    assert (then.step, then.epoch) == (5, 2.5)
+    del then.step, then.epoch
+    assert set(now.keys()) == set(then.keys())
+    for key in set(now.keys()) - {"edge_weight", "live_mask"}:
+        same = now[key] == then[key]
+        assert same if isinstance(same, bool) else same.all(), key
+    torch.testing.assert_close(now.edge_weight, then.edge_weight, rtol=1e-3, atol=0)
+    assert isinstance(then, Data)
+
+
+def test_the_layer_of_a_recording_has_the_inputs_of_its_kernel():
+    data = Recording(Model())["head.weight"].to_data()
+    assert data.num_nodes == 4 * 9 + 6
+    assert data.live_mask[36:].all()
+    assert data.live_mask[:36].tolist() == [node in data.edge_index[0].tolist() for node in range(36)]
+
+
+def test_a_recording_goes_on_where_it_was_left(tmp_path):
+    _, whole, _ = recorded()
+    model = Model()
+    half = Recording(model)
+    for step in (1, 2):
+        shake(model, step)
+        half.add(step, step / 2)
+    half.save(tmp_path / "half")
+    again = Recording.load(tmp_path / "half", model)
+    for step in (3, 4, 5):
+        shake(model, step)
+        again.add(step, step / 2)
+    assert again.to_bytes() == whole.to_bytes()
+
+
+def test_some_steps_only():
+    model = Model()
+    recording = Recording(model, every=3)
+    for step in range(1, 8):
+        recording.add(step)
+    assert [moment.step for moment in recording.moments] == [0, 3, 6]
+
+
+def test_training_is_the_same_with_a_recording():
+    def train(record):
+        model = Model()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        recording = Recording(model) if record else None
+        for step in range(1, 4):
+            torch.manual_seed(step)
+            loss = model.head(model.body(torch.randn(4, 3, 5, 5))).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if recording:
+                recording.add(step)
+        return model.state_dict()
+
+    plain, beside = train(False), train(True)
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, beside[name]), name
+
+
+def test_a_change_takes_two_bytes():
+    """73,000 of 4.7 million candidates, of which 3,000 are exchanged at a moment."""
+    graph = NeuralGraph((256, *[512] * 6), 72_990)
+    recording = Recording(graph)
+    size, generator = len(recording.to_bytes()), torch.Generator().manual_seed(0)
+    assert size < 2 * 72_990
+    with torch.no_grad():
+        weight = graph.candidates.weight
+        leaving = graph.real_index[torch.randperm(72_990, generator=generator)[:3000]]
+        weight[leaving] = 0
+        weight[torch.randint(len(weight), (3000,), generator=generator)] = 1
+    recording.add(1)
+    (_, (born, gone)) = recording["graph"].swaps()
+    assert 5900 < born + gone <= 6000
+    assert len(recording.to_bytes()) - size < 2 * (born + gone)
+    assert recording["graph"].weights(0) is None
+    assert "edge_weight" not in recording["graph"].to_data()
+
+
+def test_a_file_has_no_pickle(tmp_path):
+    _, recording, _ = recorded(2)
+    recording.save(tmp_path / "a")
+    content = (tmp_path / "a").read_bytes()
+    assert not zipfile.is_zipfile(tmp_path / "a")
+    with pytest.raises(ValueError, match="opcode"):
+        list(pickletools.genops(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize("place", [0, 25, 60, -1])
+def test_damage_is_told(tmp_path, place):
+    _, recording, _ = recorded(2)
+    content = bytearray(recording.to_bytes())
+    content[place] ^= 1
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(InputError, match=r"is damaged: its checksum|is no recording"):
+        Recording.load(tmp_path / "a")
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    model = Model()
+    recording = Recording(model)
+    recording.add(4)
+    for step in (4, 3, -1):
+        with pytest.raises(InputError, match=f"above that of the last moment, 4; got {step}"):
+            recording.add(step)
+    with pytest.raises(InputError, match="neither a neural graph nor a sparse layer"):
+        Recording(nn.Linear(2, 2))
+    with pytest.raises(InputError, match="every must be an integer from 1 up; got 0"):
+        Recording(model, every=0)
+    with pytest.raises(InputError, match="cannot be read"):
+        Recording.load(tmp_path / "missing")
+    with pytest.raises(InputError, match=r"unknown graph 'frist': did you mean 'first'"):
+        recording["frist"]
+    with pytest.raises(InputError, match=r"moments are 0 … 1.*got 2"):
+        recording["first"].edges(2)
+    recording.save(tmp_path / "a")
+    with pytest.raises(InputError, match="loaded without a model"):
+        Recording.load(tmp_path / "a").add(5)
+    with pytest.raises(InputError, match=r"of another model: name is 'first' there, 'graph' in the model"):
+        Recording.load(tmp_path / "a", NeuralGraph((3, 5, 6), 20))
+    with pytest.raises(InputError, match="has 3 graphs, the model 1"):
+        Recording.load(tmp_path / "a", NeuralGraph((3, 5, 6), 20, name="first"))
+
+
+def test_discrete_graphs_and_rules_are_named():
+    graph = NeuralGraph(num_nodes=9, num_inputs=2, num_outputs=3, num_edges=8, dynamics=Discrete(2), wiring=DNW())
+    recorded = Recording(graph)["graph"]
+    assert (recorded.dynamics, recorded.rule, recorded.nodes.num_nodes) == ("Discrete", "dnw", 9)
