@@ -175,6 +175,16 @@ class CandidateEdges(nn.Module):
         """Set a tensor of the shape of the weights from a vector."""
         parameter.copy_(flat)
 
+    @property
+    def matrices(self) -> list[tuple[int, int, int]]:
+        """First place, rows and columns of every block."""
+        return [(block.offset, *block.shape) for block in self.blocks]
+
+    @staticmethod
+    def positions(index: Int[Tensor, " edges"]) -> Int[Tensor, " edges"]:
+        """Return where candidates lie in the vector: there."""
+        return index
+
     def block_weight(self, block: Block, weight: Tensor | None = None) -> Float[Tensor, "targets sources"]:
         """View of a block's weights, or of the same part of another flat vector."""
         weight = self.weight if weight is None else weight

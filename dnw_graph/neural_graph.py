@@ -38,8 +38,8 @@ class NeuralGraph(Ranking):
     another: block by block (static), step by step (discrete), or as an ODE (continuous).
 
     In training the real edges are chosen once per forward pass. In evaluation they are chosen after a switch from
-    training, after ``load_state_dict``, and when object, storage or version of the weights changed; what escapes that
-    (weights changed by a fused optimiser or through ``.data`` without a switch) needs
+    training, after ``load_state_dict``, and when the weights changed, also by a fused optimiser or through ``.data``; a
+    few weights of a large graph may be written there unseen, which needs
     :meth:`~dnw_graph.ranking.Ranking.update_wiring`.
 
     Args:

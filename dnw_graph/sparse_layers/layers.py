@@ -104,6 +104,21 @@ class LayerWeight:
         rows = parameter if self.third is None else parameter.chunk(3)[self.third]
         rows.copy_(self.shaped(flat))
 
+    @property
+    def matrices(self) -> tuple[tuple[int, int, int]]:
+        """First place in the parameter, rows, and columns."""
+        rows = self.shape[0]
+        return (((self.third or 0) * self.numel, rows, self.numel // rows),)
+
+    def positions(self, index: Shaped[Tensor, " edges"]) -> Shaped[Tensor, " edges"]:
+        """Return where candidates lie in the parameter as one vector."""
+        if not self.transposed:
+            return (self.third or 0) * self.numel + index
+        inputs, outputs = self.channels
+        sizes = torch.Size([self.groups, outputs // self.groups, inputs // self.groups, self.kernel.numel()])
+        group, target, source, place = torch.unravel_index(index, sizes)
+        return ((group * sizes[2] + source) * sizes[1] + target) * sizes[3] + place
+
     def channel_pairs(self, index: Shaped[Tensor, " edges"]) -> tuple[Tensor, Tensor, Tensor]:
         """Return input channel, output channel and place in the kernel, ``[edges, kernel dims]``, of flat indices."""
         inputs, outputs = self.channels

@@ -5,10 +5,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,6 +24,7 @@ MOMENTA = ("momentum_buffer", "exp_avg", "momentum")
 """What optimisers call the momentum: SGD and Muon, Adam and its kin, SGDP."""
 
 
+@runtime_checkable
 class Slot(Protocol):
     """Where candidate weights lie: a parameter, or a part of one."""
 
@@ -44,6 +45,13 @@ class Slot(Protocol):
 
     def write(self, flat: Shaped[Tensor, " candidates"], parameter: Shaped[Tensor, ...]) -> None:
         """Set the slot's part of a tensor of the parameter's shape: the inverse of :meth:`flat`."""
+
+    @property
+    def matrices(self) -> Sequence[tuple[int, int, int]]:
+        """First place, rows and columns of each matrix that the slot is, in the parameter as one vector."""
+
+    def positions(self, index: Int[Tensor, " edges"]) -> Int[Tensor, " edges"]:
+        """Return where candidates lie in the parameter as one vector."""
 
 
 class View:

@@ -55,6 +55,7 @@ def test_a_weight_as_a_vector_and_back(name):
     (weight,) = find_weights(LAYERS[name]())
     flat = weight.flat(weight.parameter)
     assert torch.equal(weight.shaped(flat), weight.parameter)
+    assert torch.equal(weight.parameter.take(weight.positions(torch.arange(weight.numel))), flat)
     # One row per output channel, as rules that look at a node's own candidates expect.
     kind = "up" if "up" in name else "plain"
     rows = flat.view(weight.channels[1], -1)
@@ -78,6 +79,9 @@ def test_projections_as_graphs():
         dense = torch.zeros(4, 4)
         dense[data.edge_index[1] - 4, data.edge_index[0]] = data.edge_weight
         assert torch.equal(dense, weight)
+    for weight in list(find_weights(nn.MultiheadAttention(4, 1)))[:3]:
+        flat = weight.parameter.take(weight.positions(torch.arange(weight.numel)))
+        assert torch.equal(flat, weight.flat(weight.parameter))
     with pytest.raises(InputError, match="unknown sparse weight 'in_proj_weight'"):
         to_data(attention, "in_proj_weight")
 

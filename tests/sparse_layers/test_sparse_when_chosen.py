@@ -181,7 +181,19 @@ def load_assigned(weight, layer):
     layer.load_state_dict({"weight": swap_order(weight), "bias": layer.bias}, assign=True)
 
 
-@pytest.mark.parametrize("change", [change_in_place, change_storage, replace_object, assign, load, load_assigned])
+def step_fused(weight, layer):
+    weight.grad = weight.detach() - swap_order(weight)
+    torch.optim.Adam([weight], lr=0.5, fused=True).step()
+
+
+def copy_average_in(weight, layer):
+    weight.data.copy_(swap_order(weight))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_in_place, change_storage, replace_object, assign, load, load_assigned, step_fused, copy_average_in],
+)
 def test_anew_in_evaluation_after(change):
     model = make_model().eval()
     model(X)
@@ -194,6 +206,32 @@ def test_anew_in_evaluation_after(change):
     calls = counts(model)
     model(X)
     assert counts(model) == calls
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "global"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.Linear(64, 48),
+        lambda: nn.Conv2d(16, 32, 3).to(memory_format=torch.channels_last),
+        lambda: nn.ConvTranspose2d(32, 16, 3, groups=2),
+        lambda: nn.MultiheadAttention(48, 2),
+    ],
+)
+def test_large_layers_notice_averages_that_are_copied_in(layer, distribution):
+    model = nn.ModuleList([layer(), layer()])
+    sparsify(model, 0.1, distribution=distribution)
+    model.eval()
+    graphs = set(weight_graphs(model).values())
+    for graph in graphs:
+        before = graph.real_index
+        for parameter in dict.fromkeys(graph.tensors()):
+            parameter.data.copy_(swap_order(parameter))
+        index = graph.real_index
+        assert not torch.equal(index, before)
+        assert torch.equal(
+            graph.candidate_weight[index].abs().sort().values, graph.candidate_weight.abs().sort().values[-len(index) :]
+        )
 
 
 def test_anew_after_loading_the_state_of_the_rule_alone():

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
-from dnw_graph import DNW, NeuralGraph, Wiring
+from dnw_graph import DNW, STR, NeuralGraph, Wiring
 
 X = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(1))
 
@@ -127,7 +127,7 @@ def test_anew_after_a_switch_of_a_parent_module():
     graph = make_graph()
     model = nn.Sequential(nn.Sequential(graph), nn.ReLU()).eval()
     model(X)
-    graph.candidates.weight.data.copy_(swap_order(graph.candidates.weight))  # escapes object, storage and version
+    graph.candidates.weight.data.copy_(swap_order(graph.candidates.weight))
     model.train()
     model.eval()
     assert_edges_fit_weights(graph)
@@ -250,16 +250,65 @@ def copy_data(graph):
     graph.candidates.weight.data.copy_(swap_order(graph.candidates.weight))
 
 
-@pytest.mark.parametrize("change", [step_fused, copy_data])
-def test_update_wiring_covers_changes_that_leave_no_trace(change):
-    graph = make_graph().eval()
+def copy_average_in(graph):
+    """As libraries for moving averages do, see also :func:`step_adam` for whoever trains in evaluation mode."""
+    for parameter in graph.parameters():
+        average = swap_order(parameter)
+        parameter.data.copy_(average.data)
+
+
+def step_adam(graph):
+    graph.candidates.weight.grad = graph.candidates.weight.detach() - swap_order(graph.candidates.weight)
+    torch.optim.Adam(graph.parameters(), lr=0.3, fused=True).step()
+
+
+def write_by_numpy(graph):
+    graph.candidates.weight.detach().numpy()[:] = swap_order(graph.candidates.weight).numpy()
+
+
+@pytest.mark.parametrize("change", [step_fused, step_adam, copy_data, copy_average_in, write_by_numpy])
+@pytest.mark.parametrize("width", [4, 60])
+def test_anew_in_evaluation_after_changes_that_leave_no_record(change, width):
+    graph = NeuralGraph((3, width, width, 2), 40, wiring=CountingDNW()).eval()
     graph(X)
-    before = graph.real_index
     change(graph)
-    graph.update_wiring()
-    assert not torch.equal(graph.real_index, before)
+    assert choices(graph, lambda: graph(X)) == 1
     assert_edges_fit_weights(graph)
     assert choices(graph, lambda: graph(X)) == 0
+
+
+@pytest.mark.parametrize("place", [0, 7, 46])
+def test_a_small_graph_is_compared_whole(place):
+    graph = NeuralGraph((3, 5, 4), 11, wiring=CountingDNW()).eval()
+    graph(X)
+    graph.candidates.weight.data[place] += 10
+    assert_edges_fit_weights(graph)
+
+
+def test_a_real_edge_of_a_large_graph_and_a_channel_of_many_are_noticed():
+    graph = NeuralGraph((100, 100), 50, wiring=CountingDNW(), input_function=False).eval()
+    for part in (graph.real_index[-1], slice(5000, 5100), slice(7, None, 100)):
+        graph.candidates.weight.data[part] *= 1e-3
+        assert graph.real_index.tolist() == top_k(graph.candidates.weight.tolist(), 50)
+
+
+def test_update_wiring_is_for_single_weights_of_a_large_graph():
+    graph = NeuralGraph((100, 100), 50, wiring=CountingDNW(), input_function=False).eval()
+    assert 1234 not in graph.real_index
+    graph.candidates.weight.data[1234] = 10
+    assert 1234 not in graph.real_index
+    graph.update_wiring()
+    assert 1234 in graph.real_index
+
+
+def test_anew_after_a_change_of_a_threshold_alone():
+    graph = NeuralGraph((3, 60, 60, 2), wiring=STR(-3.0)).eval()
+    graph(X)
+    before = graph.num_real_edges
+    for parameter in graph.wiring.parameters():
+        parameter.data.add_(1)
+    kept = graph.candidates.weight.abs() > graph.wiring.threshold.sigmoid()
+    assert graph.num_real_edges == int(kept.sum()) < before
 
 
 @pytest.mark.parametrize("change", [step_fused, copy_data])
