@@ -53,9 +53,8 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-# The variable silences an advertisement of Material for MkDocs.
 docs: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python tools/build_docs.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py --rounds 3

@@ -23,8 +23,14 @@ from dnw_graph.models import MobileNetV1DNW, TinyClassifier
 from dnw_graph.selection import Selector, new_flag, select_top_k
 from dnw_graph.sparse_layers import sparsify, weight_graphs
 
-# Candidates and k: stages 4, 5 and 3 of MobileNetV1-DNW ×0.225, a tiny graph, the largest convolutions of a ResNet-50.
-GRAPHS = ((4_718_592, 72_990), (2_097_152, 79_626), (131_072, 4_976), (640_000, 32_000), (2_359_296, 235_930))
+# Candidates and k.
+GRAPHS = {
+    "stage 4 of MobileNetV1-DNW ×0.225": (4_718_592, 72_990),
+    "stage 5": (2_097_152, 79_626),
+    "stage 3": (131_072, 4_976),
+    "tiny discrete": (640_000, 32_000),
+    "largest layers of ResNet-50, 10%": (2_359_296, 235_930),
+}
 
 
 def main() -> None:
@@ -34,9 +40,9 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     rows = []
-    for candidates, k in GRAPHS:
+    for name, (candidates, k) in GRAPHS.items():
         weight = torch.empty(candidates, device=options.device).uniform_(-0.02, 0.02)
-        rows.append(_row("one graph", partial(list, [weight]), [k], partial(_move, weight), options))
+        rows.append(_row(name, partial(list, [weight]), [k], partial(_move, weight), options))
     tiny = TinyClassifier("static").to(options.device)
     rows.append(_model_row("tiny static, 128 × 32²", tiny, (128, 32), options))
     mobilenet = MobileNetV1DNW(width=0.225, num_classes=10, stem_stride=1).to(options.device)

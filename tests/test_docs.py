@@ -26,6 +26,8 @@ from dnw_graph.models import STAGES, MobileNetV1DNW, edges_at_width
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+
 
 def blocks(page, language):
     """Code blocks of a page."""
@@ -66,7 +68,10 @@ def test_getting_started_trains_a_graph_and_draws_it(getting_started):
     rest_is_slow(
         [
             "README.md",
-            *(f"docs/{name}.md" for name in ("concepts", "extending", "models", "rules", "sparsify", "shipping")),
+            *(
+                f"docs/{name}.md"
+                for name in ("index", "concepts", "extending", "models", "rules", "sparsify", "shipping")
+            ),
         ],
         quick=5,
     ),
@@ -74,6 +79,16 @@ def test_getting_started_trains_a_graph_and_draws_it(getting_started):
 def test_python_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(ROOT / name, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_tutorials_run(page, tmp_path, monkeypatch):
+    if page.stem == "timm":
+        pytest.importorskip("timm", reason="timm is not installed")
+    monkeypatch.chdir(tmp_path)
+    run(page, {})
+    plt.close("all")
 
 
 def test_two_lines_make_a_script_one_with_rigl():
@@ -113,19 +128,27 @@ def test_python_blocks_on_looking_at_wirings_run(getting_started, tmp_path, monk
         assert (tmp_path / picture).stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_has_at_most_80_columns(page):
+    for code in re.findall(r"^ *```\w+\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
+        for line in code.splitlines():
+            assert len(line) <= 80, line
+
+
 def test_no_page_with_python_is_left_out():
     tested = {
         "README.md",
         "concepts.md",
         "extending.md",
         "getting-started.md",
+        "index.md",
         "models.md",
         "rules.md",
         "shipping.md",
         "sparsify.md",
         "wirings.md",
     }
-    assert {page.name for page in PAGES if blocks(page, "python")} == tested
+    assert {page.name for page in PAGES if blocks(page, "python")} == tested | {page.name for page in TUTORIALS}
 
 
 def test_edges_per_stage_are_those_of_the_model():

@@ -31,7 +31,9 @@ def static_graph(
 ) -> Float[Tensor, "batch outputs h w"]:
     r"""Compute a static graph for inference, block by block, and return the states of its last block.
 
-    .. math:: I_v = \sum_{(u,v) \in E} w_{uv} Z_u, \qquad Z_v = k_v * relu(a_v I_v + b_v)
+    .. math:: I_v = \sum_{(u,v) \in E} w_{uv} Z_u
+
+    .. math:: Z_v = k_v * \mathrm{relu}(a_v I_v + b_v)
 
     with a 3×3 kernel k_v, zero padding of 1, and for the nodes of the first block I_v = x_v. With a ``bias`` c_v the
     state is relu(k_v * relu(a_v I_v + b_v) + c_v). The operator ``dnw_graph::static_graph`` of ordinary tensors,
