@@ -16,6 +16,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from build_docs import lines
 from pairs import rest_is_slow
 
 from dnw_graph import attach, sparsify
@@ -151,6 +152,23 @@ def test_no_page_with_python_is_left_out():
     assert {page.name for page in PAGES if blocks(page, "python")} == tested | {page.name for page in TUTORIALS}
 
 
+def test_every_numbered_part_of_the_paper_has_code_and_a_test():
+    table = [row for row in rows(ROOT / "docs" / "paper.md", 3) if row[0] != "paper"]
+    for what, code, test in table:
+        assert "](../" in code, what
+        assert re.search(r"\]\(\.\./tests/\S*#(\w+\.)?test_\w+\)", test), what
+    found = {kind: set() for kind in ("Equation", "Line", "Table", "Figure")}
+    for what, _, _ in table:
+        for kind, first, last in re.findall(r"(Equation|Line|Table|Figure)s? (\d+)(?: (?:to|and) (\d+))?", what):
+            found[kind] |= set(range(int(first), int(last or first) + 1))
+    assert {kind: len(numbers) for kind, numbers in found.items()} == {
+        "Equation": 30,
+        "Line": 10,
+        "Table": 6,
+        "Figure": 3,
+    }
+
+
 def test_edges_per_stage_are_those_of_the_model():
     def number(cell):
         return int(cell.replace(",", ""))
@@ -222,6 +240,8 @@ def test_links_lead_somewhere(page):
             continue
         target = page.parent / path if path else page
         assert target.exists(), link
-        if anchor:
+        if anchor and target.suffix == ".py":
+            assert anchor in lines(target), link
+        elif anchor:
             titles = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
             assert anchor in {title.lower().replace(" ", "-") for title in titles}, link
