@@ -2,11 +2,14 @@
 
 import doctest
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 
 import dnw_graph
+from dnw_graph.models import MODELS
+from dnw_graph.wirings import WIRINGS
 
 FOLDER = Path(dnw_graph.__file__).parent
 PATHS = [path for path in sorted(FOLDER.rglob("*.py")) if ">>> " in path.read_text()]
@@ -21,6 +24,11 @@ def test_examples_run(path):
         runner.run(example, out=report.append)
     assert not runner.failures, "".join(report)
     assert runner.tries == path.read_text().count(">>> ")
+
+
+def test_every_rule_and_model_names_its_paper():
+    for thing in [*WIRINGS.values(), *MODELS.values()]:
+        assert re.search(r"arXiv \d{4}\.\d{5}", thing.__doc__), thing
 
 
 def test_examples_have_the_title_that_the_documentation_shows_as_code():

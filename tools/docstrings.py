@@ -22,9 +22,10 @@ class Docstrings(griffe.Extension):
 
 
 def markdown(text: str) -> str:
-    r"""Return a docstring with links for roles and \( \), \[ \] around formulas."""
+    r"""Return a docstring with links for roles and for papers, and with \( \), \[ \] around formulas."""
     text = re.sub(r":math:`([^`]*)`", r"\\(\1\\)", text)
     text = re.sub(r"^\.\. math:: (.*)", r"\\[\1\\]", text, flags=re.MULTILINE)
+    text = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
     return ROLE.sub(link, text)
 
 

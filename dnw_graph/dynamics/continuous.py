@@ -28,7 +28,7 @@ FIXED_STEPS = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "
 class Continuous(Recurrent):
     r"""The solution of :math:`\dot Z(t) = f_\theta(A Z(t), t)`, Equation 13 of the paper.
 
-    Solved with torchdiffeq (Chen et al. 2018). With fewer inputs than nodes this is an Augmented Neural ODE (Dupont et
+    Solved with torchdiffeq (arXiv 1806.07366). With fewer inputs than nodes this is an Augmented Neural ODE (Dupont et
     al. 2019): the other nodes start at zero. The edges are chosen once per forward pass, not per evaluation. Under
     autocast the solver computes in float32, and the field as autocast says. A compiler leaves the solver as it is.
 

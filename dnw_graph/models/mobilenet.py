@@ -45,7 +45,7 @@ def check_images(model: nn.Module, x: object) -> None:
 
 
 class MobileNetV1(nn.Module):
-    """MobileNetV1 (Howard et al. 2017), built of depthwise separable convolutions.
+    """MobileNetV1 (Howard et al. 2017, arXiv 1704.04861), built of depthwise separable convolutions.
 
     Batch norm and ReLU follow each convolution. Channels are ⌊width · c⌋, at least 1.
 
@@ -126,9 +126,10 @@ class GraphClassifier(nn.Module):
 class MobileNetV1DNW(nn.Module):
     """MobileNetV1-DNW: one neural graph per resolution in place of MobileNetV1's layers (Section 2.4 of the paper).
 
-    Stage i is a static graph with the blocks of Table 5, the output of one being the input of the next. It has as many
-    edges as MobileNetV1 × width has pointwise weights at that resolution: ⌊width² · c⌋. The stride of a stage sits on
-    the node function of its inputs. The last stage's outputs pass batch norm and ReLU before the pool.
+    arXiv 1906.00586. Stage i is a static graph with the blocks of Table 5, the output of one being the input of the
+    next. It has as many edges as MobileNetV1 × width has pointwise weights at that resolution: ⌊width² · c⌋. The stride
+    of a stage sits on the node function of its inputs. The last stage's outputs pass batch norm and ReLU before the
+    pool.
 
     Args:
         width: Width multiplier d: it sets the number of edges, never the number of nodes.

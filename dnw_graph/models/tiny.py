@@ -27,10 +27,10 @@ TINY_DYNAMICS = ("static", "discrete", "continuous")
 class TinyClassifier(nn.Module):
     """A classifier of 41 thousand parameters for 32×32 images: downsampling, one neural graph, a linear read-out.
 
-    Section 3.1 of the paper. Two strided convolutions make 32 channels of 8×8, the inputs of a graph of 800 nodes and
-    32,000 edges. The static graph has 5 blocks of nodes and, fed by all of them, 100 outputs without a node function;
-    in the dynamic graphs the last 100 of the 800 nodes are the outputs. The read-out is the mean over rows and columns
-    2 and 3 (counted from 0) of the outputs' maps, then a linear layer.
+    Section 3.1 of the paper (arXiv 1906.00586). Two strided convolutions make 32 channels of 8×8, the inputs of a graph
+    of 800 nodes and 32,000 edges. The static graph has 5 blocks of nodes and, fed by all of them, 100 outputs without a
+    node function; in the dynamic graphs the last 100 of the 800 nodes are the outputs. The read-out is the mean over
+    rows and columns 2 and 3 (counted from 0) of the outputs' maps, then a linear layer.
 
     Args:
         dynamics: ``"static"``, ``"discrete"`` (5 steps) or ``"continuous"`` (``dopri5`` from 0 to 1 with tolerances

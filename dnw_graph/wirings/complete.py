@@ -11,8 +11,8 @@ from dnw_graph.wirings.view import View
 class Complete(Wiring):
     """All candidates are real, whatever k is.
 
-    The graph remembers k: it is how many edges :func:`dnw_graph.two_stage.lottery_ticket` and
-    :func:`dnw_graph.two_stage.fine_tune` keep.
+    The first stage of arXiv 1903.01611. The graph remembers k: it is how many edges
+    :func:`dnw_graph.two_stage.lottery_ticket` and :func:`dnw_graph.two_stage.fine_tune` keep.
     """
 
     ignores_k = True

@@ -13,7 +13,7 @@ from dnw_graph.wirings.view import View
 class GMP(Stored):
     r"""Starts complete and removes the weakest edges for good, fast at first (Zhu and Gupta 2017).
 
-    From step t₀ to t₁, every ΔT steps, the number of real edges falls to
+    arXiv 1710.01878. From step t₀ to t₁, every ΔT steps, the number of real edges falls to
 
     .. math:: n - (n - k) \left(1 - \left(1 - \frac{t - t_0}{t_1 - t_0}\right)^3\right),
 

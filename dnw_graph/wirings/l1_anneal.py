@@ -18,11 +18,11 @@ from dnw_graph.wirings.view import View
 class L1Anneal(Stored):
     r"""Starts complete and removes the edges of smallest |w| while training goes on, until k are left.
 
-    "L1 + Anneal" in Section 3.3 of the paper. At step t the graph has n - s(t) (n - k) edges, n being the number of
-    candidates and s the schedule ``removal``; a removed edge gets no gradient and never comes back. The loss gains
-    :math:`\lambda(t) \sum_{(u,v) \in E} |w_{uv}|`: add :func:`dnw_graph.wiring_penalty` to it, as the examples do.
-    With a schedule that moves it needs :func:`dnw_graph.attach`. Every step of training waits for the device once, to
-    learn which edges are left.
+    "L1 + Anneal" in Section 3.3 of the paper (arXiv 1906.00586). At step t the graph has n - s(t) (n - k) edges, n
+    being the number of candidates and s the schedule ``removal``; a removed edge gets no gradient and never comes back.
+    The loss gains :math:`\lambda(t) \sum_{(u,v) \in E} |w_{uv}|`: add :func:`dnw_graph.wiring_penalty` to it, as the
+    examples do. With a schedule that moves it needs :func:`dnw_graph.attach`. Every step of training waits for the
+    device once, to learn which edges are left.
 
     The paper gives no numbers. The defaults come from a small search on held-out training images, see the page on ways
     of finding a wiring in the documentation.

@@ -13,7 +13,8 @@ from dnw_graph.wirings.view import View
 class RandomGraph(Kept):
     """The k edges of largest |initial weight|, fixed; only they get a gradient.
 
-    Section 3 of the paper. The edges are a persistent buffer: they are not a function of the trained weights.
+    Section 3 of the paper, after Xie et al. 2019 (arXiv 1904.01569). The edges are a persistent buffer: they are not a
+    function of the trained weights.
 
     Args:
         separate_scores: Draw the edges by random scores of their own instead of the initial weights, so that the

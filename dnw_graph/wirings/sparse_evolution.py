@@ -16,9 +16,10 @@ from dnw_graph.wirings.view import View
 class SET(PruneAndGrow):
     r"""Drops the weakest edges once per epoch, and grows as many at random (Mocanu et al. 2018).
 
-    Starts with k random edges. Every ``every`` steps the :math:`d = \min(\lfloor \zeta k \rfloor, n - k)` real edges of
-    least |w| are dropped, and d others are grown at random among all that are not kept. A grown edge starts with weight
-    and optimiser state zero. Hallucinated weights and their states are zero, and are not trained.
+    arXiv 1707.04780. Starts with k random edges. Every ``every`` steps the
+    :math:`d = \min(\lfloor \zeta k \rfloor, n - k)` real edges of least |w| are dropped, and d others are grown at
+    random among all that are not kept. A grown edge starts with weight and optimiser state zero. Hallucinated weights
+    and their states are zero, and are not trained.
 
     The paper, and jaxpruner's ``sparse_trainers``, differ: the paper prunes positive and negative weights apart, and
     grows edges with random values. Under Adam the first step of a grown edge is about three times the learning rate.

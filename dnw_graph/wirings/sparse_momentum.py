@@ -20,7 +20,7 @@ from dnw_graph.wirings.view import View
 class SparseMomentum(PruneAndGrow):
     r"""Prunes a share of each graph's weakest edges, and grows as many where the momentum is largest.
 
-    The graphs of a model that have the rule share one budget. After every ``every`` steps a round
+    arXiv 1907.04840. The graphs of a model that have the rule share one budget. After every ``every`` steps a round
 
     1. takes of each graph i the mean magnitude m_i of the momentum of its real edges;
     2. prunes the ⌈p · n_i⌉ of smallest magnitude of its n_i real edges;

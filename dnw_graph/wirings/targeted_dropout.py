@@ -23,9 +23,10 @@ VARIANTS = ("unconstrained", "regular")
 class TargetedDropout(Wiring):
     r"""Drops weak edges at random in training, and prunes them in evaluation (Gomez et al. 2019).
 
-    TD in Section 3.3 and Appendix B of the paper. With n candidates and :math:`\gamma = 1 - k / n`, the *targets* are
-    the γ n candidates of smallest |w|; in training each of them is dropped with probability ρ, in evaluation all are.
-    What stays keeps its weight as it is, without a factor 1 / (1 - ρ); what is dropped gets no gradient in that step.
+    TD in Section 3.3 and Appendix B of the paper, after arXiv 1905.13678. With n candidates and
+    :math:`\gamma = 1 - k / n`, the *targets* are the γ n candidates of smallest |w|; in training each of them is
+    dropped with probability ρ, in evaluation all are. What stays keeps its weight as it is, without a factor 1 / (1 -
+    ρ); what is dropped gets no gradient in that step.
 
     - ``"unconstrained"``: the targets are the weakest of the whole graph; k edges stay.
     - ``"regular"``: the targets are the ⌊γ · fan-in⌋ weakest into each node, so that every node keeps some. The number

@@ -13,8 +13,8 @@ from dnw_graph.wirings.view import View
 class TopKAST(DNW):
     r"""The k candidates of largest |w| are real; the M next ones are trained besides (Jayakumar et al. 2021).
 
-    The forward pass computes with E, the top k. Gradient and optimiser reach B, the top k + M; all other candidates are
-    frozen: weight, decay and state. The loss gains, with D = k/n,
+    arXiv 2106.03517. The forward pass computes with E, the top k. Gradient and optimiser reach B, the top k + M; all
+    other candidates are frozen: weight, decay and state. The loss gains, with D = k/n,
 
     .. math:: \frac{\lambda}{2} \left(\|w_E\|^2 + \frac{1}{D} \|w_{B \setminus E}\|^2\right);
 

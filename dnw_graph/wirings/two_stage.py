@@ -93,7 +93,7 @@ class SecondStage(Kept):
 class FineTune(SecondStage):
     """The wiring and the weights of a trained complete graph, retrained, as a rule at another learning rate.
 
-    "FT" in Section 3.3 of the paper. For a whole model: :func:`dnw_graph.two_stage.fine_tune`.
+    "FT" in Section 3.3 of the paper (arXiv 1906.00586). For a whole model: :func:`dnw_graph.two_stage.fine_tune`.
 
     Args:
         trained: Candidate weights of the complete graph after its training, which decide the edges and which the graph
@@ -114,7 +114,7 @@ class FineTune(SecondStage):
 class LotteryTicket(SecondStage):
     """The wiring of a trained complete graph, its weights reset to the initial ones, retrained (one-shot pruning).
 
-    "Lottery Ticket" in Section 3.3 of the paper, after Frankle et al. For a whole model, whose other parameters are
+    "Lottery Ticket" in Section 3.3 of the paper, after arXiv 1903.01611. For a whole model, whose other parameters are
     reset as well: :func:`dnw_graph.two_stage.lottery_ticket`.
 
     Args:
