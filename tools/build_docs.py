@@ -90,7 +90,8 @@ def write_notebooks() -> None:
 
 
 if __name__ == "__main__":
-    subprocess.run([sys.executable, "-m", "zensical", "build", "--strict", "--clean"], cwd=ROOT, check=True)
+    if subprocess.run([sys.executable, "-m", "zensical", "build", "--strict", "--clean"], cwd=ROOT).returncode:
+        sys.exit("the pages above have to be put right")
     write_sources()
     link_sources()
     write_notebooks()
