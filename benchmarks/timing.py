@@ -39,18 +39,23 @@ def median_times(ways: Mapping[Way, Callable[[], object]], rounds: int, device: 
 
 def machine(device: torch.device) -> dict[str, str]:
     """Return what the figures were measured on."""
-    name = platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").exists():
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = models[0].split(":")[1].strip() if models else name
+    name = device_name(device)
     return {
         "device": f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name,
         "torch": torch.__version__,
         "torch_geometric": torch_geometric.__version__,
         "date": date.today().isoformat(),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the processor that a device is."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if Path("/proc/cpuinfo").exists():
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        return models[0].split(":")[1].strip() if models else platform.machine()
+    return platform.machine()
 
 
 def arguments(description: str, timed: bool = True) -> argparse.ArgumentParser:

@@ -1,21 +1,20 @@
-"""The table of finished runs beside the paper's figures."""
+"""Tables of finished runs, beside the paper's figures where they had the paper's data and schedule."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-from rows import Row, Table
+from record import PACKAGES, as_configured
+from rows import DATA, Row, Table
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from timing import machine
-
-HEADER = ("model", "paper, %", "top-1, %", "runs", "real edges", "dead nodes", "multiply-adds", "training", "minutes")
+LEGEND = (
+    "{metrics}: on the test images, mean ± standard deviation over seeds: after the last epoch, and after the epoch "
+    "that was best on these very images. Real edges (of a sparse network: weights kept in its sparse layers), dead "
+    "nodes, parameters and multiply-adds per image: of the final wiring, live nodes only. Training: multiply-adds of "
+    "the whole training, forward and backward, a first stage included; so are the minutes."
+)
 
 
 def table_lines(
@@ -26,28 +25,24 @@ def table_lines(
     Args:
         table: The table.
         rows: The rows that were asked for.
-        results: Results of complete runs.
+        results: Records of finished runs.
     """
-    figures = [_figures(row, results, table.top5) for row in rows]
+    figures = [_figures(table, row, results) for row in rows]
     figures = [each for each in figures if each["runs"]]
     if not figures:
         return [], {}
-    where = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    settings = _settings(results)
-    lines = [table.title, "", settings, ", ".join(f"{key} {value}" for key, value in where.items()), ""]
-    header = (*HEADER, "top-5, %") if table.top5 else HEADER
-    lines += ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *map(_cells, figures))]
-    lines += [
-        "",
-        f"top-1{' and top-5' if table.top5 else ''}: on the test images after the last step, mean ± standard deviation "
-        "over seeds. Real edges (of a sparse network: weights kept in its sparse layers), dead nodes "
-        "and multiply-adds per image: of the final wiring, live nodes only. Training: multiply-adds of the whole "
-        "training, forward and backward, a first stage included; so are the minutes.",
-    ]
-    return lines, {"table": table.name, "settings": settings, "machine": where, "rows": figures}
+    shared, made = settings(results), where(results)
+    lines = [table.title, "", shared, made, "", *_markdown(table, figures), ""]
+    lines.append(LEGEND.format(metrics="top-1 and top-5" if table.top5 else "top-1"))
+    return lines, {"table": table.name, "settings": shared, "machine": made, "rows": figures}
 
 
-def _figures(row: Row, results: Sequence[dict[str, Any]], with_top5: bool) -> dict[str, Any]:
+def markdown(table: Table, rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the lines of the table alone, with the rows of which there is a run."""
+    return _markdown(table, [each for row in rows if (each := _figures(table, row, results))["runs"]])
+
+
+def _figures(table: Table, row: Row, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures of a row, each averaged over its runs."""
     runs = [result for result in results if result["row"] == row.key]
     seeds = {result["seed"] for result in runs}
@@ -59,25 +54,40 @@ def _figures(row: Row, results: Sequence[dict[str, Any]], with_top5: bool) -> di
     def mean(values: list[float]) -> float:
         return statistics.fmean(values) if values else 0.0
 
-    top1 = [100 * result["summary"]["top1"] for result in runs]
+    def accuracy(name: str) -> dict[str, float | None]:
+        values = [100 * result["summary"][name] for result in runs]
+        return {name: mean(values), f"{name}_std": statistics.stdev(values) if len(values) > 1 else None}
+
     graphs = [result["summary"]["graphs"].values() for result in runs]
-    layers = [result["summary"].get("weights", {}).values() for result in runs]  # of sparse layers
+    layers = [result["summary"]["weights"].values() for result in runs]  # of sparse layers
     real = [sum(graph["real_edges"] for graph in each) for each in graphs]
-    top5 = [100 * result["summary"]["top5"] for result in runs] if with_top5 else []
     return {
         "model": row.label,
-        "paper": row.paper,
-        "top1": mean(top1),
-        "top1_std": statistics.stdev(top1) if len(top1) > 1 else None,
+        "paper": row.paper if runs and all(as_configured(table, row, result) for result in runs) else "",
+        **accuracy("top1"),
+        **accuracy("best_top1"),
         "runs": len(runs),
+        "epochs": sorted({result["summary"]["options"]["epochs"] for result in runs}),
         "real_edges": mean([a + sum(layer["kept"] for layer in each) for a, each in zip(real, layers, strict=True)]),
         "dead_nodes": mean([sum(graph["dead_nodes"] for graph in each) for each in graphs]),
         "has_edges": any(graphs) or any(layers),
+        "parameters": mean([result["summary"]["parameters"] for result in runs]),
         "multiply_adds": mean([result["summary"]["multiply_adds"] for result in runs]),
         "training_multiply_adds": total("training_multiply_adds"),
         "minutes": total("seconds") / 60,
-        **({"top5": mean(top5), "top5_std": statistics.stdev(top5) if len(top5) > 1 else None} if with_top5 else {}),
+        **(accuracy("top5") if table.top5 else {}),
     }
+
+
+def _markdown(table: Table, figures: Sequence[dict[str, Any]]) -> list[str]:
+    header = ["model", "top-1, %", "best epoch, %", *(["top-5, %"] if table.top5 else []), "seeds", "epochs"]
+    header += ["real edges", "dead nodes", "parameters", "multiply-adds", "training", "minutes"]
+    rows = [_cells(row) for row in figures]
+    if any(row["paper"] for row in figures):
+        header.insert(1, "paper, %")
+        for row, cells in zip(figures, rows, strict=True):
+            cells.insert(1, row["paper"])
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -87,22 +97,40 @@ def _cells(row: dict[str, Any]) -> list[str]:
     edges = [f"{row['real_edges']:,.0f}", f"{row['dead_nodes']:,.0f}"] if row["has_edges"] else ["", ""]
     return [
         row["model"],
-        row["paper"],
-        accuracy("top1"),
+        *(accuracy(name) for name in ("top1", "best_top1", "top5") if name in row),
         str(row["runs"]),
+        " or ".join(map(str, row["epochs"])),
         *edges,
+        f"{row['parameters']:,.0f}",
         f"{row['multiply_adds'] / 1e6:.2f} M",
         f"{row['training_multiply_adds'] / 1e12:.3g} T",
         f"{row['minutes']:.1f}",
-        *([accuracy("top5")] if "top5" in row else []),
     ]
 
 
-def _settings(results: Sequence[dict[str, Any]]) -> str:
+def settings(results: Sequence[dict[str, Any]]) -> str:
     """Return what all runs share: data, schedule, seeds."""
-    options = [result["summary"]["options"] | {"data": result["options"]["data"]} for result in results]
+    options = [result["summary"]["options"] | {"data": what(result["data"])} for result in results]
     shown = ("data", "train_images", "held_out", "image_size", "epochs", "batch_size", "schedule", "momentum")
     values = {name: sorted({str(each[name]) for each in options}) for name in shown}
     seeds = sorted({result["seed"] for result in results})
     parts = [f"{name.replace('_', ' ')} {' or '.join(found)}" for name, found in values.items()]
     return ", ".join([*parts, f"seeds {', '.join(map(str, seeds))}"])
+
+
+def what(data: str) -> str:
+    """Return what the data of a name are."""
+    return DATA[data].what if data in DATA else data
+
+
+def where(results: Sequence[dict[str, Any]]) -> str:
+    """Return on what the runs were made: machine, versions, commits."""
+    starts = [start | {"commit": _short(start["commit"])} for result in results for start in result["starts"]]
+    names = ("machine", "threads", "python", *PACKAGES, "commit", "date")
+    values = {name: sorted({str(start[name]) for start in starts}) for name in names}
+    return ", ".join(f"{name} {' or '.join(found)}" for name, found in values.items() if found)
+
+
+def _short(commit: str) -> str:
+    """Return a commit in 8 digits; a plus says that files were changed."""
+    return commit[:8] + ("+" if commit.endswith("+") else "")

@@ -1,8 +1,39 @@
-"""The rows of a table of the paper."""
+"""The rows of a table, of the paper or of our own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "examples" / "configs"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images that runs learn from.
+
+    Attributes:
+        what: What they are, in a few words.
+        test_images: Number of test images.
+    """
+
+    what: str
+    test_images: int
+
+
+# What --data-name takes. Whoever trains on a folder says what is in it; nobody could tell from its path.
+DATA = {
+    "digits": Data("scikit-learn's digits", 360),
+    "cifar10": Data("CIFAR-10", 10_000),
+    "cifar10-jpeg75": Data("CIFAR-10 as JPEG copies of quality 75, which are lossy", 10_000),
+    "imagenette80": Data("Imagenette, 10 classes of ImageNet, scaled to 80 pixels on the shorter side once", 3_925),
+    "imagenet": Data("ImageNet", 50_000),
+}
+CIFAR10 = ("cifar10", "cifar10-jpeg75")
 
 
 @dataclass(frozen=True)
@@ -15,6 +46,7 @@ class Row:
         paper: Accuracy in the paper, in percent, as "mean ± standard deviation"; empty if it has none.
         options: Options of the run that differ from the file.
         first_stage: The ``config`` of the row whose run this one starts from, if any.
+        name: Name of the row's folder, if not made of ``config`` and ``options``.
     """
 
     label: str
@@ -22,23 +54,28 @@ class Row:
     paper: str = ""
     options: dict[str, str] = field(default_factory=dict)
     first_stage: str | None = None
+    name: str = ""
 
     @property
     def key(self) -> str:
         """Name of the row's folder."""
-        return "-".join([self.config, *(f"{name}-{value}" for name, value in self.options.items())])
+        return self.name or "-".join([self.config, *(f"{name}-{value}" for name, value in self.options.items())])
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper.
+    """A table.
 
     Attributes:
         name: Name of its files.
         title: What stands above it.
-        example: File in ``examples/`` that runs its rows.
+        example: The script that runs its rows, from the root of the repository.
         rows: Its rows.
         quick: Options of every run with ``--quick``.
+        data: Names of the data that its rows are about.
+        options: Options of every run that differ from the files.
+        seeds: Number of seeds of a complete row.
+        margins: Pairs of rows, of which the first should be the better one.
         top5: Whether top-5 accuracy is told beside top-1.
     """
 
@@ -47,4 +84,13 @@ class Table:
     example: str
     rows: tuple[Row, ...]
     quick: dict[str, str]
+    data: tuple[str, ...] = CIFAR10
+    options: dict[str, str] = field(default_factory=dict)
+    seeds: int = 5
+    margins: tuple[tuple[str, str], ...] = ()
     top5: bool = False
+
+    def configured(self, row: Row) -> dict[str, Any]:
+        """Return the options of a run of a row, in their own words, but for seed and data; empty without a file."""
+        path = CONFIGS / f"{row.config}.yaml"
+        return {**yaml.safe_load(path.read_text()), **self.options, **row.options} if path.is_file() else {}

@@ -15,21 +15,20 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
+from record import MACHINE, here, keep, record, write
 from report import table_lines
-from rows import Row, Table
+from rows import CONFIGS, DATA, ROOT, Row, Table
 
 from dnw_graph import InputError
-from dnw_graph.training import RunOptions
+from dnw_graph.errors import unknown_name
 from dnw_graph.whole_file import make_writable, write_whole
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
 BAD_INPUT = 2
 # Options of the example that are the runner's own to set.
 OWN = ("complete", "config", "evaluate", "output", "resume", "seed")
@@ -40,15 +39,19 @@ class Run:
     """One row with one seed.
 
     Attributes:
+        table: The table.
         row: The row.
         seed: The seed.
+        data: Name of the data, see ``rows.DATA``; their path if they have none.
         folder: Where everything of the run is.
         options: All options in their own words: those of the configuration and what was given beside it.
         command: The call of the example, but for ``--resume``.
     """
 
+    table: Table
     row: Row
     seed: int
+    data: str
     folder: Path
     options: dict[str, Any]
     command: list[str]
@@ -67,7 +70,7 @@ class Run:
         asked = self.folder / "options.json"
         if asked.exists():
             before = json.loads(asked.read_text())
-            for name in sorted({*before, *self.options} - machine_options()):
+            for name in sorted({*before, *self.options} - MACHINE):
                 if before.get(name) != self.options.get(name):
                     raise InputError(
                         f"{self.folder} holds a run with {name} {before.get(name)!r}, not {self.options.get(name)!r}: "
@@ -77,12 +80,13 @@ class Run:
         write(asked, self.options)
 
     def execute(self, threads: int) -> dict[str, Any] | None:
-        """Do the run, or what is left of it, and return its result; None if it failed or was stopped."""
-        if self.result.exists():
-            return dict(json.loads(self.result.read_text()))
+        """Do the run, or what is left of it, and return its record; None if it failed or was stopped."""
+        if (result := self.finished()) is not None:
+            return result
         command = self.command
         if (last := self.folder / "last.ckpt").exists():
             command = [*command, "--resume", str(last)]
+        write(self.folder / "starts.json", [*self._starts(), here(threads)])
         start = time.monotonic()
         with open(self.folder / "log.txt", "a") as log:
             status = subprocess.run(
@@ -91,24 +95,28 @@ class Run:
         if status:
             print(f"{self.row.label}, seed {self.seed}: status {status}, see {self.folder / 'log.txt'}", flush=True)
             return None
-        summary = json.loads((self.folder / "summary.json").read_text())
-        result = {"row": self.row.key, "seed": self.seed, "options": self.options, "summary": summary}
-        write(self.result, result)
+        result = self.finished()
+        assert result is not None
         print(
-            f"{self.row.label}, seed {self.seed}: top-1 {summary['top1']:.2%}, {time.monotonic() - start:.0f} s",
+            f"{self.row.label}, seed {self.seed}: top-1 {result['summary']['top1']:.2%}, "
+            f"{time.monotonic() - start:.0f} s",
             flush=True,
         )
         return result
 
+    def finished(self) -> dict[str, Any] | None:
+        """Return the record of the run if it is finished, and write it into its folder."""
+        if self.result.exists():
+            return dict(json.loads(self.result.read_text()))
+        if not (self.folder / "summary.json").exists():
+            return None
+        result = record(self.table, self.row, self.seed, self.data, self.options, self._starts(), self.folder)
+        write(self.result, result)
+        return result
 
-def machine_options() -> set[str]:
-    """Return the options that may change while a run is not complete: those of the machine."""
-    return {option.name for option in fields(RunOptions) if not option.metadata["fixed"]} - {"data"}
-
-
-def write(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(), "--output")
+    def _starts(self) -> list[dict[str, Any]]:
+        path = self.folder / "starts.json"
+        return list(json.loads(path.read_text())) if path.exists() else []
 
 
 def main(table: Table, description: str, argv: Sequence[str] | None = None) -> int:
@@ -126,9 +134,16 @@ def main(table: Table, description: str, argv: Sequence[str] | None = None) -> i
     try:
         rows = _chosen(table, options.rows)
         runs = _runs(table, rows, options, _pairs(further))
-        for run in runs:
-            run.check()
-        results = _execute(runs, options.jobs)
+        if options.finished:
+            results = [result for run in runs if (result := run.finished()) is not None]
+            runs = runs[: len(results)]
+        else:
+            for run in runs:
+                run.check()
+            results = _execute(runs, options.jobs)
+        if options.results is not None:
+            for result in results:
+                keep(result, options.results)
         lines, figures = table_lines(table, rows, results)
         if lines:
             print("\n" + "\n".join(lines))
@@ -147,15 +162,23 @@ def main(table: Table, description: str, argv: Sequence[str] | None = None) -> i
 def _parser(table: Table, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description,
-        epilog=f"Any other option is handed to examples/{table.example} for every run, such as --epochs 10.",
+        epilog=f"Any other option is handed to {table.example} for every run, such as --epochs 10.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--quick", action="store_true", help="every row end to end on built-in digits, in minutes")
     parser.add_argument("--rows", nargs="+", metavar="CONFIG", help="rows to run, by the names of their configurations")
-    parser.add_argument("--seeds", nargs="+", type=int, help="seeds (default: 0 1 2 3 4, as in the paper; quick: 0)")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds (default: those of a whole row; quick: 0)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
-    parser.add_argument("--configs", type=Path, default=EXAMPLES / "configs", help="folder of the configurations")
+    parser.add_argument("--configs", type=Path, default=CONFIGS, help="folder of the configurations")
+    parser.add_argument(
+        "--data-name",
+        help=f"what a folder of images holds: one of {', '.join(DATA)}; without it no row stands beside the paper's",
+    )
+    parser.add_argument("--finished", action="store_true", help="run nothing: tell of the runs that are finished")
+    parser.add_argument(
+        "--results", type=Path, help="also write the record of each finished run here, as benchmarks/results has them"
+    )
     parser.add_argument("--output", type=Path, help="folder of all runs (default: runs/paper, quick: runs/quick)")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     return parser
@@ -195,8 +218,10 @@ def _runs(table: Table, rows: list[Row], options: argparse.Namespace, given: dic
     if options.jobs < 1:
         raise InputError(f"--jobs is {options.jobs}: expected 1 or more")
     options.output = options.output or Path("runs", "quick" if options.quick else "paper")
-    seeds = dict.fromkeys(options.seeds or ([0] if options.quick else range(5)))
-    shared = {**(table.quick if options.quick else {}), **given}
+    seeds = dict.fromkeys(options.seeds or ([0] if options.quick else range(table.seeds)))
+    shared = {**table.options, **(table.quick if options.quick else {}), **given}
+    if options.data_name is not None and options.data_name not in DATA:
+        raise unknown_name("--data-name", options.data_name, DATA)
     runs = []
     for row in rows:
         config = options.configs / f"{row.config}.yaml"
@@ -205,7 +230,7 @@ def _runs(table: Table, rows: list[Row], options: argparse.Namespace, given: dic
         for seed in seeds:
             folder = options.output / row.key / f"seed{seed}"
             changed = {**shared, **row.options, "seed": str(seed)}
-            command = [sys.executable, str(EXAMPLES / table.example), "--config", str(config), "--output", str(folder)]
+            command = [sys.executable, str(ROOT / table.example), "--config", str(config), "--output", str(folder)]
             for name, value in changed.items():
                 flag = name.replace("_", "-")
                 if isinstance(value, bool):
@@ -214,7 +239,9 @@ def _runs(table: Table, rows: list[Row], options: argparse.Namespace, given: dic
                     command.append(f"--{flag}={value}")
             if row.first_stage:
                 command += ["--complete", str(options.output / row.first_stage / f"seed{seed}")]
-            runs.append(Run(row, seed, folder, {**yaml.safe_load(config.read_text()), **changed}, command))
+            values = {**yaml.safe_load(config.read_text()), **changed}
+            data = options.data_name or str(values["data"])
+            runs.append(Run(table, row, seed, data, folder, values, command))
     return runs
 
 

@@ -19,7 +19,7 @@ from runner import main
 TABLE = Table(
     name="table1",
     title="Table 1: tiny classifiers",
-    example="cifar10_tiny.py",
+    example="examples/cifar10_tiny.py",
     rows=(
         Row("Static (RG)", "tiny_static_rg", "76.1 ± 0.5"),
         Row("Static (DNW)", "tiny_static_dnw", "80.9 ± 0.6"),
@@ -28,6 +28,7 @@ TABLE = Table(
         Row("Continuous (RG)", "tiny_continuous_rg", "78.5 ± 1.2"),
         Row("Continuous (DNW)", "tiny_continuous_dnw", "83.1 ± 0.3"),
     ),
+    margins=tuple((f"tiny_{time}_dnw", f"tiny_{time}_rg") for time in ("static", "discrete", "continuous")),
     quick={"data": "digits", "image_size": "16", "epochs": "1", "batch_size": "64"},
 )
 

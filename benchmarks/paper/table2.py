@@ -25,7 +25,7 @@ QUICK = {"data": "digits", "image_size": "16", "epochs": "3", "batch_size": "64"
 TABLE = Table(
     name="table2",
     title="Table 2: ways of finding a wiring, MobileNetV1-DNW (×0.225)",
-    example="imagenet_mobilenet.py",
+    example="examples/imagenet_mobilenet.py",
     rows=(
         Row("MobileNetV1 (×0.25)", "cifar10_mobilenet_v1_x0.25", "86.3 ± 0.2"),
         Row("MobileNetV1-RG (×0.225)", "cifar10_rg", "87.2 ± 0.1"),
@@ -43,6 +43,7 @@ TABLE = Table(
         Row("Fine Tune α = 0.001 †", "cifar10_fine_tune_0.001", "88.7 ± 0.2", first_stage=COMPLETE),
         Row("MobileNetV1-DNW (×0.225)", "cifar10_dnw", "89.7 ± 0.2"),
     ),
+    margins=(("cifar10_dnw", "cifar10_rg"), ("cifar10_dnw", "cifar10_mobilenet_v1_x0.25")),
     quick=QUICK,
 )
 

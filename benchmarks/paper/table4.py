@@ -74,7 +74,7 @@ def _rows() -> list[Row]:
 TABLE = Table(
     name="table4",
     title="Table 4: sparse ResNet-50; the paper's figures are top-1 / top-5",
-    example="imagenet_resnet50.py",
+    example="examples/imagenet_resnet50.py",
     rows=tuple(_rows()),
     quick={
         "model": "resnet18",
@@ -85,6 +85,7 @@ TABLE = Table(
         "batch_size": "256",
         "lr": "0.064",
     },
+    data=("imagenet",),
     top5=True,
 )
 

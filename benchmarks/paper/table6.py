@@ -20,7 +20,7 @@ from table2 import QUICK
 TABLE = Table(
     name="table6",
     title="Table 6: variants of targeted weight dropout, MobileNetV1-DNW (×0.225)",
-    example="imagenet_mobilenet.py",
+    example="examples/imagenet_mobilenet.py",
     rows=(
         Row("TD ρ = 0.9, unconstrained", "cifar10_td_0.9", "89.0 ± 0.2"),
         Row("TD ρ = 0.9, regular", "cifar10_td_regular_0.9", "87.9 ± 0.5"),

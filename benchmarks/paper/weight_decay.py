@@ -20,7 +20,7 @@ from table2 import QUICK
 TABLE = Table(
     name="weight_decay",
     title="Dead nodes against weight decay (footnote 2), MobileNetV1-DNW (×0.225)",
-    example="imagenet_mobilenet.py",
+    example="examples/imagenet_mobilenet.py",
     rows=tuple(
         Row(f"weight decay {decay}", "cifar10_dnw", options={"weight_decay": decay})
         for decay in ("0", "1e-5", "1e-4", "5e-4", "2e-3")

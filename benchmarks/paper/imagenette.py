@@ -1,0 +1,41 @@
+"""MobileNetV1, a random graph and a learned one on Imagenette, 10 classes of ImageNet, at 64 pixels.
+
+The images are brought to 80 pixels on the shorter side once, by shrink.py; then all rows, 3 seeds each:
+
+    python benchmarks/paper/shrink.py imagenette imagenette80
+    python benchmarks/paper/imagenette.py --data imagenette80 --data-name imagenette80 --jobs 2
+
+Every row end to end on scikit-learn's digits in a few minutes on two CPU cores:
+
+    python benchmarks/paper/imagenette.py --quick
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rows import Row, Table
+from runner import main
+from table2 import QUICK
+
+TABLE = Table(
+    name="imagenette",
+    title="Imagenette at 64 pixels",
+    example="examples/imagenet_mobilenet.py",
+    rows=(
+        Row("MobileNetV1 (×0.25)", "mobilenet_v1_x0.25"),
+        Row("MobileNetV1-RG (×0.225)", "mobilenet_v1_rg_x0.225"),
+        Row("MobileNetV1-DNW (×0.225)", "mobilenet_v1_dnw_x0.225"),
+    ),
+    quick=QUICK,
+    data=("imagenette80",),
+    options={"image_size": "64", "epochs": "100", "batch_size": "128", "lr": "0.1"},
+    seeds=3,
+    margins=(
+        ("mobilenet_v1_dnw_x0.225", "mobilenet_v1_rg_x0.225"),
+        ("mobilenet_v1_dnw_x0.225", "mobilenet_v1_x0.25"),
+    ),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(TABLE, __doc__ or ""))

@@ -1,0 +1,198 @@
+"""Make docs/results.md and its picture from the records of finished runs.
+
+    python benchmarks/paper/results.py
+
+Records are written by the tables' scripts; of runs that are finished already:
+
+    python benchmarks/paper/table1.py --finished --data cifar10 --results benchmarks/results
+
+What is to be said about a table stands in ``benchmarks/results/<table>.md``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import table1
+import table2
+import table4
+import table6
+from imagenette import TABLE as IMAGENETTE
+from record import RESULTS, as_configured, changed_options, read
+from report import markdown, what, where
+from rows import DATA, ROOT, Row, Table
+
+from dnw_graph.whole_file import write_whole
+
+TABLES = (table1.TABLE, table2.TABLE, table6.TABLE, table4.TABLE, IMAGENETTE)
+PAGE = ROOT / "docs" / "results.md"
+PICTURE = ROOT / "docs" / "images" / "results.svg"
+OPENING = """# Results
+
+This page is made by `python benchmarks/paper/results.py` from the records in `benchmarks/results/`: one JSON file per
+finished run, with the accuracy after every epoch, all options, commit, versions and machine.
+
+- **top-1** is that of the last epoch, on the test images; ± is the standard deviation over seeds.
+- **best epoch** is the highest top-1 of any epoch on these very images, so it is a little too good. The authors of the
+  paper saved the best epoch: their figures may be of this kind.
+- The paper's figure stands beside ours only where data and every option are those of the paper's row. CIFAR-10 as JPEG
+  copies counts as its data; the copies are lossy, so that accuracies can lie a little lower.
+- Real edges (of a sparse network: weights kept in its sparse layers), dead nodes, parameters and multiply-adds per
+  image are those of the final wiring. Training: multiply-adds of all of it, forward and backward. Minutes of wall time
+  are those of a machine that did other work as well.
+- A margin is the difference of two rows, seed by seed, and its standard error over seeds.
+"""
+
+
+def page(results: Sequence[dict[str, Any]], notes: Path = RESULTS) -> str:
+    """Return the page.
+
+    Args:
+        results: The records.
+        notes: Folder of the notes about tables.
+    """
+    lines = [OPENING]
+    if results:
+        lines += [f"![Top-1 after every epoch](images/{PICTURE.name})", ""]
+    empty = []
+    for table in TABLES:
+        found = _of_table(table, results)
+        if not found:
+            empty.append(table.title.partition(";")[0])
+            continue
+        lines += [f"## {table.title}", "", *_section(table, found)]
+        if (note := notes / f"{table.name}.md").exists():
+            lines += [note.read_text().strip(), ""]
+    lines += ["## Not run yet", "", *(f"- {title}" for title in empty)]
+    lines += ["- Table 3 (ImageNet): its models are counted in [Models](models.md), none was trained"]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _of_table(table: Table, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = {row.key for row in table.rows}
+    return [result for result in results if result["row"] in rows]
+
+
+def _section(table: Table, results: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the runs as configured, then those of other data or options, each kind in a table of its own."""
+    rows = {row.key: row for row in table.rows}
+    whole = [result for result in results if as_configured(table, rows[result["row"]], result)]
+    lines = [*_runs(table, whole), *_margins(table, whole), *_missing(table, whole)]
+
+    def kind(result: dict[str, Any]) -> str:
+        changed = changed_options(table, rows[result["row"]], result)
+        return ", ".join([what(result["data"]), *(f"{name} {value}" for name, value in changed.items())])
+
+    others = sorted((result for result in results if result not in whole), key=kind)
+    for name, group in groupby(others, kind):
+        lines += [f"### Other data or options: {name}", "", *_runs(table, list(group))]
+    return lines
+
+
+def _runs(table: Table, results: Sequence[dict[str, Any]]) -> list[str]:
+    if not results:
+        return []
+    options = [result["summary"]["options"] for result in results]
+    shown = ("train_images", "image_size", "batch_size", "schedule", "lr", "momentum", "weight_decay")
+    values = {name: " or ".join(sorted({str(each[name]) for each in options})) for name in shown}
+    data = " or ".join(sorted({what(result["data"]) for result in results}))
+    shared = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+    return [f"{data}; {shared}. {where(results)}.", "", *markdown(table, table.rows, results), ""]
+
+
+def _margins(table: Table, results: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the differences of rows over the seeds that both have."""
+    rows = {row.key: row for row in table.rows}
+    lines = []
+    for one, other in table.margins:
+        top1 = [{r["seed"]: r for r in results if r["row"] == key} for key in (one, other)]
+        pairs = [(top1[0][seed], top1[1][seed]) for seed in sorted(top1[0].keys() & top1[1].keys())]
+        if pairs:
+            between = f"{rows[one].label} − {rows[other].label}"
+            lines.append(f"- {between}: {_margin(pairs)}{_paper_margin(rows[one], rows[other])}.")
+    return [*lines, ""] if lines else []
+
+
+def _margin(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    shares = [[result["summary"]["top1"] for result in pair] for pair in pairs]
+    differences = [100 * (a - b) for a, b in shares]
+    mean = f"{statistics.fmean(differences):+.1f}"
+    if len(pairs) > 1:
+        error = statistics.stdev(differences) / math.sqrt(len(pairs))
+        return f"{mean} ± {error:.1f} points, standard error over {len(pairs)} seeds"
+    images = [DATA[result["data"]].test_images for result in pairs[0]]
+    error = 100 * math.sqrt(sum(p * (1 - p) / n for p, n in zip(shares[0], images, strict=True)))
+    return f"{mean} points with one seed; the choice of test images alone gives a standard error of {error:.1f}"
+
+
+def _paper_margin(one: Row, other: Row) -> str:
+    if not (one.paper and other.paper):
+        return ""
+    means = [float(row.paper.split(" ")[0]) for row in (one, other)]
+    return f" (paper: {means[0] - means[1]:+.1f})"
+
+
+def _missing(table: Table, results: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what a complete table would have besides."""
+    seeds = {row.label: sum(result["row"] == row.key for result in results) for row in table.rows}
+    parts = []
+    if absent := [label for label, count in seeds.items() if not count]:
+        parts.append(f"no run of {'; '.join(absent)}")
+    if few := [f"{label} has {count}" for label, count in seeds.items() if 0 < count < table.seeds]:
+        parts.append(f"of {table.seeds} seeds {'; '.join(few)}")
+    return [f"Missing: {'. '.join(parts)}.", ""] if parts else []
+
+
+def digest(results: Sequence[dict[str, Any]]) -> str:
+    """Return what tells whether a picture is of these records."""
+    curves = [[result["name"], result["top1_per_epoch"]] for result in results]
+    return hashlib.sha256(json.dumps(curves).encode()).hexdigest()
+
+
+def picture(results: Sequence[dict[str, Any]]) -> bytes:
+    """Return an SVG: top-1 after every epoch, one panel per table, one colour per row."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    tables = [(table, found) for table in TABLES if (found := _of_table(table, results))]
+    columns = min(2, len(tables))
+    lines = math.ceil(len(tables) / columns)
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results", "font.size": 9}):
+        figure = Figure(figsize=(5.2 * columns, 3.6 * lines), layout="constrained")
+        panels = figure.subplots(lines, columns, squeeze=False).ravel()
+        for panel in panels[len(tables) :]:
+            panel.set_visible(False)
+        for panel, (table, found) in zip(panels, tables, strict=False):
+            for number, row in enumerate(table.rows):
+                for place, result in enumerate(each for each in found if each["row"] == row.key):
+                    curve = [100 * top1 for top1 in result["top1_per_epoch"]]
+                    label = None if place else row.label
+                    panel.plot(range(1, len(curve) + 1), curve, color=f"C{number % 10}", lw=1, label=label)
+            panel.set(title=table.title.partition(",")[0], xlabel="epoch", ylabel="top-1, %")
+            panel.grid(alpha=0.3)
+            panel.legend(fontsize=7)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Description": digest(results)})
+    return file.getvalue()
+
+
+def main() -> int:
+    """Write the page and the picture."""
+    results = read(RESULTS)
+    write_whole(PAGE, page(results).encode(), "page")
+    if results:
+        write_whole(PICTURE, picture(results), "picture")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

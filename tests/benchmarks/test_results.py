@@ -1,0 +1,223 @@
+"""Records of runs, tables of them beside the paper's figures, and the page that is made of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dnw_graph import InputError
+
+ROOT = Path(__file__).parents[2]
+MODULES = ("record", "report", "results", "rows", "runner", "shrink", "table1", "table2")
+
+
+@pytest.fixture(scope="module")
+def paper() -> dict[str, ModuleType]:
+    """The scripts of the tables."""
+    folder = str(ROOT / "benchmarks" / "paper")
+    sys.path.insert(0, folder)
+    try:
+        return {name: __import__(name) for name in MODULES}
+    finally:
+        sys.path.remove(folder)
+
+
+# Table 1, static random graph: the configuration, as somebody would write it by hand.
+ASKED = {
+    "dynamics": "static",
+    "wiring": "random_graph",
+    "data": "cifar10",
+    "image_size": 32,
+    "epochs": 160,
+    "batch_size": 512,
+    "lr": 0.1,
+    "schedule": "step",
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+}
+
+
+def made(row: str = "tiny_static_rg", seed: int = 0, top1: float = 0.75, **changes: Any) -> dict[str, Any]:
+    """A record, of which options (or data) were changed."""
+    options = {**ASKED, "wiring": "dnw" if row.endswith("dnw") else "random_graph", **changes}
+    summary = {
+        "top1": top1,
+        "best_top1": top1 + 0.01,
+        "parameters": 43_000,
+        "multiply_adds": 2_000_000,
+        "training_multiply_adds": 10**12,
+        "seconds": 60.0,
+        "graphs": {"static_graph": {"real_edges": 3, "dead_nodes": 1}},
+        "weights": {},
+        "options": {"train_images": 50_000, "held_out": 0, **options, "epochs": int(options["epochs"])},
+    }
+    start = dict.fromkeys(("machine", "threads", "python", "torch", "torchvision", "lightning", "date"), "1")
+    return {
+        "name": f"{row}-seed{seed}",
+        "table": "table1",
+        "row": row,
+        "seed": seed,
+        "data": options["data"],
+        "options": {**options, "seed": str(seed)},
+        "starts": [{**start, "commit": "0123456789abcdef"}],
+        "summary": summary,
+        "top1_per_epoch": [top1],
+    }
+
+
+def lines(paper: dict[str, ModuleType], *results: dict[str, Any]) -> list[str]:
+    table = paper["table1"].TABLE
+    return paper["report"].table_lines(table, table.rows, results)[0]
+
+
+def test_mean_and_standard_deviation(paper: dict[str, ModuleType]):
+    results = [made(seed=seed, top1=top1) for seed, top1 in enumerate((0.5, 0.52, 0.57))]
+    table = paper["table1"].TABLE
+    text, figures = paper["report"].table_lines(table, table.rows, results)
+    assert figures["rows"][0]["top1"] == pytest.approx(53)
+    # (9 + 1 + 16) / 2 = 13: the standard deviation of a sample.
+    assert figures["rows"][0]["top1_std"] == pytest.approx(13**0.5)
+    assert any(
+        line.startswith("| Static (RG) | 76.1 ± 0.5 | 53.0 ± 3.6 | 54.0 ± 3.6 | 3 | 160 | 3 | 1 |") for line in text
+    )
+
+
+@pytest.mark.parametrize(
+    "same", [{}, {"data": "cifar10-jpeg75"}, {"lr": "0.1", "weight_decay": "1e-4", "epochs": "160"}, {"workers": "0"}]
+)
+def test_runs_of_the_papers_data_and_schedule_stand_beside_its_figures(
+    paper: dict[str, ModuleType], same: dict[str, Any]
+):
+    assert any("| Static (RG) | 76.1 ± 0.5 | 75.0 |" in line for line in lines(paper, made(**same)))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"data": "digits"},
+        {"data": "/some/folder"},
+        {"epochs": "30"},
+        {"weight_decay": "5e-5"},
+        {"warmup_epochs": "5"},
+        {"held_out": "5000"},
+    ],
+)
+def test_runs_of_other_data_or_options_do_not(paper: dict[str, ModuleType], other: dict[str, Any]):
+    text = "\n".join(lines(paper, made(**other)))
+    assert "| Static (RG) | 75.0 |" in text
+    assert "paper" not in text
+    assert "76.1" not in text
+    # Not even in a row of several seeds, one of which is as in the paper.
+    assert "76.1" not in "\n".join(lines(paper, made(), made(seed=1, **other)))
+
+
+def test_quick_runs_do_not(paper: dict[str, ModuleType]):
+    quick = paper["table1"].TABLE.quick
+    assert "76.1" not in "\n".join(lines(paper, made(**quick)))
+    assert "76.1" not in paper["results"].page([made(**quick)])
+
+
+def test_the_page_keeps_kinds_of_runs_apart(paper: dict[str, ModuleType]):
+    text = paper["results"].page([made(), made(seed=1, epochs="30"), made(row="tiny_static_dnw", epochs="30")])
+    first, second = text.split("### Other data or options: CIFAR-10, epochs 30")
+    assert "| Static (RG) | 76.1 ± 0.5 | 75.0 | 76.0 | 1 | 160 |" in first
+    assert "| Static (RG) | 75.0 | 76.0 | 1 | 30 |" in second
+    assert "| Static (DNW) | 75.0 | 76.0 | 1 | 30 |" in second
+    assert "no run of Static (DNW); Discrete Time (RG)" in first
+    assert "of 5 seeds Static (RG) has 1" in first
+    assert "- Table 2: ways of finding a wiring" in second.split("## Not run yet")[1]
+
+
+def test_margins(paper: dict[str, ModuleType]):
+    one = [made(seed=0, top1=0.70), made("tiny_static_dnw", 0, top1=0.73)]
+    # √(0.7 · 0.3 / 10,000 + 0.73 · 0.27 / 10,000) = 0.64%
+    expected = "+3.0 points with one seed; the choice of test images alone gives a standard error of 0.6 (paper: +4.8)."
+    assert f"- Static (DNW) − Static (RG): {expected}" in paper["results"].page(one)
+    more = [made(seed=1, top1=0.70), made("tiny_static_dnw", 1, top1=0.75), made("tiny_static_dnw", 2, top1=0.2)]
+    # 3 and 5 points: standard deviation √2, standard error 1.
+    expected = "+4.0 ± 1.0 points, standard error over 2 seeds (paper: +4.8)."
+    assert f"- Static (DNW) − Static (RG): {expected}" in paper["results"].page([*one, *more])
+
+
+def test_the_page_is_that_of_the_records(paper: dict[str, ModuleType]):
+    results = paper["record"].read(paper["record"].RESULTS)
+    make = "python benchmarks/paper/results.py makes it anew"
+    assert paper["results"].PAGE.read_text() == paper["results"].page(results), make
+    if results:
+        assert paper["results"].digest(results) in paper["results"].PICTURE.read_text(), make
+
+
+def test_records_kept_are_of_this_repository_alone(paper: dict[str, ModuleType]):
+    for path in paper["record"].RESULTS.glob("*/*.json"):
+        text = path.read_text()
+        result = json.loads(text)
+        assert path.parent.name == result["table"]
+        assert path.stem == result["name"]
+        assert result["data"] in paper["rows"].DATA
+        assert '"/' not in text  # no path of a machine
+        assert result["top1_per_epoch"][-1] == pytest.approx(result["summary"]["top1"], abs=1e-5)
+        assert max(result["top1_per_epoch"]) == pytest.approx(result["summary"]["best_top1"], abs=1e-5)
+        assert len(result["top1_per_epoch"]) == result["summary"]["options"]["epochs"]
+
+
+def test_a_picture_of_the_curves(paper: dict[str, ModuleType]):
+    results = [made(), made(seed=1)]
+    assert paper["results"].digest(results) in paper["results"].picture(results).decode()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a finished run of two epochs."""
+    summary = made(data="/data/cifar10", epochs=2)["summary"]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "metrics.csv").write_text("epoch,step,val/top1\n0,9,\n0,96,0.5123456\n1,193,0.75\n1,193,\n")
+    return tmp_path
+
+
+def test_a_record_names_the_data_and_holds_the_curve(paper: dict[str, ModuleType], run: Path):
+    table = paper["table1"].TABLE
+    options = {**ASKED, "data": "/data/cifar10", "epochs": "2", "workers": "0"}
+    result = paper["record"].record(table, table.rows[0], 3, "cifar10-jpeg75", options, [], run)
+    assert result["top1_per_epoch"] == [0.51235, 0.75]
+    assert result["name"] == "tiny_static_rg-epochs-2-seed3"
+    assert "/data" not in json.dumps(result)
+    path = paper["record"].keep(result, run / "results")
+    assert path == run / "results" / "table1" / "tiny_static_rg-epochs-2-seed3.json"
+    assert paper["record"].read(run / "results") == [result]
+
+
+def test_a_record_with_options_that_the_run_did_not_have_is_refused(paper: dict[str, ModuleType], run: Path):
+    table = paper["table1"].TABLE
+    with pytest.raises(InputError, match="holds a run with epochs 2, not 160"):
+        paper["record"].record(table, table.rows[0], 0, "cifar10", ASKED, [], run)
+
+
+def test_finished_runs_are_told_without_running_any(
+    paper: dict[str, ModuleType],
+    run: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+):
+    output = tmp_path_factory.mktemp("runs")
+    shutil.copytree(run, output / "tiny_static_rg" / "seed0")
+    argv = ["--finished", "--epochs", "2", "--seeds", "0", "--data", "/data/cifar10", "--output", str(output)]
+    assert paper["runner"].main(paper["table1"].TABLE, "", [*argv, "--results", str(output / "kept")]) == 0
+    assert "| Static (RG) | 75.0 | 76.0 | 1 | 2 |" in capsys.readouterr().out
+    assert len(list((output / "kept").rglob("*.json"))) == 1
+    assert not (output / "tiny_static_dnw").exists()
+
+
+def test_images_are_brought_to_80_pixels_on_the_shorter_side(paper: dict[str, ModuleType], tmp_path: Path):
+    place = tmp_path / "from" / "train" / "n01440764" / "a.JPEG"
+    place.parent.mkdir(parents=True)
+    Image.new("RGB", (300, 200), "red").save(place)
+    paper["shrink"].shrink(tmp_path / "from", tmp_path / "to")
+    with Image.open(tmp_path / "to" / "train" / "n01440764" / "a.JPEG") as image:
+        assert image.size == (120, 80)
