@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from dnw_graph import stopping
 
@@ -26,6 +27,7 @@ from torch import nn
 from dnw_graph import InputError
 from dnw_graph.errors import unknown_name
 from dnw_graph.models import create_model
+from dnw_graph.node_functions import EPS, NormReluConv
 from dnw_graph.training import RunOptions, WiringOptions, main, option
 from dnw_graph.wirings import Wiring
 
@@ -40,6 +42,7 @@ class MobileNetOptions(WiringOptions):
     model: str = option("mobilenet_v1_dnw", f"one of {', '.join(MODELS)}")
     width: float = option(0.225, "width multiplier")
     small: bool = option(False, "mobilenet_v1_dnw: learn the edges of the classifier too (DNW-Small)")
+    node_norm_eps: float = option(EPS, "mobilenet_v1_dnw: what the norms of nodes add to the variance")
 
     def with_wiring(self, wiring: Wiring, num_classes: int, image_size: int) -> nn.Module:
         """Return the model with a wiring."""
@@ -51,10 +54,13 @@ class MobileNetOptions(WiringOptions):
             "stem_stride": 2 if image_size >= LARGE_IMAGE else 1,
         }
         if self.model == "mobilenet_v1":
-            if self.small or self.wiring != "dnw":
-                raise InputError("--small and --wiring are for mobilenet_v1_dnw: mobilenet_v1 has no edges to learn")
+            if self.small or self.wiring != "dnw" or self.node_norm_eps != EPS:
+                raise InputError(
+                    "--small, --wiring and --node-norm-eps are for mobilenet_v1_dnw: mobilenet_v1 has no nodes or edges"
+                )
             return create_model(self.model, **shared)
-        return create_model(self.model, **shared, small=self.small, wiring=wiring)
+        node_function = partial(NormReluConv, eps=self.node_norm_eps)
+        return create_model(self.model, **shared, small=self.small, wiring=wiring, node_function=node_function)
 
 
 def run_example(argv: Sequence[str] | None = None) -> int:

@@ -71,6 +71,7 @@ def _figures(table: Table, row: Row, results: Sequence[dict[str, Any]]) -> dict[
         "real_edges": mean([a + sum(layer["kept"] for layer in each) for a, each in zip(real, layers, strict=True)]),
         "dead_nodes": mean([sum(graph["dead_nodes"] for graph in each) for each in graphs]),
         "has_edges": any(graphs) or any(layers),
+        "has_nodes": any(graphs),
         "parameters": mean([result["summary"]["parameters"] for result in runs]),
         "multiply_adds": mean([result["summary"]["multiply_adds"] for result in runs]),
         "training_multiply_adds": total("training_multiply_adds"),
@@ -94,13 +95,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
     def accuracy(name: str) -> str:
         return f"{row[name]:.1f}" + (f" ± {row[f'{name}_std']:.1f}" if row[f"{name}_std"] is not None else "")
 
-    edges = [f"{row['real_edges']:,.0f}", f"{row['dead_nodes']:,.0f}"] if row["has_edges"] else ["", ""]
     return [
         row["model"],
         *(accuracy(name) for name in ("top1", "best_top1", "top5") if name in row),
         str(row["runs"]),
         " or ".join(map(str, row["epochs"])),
-        *edges,
+        f"{row['real_edges']:,.0f}" if row["has_edges"] else "",
+        f"{row['dead_nodes']:,.0f}" if row["has_nodes"] else "",
         f"{row['parameters']:,.0f}",
         f"{row['multiply_adds'] / 1e6:.2f} M",
         f"{row['training_multiply_adds'] / 1e12:.3g} T",

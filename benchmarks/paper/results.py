@@ -22,6 +22,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import rules
 import table1
 import table2
 import table4
@@ -33,7 +34,7 @@ from rows import DATA, ROOT, Row, Table
 
 from dnw_graph.whole_file import write_whole
 
-TABLES = (table1.TABLE, table2.TABLE, table6.TABLE, table4.TABLE, IMAGENETTE)
+TABLES = (table1.TABLE, table2.TABLE, table6.TABLE, table4.TABLE, IMAGENETTE, rules.TABLE)
 PAGE = ROOT / "docs" / "results.md"
 PICTURE = ROOT / "docs" / "images" / "results.svg"
 OPENING = """# Results

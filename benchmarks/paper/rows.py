@@ -42,7 +42,7 @@ class Row:
 
     Attributes:
         label: The row's name in the paper.
-        config: Name of its file in ``examples/configs/``, without ``.yaml``.
+        config: Name of its configuration, without ``.yaml``.
         paper: Accuracy in the paper, in percent, as "mean ± standard deviation"; empty if it has none.
         options: Options of the run that differ from the file.
         first_stage: The ``config`` of the row whose run this one starts from, if any.
@@ -74,6 +74,7 @@ class Table:
         quick: Options of every run with ``--quick``.
         data: Names of the data that its rows are about.
         options: Options of every run that differ from the files.
+        configs: Folder of the configurations.
         seeds: Number of seeds of a complete row.
         margins: Pairs of rows, of which the first should be the better one.
         top5: Whether top-5 accuracy is told beside top-1.
@@ -86,11 +87,12 @@ class Table:
     quick: dict[str, str]
     data: tuple[str, ...] = CIFAR10
     options: dict[str, str] = field(default_factory=dict)
+    configs: Path = CONFIGS
     seeds: int = 5
     margins: tuple[tuple[str, str], ...] = ()
     top5: bool = False
 
     def configured(self, row: Row) -> dict[str, Any]:
         """Return the options of a run of a row, in their own words, but for seed and data; empty without a file."""
-        path = CONFIGS / f"{row.config}.yaml"
+        path = self.configs / f"{row.config}.yaml"
         return {**yaml.safe_load(path.read_text()), **self.options, **row.options} if path.is_file() else {}

@@ -1,7 +1,7 @@
 """Runs the rows of a table of the paper: any seeds, any length of schedule, several at once, resumable row by row.
 
-Every run is one call of an example with one of ``examples/configs/``. A run that is complete is not done again, and one
-that was stopped goes on from its last checkpoint.
+Every run is one call of an example with a configuration, such as one of ``examples/configs/``. A run that is complete
+is not done again, and one that was stopped goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 from record import MACHINE, here, keep, record, write
 from report import table_lines
-from rows import CONFIGS, DATA, ROOT, Row, Table
+from rows import DATA, ROOT, Row, Table
 
 from dnw_graph import InputError
 from dnw_graph.errors import unknown_name
@@ -170,7 +170,7 @@ def _parser(table: Table, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", metavar="CONFIG", help="rows to run, by the names of their configurations")
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds (default: those of a whole row; quick: 0)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
-    parser.add_argument("--configs", type=Path, default=CONFIGS, help="folder of the configurations")
+    parser.add_argument("--configs", type=Path, default=table.configs, help="folder of the configurations")
     parser.add_argument(
         "--data-name",
         help=f"what a folder of images holds: one of {', '.join(DATA)}; without it no row stands beside the paper's",

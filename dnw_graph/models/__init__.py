@@ -9,13 +9,14 @@ from torch import nn
 
 from dnw_graph.arguments import checked
 from dnw_graph.models.mobilenet import STAGES, GraphClassifier, MobileNetV1, MobileNetV1DNW, edges_at_width
-from dnw_graph.models.tiny import TINY_DYNAMICS, TinyClassifier
+from dnw_graph.models.tiny import TINY_DYNAMICS, TINY_NODE_FUNCTIONS, TinyClassifier
 from dnw_graph.registry import build
 
 __all__ = [
     "MODELS",
     "STAGES",
     "TINY_DYNAMICS",
+    "TINY_NODE_FUNCTIONS",
     "GraphClassifier",
     "MobileNetV1",
     "MobileNetV1DNW",

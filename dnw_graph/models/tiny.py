@@ -13,7 +13,7 @@ from dnw_graph.dynamics import Continuous, Discrete
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.models.mobilenet import check_images
 from dnw_graph.neural_graph import NeuralGraph
-from dnw_graph.node_functions import NormReluConv, ReluConvSendNorm
+from dnw_graph.node_functions import NodeFunction, NormReluConv, ReluConvSendNorm
 from dnw_graph.wirings import Wiring
 
 NUM_NODES, NUM_INPUTS, NUM_OUTPUTS = 800, 32, 100
@@ -21,7 +21,8 @@ STATIC_BLOCKS = (32, 192, 192, 192, 192, 100)
 NUM_EDGES = 32_000
 """5% of 800²."""
 
-TINY_DYNAMICS = ("static", "discrete", "continuous")
+TINY_NODE_FUNCTIONS = {"static": NormReluConv, "discrete": ReluConvSendNorm, "continuous": NormReluConv}
+TINY_DYNAMICS = tuple(TINY_NODE_FUNCTIONS)
 
 
 class TinyClassifier(nn.Module):
@@ -37,6 +38,9 @@ class TinyClassifier(nn.Module):
             1e-3, backpropagation through the solver).
         num_classes: Number of classes.
         wiring: See :class:`~dnw_graph.NeuralGraph`.
+        node_function: See :class:`~dnw_graph.NeuralGraph`. Default:
+            :class:`~dnw_graph.node_functions.NormReluConv` in static and continuous time,
+            :class:`~dnw_graph.node_functions.ReluConvSendNorm` in discrete time, both with an instance norm.
         adjoint: Continuous only: see :class:`~dnw_graph.Continuous`.
         propagation: See :class:`~dnw_graph.NeuralGraph`.
         recompute: See :class:`~dnw_graph.NeuralGraph`.
@@ -56,6 +60,7 @@ class TinyClassifier(nn.Module):
         num_classes: int = 10,
         *,
         wiring: str | Wiring = "dnw",
+        node_function: NodeFunction | None = None,
         adjoint: bool = False,
         propagation: str = "auto",
         recompute: bool = False,
@@ -74,17 +79,13 @@ class TinyClassifier(nn.Module):
         )
         options: dict[str, Any] = {"num_nodes": NUM_NODES, "num_inputs": NUM_INPUTS, "num_outputs": NUM_OUTPUTS}
         if dynamics == "static":
-            options = {"blocks": STATIC_BLOCKS, "node_function": partial(NormReluConv, norm="instance")}
-        elif dynamics == "discrete":
-            options |= {"dynamics": Discrete(steps=5), "node_function": partial(ReluConvSendNorm, norm="instance")}
+            options = {"blocks": STATIC_BLOCKS}
         else:
-            options |= {
-                "dynamics": Continuous(adjoint=adjoint),
-                "node_function": partial(NormReluConv, norm="instance"),
-            }
+            options["dynamics"] = Discrete(steps=5) if dynamics == "discrete" else Continuous(adjoint=adjoint)
         self.graph = NeuralGraph(
             num_edges=NUM_EDGES,
             wiring=wiring,
+            node_function=node_function or partial(TINY_NODE_FUNCTIONS[dynamics], norm="instance"),
             propagation=propagation,
             recompute=recompute,
             name=f"{dynamics}_graph",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dnw_graph.errors import InputError
+from dnw_graph.node_functions import EPS
 from dnw_graph.stopping import is_first_process
 from dnw_graph.training.image_check import check_images
 from dnw_graph.training.images import FileImages, Images
@@ -50,6 +51,10 @@ def check_files(*parts: Images) -> None:
     check_images(paths)
 
 
+# Options that checkpoints of older runs lack, and what they were.
+BEFORE = {"node_norm_eps": EPS}
+
+
 def check_same_run(path: str, then: dict[str, Any], now: dict[str, Any], names: list[str]) -> None:
     """Refuse a checkpoint of another run.
 
@@ -62,6 +67,7 @@ def check_same_run(path: str, then: dict[str, Any], now: dict[str, Any], names: 
     Raises:
         InputError: If an option differs; the message names the first one that does.
     """
+    then = {**BEFORE, **then}
     for name in names:
         if name not in then:
             raise InputError(f"{path} is a checkpoint of another program: it knows no {flag(name)}")

@@ -57,6 +57,7 @@ TABLE_2 = {
     "cifar10_fine_tune_0.01": "89.7 ± 0.1",
     "cifar10_fine_tune_0.001": "88.7 ± 0.2",
     "cifar10_dnw": "89.7 ± 0.2",
+    "cifar10_dnw_eps_warmup": "",
 }
 TABLE_6 = {
     "cifar10_td_0.9": "89.0 ± 0.2",
@@ -91,6 +92,8 @@ def expected_config(name: str) -> dict:
     rule, _, value = name.rpartition("_")
     if name == "rg":
         config["wiring"] = "random_graph"
+    elif name == "dnw_eps_warmup":
+        config |= {"wiring": "dnw", "node_norm_eps": 1e-3, "warmup_epochs": 5}
     elif rule == "fine_tune":
         config |= {"wiring": rule, "lr": float(value)}
     elif rule.startswith("td"):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import nn
 from torchdiffeq import odeint
 
 from dnw_graph import InputError
-from dnw_graph.models.tiny import TinyClassifier
+from dnw_graph.models.tiny import TINY_NODE_FUNCTIONS, TinyClassifier
 
 DYNAMICS = ["static", "discrete", "continuous"]
 BLOCKS = (32, 192, 192, 192, 192, 100)
@@ -49,6 +51,18 @@ def test_nodes_and_candidates(dynamics):
     earlier = [sum(BLOCKS[:i]) for i in range(6)]
     static = sum(size * before for size, before in zip(BLOCKS, earlier, strict=True))
     assert graph.num_candidates == (static if dynamics == "static" else 640_000)
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+def test_another_node_function(dynamics):
+    """Here another eps: the norms of all nodes have it, and those of the stem do not."""
+    kind = TINY_NODE_FUNCTIONS[dynamics]
+    models = [TinyClassifier(dynamics, node_function=partial(kind, norm="instance", eps=eps)) for eps in (1e-5, 1e-3)]
+    for model, eps in zip([TinyClassifier(dynamics), *models], (1e-5, 1e-5, 1e-3), strict=True):
+        norms = [m for m in model.graph.modules() if isinstance(m, nn.InstanceNorm2d)]
+        assert sum(norm.num_features for norm in norms) == 800
+        assert {norm.eps for norm in norms} == {eps}
+        assert kind in {type(function) for function, _ in model.graph.dynamics.functions()}
 
 
 def plain_stem(p, x):

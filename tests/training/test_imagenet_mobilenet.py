@@ -13,10 +13,12 @@ import pytest
 import torch
 import yaml
 from pairs import rest_is_slow
-from torch import Tensor
+from torch import Tensor, nn
 
+from dnw_graph import InputError
 from dnw_graph.training import read_checkpoint
 from dnw_graph.training.augmentation import transforms
+from dnw_graph.training.checks import check_same_run
 from dnw_graph.training.images import digits
 
 EXAMPLE = "imagenet_mobilenet"
@@ -143,6 +145,8 @@ def test_mobilenet_v1_trains(start: Callable[..., int], capsys: pytest.CaptureFi
         (("--width", "-1"), "width must be a positive number"),
         (("--model", "mobilenet_v1", "--small"), "--small"),
         (("--model", "mobilenet_v1", "--wiring", "random_graph"), "--wiring"),
+        (("--model", "mobilenet_v1", "--node-norm-eps", "1e-3"), "--node-norm-eps"),
+        (("--node-norm-eps", "0"), "eps of a norm must be above 0"),
     ],
 )
 def test_bad_models(start: Callable[..., int], capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str):
@@ -183,6 +187,21 @@ def test_configurations_are_those_of_the_paper(
     options = seen[0][2]
     assert {key: getattr(options, key) for key in schedule} == schedule
     assert options.data == "/path/to/imagenet"
+
+
+def test_eps_of_the_norms_of_nodes(example: ModuleType):
+    for options, eps in (({}, 1e-5), ({"node_norm_eps": 1e-3}, 1e-3)):
+        chosen = example.MobileNetOptions(width=0.1, **options)
+        assert chosen.identity()["node_norm_eps"] == eps
+        model = chosen.create(10, 8)
+        assert {norm.eps for norm in model.stages.modules() if isinstance(norm, nn.BatchNorm2d)} == {eps}
+
+
+def test_checkpoints_from_before_that_option_are_taken():
+    names = ["width", "node_norm_eps"]
+    check_same_run("last.ckpt", {"width": 0.1}, {"width": 0.1, "node_norm_eps": 1e-5}, names)
+    with pytest.raises(InputError, match=r"--node-norm-eps is 0.001, but last.ckpt was trained with 1e-05"):
+        check_same_run("last.ckpt", {"width": 0.1}, {"width": 0.1, "node_norm_eps": 1e-3}, names)
 
 
 def test_the_stem_keeps_the_size_of_small_images(example: ModuleType):
