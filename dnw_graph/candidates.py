@@ -107,7 +107,7 @@ class CandidateEdges(nn.Module):
         offsets = [0, *accumulate(sizes)]
         self.blocks = tuple(Block(s, t, offset) for (s, t), offset in zip(ranges, offsets, strict=False))
         self.num_candidates = offsets[-1]
-        self.places = (1,) * len(self.blocks)  # of a kernel, that the sources of a block stand for
+        self.places = (1,) * len(self.blocks)  # positions of a kernel that the sources of a block stand for
         self.probe: Tensor | None = None  # see dnw_graph.propagation.gradient
         self.weight = nn.Parameter(torch.empty(self.num_candidates))
         self.reset_parameters()
@@ -177,7 +177,7 @@ class CandidateEdges(nn.Module):
 
     @property
     def matrices(self) -> list[tuple[int, int, int]]:
-        """First place, rows and columns of every block."""
+        """First index, rows and columns of every block."""
         return [(block.offset, *block.shape) for block in self.blocks]
 
     @staticmethod

@@ -61,8 +61,8 @@ class NeuralGraph(Ranking):
         input_function: Static graphs: whether the node function is applied at the inputs.
         output_function: Static graphs: whether the node function is applied at the outputs.
         candidates: The candidate edges, if not all that the dynamics allows; they are copied, weights included.
-        recompute: Have the backward pass compute the node functions again, so that of each only what it receives is
-            kept for it, and what products need of what it gives; outputs and gradients are the same.
+        recompute: Recompute the node functions in the backward pass (activation checkpointing): less memory, more time,
+            the same outputs and gradients.
         name: Name of the graph in messages, by which graphs of one model can be told apart.
 
     Shapes:
@@ -216,7 +216,7 @@ class NeuralGraph(Ranking):
         """Return the wiring as a PyG graph.
 
         The :class:`~torch_geometric.data.Data` holds ``edge_index [2, k]``, ``edge_weight [k]``, and for every node its
-        ``block``, its position ``pos [nodes, 2]`` (x the block, y the place within it, both in 0 … 1), and whether it
+        ``block``, its position ``pos [nodes, 2]`` (x the block, y the index within it, both in 0 … 1), and whether it
         is an input (``input_mask``), an output (``output_mask``) and live (``live_mask``: a path of real edges leads to
         an output of this graph). For pictures it says besides which pairs are candidates (``candidate_blocks
         [blocks, 4]``: first source, end of the sources, first target, end of the targets), and has the ``name`` of the

@@ -102,7 +102,7 @@ class Nodes:
     def attributes(self) -> dict[str, Tensor]:
         """Return what ``to_data`` says of every node: ``block``, ``pos``, ``input_mask`` and ``output_mask``.
 
-        The position is x the block, y the place within it, both in 0 … 1.
+        The position is x the block, y the index within it, both in 0 … 1.
         """
         sizes = torch.tensor(self.blocks)
         block = torch.repeat_interleave(torch.arange(len(sizes)), sizes)

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def resolve(kind: str, given: object, base: type[T], known: Mapping[str, type[T]]) -> T:
-    """Return an object of its own for one graph, from a name or from an object that is copied.
+    """Instantiate by name, or deep-copy the given object.
 
     Args:
         kind: What it is, for messages.

@@ -6,5 +6,5 @@ import numpy as np
 
 
 def mix(*words: int) -> int:
-    """Return a 64-bit seed from whole numbers ≥ 0, such as (seed, step)."""
+    """Return a 64-bit seed from integers ≥ 0, such as (seed, step)."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])

@@ -61,7 +61,7 @@ class Selector:
     On a CPU it carries the last threshold: all weights are compared with one guess a little below it and one a little
     above it, and only the few in between are ranked. Where the guesses were wrong, a sample of the weights makes
     others; the result is that of a full sort in any case. On other devices the shapes of all tensors follow from the
-    number of weights and k, and nothing waits for the device: weights that are not finite raise a flag there, which
+    number of weights and k, and nothing synchronises: weights that are not finite raise a flag on the device, which
     :meth:`raise_non_finite` reads. The flag is the caller's, one tensor that is written in place, so that a CUDA graph
     finds it where it was.
 
@@ -99,7 +99,7 @@ class Selector:
         return _ranked(magnitude, k)
 
     def raise_non_finite(self, flag: Int[Tensor, ""]) -> None:
-        """Read the flag, which waits for the device, and take it down.
+        """Read the flag, which synchronises with the device, and clear it.
 
         Args:
             flag: The flag that the selections were given.
@@ -116,7 +116,7 @@ class Selector:
             raise _not_finite(*self._flagged, self._not_finite)
 
     def forget(self, flag: Int[Tensor, ""]) -> None:
-        """Have nothing left of the weights so far: no threshold, and no flag.
+        """Reset the cached threshold and the error flag.
 
         Args:
             flag: The flag that the selections were given.
@@ -151,7 +151,7 @@ def _magnitude(weight: Tensor) -> Tensor:
 
 
 def _ranked(magnitude: Int[Tensor, " candidates"], k: int) -> Int[Tensor, " edges"]:
-    """Return the places of the k largest, ascending, ties to the lower place; no shape depends on a value."""
+    """Return the indices of the k largest, ascending, ties to the lower index; no shape depends on a value."""
     if k == magnitude.numel():
         return torch.arange(k, device=magnitude.device)
     threshold = torch.topk(magnitude, k, sorted=False).values.amin()
@@ -241,7 +241,7 @@ def _adapted(margin: int, ranked: int, k: int) -> int:
 
 
 def _largest(weight: Tensor, k: int, low: int, high: int, name: str) -> tuple[Tensor, int, int, int]:
-    """Return the places of the k largest, the k-th largest, and how many reach the lower and the upper guess.
+    """Return the indices of the k largest, the k-th largest, and how many reach the lower and the upper guess.
 
     Where fewer than k reach the lower one, or k and more the upper one, these numbers are all that holds.
 

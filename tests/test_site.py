@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import check_docs as check
 import pytest
-from build_docs import notebook
+from build_docs import notebook, publish
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "site"
@@ -18,10 +18,13 @@ pytestmark = pytest.mark.slow
 
 
 def broken_links(site):
-    """Links of pages, to files or anchors of the site, that lead nowhere."""
+    """Links of pages, to files or anchors of the site, that lead nowhere, and what a page loads from elsewhere."""
     texts = {page: page.read_text() for page in site.rglob("*.html")}
     anchors = {page: set(re.findall(r'\b(?:id|name)="([^"]+)"', text)) for page, text in texts.items()}
     for page in check.pages(site):
+        for resource in re.findall(r"<(?:script|link|img)\b[^>]*https?://[^>]*", texts[page]):
+            if 'rel="canonical"' not in resource:
+                yield f"{page.name}: {resource}"
         for link in re.findall(r'<a\b[^>]*\bhref="([^"]+)"', texts[page]):
             path, _, anchor = unquote(link).partition("#")
             target = (page.parent / path).resolve() if path else page
@@ -67,6 +70,18 @@ def test_the_check_sees_what_is_wrong(tmp_path):
         assert found("<p>the :class:`Graph`</p>") == ["unrendered"]
         assert found("<span class=arithmatex>\\(x\\)</span>") == ["unrendered", "unrendered"]
         assert found("<img src='missing.png' width=9>") == ["image"]
+
+
+def test_a_published_version_stands_beside_the_others(tmp_path):
+    site, public = tmp_path / "site", tmp_path / "public"
+    site.mkdir()
+    (site / "index.html").write_text("pages")
+    for version in ("0.1.0", "0.2.0", "0.2.0"):
+        publish(site, public, version)
+    versions = json.loads((public / "versions.json").read_text())
+    assert [(entry["version"], entry["aliases"]) for entry in versions] == [("0.2.0", ["latest"]), ("0.1.0", [])]
+    assert all((public / entry["version"] / "index.html").exists() for entry in versions)
+    assert "url=0.2.0/" in (public / "index.html").read_text()
 
 
 def test_notebooks_have_the_code_of_their_pages():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from os.path import relpath
 from pathlib import Path
 
@@ -89,9 +93,32 @@ def write_notebooks() -> None:
         (SITE / "tutorials" / f"{page.stem}.ipynb").write_text(json.dumps(notebook(page.read_text()), indent=1))
 
 
-if __name__ == "__main__":
+def publish(site: Path, folder: Path, version: str) -> None:
+    """Put a site beside those of other versions, list it for the menu of versions, and lead to it from the root."""
+    listed = folder / "versions.json"
+    versions = json.loads(listed.read_text()) if listed.exists() else []
+    others = [entry | {"aliases": []} for entry in versions if entry["version"] != version]
+    shutil.copytree(site, folder / version, dirs_exist_ok=True)
+    listed.write_text(json.dumps([{"version": version, "title": version, "aliases": ["latest"]}, *others]))
+    (folder / "index.html").write_text(f'<!DOCTYPE html><meta http-equiv="refresh" content="0; url={version}/">')
+
+
+def main() -> None:
+    """Build the site into ``site/``; the sitemap names its pages by the environment variable ``SITE_URL``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--publish", type=Path, metavar="FOLDER", help="copy the site beside those of other versions")
+    options = parser.parse_args()
+    if importlib.util.find_spec("zensical") is None:
+        sys.exit("Zensical is not installed: make docs installs it, as does pip install -e '.[dev]'")
     if subprocess.run([sys.executable, "-m", "zensical", "build", "--strict", "--clean"], cwd=ROOT).returncode:
         sys.exit("the pages above have to be put right")
     write_sources()
     link_sources()
     write_notebooks()
+    if options.publish:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        publish(SITE, options.publish, project["version"])
+
+
+if __name__ == "__main__":
+    main()

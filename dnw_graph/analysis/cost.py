@@ -73,7 +73,7 @@ class Cost:
         return sum(row.multiply_adds for row in self.rows)
 
     def __str__(self) -> str:
-        total = CostRow("in sum", self.parameters, self.multiply_adds)
+        total = CostRow("total", self.parameters, self.multiply_adds)
         cells = [("part", "parameters", "multiply-adds")]
         cells += [(row.name, f"{row.parameters:,}", f"{row.multiply_adds:,}") for row in (*self.rows, total)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -147,10 +147,10 @@ def cost(model: nn.Module, input_size: Sequence[int], *, paper: bool = False, de
         >>> from torch import nn
         >>> from dnw_graph.analysis.cost import cost
         >>> print(cost(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(128, 10)), (3, 4, 4)))
-        part    parameters  multiply-adds
-        0              224          3,456
-        2            1,290          1,280
-        in sum       1,514          4,736
+        part   parameters  multiply-adds
+        0             224          3,456
+        2           1,290          1,280
+        total       1,514          4,736
     """
     expected = "the size of one image without the batch, such as (3, 224, 224)"
     require(len(input_size) > 0 and min(input_size) > 0, "input_size", expected, input_size)

@@ -24,7 +24,7 @@ def needed_nodes(graph: NeuralGraph, wanted: Int[Tensor, " outputs"] | None) -> 
 
     Args:
         graph: The graph.
-        wanted: The outputs that count, by their place among the outputs. Default: all.
+        wanted: The outputs that count, by their index among the outputs. Default: all.
     """
     outputs = torch.arange(graph.num_nodes - graph.num_outputs, graph.num_nodes, device=graph.edge_index.device)
     live = torch.zeros(graph.num_nodes, dtype=torch.bool, device=outputs.device)
@@ -67,7 +67,7 @@ class GraphConverter:
     Args:
         graph: The graph.
         live: The nodes to keep.
-        wanted: The outputs that count, by their place among the outputs, or None for all.
+        wanted: The outputs that count, by their index among the outputs, or None for all.
         sparse: Whether products are sparse.
     """
 

@@ -346,7 +346,7 @@ def require_whole(numbers: object, least: int, what: str) -> None:
     """Raise an InputError unless all numbers are whole ones from ``least`` up."""
     given = list(numbers) if isinstance(numbers, list | tuple) else [numbers]
     fits = all(isinstance(number, int) and not isinstance(number, bool) and number >= least for number in given)
-    require(fits, f"{what} must be whole numbers from {least} up; got {reprlib.repr(numbers)}")
+    require(fits, f"{what} must be integers from {least} up; got {reprlib.repr(numbers)}")
 
 
 def require(condition: bool, message: str) -> None:

@@ -126,7 +126,7 @@ def check_csr(rowptr: Tensor, columns: Tensor, values: Tensor, sources: int) -> 
         rowptr.dim() == columns.dim() == 1 and columns.shape == values.shape,
         "edges need one source and one weight each",
     )
-    require(rowptr.dtype == columns.dtype and columns.dtype in INTEGERS, "edges need whole numbers as indices")
+    require(rowptr.dtype == columns.dtype and columns.dtype in INTEGERS, "edges need integer indices")
     require(values.is_floating_point(), "edges need floating-point numbers as weights")
     require(
         int(rowptr[0]) == 0 and int(rowptr[-1]) == len(columns) and bool((rowptr.diff() >= 0).all()),

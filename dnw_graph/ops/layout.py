@@ -40,7 +40,7 @@ def takes(z: Tensor) -> bool:
 
 
 def unseen() -> bool:
-    """Return whether nothing traces, transforms or counts operators, which would miss what the kernels do."""
+    """Return True in plain eager mode, where opaque kernels are safe."""
     return not (traced() or is_in_torch_dispatch_mode())
 
 
@@ -70,9 +70,9 @@ class _FromNodesLast(torch.autograd.Function):
 
 
 def owned(made: Tensor) -> Tensor:
-    """Return what the forward pass of a Function has made, and nobody else holds, so that it may be changed in place.
+    """Detach a freshly created tensor from view tracking, so that callers may modify it in place.
 
-    PyTorch takes a tensor that was rearranged there for a view of another, and refuses that.
+    PyTorch takes a tensor that the forward pass of a Function has rearranged for a view of another, and refuses that.
     """
     return made.data
 

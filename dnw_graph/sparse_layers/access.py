@@ -76,13 +76,13 @@ def to_data(module: nn.Module, name: str) -> torch_geometric.data.Data:
     """Return the real weights of one layer as a bipartite PyG graph.
 
     Nodes are channels: first the input channels, then the output channels. Each real weight is an edge, so that a
-    convolution can have parallel edges, one per place in its kernel.
+    convolution can have parallel edges, one per position in its kernel.
 
     The :class:`~torch_geometric.data.Data` holds ``edge_index [2, k]``, ``edge_weight [k]``, ``kernel_position
-    [k, dims]`` (the place in the kernel; no dims for a matrix), and for every node ``block`` (0 input, 1 output),
+    [k, dims]`` (the position in the kernel; no dims for a matrix), and for every node ``block`` (0 input, 1 output),
     ``pos [nodes, 2]``, ``input_mask``, ``output_mask`` and ``live_mask`` (an output, or an input with an edge). As of a
     neural graph, ``candidate_blocks``, ``name``, ``rule`` and ``dynamics`` are there for pictures, and ``places``, the
-    number of places in the kernel. All on the CPU.
+    number of positions in the kernel. All on the CPU.
 
     Args:
         module: A module with sparse weights.

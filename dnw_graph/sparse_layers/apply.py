@@ -67,10 +67,10 @@ def sparsify(
         >>> from dnw_graph.sparse_layers import sparsify
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10))
         >>> print(sparsify(model, density=0.1, skip="0"))
-        weight                 shape    weights  kept    share
-        0.weight               8×3×3×3      216   216  100.00%  dense: skip '0'
-        2.weight               10×288     2,880   288   10.00%
-        in sum, sparse layers             2,880   288   10.00%
+        weight                shape    weights  kept    share
+        0.weight              8×3×3×3      216   216  100.00%  dense: skip '0'
+        2.weight              10×288     2,880   288   10.00%
+        total, sparse layers             2,880   288   10.00%
     """
     reasons = reasons_to_skip(module, skip)
     refuse_module(module, reasons)

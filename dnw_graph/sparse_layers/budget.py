@@ -36,11 +36,11 @@ def edges_per_weight(
     - ``"uniform"``: k = n - ⌊(1 - density) · n⌋ of the n weights, of each weight on its own (Section 3.4 of the paper).
     - ``"erdos_renyi"``: the density of a layer is proportional to (inputs + outputs) / (inputs · outputs), counted in
       channels (Mocanu et al. 2018).
-    - ``"erdos_renyi_kernel"``: the same with the sides of the kernel in sum and product (Evci et al. 2020).
+    - ``"erdos_renyi_kernel"``: the same with the sides of the kernel in both terms (Evci et al. 2020).
     - a mapping from name patterns to densities; the first pattern that matches decides, and a weight that none matches
       has the density given beside it.
 
-    The Erdős–Rényi densities stop at 1 and the number of weights in sum is exactly that of ``"uniform"`` applied to all
+    The Erdős–Rényi densities stop at 1 and the total number of weights is exactly that of ``"uniform"`` applied to all
     of them together.
 
     Args:

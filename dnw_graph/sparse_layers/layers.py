@@ -21,7 +21,7 @@ PROJECTIONS = ("q", "k", "v")
 
 @dataclass(frozen=True, eq=False)
 class LayerWeight:
-    """One weight of a layer, ranked as a vector in the order output channel, input channel, place in the kernel.
+    """One weight of a layer, ranked as a vector in the order output channel, input channel, position in the kernel.
 
     Attributes:
         names: The parameter's names in the model, one per path to its layer; a projection in ``in_proj_weight`` adds
@@ -106,7 +106,7 @@ class LayerWeight:
 
     @property
     def matrices(self) -> tuple[tuple[int, int, int]]:
-        """First place in the parameter, rows, and columns."""
+        """First index in the parameter, rows, and columns."""
         rows = self.shape[0]
         return (((self.third or 0) * self.numel, rows, self.numel // rows),)
 
@@ -120,7 +120,7 @@ class LayerWeight:
         return ((group * sizes[2] + source) * sizes[1] + target) * sizes[3] + place
 
     def channel_pairs(self, index: Shaped[Tensor, " edges"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return input channel, output channel and place in the kernel, ``[edges, kernel dims]``, of flat indices."""
+        """Return input channel, output channel and kernel position, ``[edges, kernel dims]``, of flat indices."""
         inputs, outputs = self.channels
         places = math.prod(self.kernel)
         slot = index // places
@@ -165,7 +165,7 @@ def candidate_edges(weights: tuple[LayerWeight, ...], flat: Tensor) -> Candidate
     """Return the candidates that a rule is set up with: a dense block per weight, no two with a node in common.
 
     The targets of a block are the layer's output channels; its sources are what one output channel can be connected to:
-    pairs of an input channel (of its group) and a place in the kernel.
+    pairs of an input channel (of its group) and a position in the kernel.
 
     Args:
         weights: The weights that are ranked together.

@@ -51,7 +51,7 @@ class SparsityTable:
 
     def __str__(self) -> str:
         cells = [("weight", "shape", "weights", "kept", "share", "")]
-        for row in (*self.rows, SparsityRow("in sum, sparse layers", (), self.weights, self.kept)):
+        for row in (*self.rows, SparsityRow("total, sparse layers", (), self.weights, self.kept)):
             shape = "×".join(map(str, row.shape))
             note = f"dense: {row.dense_because}" if row.dense_because else ""
             cells.append((row.name, shape, f"{row.weights:,}", f"{row.kept:,}", f"{row.kept / row.weights:.2%}", note))

@@ -48,7 +48,7 @@ class WeightGraph(Ranking):
 
     @property
     def candidates(self) -> CandidateEdges:  # type: ignore[override]
-        """The candidates with their weights: blocks of (input channel, place in the kernel) × output channel."""
+        """The candidates with their weights: blocks of (input channel, position in the kernel) × output channel."""
         return candidate_edges(self.weights, torch.cat([each.flat(each.parameter.detach()) for each in self.weights]))
 
     def full_name_at(self, path: str) -> str:

@@ -44,7 +44,7 @@ class Images(ABC):
 
     @abstractmethod
     def part(self, index: NDArray[np.int64]) -> Images:
-        """Return the images at some places."""
+        """Return the images at some indices."""
 
 
 class ArrayImages(Images):
@@ -64,7 +64,7 @@ class ArrayImages(Images):
         return Image.fromarray(self.pixels[index])
 
     def part(self, index: NDArray[np.int64]) -> ArrayImages:
-        """Return the images at some places."""
+        """Return the images at some indices."""
         return ArrayImages(self.pixels[index], self.labels[index])
 
 
@@ -107,7 +107,7 @@ class FileImages(Images):
             raise InputError(f"cannot read image {path} ({error}): replace or remove it") from error
 
     def part(self, index: NDArray[np.int64]) -> FileImages:
-        """Return the images at some places."""
+        """Return the images at some indices."""
         part = copy.copy(self)
         part.paths = [self.paths[place] for place in index]
         part.labels = self.labels[index]

@@ -23,7 +23,7 @@ def edges_swapped(before: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str
 
 
 class WiringMonitor(Callback):
-    """Logs, per graph and in all, the edges swapped in each epoch and the share of live nodes at its end.
+    """Logs, per graph and in total, the edges swapped in each epoch and the share of live nodes at its end.
 
     An edge counts as swapped if it is real at the end of the epoch and was not at its start. A node is live if a
     path of real edges leads from it to an output of the model. The sets of real edges at the start of the run and of

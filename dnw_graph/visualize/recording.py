@@ -77,7 +77,7 @@ class RecordedGraph:
         name: Name of the graph, or of the layer's weight.
         rule: Name of the rule.
         dynamics: ``"Static"``, ``"Discrete"``, ``"Continuous"``, or ``"layers"`` for the weights of sparse layers.
-        nodes: The nodes. Of a layer the inputs are pairs of an input channel and a place in the kernel.
+        nodes: The nodes. Of a layer the inputs are pairs of an input channel and a position in the kernel.
         candidate_blocks: The candidates as blocks: first source, end of the sources, first target, end of the targets.
         moments: When something was recorded, the same for all graphs of a recording.
     """

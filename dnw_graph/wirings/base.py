@@ -147,7 +147,7 @@ class Wiring(nn.Module):
         """Return the flat indices of the k weights of largest |w|, ascending, ties to the lower index.
 
         What :func:`dnw_graph.selection.select_top_k` returns, in less time where the weights are those of the last call
-        after a step of training. On a GPU nothing waits for the device: weights that are not finite are reported by
+        after a step of training. On a GPU nothing synchronises: weights that are not finite are reported by
         :meth:`raise_non_finite`.
 
         Args:

@@ -20,7 +20,7 @@ def check_index(index: object, wiring: Wiring, num_candidates: int, name: str, *
         wiring: The rule.
         num_candidates: Number of candidate edges.
         name: Name of the graph, for messages.
-        wait: Whether the host may wait for a device; if not, values are looked at on a CPU only.
+        wait: Whether the host may synchronise with a device; if not, values are checked on a CPU only.
 
     Raises:
         InputError: If it is no int64 vector or, as far as looked at, not strictly ascending or out of range.

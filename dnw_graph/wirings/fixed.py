@@ -32,7 +32,7 @@ class Fixed(Kept):
         super().__init__()
         if not isinstance(edge_index, Tensor) or edge_index.dtype not in (torch.int64, torch.int32):
             got = edge_index.dtype if isinstance(edge_index, Tensor) else type(edge_index).__name__
-            raise InputError(f"edge_index must be a tensor of whole numbers, such as torch.tensor(pairs).T; got {got}")
+            raise InputError(f"edge_index must be a tensor of integers, such as torch.tensor(pairs).T; got {got}")
         if edge_index.dim() != 2 or edge_index.size(0) != 2:
             raise InputError(f"edge_index must be [2, edges], sources over targets; got {list(edge_index.shape)}")
         self.edge_index = edge_index.long()

@@ -70,7 +70,7 @@ class Stored(Wiring):
         self.count = self.real.new_full((), index.numel(), dtype=torch.long)
 
     def choose(self, view: View) -> Tensor:
-        """Return the edges that are stored; the host waits for a device once per change.
+        """Return the edges that are stored; synchronises with a device once per change.
 
         Raises:
             InputError: In evaluation, if their number is another, as after an average of buffers.

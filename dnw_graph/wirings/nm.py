@@ -17,7 +17,7 @@ from dnw_graph.wirings.view import View
 class NM(Wiring):
     r"""Of every m consecutive inputs of a target the n of largest |w| are real (Zhou et al. 2021, SR-STE).
 
-    arXiv 2102.04010 and aojunzz/NM-sparsity. Groups are made of input channels at the same place of the kernel; a
+    arXiv 2102.04010 and aojunzz/NM-sparsity. Groups are made of input channels at the same position of the kernel; a
     shorter last group keeps min(n, its size). k follows: another one is refused. Every candidate gets a gradient,
     hallucinated ones λw besides: add :func:`dnw_graph.wiring_penalty` to the loss, which is
     :math:`\tfrac{\lambda}{2} \sum w^2` over them. With λ = 0 it is ``"dnw"`` group by group.

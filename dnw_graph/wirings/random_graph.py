@@ -24,7 +24,7 @@ class RandomGraph(Kept):
         - ``index``: ``[num_edges]``, flat indices, ascending
 
     Raises:
-        InputError: If ``separate_scores`` is not a truth value.
+        InputError: If ``separate_scores`` is not a boolean.
     """
 
     @checked

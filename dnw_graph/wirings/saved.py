@@ -62,7 +62,7 @@ def refuse_counts(saved: Mapping[str, Any], names: Collection[str], what: str) -
 
     Args:
         saved: Saved state by name.
-        names: Those that are whole numbers from 0 up; they may be missing.
+        names: Those that are integers from 0 up; they may be missing.
         what: Whose they are, for the message.
 
     Raises:

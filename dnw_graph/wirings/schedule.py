@@ -22,7 +22,7 @@ SHAPES = {
 class Schedule:
     """A value that goes from ``start`` to ``end`` between two moments of training.
 
-    A moment is a step, counted from 0, as a whole number; or a fraction of training, from 0.0 (the first step) to 1.0
+    A moment is a step, counted from 0, as an integer; or a fraction of training, from 0.0 (the first step) to 1.0
     (the last one).
 
     Args:

@@ -21,7 +21,7 @@ class STR(Wiring):
     where s is learned, one per graph, with a weight decay of its own, and σ is the sigmoid. k is not set: it results,
     as ``num_real_edges``, and can be given to other rules as a budget (``distribution={…}``). Hallucinated weights get
     no gradient, weight decay acts on them. In float32 the gradient of s is exactly 0 below s = -104, where only its
-    decay moves it. On a GPU every forward pass waits for the device, to learn how many edges there are.
+    decay moves it. On a GPU every forward pass synchronises with the device, to learn how many edges there are.
 
     Args:
         start: s₀. Published for ResNet-50 at 90%: -3200.

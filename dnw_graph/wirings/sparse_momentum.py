@@ -124,7 +124,7 @@ def _mean(view: View, momentum: Float[Tensor, " real"]) -> float:
 
 
 def allot(total: int, shares: Sequence[float], room: Sequence[int]) -> list[int]:
-    """Return whole numbers in proportion to shares, each at most its room, that add up to a total.
+    """Return integers in proportion to shares, each at most its room, that add up to a total.
 
     A layer whose share is more than its room is filled; what is beyond goes to the others in proportion to their
     shares. Fractions go to the largest remainders, ties to the earlier layer. Where no share is left, all are equal.

@@ -34,7 +34,7 @@ class TargetedDropout(Wiring):
 
     The masks are a function of (seed, step, name of the graph). With :func:`dnw_graph.attach` they are the same on
     every rank and in all forward passes of a step of the optimiser. A constant ρ does not need it: without it every
-    forward pass in training counts as a step. Every step of training waits for the device, to learn how many edges
+    forward pass in training counts as a step. Every training step synchronises with the device, to learn how many edges
     stay.
 
     Args:

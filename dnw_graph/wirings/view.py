@@ -48,7 +48,7 @@ class Slot(Protocol):
 
     @property
     def matrices(self) -> Sequence[tuple[int, int, int]]:
-        """First place, rows and columns of each matrix that the slot is, in the parameter as one vector."""
+        """First index, rows and columns of each matrix that the slot is, in the parameter as one vector."""
 
     def positions(self, index: Int[Tensor, " edges"]) -> Int[Tensor, " edges"]:
         """Return where candidates lie in the parameter as one vector."""

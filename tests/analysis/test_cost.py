@@ -436,7 +436,7 @@ def test_rows_are_the_stages_and_their_sum():
     lines = [line.split() for line in str(result).splitlines()]
     assert lines[0] == ["part", "parameters", "multiply-adds"]
     assert lines[1:-1] == [[row.name, f"{row.parameters:,}", f"{row.multiply_adds:,}"] for row in result.rows]
-    assert lines[-1] == ["in", "sum", f"{result.parameters:,}", f"{result.multiply_adds:,}"]
+    assert lines[-1] == ["total", f"{result.parameters:,}", f"{result.multiply_adds:,}"]
     assert len({len(line) for line in str(result).splitlines()}) == 1
 
 

@@ -217,7 +217,7 @@ BAD = {
     "two integer types": (Z, CSR[0].int(), *CSR[1:]),
     "another integer type": (Z, CSR[0].short(), CSR[1].short(), CSR[2]),
     "two floating-point types": (Z.double(), *CSR),
-    "whole numbers": (Z.long(), *CSR[:2], CSR[2].long()),
+    "integers": (Z.long(), *CSR[:2], CSR[2].long()),
     "two devices": (Z.to("meta"), *CSR),
 }
 

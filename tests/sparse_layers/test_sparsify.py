@@ -109,7 +109,7 @@ def test_the_table_says_what_and_why():
         "0.weight 8×3×3×3 216 216 100.00% dense: skip '0'",
         "3.weight 10×32 320 80 25.00%",
         "4.weight 20×10 200 50 25.00%",
-        "in sum, sparse layers 520 130 25.00%",
+        "total, sparse layers 520 130 25.00%",
     ]
 
 

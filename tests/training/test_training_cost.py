@@ -194,7 +194,7 @@ def test_rules_by_hand(
     make, real, updated = RULES[rule]
     chosen = options(epochs=2, lr=0.05)
     summary = run(lambda *_: Net(make(), K, None, nn.Tanh(), propagation), {}, chosen, small_digits)
-    # Each step is rounded to a whole number.
+    # Each step is rounded to an integer.
     expected = BATCH * (STEPS * by_hand(0, 0) + PLACES * (2 * real + updated))
     assert summary.training_multiply_adds == pytest.approx(expected, abs=STEPS)
     assert str(summary.training_multiply_adds) in (tmp_path / "run" / "summary.json").read_text()

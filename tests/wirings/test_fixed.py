@@ -136,7 +136,7 @@ def test_edges_of_another_shape_are_refused(edges, unchecked):
     ],
 )
 def test_what_is_no_tensor_of_whole_numbers_is_refused(edges, got, unchecked):
-    with pytest.raises(InputError, match=rf"a tensor of whole numbers, such as torch.tensor\(pairs\).T; got {got}$"):
+    with pytest.raises(InputError, match=rf"a tensor of integers, such as torch.tensor\(pairs\).T; got {got}$"):
         Fixed(edges)
 
 
