@@ -182,7 +182,7 @@ class CandidateEdges(nn.Module):
 
     @staticmethod
     def positions(index: Int[Tensor, " edges"]) -> Int[Tensor, " edges"]:
-        """Return where candidates lie in the vector: there."""
+        """Return the positions of candidates in the vector: the indices themselves."""
         return index
 
     def block_weight(self, block: Block, weight: Tensor | None = None) -> Float[Tensor, "targets sources"]:

@@ -162,12 +162,12 @@ class Ranking(nn.Module):
         return view
 
     def set_up_anew(self) -> None:
-        """Have the rule begin again, after the weights were replaced."""
+        """Restart the rule, after the weights were replaced."""
         self.forget()
         self.take(self._set_up(self.wiring, self._num_edges))
 
     def take(self, view: View) -> None:
-        """Take a rule that was prepared."""
+        """Adopt a prepared rule."""
         view.write_back()
         before = getattr(self, "wiring", view.wiring)
         self.wiring = view.wiring.train(self.training)
@@ -270,7 +270,7 @@ class Ranking(nn.Module):
         return index if kind == "real" else self.trained_edges(tensors)
 
     def guarded(self, weight: Tensor) -> Tensor:
-        """Have a second backward pass refuse a rule that waits for the steps of an optimiser that nobody attached.
+        """Raise an error at the second backward pass if the rule needs an attached optimiser and has none.
 
         Args:
             weight: What gradients of the weights flow through.
@@ -308,12 +308,12 @@ class Ranking(nn.Module):
         self._updates, self._backward_pass, self.full_name = weakref.ref(updates), None, full_name
 
     def forget(self) -> None:
-        """Have edges chosen anew, after weights or the state of the rule were replaced."""
+        """Choose the edges again at their next use: weights or the state of the rule were replaced."""
         self._chosen = None
         self.wiring.forget_weights()
 
     def forget_edges(self) -> None:
-        """Have edges chosen anew, after a step."""
+        """Choose the edges again at their next use, after a step."""
         self._chosen = None
 
     def _choose(self) -> Tensor:

@@ -56,16 +56,16 @@ def new_flag(device: torch.device | None = None) -> Int[Tensor, ""]:
 
 
 class Selector:
-    """Does what :func:`select_top_k` does, step after step, and has each step profit from the one before.
+    """Does what :func:`select_top_k` does, faster: each step starts from the threshold of the one before.
 
-    On a CPU it carries the last threshold: all weights are compared with one guess a little below it and one a little
-    above it, and only the few in between are ranked. Where the guesses were wrong, a sample of the weights makes
-    others; the result is that of a full sort in any case. On other devices the shapes of all tensors follow from the
+    On a CPU all weights are compared with two guesses, a little below and a little above the last threshold, and only
+    the few in between are ranked. Wrong guesses are replaced by estimates from a sample of the weights; the result is
+    always that of a full sort. On other devices the shapes of all tensors follow from the
     number of weights and k, and nothing synchronises: weights that are not finite raise a flag on the device, which
     :meth:`raise_non_finite` reads. The flag is the caller's, one tensor that is written in place, so that a CUDA graph
     finds it where it was.
 
-    Copies and pickles start without what was carried.
+    Copies and pickles start without a threshold.
     """
 
     def __init__(self) -> None:

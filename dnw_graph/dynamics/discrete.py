@@ -19,8 +19,8 @@ INPUT_MODES = ("initial", "hold", "sequence")
 class Discrete(Recurrent):
     r"""L steps of :math:`Z(\ell + 1) = f_\theta(A Z(\ell), \ell)`, Equations 11 and 12 of the paper.
 
-    At step 0 only the inputs are non-zero, and after the last step only the outputs are needed: where the node function
-    can be applied to part of the nodes, nothing else is computed.
+    At step 0 only the inputs are non-zero, and after the last step only the outputs are read: nothing else is computed
+    there, if the node function can be applied to part of the nodes.
 
     Args:
         steps: Number of steps L; with ``input_mode="sequence"`` it is the length of the sequence instead.

@@ -45,7 +45,7 @@ def unseen() -> bool:
 
 
 def traced() -> bool:
-    """Return whether a compiler, ``torch.jit`` or a transform of ``torch.func`` looks at every operator."""
+    """Return whether a compiler, ``torch.jit`` or a transform of ``torch.func`` intercepts operators."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed()
 
 

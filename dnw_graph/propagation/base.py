@@ -21,7 +21,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def autocast_dtype(z: Tensor) -> torch.dtype | None:
-    """Return the type that autocast has a linear layer compute in, or None where it leaves that to its input."""
+    """Return the type in which a linear layer computes under autocast, or None if it is that of the input."""
     kind = z.device.type
     if z.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
@@ -38,7 +38,7 @@ class RealEdges:
         index: Flat indices of the real edges, ascending: ``[k]``.
         weight: What each candidate computes with if it is real, ``[num_candidates]``; gets the gradient.
         learning: Flat indices of the candidates that get a gradient; None for all, ``index`` for the real edges.
-        probe: Gets that of every candidate besides, where a rule asks for it.
+        probe: Collects the gradient of every candidate, if a rule requests it.
     """
 
     candidates: CandidateEdges
@@ -49,7 +49,7 @@ class RealEdges:
 
     @property
     def dense(self) -> bool:
-        """Whether anybody needs the gradient of candidates that are not real."""
+        """Whether the gradient of hallucinated candidates is needed."""
         return self.learning is not self.index or self.probe is not None
 
     @property
@@ -158,7 +158,7 @@ def _within(part: range | None, whole: range) -> slice:
 class Propagation(nn.Module):
     """One way of computing I_v = Σ w_uv Z_u (Equation 2 of the paper) and its gradients.
 
-    All ways give one result, and the gradients that :mod:`dnw_graph.propagation.gradient` states.
+    All implementations have one result, and the gradients that :mod:`dnw_graph.propagation.gradient` states.
     """
 
     def forward(self, edges: RealEdges, x: Float[Tensor, "batch ..."]) -> Propagate:

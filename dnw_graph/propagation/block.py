@@ -24,10 +24,10 @@ class BlockPropagation(Propagation):
     Both gradients of a dense product are those of :mod:`dnw_graph.propagation.gradient`, as long as the backward pass
     of W hands its own to the candidates unmasked.
 
-    An input of the graph that is NaN or infinite reaches what real edges lead to and nothing else, as in every
-    propagation. The zeros of W would spread it (0 · ∞ is NaN), so such a pass goes over the edges one by one. Nobody
-    looks on a GPU, for which the host would have to wait, nor in compiled or transformed code: there every target of
-    such a source becomes NaN, and so it does where states overflow within the graph.
+    A NaN or infinite input of the graph spreads along real edges only, as in every propagation. The zeros of W would
+    spread it further (0 · ∞ is NaN), so such a pass goes over the edges one by one. There is no check on a GPU (the
+    host would have to synchronise), in compiled or transformed code, and of states that overflow within the graph:
+    every target of such a source becomes NaN there.
 
     Nodes are moved to the last dimension for the product, which costs nothing for channels-last maps. The states of a
     static graph lie in one buffer, of which each product takes the columns that it needs, and so do their gradients.
@@ -126,7 +126,7 @@ class _Receive(torch.autograd.Function):
 def _add_product(total: Tensor | None, grad: Tensor, weight: Tensor, columns: slice, shape: Sequence[int]) -> Tensor:
     """Return ``total``, or zeros if it is None, of a shape, with ``grad W`` added to some of its columns."""
     if total is not None and not torch.is_grad_enabled() and not batched(grad):
-        # In place: a gradient of ``filled`` is made here, or of products with ``filled``, and nobody else holds it.
+        # In place: a gradient of ``filled`` is made here, or of products with ``filled``, and not used elsewhere.
         part = total.view(-1, shape[-1])[:, columns]
         torch.addmm(part, grad, weight, out=part)
         return total

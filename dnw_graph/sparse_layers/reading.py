@@ -1,4 +1,4 @@
-"""What somebody reads from a sparse weight outside of a forward pass."""
+"""Sparse weights as they are read outside of a forward pass."""
 
 from __future__ import annotations
 

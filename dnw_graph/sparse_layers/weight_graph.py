@@ -75,7 +75,7 @@ class WeightGraph(Ranking):
         Args:
             tensors: The parameters of the weights as the forward pass sees them.
             begins_pass: Whether a forward pass begins: in training its edges are chosen anew, by the rule for training.
-                Otherwise somebody looks at a weight: training shows the edges of evaluation and keeps nothing.
+                Otherwise a weight is read: it shows the edges of evaluation, and no state changes.
         """
         if self.training and not begins_pass and not self.recomputes:
             index = self.real_index

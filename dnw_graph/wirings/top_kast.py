@@ -11,7 +11,7 @@ from dnw_graph.wirings.view import View
 
 
 class TopKAST(DNW):
-    r"""The k candidates of largest |w| are real; the M next ones are trained besides (Jayakumar et al. 2021).
+    r"""The k candidates of largest |w| are real; the M next ones are trained too (Jayakumar et al. 2021).
 
     arXiv 2106.03517. The forward pass computes with E, the top k. Gradient and optimiser reach B, the top k + M; all
     other candidates are frozen: weight, decay and state. The loss gains, with D = k/n,
