@@ -13,7 +13,7 @@ VERSIONS ?= 2.8 2.11 2.14.1 newest
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Runs a program with kernels that look after every access to memory, in a cache of their own.
-SANITIZED := XDG_CACHE_HOME=$(CURDIR)/$(ASAN) ASAN_OPTIONS=detect_leaks=0 \
+SANITIZED := XDG_CACHE_HOME=$(CURDIR)/$(ASAN) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	DNW_GRAPH_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g" \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" PYTHONPATH=$(CURDIR)
 

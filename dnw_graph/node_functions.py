@@ -61,6 +61,12 @@ class NodeConv(nn.Conv2d):
         require(kernel_size % 2 == 1, "kernel_size", "odd, so that stride 1 keeps the resolution", kernel_size)
         super().__init__(num_nodes, num_nodes, kernel_size, stride, kernel_size // 2, groups=num_nodes, bias=False)
 
+    @property
+    def node_wise(self) -> bool:
+        """Whether it can be applied to some nodes only, which it can as it was made."""
+        own = self.groups == self.in_channels == self.out_channels
+        return own and self.dilation == (1, 1) and self.padding_mode == "zeros" and keeps_forward(self)
+
     def forward(
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes h w"]:
@@ -103,7 +109,7 @@ class NormReluConv(nn.Module):
     @property
     def node_wise(self) -> bool:
         """Whether the function can be applied to some nodes only, without a trace at the others."""
-        return _node_wise(self.norm) and isinstance(self.conv, NodeConv) and keeps_forward(self.conv)
+        return _node_wise(self.norm) and isinstance(self.conv, NodeConv) and self.conv.node_wise
 
     def forward(
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
@@ -153,8 +159,8 @@ class NormReluConv(nn.Module):
         """Refuse parts that cannot be applied to some nodes."""
         if norm is not None and not _node_wise(norm):
             raise InputError(f"only a plain instance norm can be applied to some nodes; got {type(norm).__name__}")
-        if not isinstance(conv, NodeConv | None):
-            raise InputError(f"only a NodeConv can be applied to some nodes; got {type(conv).__name__}")
+        if conv is not None and not (isinstance(conv, NodeConv) and conv.node_wise):
+            raise InputError(f"only a NodeConv as it was made can be applied to some nodes; got {type(conv).__name__}")
         for part in filter(None, (norm, conv)):
             counts = [getattr(part, "num_features", self.num_nodes), *map(len, part.parameters())]
             if set(counts) != {self.num_nodes}:

@@ -196,10 +196,31 @@ _this = _Process()
 def start() -> None:
     """Have Ctrl-C and SIGTERM end this program with one line and status 130 or 143, from now on."""
     _this.command = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], sys.argv[1:]
-    _this.watch()
-    _this.take_signals()
+    with held():
+        _this.watch()
+        _this.take_signals()
+    _let_through()
     # The first function given is the last one called: nothing changes the status any more.
     atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in SIGNALS])
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Hold signals back in this thread, and in processes that it starts until they are ready for them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _let_through() -> None:
+    """Take the signals that were held back while this process was started."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def saved(checkpoint: Path | None) -> None:
@@ -244,6 +265,7 @@ def watched() -> Iterator[None]:
     own = not _this.watching
     if own:
         _this.watch()
+        _let_through()
     _this.together = True
     try:
         yield

@@ -223,3 +223,19 @@ def test_a_library_leaves_signals_as_they_were():
     assert [signal.getsignal(number) for number in stopping.SIGNALS] == handlers
     assert signal.set_wakeup_fd(-1) == -1
     assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+def test_a_signal_before_a_held_process_is_ready_for_it_ends_it_in_one_line(number: signal.Signals):
+    program = "from dnw_graph import stopping; stopping.start(); import time; time.sleep(60)"
+    with stopping.held():
+        process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[1] == "stopped: nothing was saved yet\n"
+    assert process.returncode == 128 + number

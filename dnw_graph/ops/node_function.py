@@ -128,8 +128,9 @@ def _follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) ->
             momentum = 1 / float(norm.num_batches_tracked)
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    norm.running_mean.lerp_(mean, momentum)
-    norm.running_var.lerp_(variance * (count / (count - 1)), momentum)
+    # By aliases that leave the version as it is, as PyTorch's norm does: its own calls before may have saved these.
+    norm.running_mean.data.lerp_(mean, momentum)
+    norm.running_var.data.lerp_(variance * (count / (count - 1)), momentum)
 
 
 def _memory(z: Tensor) -> Tensor:

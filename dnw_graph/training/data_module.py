@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -32,13 +34,10 @@ class _Loader(DataLoader[tuple[Tensor, int]]):
     """
 
     def __iter__(self) -> Any:
-        if not self.num_workers or not hasattr(signal, "pthread_sigmask"):
+        if not self.num_workers:
             return super().__iter__()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)  # workers inherit this
-        try:
+        with stopping.held():
             return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_the_group(worker: int) -> None:
@@ -49,6 +48,13 @@ def _leave_the_group(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # that of the parent
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping.SIGNALS)
+    sys.excepthook = _except_losses
+
+
+def _except_losses(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Print no traceback where the parent is gone in the middle of an exchange; PyTorch ends the worker then."""
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 @contextmanager

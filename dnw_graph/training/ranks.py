@@ -36,4 +36,6 @@ def start_ranks(trainer: Trainer, folder: Path | None) -> None:
         environ = {**os.environ, "LOCAL_RANK": str(rank), stopping.MAIN_PROCESS: str(os.getpid())}
         if folder is not None:
             environ[stopping.FOLDER] = str(folder)
-        stopping.add_rank(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environ))
+        with stopping.held():
+            process = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environ)
+        stopping.add_rank(process)

@@ -134,6 +134,18 @@ def test_a_kept_graph_gives_the_same_gradients_twice():
     assert all(map(torch.equal, first, second))
 
 
+def test_one_backward_pass_through_calls_of_which_some_are_fused():
+    norm, conv = make_norm("batch"), make_conv(1)
+    layers = copy.deepcopy((norm, conv))
+    single, several = torch.randn(1, NODES, 3, 3), torch.randn(4, NODES, 3, 3)
+    # The first call has saved the running statistics that the second one changes.
+    losses = [by_layers(single, norm, True, conv), fused_node_function(batch_last(several), norm, True, conv)]
+    sum(loss.square().sum() for loss in losses).backward()
+    sum(by_layers(z, layers[0], True, layers[1]).square().sum() for z in (single, several)).backward()
+    assert difference(conv.weight.grad, layers[1].weight.grad) < 1e-4
+    assert difference(norm.running_var, layers[0].running_var) < 1e-5
+
+
 def test_second_derivatives_are_refused():
     z = batch_last(torch.randn(4, NODES, 3, 3)).requires_grad_()
     with pytest.raises(InputError, match="propagation='block'"):
@@ -274,6 +286,15 @@ def test_some_nodes_of_another_convolution_are_refused():
     function = NormReluConv(NODES, norm="instance")
     function.conv = make_conv(1)
     with pytest.raises(InputError, match="NodeConv"):
+        function(torch.randn(4, 2, 3, 3), nodes=range(2))
+
+
+@pytest.mark.parametrize("change", [{"dilation": (2, 2)}, {"padding_mode": "reflect"}, {"groups": 1}])
+def test_some_nodes_of_a_changed_convolution_are_refused_and_all_are_computed(change):
+    function = NormReluConv(NODES, norm="instance")
+    vars(function.conv).update(change)
+    assert not function.node_wise
+    with pytest.raises(InputError, match="NodeConv as it was made"):
         function(torch.randn(4, 2, 3, 3), nodes=range(2))
 
 

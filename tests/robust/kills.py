@@ -180,7 +180,7 @@ def attack(case: Case, folder: Path, rng: random.Random) -> bool:
     main.wait()
     lines = [line for line in (folder / "err").read_text().splitlines() if line.strip() and line != NOTICE]
     if any("Traceback" in line for line in lines):
-        case.reasons.append("a traceback")
+        case.reasons.append(f"a traceback ending in {lines[-1]}")
     elif len(lines) != (others if case.kind == signal.SIGKILL and case.target == "main" else 1):
         case.reasons.append(f"{len(lines)} lines on stderr")
     return True

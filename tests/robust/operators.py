@@ -643,6 +643,7 @@ def node_function(draw: random.Random) -> Any:
             lambda: computed(_layers, True),
             may_refuse=nodes is not None or odd or state % 5 == 0,
             raw=True,
+            spreads=nodes is not None,  # to the gradients of the other nodes' parameters
         )
 
     return f"{kind.__name__}({n}, {stride}, {norm!r}) {dtype} at {list(shape)}, {count} maps, nodes={nodes}", call

@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -68,3 +69,16 @@ def test_a_signal_before_a_worker_has_left_the_group_is_dropped(number: signal.S
         _leave_the_group(0)
         os._exit(7)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+@pytest.mark.parametrize(("error", "told"), [(ConnectionResetError(), False), (EOFError(), False), (KeyError(), True)])
+def test_a_worker_prints_no_traceback_where_its_parent_is_gone(
+    error: Exception, told: bool, capfd: pytest.CaptureFixture[str]
+):
+    child = os.fork()
+    if child == 0:
+        _leave_the_group(0)
+        sys.excepthook(type(error), error, None)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (type(error).__name__ in capfd.readouterr().err) == told
