@@ -165,25 +165,26 @@ class NeuralGraph(Ranking):
             options: What else the dynamics can be asked for: ``return_states=True`` of a discrete graph, ``times=…`` of
                 a continuous one.
         """
-        dim = self.dynamics.node_dim
-        if not self._fits(x, dim):
+        dynamics, weight = self.dynamics, self.candidates.weight
+        dim = dynamics.node_dim
+        if not self._fits(x, dim, weight):
             raise self._wrong_input(x)
-        tensors = (self.candidates.weight,)
+        tensors = (weight,)
         index = self.real_edges(tensors)
         learning = self.learning_edges(index, tensors)
-        weight = self.guarded(self.wiring.values(self.candidates.weight))
-        edges = RealEdges(self.candidates, index, weight, learning, self.candidates.probe)
+        values = self.guarded(self.wiring.values(weight))
+        edges = RealEdges(self.candidates, index, values, learning, self.candidates.probe)
         propagate = self.propagation(edges, x)
-        return self.dynamics(propagate.arrange(x) if dim == 1 else x, propagate, **options)
+        return dynamics(propagate.arrange(x) if dim == 1 else x, propagate, **options)
 
-    def _fits(self, x: Tensor, dim: int) -> bool:
+    def _fits(self, x: Tensor, dim: int, weight: Tensor) -> bool:
         """Return whether the graph can take an input; called in every forward pass."""
-        if not fits(x, self.candidates.weight):
+        if not fits(x, weight):
             return False
         shape = x.shape
         if not (len(shape) == dim + 3 if self._takes_maps else len(shape) > dim):
             return False
-        return bool(shape[dim] == self.num_inputs)  # a tensor under torch.jit.trace
+        return bool(shape[dim] == self.nodes.num_inputs)  # a tensor under torch.jit.trace
 
     def _wrong_input(self, x: object) -> InputError:
         weight = self.candidates.weight

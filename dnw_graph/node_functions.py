@@ -115,15 +115,16 @@ class NormReluConv(nn.Module):
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes h w"]:
         """Apply f_θ to the input of every node, or of the given ones if ``node_wise``."""
-        self._check(z, nodes)
-        return self._compute(z, self.norm, True, self.conv, nodes)
+        conv = self.conv
+        self._check(z, nodes, conv)
+        return self._compute(z, self.norm, True, conv, nodes)
 
-    def _check(self, z: object, nodes: range | None) -> None:
+    def _check(self, z: object, nodes: range | None, conv: nn.Conv2d) -> None:
         """Refuse what convolution and norm would refuse less clearly, or take for a single image or for other nodes."""
-        weight = self.conv.weight
-        have = range(self.num_nodes) if nodes is None else nodes
-        count = len(have)
-        known = have.start >= 0 and have.stop <= self.num_nodes
+        weight = conv.weight
+        count, known = self.num_nodes, True
+        if nodes is not None:
+            count, known = len(nodes), nodes.start >= 0 and nodes.stop <= count
         if (
             not (known and fits(z, weight))
             or len(shape := z.shape) != 4
@@ -207,14 +208,15 @@ class ReluConvSendNorm(NormReluConv):
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes h w"]:
         """Return what the nodes send, or the given ones; zero for a state of zero."""
-        self._check(z, nodes)
-        return self._compute(z, None, True, self.conv, nodes)
+        conv = self.conv
+        self._check(z, nodes, conv)
+        return self._compute(z, None, True, conv, nodes)
 
     def forward(
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes height width"]:
         """Return the states that follow from what the nodes receive, or the given ones if ``node_wise``."""
-        self._check(z, nodes)
+        self._check(z, nodes, self.conv)
         return self._compute(z, self.norm, False, None, nodes)
 
 
