@@ -58,6 +58,7 @@ class Table(Logger):
         if kept:
             self._rewrite(kept)
         else:
+            self.columns = []
             self.path.unlink(missing_ok=True)
 
     def _read(self, rows: int | None) -> list[dict[str, Any]]:

@@ -42,7 +42,10 @@ def test_a_row_is_on_the_disk_when_the_call_returns(written: Table, monkeypatch:
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 9, None])
 @pytest.mark.parametrize("torn", ["", "1,", '2,9,"1.', "\0\0\0\0"])
-def test_a_resumed_run_keeps_the_rows_of_its_checkpoint(count: int | None, torn: str, written: Table, tmp_path: Path):
+@pytest.mark.parametrize("new", [{}, {"new": 7.0}], ids=["same columns", "a new column"])
+def test_a_resumed_run_keeps_the_rows_of_its_checkpoint(
+    count: int | None, torn: str, new: dict[str, float], written: Table, tmp_path: Path
+):
     if torn and (count is None or count > 3):
         pytest.skip("no checkpoint counts a row that is torn")
     before = rows(tmp_path)
@@ -55,10 +58,15 @@ def test_a_resumed_run_keeps_the_rows_of_its_checkpoint(count: int | None, torn:
         assert rows(tmp_path) == before[:kept]
     else:
         assert not written.path.exists()
-    resumed.log_metrics({"train/loss": 0.5, "epoch": 1, "new": 7.0}, 7)
+    resumed.log_metrics({"train/loss": 0.5, "epoch": 1, **new}, 7)
     last = rows(tmp_path)[-1]
     assert len(rows(tmp_path)) == kept + 1
-    assert (last["train/loss"], last["new"]) == ("0.5", "7.0")
+    assert {name: value for name, value in last.items() if value} == {
+        "train/loss": "0.5",
+        "epoch": "1",
+        "step": "7",
+        **{name: str(value) for name, value in new.items()},
+    }
 
 
 @pytest.mark.parametrize("new", [False, True], ids=["resuming", "a new column"])
