@@ -18,12 +18,11 @@ for (const table of tables) {
 
 function stack() {
   for (const table of tables) {
-    table.classList.remove("stacked")
-    const room = table.closest(".md-content__inner").clientWidth
-    table.classList.toggle("stacked", table.scrollWidth > room)
+    delete table.dataset.stacked
+    const room = table.closest(".md-typeset__scrollwrap") ?? table.parentElement
+    if (room.scrollWidth > room.clientWidth) table.dataset.stacked = ""
   }
 }
 
-stack()
+addEventListener("load", stack)
 addEventListener("resize", stack)
-document.fonts?.ready.then(stack)
