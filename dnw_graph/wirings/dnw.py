@@ -9,10 +9,10 @@ from dnw_graph.wirings.view import View
 
 
 class DNW(Wiring):
-    """The k candidates of largest |w| are real; every candidate gets a gradient.
+    r"""The k candidates of largest |w| are real; every candidate gets a gradient.
 
-    Algorithm 1 of the paper (arXiv 1906.00586): a hallucinated edge (u, v) is moved by ⟨Z_u, -α ∂L/∂I_v⟩ like a real
-    one, and displaces the weakest real edge once its magnitude is larger.
+    Algorithm 1 of the paper (arXiv 1906.00586): a hallucinated edge (u, v) is moved by
+    :math:`\langle Z_u, -\alpha \, \partial L/\partial I_v \rangle` like a real one, and displaces the weakest real edge once its magnitude is larger.
     """
 
     def choose(self, view: View) -> Tensor:
