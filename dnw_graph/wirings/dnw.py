@@ -12,7 +12,8 @@ class DNW(Wiring):
     r"""The k candidates of largest |w| are real; every candidate gets a gradient.
 
     Algorithm 1 of the paper (arXiv 1906.00586): a hallucinated edge (u, v) is moved by
-    :math:`\langle Z_u, -\alpha \, \partial L/\partial I_v \rangle` like a real one, and displaces the weakest real edge once its magnitude is larger.
+    :math:`\langle Z_u, -\alpha \, \partial L/\partial I_v \rangle` like a real one, and displaces the weakest real
+    edge once its magnitude is larger.
     """
 
     def choose(self, view: View) -> Tensor:
