@@ -30,6 +30,7 @@ class Updates:
     def __init__(self, graphs: dict[str, Ranking], optimizer: Optimizer) -> None:
         self.graphs = graphs
         self._before: dict[str, _Before] = {}
+        self._in_step = False
         self._probe_handles: list[RemovableHandle] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -59,6 +60,7 @@ class Updates:
             raise InputError(
                 "a step in a CUDA graph calls no rule when it is replayed: leave the step out of the graph"
             )
+        self._in_step = True
         for name, view in self._views(optimizer).items():
             skips = view.wiring.skips_update(view)
             none = torch.empty(0, dtype=torch.long, device=view.weight.device)
@@ -70,6 +72,9 @@ class Updates:
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Restore that, count the step and let the rules act."""
+        if not self._in_step:  # of an optimiser whose ``step`` calls that of its base class, which was hooked as well
+            return
+        self._in_step = False
         before, self._before = self._before, {}
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf.item():  # else a GradScaler has a fused optimiser skip the step
@@ -82,6 +87,8 @@ class Updates:
             by_rule: dict[type, list[View]] = {}
             for view in views.values():
                 if _has_had_gradient(view, optimizer):
+                    if view.wiring.needs_momentum and view.step == 1:
+                        _ = view.momentum  # some optimisers have the option, and no such state
                     by_rule.setdefault(type(view.wiring), []).append(view)
             for rule, together in by_rule.items():
                 rule.after_steps(together)  # type: ignore[attr-defined]

@@ -241,37 +241,6 @@ def test_layers_without_a_gradient_sit_out():
     assert frozen.wiring.step == 1
 
 
-class Wrapper(torch.optim.Optimizer):
-    def __init__(self, base):
-        super().__init__(base.param_groups, {})
-        self.base_optimizer = base
-
-
-class Lookahead(Wrapper):
-    pass
-
-
-REFUSED = {
-    "LBFGS": (lambda p: torch.optim.LBFGS(p), "LBFGS takes many steps in one"),
-    "SAM": (lambda p: Wrapper(torch.optim.SGD(p, 0.1)), r"attach\(model, optimizer\.base_optimizer\)"),
-    "Lookahead": (lambda p: Lookahead(torch.optim.SGD(p, 0.1)), "Lookahead keeps weights or state elsewhere"),
-    "graph": (lambda p: torch.optim.Adam(p, capturable=True), r"Adam\(capturable=True\) is for steps in a CUDA graph"),
-    "others": (lambda p: torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.1), "0.weight is not among the parameters"),
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_optimisers_that_rules_cannot_follow_are_refused(kind):
-    optimiser, message = REFUSED[kind]
-    model = make("perceptron", Probing())
-    with pytest.raises(InputError, match=message) as error:
-        attach(model, optimiser(list(model.parameters())))
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 500
-    dnw = make("perceptron", "dnw")
-    attach(dnw, optimiser(list(dnw.parameters())))  # whose rule needs no steps
-
-
 def test_names_tell_graphs_of_a_model_apart_and_are_those_of_the_unwrapped_model():
     def drawn(wrap):
         torch.manual_seed(3)
@@ -356,8 +325,8 @@ def test_edges_that_an_average_has_spoiled_are_refused():
     for _ in range(3):
         step(model, own)
         for a, b in zip(average.buffers(), model.buffers(), strict=True):
-            a.copy_(a | b if a.dtype == torch.bool else a)
-    with pytest.raises(InputError, match=r"0\.weight: wiring\.real holds \d+ edges instead of 20: an average"):
+            a.copy_(a | b if a.dtype == torch.uint8 else a)
+    with pytest.raises(InputError, match=r"0\.weight: wiring\.real are not the edges that the rule stored: an average"):
         average.eval()(X)
 
 
@@ -365,7 +334,7 @@ def test_fixed_edges_that_an_average_has_spoiled_are_refused():
     model = make("perceptron", "random_graph").eval()
     index = graphs(model)[0].wiring.index
     index.copy_(index // 2)
-    with pytest.raises(InputError, match=r"0\.weight: wiring\.index must be distinct candidates"):
+    with pytest.raises(InputError, match=r"0\.weight: wiring\.index are not the edges that the rule stored"):
         model(X)
 
 

@@ -28,7 +28,7 @@ class ACDC(Stored):
             epoch 10, compressed until 15, …, dense from 75 to 85.
 
     Shapes:
-        - ``real``: ``[num_candidates]``, bool
+        - ``real``: ``[num_candidates]``, uint8
 
     Raises:
         InputError: If the moments do not ascend or their number is even.

@@ -48,4 +48,4 @@ class Fixed(Kept):
             raise InputError(f"{view.name}: {self.edge_index.size(1) - index.numel()} of the fixed edges are repeated")
         if index.numel() != view.k:
             raise InputError(f"{view.name}: {index.numel()} fixed edges were given for num_edges = {view.k}")
-        self.index = index
+        self.store(index)

@@ -27,7 +27,7 @@ class GMP(Stored):
         every: ΔT, steps between removals.
 
     Shapes:
-        - ``real``: ``[num_candidates]``, bool
+        - ``real``: ``[num_candidates]``, uint8
 
     Raises:
         InputError: If a moment is none, or ``every`` no integer from 1 up.
@@ -55,7 +55,7 @@ class GMP(Stored):
         edges = self.choose(view)
         if keep < edges.numel():
             self.store(view, self.largest(view, keep, among=edges))
-            view.clear(~self.real)
+            view.clear(~self.mask)
 
     def extra_repr(self) -> str:
         """Options, for ``repr``."""

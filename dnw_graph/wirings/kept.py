@@ -6,35 +6,46 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dnw_graph._compat import version
-from dnw_graph.errors import InputError
 from dnw_graph.wirings.base import Wiring
-from dnw_graph.wirings.saved import refuse_counts, refuse_edges, refuse_mask
+from dnw_graph.wirings.saved import edge_sum, refuse_edges, refuse_mask, refuse_spoiled
 from dnw_graph.wirings.view import View
 
 
 class Kept(Wiring):
     """Edges that are chosen by ``setup`` and stay; only they get a gradient.
 
-    They are a persistent buffer, since they are not a function of the weights.
+    They are a persistent buffer, since they are not a function of the weights, and beside them lies their checksum, by
+    which an average of buffers is noticed.
 
     Shapes:
         - ``index``: ``[num_edges]``, flat indices, ascending
+        - ``checksum``: scalar, int64
     """
 
     gradient = "real"
     index: Tensor
+    checksum: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("index", torch.empty(0, dtype=torch.long))
+        self.register_buffer("checksum", torch.tensor(0))
+
+    def store(self, index: Int[Tensor, " edges"]) -> None:
+        """Make these edges, ascending, the real ones."""
+        self.index, self.checksum = index, edge_sum(index)
 
     def choose(self, view: View) -> Tensor:
-        """Return the edges that were chosen at the start; refuses what an average of buffers has made of them."""
-        refuse_edges(self.index, view.num_candidates, view.k, f"{view.name}: wiring.index")
+        """Return the edges that were chosen at the start.
+
+        Raises:
+            InputError: If they are others, as after an average of buffers.
+        """
+        refuse_spoiled(self.index, self.checksum, f"{view.name}: wiring.index")
         return self.index
 
     def choose_to_train(self, view: View) -> Tensor:
@@ -42,66 +53,73 @@ class Kept(Wiring):
         return self.index
 
     def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
-        """Refuse other than k edges, distinct and ascending."""
+        """Refuse other than k edges, distinct and ascending, and others than there were."""
         if "index" in saved:
             refuse_edges(saved["index"], num_candidates, num_edges, f"{name}: wiring.index")
+            refuse_spoiled(saved["index"], saved.get("checksum"), f"{name}: wiring.index")
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if prefix + "index" in state_dict:  # older files have the edges alone
+            state_dict = {prefix + "checksum": edge_sum(state_dict[prefix + "index"]), **state_dict}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class Stored(Wiring):
     """Edges that change between steps, and their number: persistent buffers, which averages of models copy.
 
+    A mask of bytes, since PyTorch's averages cannot take differences of truth values, and a checksum, by which it is
+    noticed that they have averaged it.
+
     Shapes:
-        - ``real``: ``[num_candidates]``, bool
-        - ``count``: scalar, int64
+        - ``real``: ``[num_candidates]``, uint8
+        - ``checksum``: scalar, int64
     """
 
     real: Tensor
-    count: Tensor
+    checksum: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("real", torch.empty(0, dtype=torch.bool))
-        self.register_buffer("count", torch.tensor(0))
-        self._found: tuple[Tensor, int, Tensor] | None = None  # ``real``, its version, and its edges
+        self.register_buffer("real", torch.empty(0, dtype=torch.uint8))
+        self.register_buffer("checksum", torch.tensor(0))
+        self._found: tuple[Tensor, tuple[int, bool], Tensor] | None = None  # ``real``, as it was, and its edges
+
+    @property
+    def mask(self) -> Bool[Tensor, " candidates"]:
+        """Which candidates are stored as real."""
+        return self.real.view(torch.bool)
 
     def store(self, view: View, index: Int[Tensor, " edges"]) -> None:
         """Make these edges, in any order, the real ones."""
-        self.real = torch.zeros_like(view.weight, dtype=torch.bool, requires_grad=False).index_fill_(0, index, True)
-        self.count = self.real.new_full((), index.numel(), dtype=torch.long)
+        self.real = index.new_zeros(view.num_candidates, dtype=torch.uint8).index_fill_(0, index, 1)
+        self.checksum = edge_sum(index)
 
     def choose(self, view: View) -> Tensor:
         """Return the edges that are stored; synchronises with a device once per change.
 
         Raises:
-            InputError: In evaluation, if their number is another, as after an average of buffers.
+            InputError: In evaluation, if they are others, as after an average of buffers.
         """
-        real = self.real
-        if real.is_inference():  # which keeps no version
-            return torch.nonzero(real).flatten()
-        if self._found is None or self._found[0] is not real or self._found[1] != version(real):
-            index = torch.nonzero(real).flatten()
-            if not self.training and index.numel() != int(self.count):
-                raise InputError(
-                    f"{view.name}: wiring.real holds {index.numel():,} edges instead of {int(self.count):,}: an average"
-                    " of models must copy this buffer and not average it, as AveragedModel(use_buffers=False) does"
-                )
-            self._found = real, version(real), index
+        state = version(self.real), self.training
+        # Inference tensors keep no version.
+        if self._found is None or self._found[0] is not self.real or self._found[1] != state or state[0] == -1:
+            index = torch.nonzero(self.real).flatten()
+            if not self.training:
+                refuse_spoiled(index, self.checksum, f"{view.name}: wiring.real")
+            self._found = self.real, state, index
         return self._found[2]
 
     def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
         """Refuse other edges than there were."""
         super().check_saved(saved, num_candidates, num_edges, name)
-        refuse_counts(saved, ("count",), f"{name}: wiring")
         if "real" in saved:
-            count = saved.get("count")
-            counts = range(1, num_candidates + 1)
-            if isinstance(count, Tensor) and not count.is_meta:
-                counts = range(int(count), int(count) + 1)
-            refuse_mask(saved["real"], num_candidates, counts, f"{name}: wiring.real")
+            refuse_mask(saved["real"], num_candidates, f"{name}: wiring.real")
+            refuse_spoiled(saved["real"], saved.get("checksum"), f"{name}: wiring.real")
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "real" in state_dict:  # older files have the set alone
-            state_dict = {prefix + "count": state_dict[prefix + "real"].sum(), **state_dict}
+        if prefix + "real" in state_dict:  # older files have the set alone, as truth values
+            real = state_dict[prefix + "real"].to(torch.uint8)
+            state_dict = {prefix + "checksum": edge_sum(real), **state_dict, prefix + "real": real}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class L1Anneal(Stored):
         removal: s, from 0 (complete) to 1 (k edges left), a :class:`Schedule`.
 
     Shapes:
-        - ``real``: ``[num_candidates]``, bool
+        - ``real``: ``[num_candidates]``, uint8
 
     Raises:
         InputError: If a strength is negative, or the removal leaves 0 … 1 or goes back.

@@ -51,12 +51,12 @@ class PruneAndGrow(Stored):
             scores: A number per candidate.
             regrown_are_new: Whether an edge that is dropped and grown again starts from zero too.
         """
-        before = self.real
+        before = self.mask
         edges = self.choose(view)
         kept = top(view, edges, edges.numel() - number, view.weight)
         others = torch.ones_like(before).index_fill_(0, kept, False).nonzero().flatten()
         self.store(view, torch.cat([kept, top(view, others, number, scores)]))
-        stay = torch.zeros_like(before).index_fill_(0, kept, True) if regrown_are_new else before & self.real
+        stay = torch.zeros_like(before).index_fill_(0, kept, True) if regrown_are_new else before & self.mask
         view.clear(~stay)
 
 

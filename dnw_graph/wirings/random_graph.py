@@ -35,7 +35,7 @@ class RandomGraph(Kept):
     def setup(self, view: View) -> None:
         """Draw the edges of a graph."""
         scores = torch.rand_like(view.weight) if self.separate_scores else view.weight
-        self.index = select_top_k(scores, view.k, view.name)
+        self.store(select_top_k(scores, view.k, view.name))
 
     def extra_repr(self) -> str:
         """Options, for ``repr``."""

@@ -35,7 +35,7 @@ class RigL(PruneAndGrow):
         skip_update: Whether a round's step leaves the candidates as they are.
 
     Shapes:
-        - ``real``: ``[num_candidates]``, bool
+        - ``real``: ``[num_candidates]``, uint8
 
     Raises:
         InputError: If α is no share, ``every`` no integer from 1 up, or ``until`` no moment of training.

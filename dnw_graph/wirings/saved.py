@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from dnw_graph.errors import InputError
@@ -31,29 +32,59 @@ def refuse_edges(index: object, num_candidates: int, num_edges: int, what: str) 
     if bool((index.diff(prepend=bounds[0], append=bounds[1]) <= 0).any()):
         raise InputError(
             f"{what} must be distinct candidates in 0 … {num_candidates - 1:,}, ascending; got "
-            f"{_count(index, num_candidates)}: the file is damaged or of another graph, or an average of models has "
-            "averaged this buffer, which AveragedModel(use_buffers=False) copies"
+            f"{_count(index, num_candidates)}: the file is damaged or of another graph"
         )
 
 
-def refuse_mask(mask: object, num_candidates: int, counts: range, what: str) -> None:
-    """Refuse what does not say of each candidate whether it belongs to a set.
+def refuse_mask(mask: object, num_candidates: int, what: str) -> None:
+    """Refuse what does not say of each candidate whether it belongs to a set, and an empty set.
 
     Args:
         mask: The mask.
         num_candidates: Number of candidates.
-        counts: How many the set may hold.
         what: What it is, for the message.
 
     Raises:
-        InputError: If it is another tensor, or the set is smaller or larger.
+        InputError: If it is another tensor or empty; values on the meta device are not looked at.
     """
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (num_candidates,):
-        raise InputError(f"{what} must be a bool tensor of the {num_candidates:,} candidates; got {_shown(mask)}")
-    if not mask.is_meta and int(mask.sum()) not in counts:
+    kinds = (torch.uint8, torch.bool)
+    if not isinstance(mask, Tensor) or mask.dtype not in kinds or mask.shape != (num_candidates,):
+        raise InputError(f"{what} must be a uint8 tensor of the {num_candidates:,} candidates; got {_shown(mask)}")
+    if not mask.is_meta and not mask.any():
+        raise InputError(f"{what} must hold at least one candidate; got none: the file is damaged")
+
+
+def edge_sum(edges: Tensor) -> Int[Tensor, ""]:
+    """Return a number that tells sets of edges apart, in 0 … 2²⁰ - 1; of indices without waiting for a device.
+
+    Averages of whole numbers in float32 keep one that is as small, if they keep the indices themselves.
+
+    Args:
+        edges: Flat indices in any order, or a mask; on the meta device the number has no value either.
+    """
+    if edges.is_meta:
+        return edges.new_empty((), dtype=torch.int64)
+    mixed = ((edges if edges.dtype == torch.int64 else edges.nonzero().flatten()) + 1) * 0x1E3779B97F4A7C15
+    return ((mixed ^ (mixed >> 31)) * 0x3F58476D1CE4E5B9).sum() >> 43 & (2**20 - 1)
+
+
+def refuse_spoiled(edges: Tensor, checksum: object, what: str) -> None:
+    """Refuse edges that are not those that were stored together with their checksum.
+
+    Args:
+        edges: Flat indices, or a mask with a byte per candidate.
+        checksum: What :func:`edge_sum` said of them; None in older files.
+        what: What they are, for the message.
+
+    Raises:
+        InputError: If they are others; values on the meta device are not looked at.
+    """
+    if not isinstance(checksum, Tensor) or checksum.is_meta or edges.is_meta:
+        return
+    if bool(edge_sum(edges) != checksum):
         raise InputError(
-            f"{what} must hold {counts.start:,} to {counts.stop - 1:,} candidates; got {int(mask.sum()):,}: the file "
-            "is damaged or of another graph"
+            f"{what} are not the edges that the rule stored: an average of models must copy this buffer and not "
+            "average it, as AveragedModel(use_buffers=False) does; or the file is damaged"
         )
 
 

@@ -29,7 +29,7 @@ class SET(PruneAndGrow):
         every: Steps between rounds. Default: those of an epoch.
 
     Shapes:
-        - ``real``: ``[num_candidates]``, bool
+        - ``real``: ``[num_candidates]``, uint8
 
     Raises:
         InputError: If ζ is no share, or ``every`` no integer from 1 up.

@@ -50,7 +50,7 @@ class SparseMomentum(PruneAndGrow):
         every: Steps between rounds. Default: those of an epoch.
 
     Shapes:
-        - ``real``: ``[num_candidates]``, bool
+        - ``real``: ``[num_candidates]``, uint8
 
     Raises:
         InputError: If the rate leaves 0 … 1; in a round, if the momentum is not finite.
@@ -72,7 +72,7 @@ class SparseMomentum(PruneAndGrow):
 
     def num_edges(self, k: int) -> int:
         """Return the number of edges that the rounds have left here."""
-        return int(self.count)
+        return int(self.mask.sum())
 
     def after_step(self, view: View) -> None:
         """Set hallucinated weights back to zero."""
@@ -85,9 +85,9 @@ class SparseMomentum(PruneAndGrow):
         rules = [(view.wiring, view) for view in views if isinstance(view.wiring, SparseMomentum)]
         due = [(rule, view) for rule, view in rules if rule.is_round(view, view.step)]
         momenta = [_momentum(view) for _, view in due]
-        means = [_mean(view, momentum[rule.real]) for (rule, view), momentum in zip(due, momenta, strict=True)]
+        means = [_mean(view, momentum[rule.mask]) for (rule, view), momentum in zip(due, momenta, strict=True)]
         pruned = [rule.prune(view) for rule, view in due]
-        room = [int((~rule.real).sum()) for rule, _ in due]
+        room = [int((~rule.mask).sum()) for rule, _ in due]
         for (rule, view), momentum, number in zip(due, momenta, allot(sum(pruned), means, room), strict=True):
             rule.grow(view, momentum, number)
 
@@ -101,7 +101,7 @@ class SparseMomentum(PruneAndGrow):
 
     def grow(self, view: View, momentum: Float[Tensor, " candidates"], number: int) -> None:
         """Make so many edges real, by the largest magnitude of momentum."""
-        grown = top(view, torch.nonzero(~self.real).flatten(), number, momentum)
+        grown = top(view, torch.nonzero(~self.mask).flatten(), number, momentum)
         self.store(view, torch.cat([self.choose(view), grown]))
         view.weight.mul_(self.real)
 

@@ -46,7 +46,7 @@ class SecondStage(Kept):
     def setup(self, view: View) -> None:
         """Choose the edges and set the candidate weights."""
         if self.complete is None or self.start is None:
-            self.index = torch.full((view.k,), UNKNOWN, device=view.weight.device)
+            self.store(torch.full((view.k,), UNKNOWN, device=view.weight.device))
             self.known = False
             return
         for weight in (self.complete, self.start):
@@ -55,7 +55,7 @@ class SecondStage(Kept):
                     f"{view.name}: {type(self).__name__} was given {list(weight.shape)} weights for "
                     f"{view.num_candidates} candidates: give those of the complete graph of the same blocks"
                 )
-        self.index = select_top_k(self.complete.to(view.weight.device), view.k, view.name)
+        self.store(select_top_k(self.complete.to(view.weight.device), view.k, view.name))
         self.known = True
         view.weight.copy_(self.start)
 
@@ -80,7 +80,7 @@ class SecondStage(Kept):
         """Refuse other than k edges, distinct and ascending, or as many that are all unknown."""
         index = saved.get("index")
         if isinstance(index, Tensor) and not index.is_meta and index.numel() and bool((index == UNKNOWN).all()):
-            saved = {**saved, "index": torch.arange(len(index)).to(index.dtype)}
+            saved = {"index": torch.arange(len(index)).to(index.dtype)}
         super().check_saved(saved, num_candidates, num_edges, name)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

@@ -179,7 +179,8 @@ class View:
         for name in MOMENTA:
             if name in self.state:
                 return self.state[name]
-        raise InputError(f"{self.name}: the optimiser has no momentum yet, only {sorted(self.state) or 'no state'}")
+        found = ", ".join(sorted(self.state)) or "no state"
+        raise InputError(f"{self.name}: the optimiser has no momentum, but {found}: give SGD momentum=0.9, or use Adam")
 
     def clear(self, chosen: Shaped[Tensor, " chosen"]) -> None:
         """Set weight and optimiser state of some candidates to zero; indices, or a mask."""

@@ -82,7 +82,7 @@ def test_cycles_and_self_loops_of_a_dynamic_graph():
 
 def test_the_edges_travel_in_the_state_dict(tmp_path):
     graph = make_graph()
-    assert set(graph.state_dict()) == {"candidates.weight", "num_edges", "rule", "wiring.index"}
+    assert set(graph.state_dict()) == {"candidates.weight", "num_edges", "rule", "wiring.index", "wiring.checksum"}
     torch.save(graph.state_dict(), tmp_path / "graph.pt")
     other = make_graph(torch.tensor([[0, 0, 0, 0, 1, 1], [3, 4, 5, 6, 3, 7]]))
     x = torch.randn(4, 3, dtype=torch.float64)
