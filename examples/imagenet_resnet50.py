@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dnw_graph import stopping
 
@@ -29,7 +30,7 @@ from dnw_graph.errors import unknown_name
 from dnw_graph.sparse_layers import sparsify
 from dnw_graph.sparse_layers.budget import DISTRIBUTIONS
 from dnw_graph.training import RunOptions, WiringOptions, main, option
-from dnw_graph.wirings import Wiring
+from dnw_graph.wirings import Wiring, create_wiring
 
 MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 LARGE_IMAGE = 64
@@ -41,7 +42,9 @@ class ResNetOptions(WiringOptions):
     """Which ResNet of torchvision. The first convolution has stride 2, or 1 for images smaller than 64 pixels."""
 
     model: str = option("resnet18", f"one of {', '.join(MODELS)}")
-    density: float = option(0.1, "share of weights that every layer keeps; 1 for the dense network")
+    density: float | None = option(
+        None, "share of weights that every layer keeps, 0.1 if the rule does not decide it; 1 for the dense network"
+    )
     first_layer_dense: bool = option(False, "keep all weights of the first convolution (First Layer Dense)")
     distribution: str = option(
         "uniform", f"how the weights are divided among layers: one of {', '.join(DISTRIBUTIONS)}"
@@ -64,8 +67,19 @@ class ResNetOptions(WiringOptions):
                 )
             return model
         skip = [FIRST_LAYER] if self.first_layer_dense else []
-        sparsify(model, self.density, wiring, skip, self.distribution)
+        sparsify(model, self.share, wiring, skip, self.distribution)
         return model
+
+    @property
+    def share(self) -> float | None:
+        """The density; None where the rule decides it."""
+        if self.density is None and create_wiring(self.wiring, **self.wiring_options).decides_k:
+            return None
+        return 0.1 if self.density is None else self.density
+
+    def identity(self) -> dict[str, Any]:
+        """Return all options, the density as it is used."""
+        return {**super().identity(), "density": self.share}
 
 
 def run_example(argv: Sequence[str] | None = None) -> int:

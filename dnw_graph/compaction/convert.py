@@ -15,6 +15,7 @@ from dnw_graph.compaction.layers import Chain, Layer, Select
 from dnw_graph.compaction.products import DenseProduct, Product, SparseProduct
 from dnw_graph.compaction.static_graphs import StaticGraph
 from dnw_graph.dynamics import Continuous, Discrete, Dynamics, Static
+from dnw_graph.dynamics.continuous import EXPLICIT
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.nodes import reaching
 
@@ -49,7 +50,7 @@ def can_be_compacted(module: nn.Module) -> bool:
 
 def is_adaptive(dynamics: Dynamics) -> bool:
     """Return whether the steps of a solver depend on the states of all nodes."""
-    return isinstance(dynamics, Continuous) and dynamics.method not in (*TABLEAUS, "explicit_adams")
+    return isinstance(dynamics, Continuous) and dynamics.method not in EXPLICIT
 
 
 def whole_functions(graph: NeuralGraph) -> list[str]:

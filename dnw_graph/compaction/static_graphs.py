@@ -15,7 +15,27 @@ from dnw_graph.compaction.products import Product, check_csr
 from dnw_graph.ops import static_graph
 
 
-class StaticGraph(Layer):
+class Blocks(Layer):
+    """A graph of blocks of nodes, of which the first are inputs and the last outputs.
+
+    Attributes:
+        sizes: Number of nodes of each block.
+    """
+
+    sizes: list[int]
+
+    @property
+    def num_inputs(self) -> int:
+        """Number of inputs."""
+        return self.sizes[0]
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of outputs."""
+        return self.sizes[-1]
+
+
+class StaticGraph(Blocks):
     """A static graph from the states of its inputs to what its outputs receive.
 
     Args:
@@ -42,16 +62,6 @@ class StaticGraph(Layer):
         self.functions = nn.ModuleList(functions)
         self.feeding = [list(blocks) for blocks in feeding]
 
-    @property
-    def num_inputs(self) -> int:
-        """Number of inputs."""
-        return self.sizes[0]
-
-    @property
-    def num_outputs(self) -> int:
-        """Number of outputs."""
-        return self.sizes[-1]
-
     def absorb(self, scale: Tensor, shift: Tensor) -> bool:
         """Apply a scale and a shift to what the outputs receive."""
         last = self.products[-1]
@@ -66,7 +76,7 @@ class StaticGraph(Layer):
         return states[-1]
 
 
-class FusedGraph(Layer):
+class FusedGraph(Blocks):
     """One or several static graphs in one operator, :func:`dnw_graph.ops.static_graph`, and a shift of the outputs.
 
     Takes what the inputs receive. Arguments as of the operator.
@@ -123,16 +133,6 @@ class FusedGraph(Layer):
             bias=bias,
             output_shift=output_shift,
         )
-
-    @property
-    def num_inputs(self) -> int:
-        """Number of inputs."""
-        return self.sizes[0]
-
-    @property
-    def num_outputs(self) -> int:
-        """Number of outputs."""
-        return self.sizes[-1]
 
     def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs h w"]:
         """Compute the blocks in order."""

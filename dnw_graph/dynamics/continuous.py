@@ -21,8 +21,10 @@ from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.propagation import Propagate
 from dnw_graph.propagation.base import autocast_dtype
 
-FIXED_STEPS = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
-"""Solvers whose steps do not depend on errors, and so on no tolerance."""
+EXPLICIT = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams")
+"""Solvers of fixed steps, none of which depends on a tolerance, and so on the states of all nodes."""
+FIXED_STEPS = (*EXPLICIT, "implicit_adams", "fixed_adams")
+"""These, and those that solve for each step up to a tolerance."""
 
 
 class Continuous(Recurrent):
@@ -211,7 +213,7 @@ class _Field(torch.nn.Module):
             dynamics.num_evaluations += 1
         z = z.permute(*(self.order.index(dim) for dim in range(z.dim())))
         # Running statistics are those of the forward pass: the adjoint meets the same states once more.
-        with FrozenBuffers(dynamics.node_function) if self.forward_done else nullcontext():
+        with FrozenBuffers(dynamics.node_function, later=False) if self.forward_done else nullcontext():
             change = dynamics.step(self.propagate, dynamics.node_function, z, t)
         return change.permute(*self.order).to(z.dtype)
 

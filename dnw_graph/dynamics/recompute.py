@@ -27,7 +27,7 @@ def recomputed(module: nn.Module, call: Callable[..., Tensor], *arguments: Any, 
     """
     if transformed():
         return call(*arguments, **keywords)
-    buffers = FrozenBuffers(module)
+    buffers = FrozenBuffers(module, later=True)
     return checkpoint(call, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), buffers), **keywords)
 
 
@@ -35,11 +35,16 @@ class FrozenBuffers:
     """The buffers of a module and of those within it as they are now.
 
     While entered, the module works on copies of them: what is computed again does not move its own a second time.
+
+    Args:
+        module: The module.
+        later: Whether its own may have moved by the time that this is entered, so that they have to be copied now.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, later: bool) -> None:
         self.modules = list(module.modules())
-        self.values = [_copies(_buffers(each)) for each in self.modules]
+        now = [_buffers(each) for each in self.modules]
+        self.values = [_copies(buffers) for buffers in now] if later else now
         self.own: list[dict[str, Tensor]] = []
 
     def __enter__(self) -> None:

@@ -16,7 +16,7 @@ from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.node_functions import NodeFunction
-from dnw_graph.wirings import Wiring
+from dnw_graph.wirings import Wiring, budget
 
 STAGES = ((32, 64), (64, 128, 128), (128, 256, 256), (256, *[512] * 6), (512, 1024, 1024))
 """Channels of each stage at width 1: what enters it, then one number per pointwise convolution."""
@@ -113,7 +113,11 @@ class GraphClassifier(nn.Module):
     def __init__(self, num_features: int, num_classes: int, num_edges: int, wiring: str | Wiring) -> None:
         super().__init__()
         self.graph = NeuralGraph(
-            (num_features, num_classes), num_edges, wiring=wiring, input_function=False, name="classifier"
+            (num_features, num_classes),
+            budget(wiring, num_edges),
+            wiring=wiring,
+            input_function=False,
+            name="classifier",
         )
         bound = 1 / math.sqrt(num_features)
         self.bias = nn.Parameter(torch.empty(num_classes).uniform_(-bound, bound))
@@ -132,7 +136,8 @@ class MobileNetV1DNW(nn.Module):
     pool.
 
     Args:
-        width: Width multiplier d: it sets the number of edges, never the number of nodes.
+        width: Width multiplier d: it sets the number of edges, never the number of nodes. The rule
+            ``"nm"`` sets the number of edges by itself.
         num_classes: Number of classes.
         stem_stride: Stride of the first convolution: 2, or 1 for small images.
         small: Learn the classifier's edges too, ⌊width · 1024 · num_classes⌋ of them (MobileNetV1-DNW-Small).
@@ -172,7 +177,7 @@ class MobileNetV1DNW(nn.Module):
         self.stages = nn.ModuleList(
             NeuralGraph(
                 stage,
-                edges_at_width(stage, width),
+                budget(wiring, edges_at_width(stage, width)),
                 wiring=wiring,
                 node_function=node_function,
                 propagation=propagation,

@@ -14,7 +14,7 @@ from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.models.mobilenet import check_images
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.node_functions import NodeFunction, NormReluConv, ReluConvSendNorm
-from dnw_graph.wirings import Wiring
+from dnw_graph.wirings import Wiring, budget
 
 NUM_NODES, NUM_INPUTS, NUM_OUTPUTS = 800, 32, 100
 STATIC_BLOCKS = (32, 192, 192, 192, 192, 100)
@@ -83,7 +83,7 @@ class TinyClassifier(nn.Module):
         else:
             options["dynamics"] = Discrete(steps=5) if dynamics == "discrete" else Continuous(adjoint=adjoint)
         self.graph = NeuralGraph(
-            num_edges=NUM_EDGES,
+            num_edges=budget(wiring, NUM_EDGES),
             wiring=wiring,
             node_function=node_function or partial(TINY_NODE_FUNCTIONS[dynamics], norm="instance"),
             propagation=propagation,

@@ -50,6 +50,7 @@ __all__ = [
     "TopKAST",
     "View",
     "Wiring",
+    "budget",
     "create_wiring",
     "make_wiring",
     "register_wiring",
@@ -116,6 +117,11 @@ def create_wiring(name: str, **options: Any) -> Wiring:
         InputError: If the name or an option is unknown, or an option cannot be used.
     """
     return build("wiring", name, _known(name), options)
+
+
+def budget(wiring: str | Wiring, num_edges: int) -> int | None:
+    """Return the number of edges that a model asks for, or None where the rule decides it, such as ``"nm"``."""
+    return None if make_wiring(wiring).decides_k else num_edges
 
 
 def _known(name: object) -> dict[str, type[Wiring]]:

@@ -34,6 +34,7 @@ class Wiring(nn.Module):
         gradient: The candidates whose gradient enters ``.grad``. Default: ``trained``. The others have a gradient
             of zero there, so that momentum and weight decay alone move those that are trained.
         ignores_k: Whether k has no part in what the rule does, so that a state with another one may be loaded.
+        decides_k: Whether k follows from the rule, so that models do not ask for their own.
         needs_momentum: Whether the rule needs an optimiser with momentum.
         weight_decay: Weight decay of the rule's own parameters.
         step: Steps of the optimiser that are done; counted by :func:`dnw_graph.attach` for rules that need it.
@@ -54,6 +55,7 @@ class Wiring(nn.Module):
     trained: ClassVar[str] = "all"
     gradient: ClassVar[str | None] = None
     ignores_k: ClassVar[bool] = False
+    decides_k: ClassVar[bool] = False
     needs_momentum: ClassVar[bool] = False
     weight_decay: float = 0.0
     step = 0

@@ -31,6 +31,8 @@ class NM(Wiring):
         InputError: If not 1 ≤ n ≤ m, λ is negative, or the graph was asked for another k.
     """
 
+    decides_k = True
+
     @checked
     def __init__(self, n: int = 2, m: int = 4, strength: float = 2e-4) -> None:
         super().__init__()

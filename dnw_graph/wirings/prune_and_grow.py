@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,6 +18,11 @@ from dnw_graph.wirings.view import View
 class PruneAndGrow(Stored):
     """Starts with k random edges, by PyTorch's generator; hallucinated weights are zero and are not trained.
 
+    A rule says which :meth:`share` of the edges a round exchanges, and by which :meth:`scores` it grows others.
+
+    Attributes:
+        regrown_are_new: Whether an edge that is dropped and grown again in a round starts from zero too.
+
     Args:
         every: Steps between rounds. Default: those of an epoch, which ``attach`` or the callback must know.
 
@@ -23,6 +31,7 @@ class PruneAndGrow(Stored):
     """
 
     trained = "real"
+    regrown_are_new: ClassVar[bool] = False
 
     def __init__(self, every: int | None) -> None:
         super().__init__()
@@ -38,9 +47,24 @@ class PruneAndGrow(Stored):
         """Return whether a round follows a step, counted from 1."""
         return step > 0 and step % (self.every or view.steps_per_epoch) == 0
 
-    def exchange(
-        self, view: View, number: int, scores: Float[Tensor, " candidates"], *, regrown_are_new: bool = False
-    ) -> None:
+    def share(self, view: View, step: int) -> float:
+        """Return the share of the edges that the round after a step exchanges."""
+        raise NotImplementedError
+
+    def scores(self, view: View) -> Float[Tensor, " candidates"]:
+        """Return numbers of which those of largest magnitude are grown."""
+        raise NotImplementedError
+
+    def number(self, view: View, step: int) -> int:
+        """Return how many edges are exchanged after a step, counted from 1: ⌊share · k⌋ in a round."""
+        return math.floor(self.share(view, step) * view.k) if self.is_round(view, step) else 0
+
+    def after_step(self, view: View) -> None:
+        """Do a round if it is time."""
+        if number := self.number(view, view.step):
+            self.exchange(view, number, self.scores(view))
+
+    def exchange(self, view: View, number: int, scores: Float[Tensor, " candidates"]) -> None:
         """Drop the real edges of least |w|, and grow as many by the largest |score| among all that are not kept.
 
         Grown edges start with weight and optimiser state zero.
@@ -49,14 +73,13 @@ class PruneAndGrow(Stored):
             view: The candidates.
             number: How many.
             scores: A number per candidate.
-            regrown_are_new: Whether an edge that is dropped and grown again starts from zero too.
         """
         before = self.mask
         edges = self.choose(view)
         kept = top(view, edges, edges.numel() - number, view.weight)
         others = torch.ones_like(before).index_fill_(0, kept, False).nonzero().flatten()
         self.store(view, torch.cat([kept, top(view, others, number, scores)]))
-        stay = torch.zeros_like(before).index_fill_(0, kept, True) if regrown_are_new else before & self.mask
+        stay = torch.zeros_like(before).index_fill_(0, kept, True) if self.regrown_are_new else before & self.mask
         view.clear(~stay)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+
 from dnw_graph.arguments import checked, require
 from dnw_graph.wirings.prune_and_grow import PruneAndGrow
 from dnw_graph.wirings.schedule import moment
@@ -51,25 +53,22 @@ class RigL(PruneAndGrow):
         require(possible, "until", "a step (an integer from 1 up) or a fraction of training (up to 1.0)", until)
         self.alpha, self.until, self.skip_update = alpha, until, skip_update
 
-    def number(self, view: View, step: int) -> int:
-        """Return how many edges are exchanged after a step, counted from 1."""
+    def share(self, view: View, step: int) -> float:
+        """Return f(t)."""
         end = moment(view, self.until)
-        if not self.is_round(view, step) or step >= end:
-            return 0
-        return math.floor(self.alpha / 2 * (1 + math.cos(math.pi * step / end)) * view.k)
+        return self.alpha / 2 * (1 + math.cos(math.pi * step / end)) if step < end else 0
 
     def needs_gradient(self, view: View) -> bool:
         """Before a round."""
         return self.number(view, view.step + 1) > 0
 
+    def scores(self, view: View) -> Tensor:
+        """Return the gradient of all candidates."""
+        return view.gradient
+
     def skips_update(self, view: View) -> bool:
         """On a round's step, unless ``skip_update`` is off."""
         return self.skip_update and self.needs_gradient(view)
-
-    def after_step(self, view: View) -> None:
-        """Do a round if it is time."""
-        if number := self.number(view, view.step):
-            self.exchange(view, number, view.gradient)
 
     def extra_repr(self) -> str:
         """Options, for ``repr``."""

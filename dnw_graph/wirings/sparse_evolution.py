@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from dnw_graph.arguments import checked, require
 from dnw_graph.wirings.prune_and_grow import PruneAndGrow
@@ -35,6 +35,8 @@ class SET(PruneAndGrow):
         InputError: If ζ is no share, or ``every`` no integer from 1 up.
     """
 
+    regrown_are_new = True
+
     @checked
     def __init__(
         self, fraction: float | Schedule | Mapping[str, int | float | str] = 0.3, every: int | None = None
@@ -44,13 +46,18 @@ class SET(PruneAndGrow):
         possible = all(0 <= each <= 1 for each in (self.fraction.start, self.fraction.end))
         require(possible, "fraction", "a share of the real edges, within 0 … 1", fraction)
 
-    def after_step(self, view: View) -> None:
-        """Do a round if it is time."""
-        if self.is_round(view, view.step):
-            number = min(math.floor(self.fraction.at(view, after=True) * view.k), view.num_candidates - view.k)
-            weight = view.weight
-            scores = torch.rand(len(weight), generator=view.generator(), dtype=weight.dtype, device=weight.device)
-            self.exchange(view, number, scores, regrown_are_new=True)
+    def share(self, view: View, step: int) -> float:
+        """Return ζ."""
+        return self.fraction.at(view, after=True)
+
+    def number(self, view: View, step: int) -> int:
+        """Return d."""
+        return min(super().number(view, step), view.num_candidates - view.k)
+
+    def scores(self, view: View) -> Tensor:
+        """Return random numbers."""
+        like = view.weight
+        return torch.rand(len(like), generator=view.generator(), dtype=like.dtype, device=like.device)
 
     def extra_repr(self) -> str:
         """Options, for ``repr``."""

@@ -24,10 +24,10 @@ class SecondStage(Kept):
     Args:
         trained: Candidate weights of the complete graph after its training, which decide the edges. Without them the
             rule waits for a checkpoint that holds the edges.
-        start: Candidate weights that the graph starts from.
+        initial: Candidate weights that the graph starts from.
 
     Shapes:
-        - ``trained``, ``start``: ``[num_candidates]``
+        - ``trained``, ``initial``: ``[num_candidates]``
 
     Raises:
         InputError: If the number of weights is not the graph's; if edges are asked for that are not known.
@@ -35,12 +35,14 @@ class SecondStage(Kept):
 
     @checked
     def __init__(
-        self, trained: Float[Tensor, " candidates"] | None, start: Float[Tensor, " candidates"] | None
+        self,
+        trained: Float[Tensor, " candidates"] | None = None,
+        initial: Float[Tensor, " candidates"] | None = None,
     ) -> None:
         super().__init__()
         self.complete = None if trained is None else trained.detach().clone()
-        same = start is trained
-        self.start = self.complete if same else None if start is None else start.detach().clone()
+        same = initial is trained
+        self.start = self.complete if same else None if initial is None else initial.detach().clone()
         self.known = False  # whether the edges are; on the host, which could not look at them without waiting
 
     def setup(self, view: View) -> None:
@@ -128,11 +130,3 @@ class LotteryTicket(SecondStage):
     Raises:
         InputError: If the number of weights is not the graph's; if edges are asked for that are not known.
     """
-
-    @checked
-    def __init__(
-        self,
-        trained: Float[Tensor, " candidates"] | None = None,
-        initial: Float[Tensor, " candidates"] | None = None,
-    ) -> None:
-        super().__init__(trained, initial)

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from reference import relative_error
 from torch import nn
 
-from dnw_graph import InputError, NeuralGraph
+from dnw_graph import NM, InputError, NeuralGraph
 from dnw_graph.models import MobileNetV1, MobileNetV1DNW, create_model, edges_at_width
+from dnw_graph.models.tiny import TinyClassifier
 
 # Counted by hand: edges at width 0.225, and map size at 224 pixels, of stages 1 … 5.
 EDGES = [103, 1_244, 4_976, 72_990, 79_626]
@@ -138,6 +139,14 @@ def test_the_small_model_learns_the_edges_of_its_classifier_too():
     dense[target - 1024, source] = graph.edge_weight
     torch.testing.assert_close(model.classifier(x), x @ dense.T + model.classifier.bias)
     assert MobileNetV1DNW(num_classes=1000, small=True).classifier.graph.num_edges == math.floor(230_400)
+
+
+def test_a_rule_that_decides_the_number_of_edges_does():
+    model = create_model("mobilenet_v1_dnw", num_classes=8, small=True, wiring=NM(1, 4))
+    graphs = [*model.stages, model.classifier.graph]
+    assert [4 * graph.num_real_edges for graph in graphs] == [graph.num_candidates for graph in graphs]
+    tiny = TinyClassifier("discrete", wiring="nm").graph
+    assert tiny.num_real_edges == 800 * 800 // 2
 
 
 def test_all_graphs_of_a_model_learn():

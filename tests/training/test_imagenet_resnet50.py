@@ -237,6 +237,19 @@ def test_what_is_kept(example: ModuleType):
     assert not weight_graphs(example.ResNetOptions(density=1).create(10, 16))
 
 
+def test_two_of_four_decides_how_many_weights_are_kept(example: ModuleType):
+    options = example.ResNetOptions(wiring="nm", first_layer_dense=True)
+    graphs = weight_graphs(options.create(10, 16))
+    assert all(2 * graph.num_real_edges == graph.num_candidates for graph in graphs.values())
+    one_of_four = example.ResNetOptions(wiring="nm", wiring_options={"n": 1}).create(10, 16)
+    kept = weight_graphs(one_of_four)["conv1.weight"].num_real_edges
+    assert kept == 64 * 7 * 7  # of three input channels, at every place of the kernel
+    assert options.identity()["density"] is None
+    assert example.ResNetOptions().identity()["density"] == 0.1
+    with pytest.raises(InputError, match="leave num_edges or density out"):
+        example.ResNetOptions(wiring="nm", density=0.1).create(10, 16)
+
+
 def test_dense_resnet50_is_that_of_torchvision_with_kaiming_weights(example: ModuleType):
     model = example.ResNetOptions(model="resnet50", density=1).create(1000, 224)
     assert sum(parameter.numel() for parameter in model.parameters()) == 25_557_032
