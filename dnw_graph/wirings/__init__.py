@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from dnw_graph.arguments import checked, require
-from dnw_graph.errors import InputError
+from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.registry import build, resolve
 from dnw_graph.wirings.ac_dc import ACDC
 from dnw_graph.wirings.base import Wiring
@@ -50,7 +50,6 @@ __all__ = [
     "TopKAST",
     "View",
     "Wiring",
-    "budget",
     "create_wiring",
     "make_wiring",
     "register_wiring",
@@ -121,7 +120,8 @@ def create_wiring(name: str, **options: Any) -> Wiring:
 
 def budget(wiring: str | Wiring, num_edges: int) -> int | None:
     """Return the number of edges that a model asks for, or None where the rule decides it, such as ``"nm"``."""
-    return None if make_wiring(wiring).decides_k else num_edges
+    rule = wiring if isinstance(wiring, Wiring) else make_wiring(wiring)
+    return None if rule.decides_k else num_edges
 
 
 def _known(name: object) -> dict[str, type[Wiring]]:
@@ -130,9 +130,17 @@ def _known(name: object) -> dict[str, type[Wiring]]:
         return WIRINGS
     module, _, rule = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), rule)
-    except (ImportError, AttributeError, ValueError) as error:
+        home = importlib.import_module(module)
+    except (ImportError, ValueError) as error:
         raise InputError(f"wiring {name!r} is no package.module.Class that can be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Wiring)):
+    found = getattr(home, rule, None)
+    if found is None:
+        there = [f"{module}.{each}" for each, value in vars(home).items() if _is_rule(value)]
+        raise unknown_name("wiring", name, there or WIRINGS)
+    if not _is_rule(found):
         raise InputError(f"wiring {name!r} is no subclass of dnw_graph.Wiring; got {found!r}")
     return {**WIRINGS, name: found}
+
+
+def _is_rule(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Wiring)

@@ -78,7 +78,8 @@ def test_a_rule_goes_by_its_class_path_or_by_a_name_that_it_was_given():
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("dnw_graph.wirings.dnw.DNV", "is no package.module.Class that can be imported"),
+        ("dnw_graph.wirings.dnw.DNV", r"did you mean .*'dnw_graph\.wirings\.dnw\.DNW'"),
+        ("collections.Ordered", "unknown wiring 'collections.Ordered': known are 'ac_dc'"),
         ("no_such_package.Rule", "is no package.module.Class that can be imported: No module named"),
         ("collections.OrderedDict", "is no subclass of dnw_graph.Wiring"),
     ],
