@@ -70,7 +70,7 @@ class Updates:
                 self._before[name] = _Before(trained, view.weight.clone(), states)
 
     @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, *call: Any) -> None:
         """Restore that, count the step and let the rules act."""
         if not self._in_step:  # of an optimiser whose ``step`` calls that of its base class, which was hooked as well
             return

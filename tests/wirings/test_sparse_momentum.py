@@ -42,7 +42,7 @@ def train_step(model, optimizer, batch):
 
 
 def masks(model):
-    return {name: graph.wiring.real.clone() for name, graph in weight_graphs(model).items()}
+    return {name: graph.wiring.real.bool() for name, graph in weight_graphs(model).items()}
 
 
 def test_the_host_waits_once_per_round():
