@@ -56,7 +56,7 @@ class RigL(PruneAndGrow):
     def share(self, view: View, step: int) -> float:
         """Return f(t)."""
         end = moment(view, self.until)
-        return self.alpha / 2 * (1 + math.cos(math.pi * step / end)) if step < end else 0
+        return self.alpha / 2 * (1 + math.cos(math.pi * step / end)) if step < end else 0.0
 
     def needs_gradient(self, view: View) -> bool:
         """Before a round."""

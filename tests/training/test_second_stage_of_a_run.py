@@ -67,7 +67,7 @@ def model_state(path: Path) -> dict[str, Tensor]:
 def assert_starts_from(model: nn.Module, path: Path) -> None:
     """All parameters and buffers are those of a checkpoint; only the edges are new."""
     state, expected = model.state_dict(), model_state(path)
-    assert state.keys() - expected.keys() == {"graph.wiring.index"}
+    assert state.keys() - expected.keys() == {"graph.wiring.index", "graph.wiring.checksum"}
     assert expected.keys() <= state.keys()
     of_the_rule = {"graph.num_edges", "graph.rule"}
     assert all(torch.equal(value, state[key]) for key, value in expected.items() if key not in of_the_rule)
