@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import check_docs as check
+import draw_method
 import pytest
 from build_docs import notebook, publish
 
@@ -82,6 +83,21 @@ def test_a_published_version_stands_beside_the_others(tmp_path):
     assert [(entry["version"], entry["aliases"]) for entry in versions] == [("0.2.0", ["latest"]), ("0.1.0", [])]
     assert all((public / entry["version"] / "index.html").exists() for entry in versions)
     assert "url=0.2.0/" in (public / "index.html").read_text()
+
+
+def test_the_method_is_drawn_from_a_step_that_swaps_one_edge(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(draw_method, "FOLDER", tmp_path)
+    monkeypatch.setattr(
+        draw_method, "between", lambda ax, ends, **looks: drawn.setdefault(ax, []).append(looks["color"])
+    )
+    draw_method.main()
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "docs/images").glob("method-*")}
+    forward, backward, after = drawn.values()
+    assert len(forward) == 15  # candidates
+    assert forward.count(draw_method.REAL) == after.count(draw_method.REAL) + 1 == 6
+    assert backward.count(draw_method.GRADIENT) == 15
+    assert after.count(draw_method.NEW) == after.count(draw_method.HALLUCINATED) == 1
 
 
 def test_notebooks_have_the_code_of_their_pages():
