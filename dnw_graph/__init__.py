@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from dnw_graph.compaction import compact
     from dnw_graph.dynamics import Continuous, Discrete, Static
     from dnw_graph.errors import InputError
+    from dnw_graph.loading import load
     from dnw_graph.neural_graph import NeuralGraph
     from dnw_graph.ranking import wiring_penalty
     from dnw_graph.sparse_layers import sparsify
@@ -50,6 +51,7 @@ _HOMES = {
     "attach": "updates",
     "compact": "compaction",
     "cost": "analysis.cost",
+    "load": "loading",
     "sparsify": "sparse_layers",
     "wiring_penalty": "ranking",
 }
@@ -85,6 +87,7 @@ __all__ = [
     "compact",
     "cost",
     "create_wiring",
+    "load",
     "register_wiring",
     "sparsify",
     "wiring_penalty",

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import AbstractArray, jaxtyped
 from torch import Tensor, nn
 
-from dnw_graph.errors import InputError
+from dnw_graph.errors import InputError, unknown_name
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,7 +50,8 @@ def checked(function: F) -> F:
         function: The function.
 
     Raises:
-        InputError: At a call, in one line that names the argument, what was expected and what was given.
+        InputError: At a call, in one line that names the argument, what was expected and what was given. For a name
+            that is no argument, the names that come near.
     """
     hints: dict[str, Any] = {}
     signature: inspect.Signature | None = None
@@ -62,17 +63,26 @@ def checked(function: F) -> F:
             return function(*args, **kwargs)
         if signature is None:
             hints, signature = _hints(function), inspect.signature(function)
+        where = function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
-            return function(*args, **kwargs)  # Python says best what is missing or unknown
-        where = function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
+            if unknown := kwargs.keys() - signature.parameters.keys():  # of a function that takes no others
+                known = [name for name in signature.parameters if name != "self"]
+                raise _unknown_argument(where, sorted(unknown)[0], known) from None
+            return function(*args, **kwargs)  # Python says best what is missing
         for name, value in bound.arguments.items():
             if name in hints:
                 bound.arguments[name] = check(f"{where}: {name}", value, hints[name])
         return function(*bound.args, **bound.kwargs)
 
     return typing.cast(F, call)
+
+
+def _unknown_argument(where: str, name: str, known: list[str]) -> InputError:
+    if name == "sparsity" and "density" in known:
+        return InputError(f"{where} takes density, the share of weights to keep, not sparsity: give 1 - sparsity")
+    return unknown_name(f"argument of {where}", name, known)
 
 
 def check_fields(instance: Any, label: Callable[[str], str] = "{}".format) -> None:

@@ -13,13 +13,13 @@ from torch import Tensor
 from dnw_graph._compat import import_pyg
 from dnw_graph.arguments import checked, fits, require, wrong
 from dnw_graph.candidates import CandidateEdges
-from dnw_graph.dynamics import Dynamics, make_dynamics
+from dnw_graph.dynamics import Dynamics, Static, make_dynamics
 from dnw_graph.errors import InputError
 from dnw_graph.node_functions import NodeFunction, NormReluConv
 from dnw_graph.nodes import Nodes, reaching
 from dnw_graph.propagation import Propagation, RealEdges, make_propagation
 from dnw_graph.ranking import Ranking
-from dnw_graph.wirings import Wiring, wiring_name
+from dnw_graph.wirings import Fixed, Wiring, wiring_name
 
 if TYPE_CHECKING:
     import torch_geometric.data
@@ -213,6 +213,56 @@ class NeuralGraph(Ranking):
         live[-self.num_outputs :] = True if live_outputs is None else live_outputs
         return reaching(self.edge_index, live)
 
+    @classmethod
+    def from_data(cls, data: torch_geometric.data.Data, **options: Any) -> NeuralGraph:
+        """Return a graph with the edges of a PyG graph: the inverse of :meth:`to_data`.
+
+        Args:
+            data: Has ``edge_index [2, k]``, perhaps ``edge_weight [k]``, and for a static graph the ``block`` of every
+                node, ascending; for a dynamic one ``input_mask`` (the first nodes) and ``output_mask`` (the last ones).
+                Any of that may be given among the options instead: ``blocks``, or ``num_inputs`` and ``num_outputs``.
+            options: Arguments of the class. The wiring is by default :class:`~dnw_graph.Fixed`: the edges stay. With
+                another rule training starts from them: all other candidates have the weight 0.
+
+        Raises:
+            InputError: If an edge is no candidate of the graph, edges are repeated, or the data does not say which
+                nodes are what.
+
+        Examples:
+            >>> from dnw_graph import NeuralGraph
+            >>> graph = NeuralGraph(blocks=(4, 8, 4), num_edges=20)
+            >>> again = NeuralGraph.from_data(graph.to_data())
+            >>> bool((again.edge_index == graph.edge_index).all() and (again.edge_weight == graph.edge_weight).all())
+            True
+        """
+        if not isinstance(data, import_pyg().data.Data) or data.edge_index is None:
+            raise wrong("from_data: data", "a torch_geometric.data.Data with edge_index", type(data).__name__)
+        edges, weight = data.edge_index.cpu(), data.get("edge_weight")
+        graph = cls(**{**_nodes_of(data, options), "num_edges": edges.size(1), "wiring": Fixed(edges), **options})
+        if weight is not None:
+            with torch.no_grad():
+                graph.candidates.weight.zero_()
+                graph.candidates.weight[graph.candidates.flat_index(edges)] = weight.to(
+                    graph.candidates.weight
+                ).flatten()
+            graph.set_up_anew()
+        return graph
+
+    def to_hetero_data(self) -> torch_geometric.data.HeteroData:
+        """Return the wiring as a heterogeneous PyG graph: a node type per block, an edge type per pair of blocks.
+
+        Node types are ``block0``, ``block1``, …, edge types ``("block0", "to", "block1")``; places of nodes are counted
+        within their block. Each has what :meth:`to_data` has for its nodes or edges.
+        """
+        whole, count = self.to_data(), len(self.blocks)
+        source, target = whole.block[whole.edge_index]
+        pairs, edge_type = (source * count + target).unique(return_inverse=True)
+        nodes = {name: whole[name] for name in ("pos", "input_mask", "output_mask", "live_mask")}
+        data = import_pyg().data.Data(edge_index=whole.edge_index, edge_weight=whole.edge_weight, **nodes)
+        names = [f"block{number}" for number in range(count)]
+        kinds = [(names[pair // count], "to", names[pair % count]) for pair in pairs.tolist()]
+        return data.to_heterogeneous(whole.block, edge_type, names, kinds)
+
     def to_data(self) -> torch_geometric.data.Data:
         """Return the wiring as a PyG graph.
 
@@ -244,6 +294,26 @@ class NeuralGraph(Ranking):
             f"candidates={self.num_candidates:,}, k={self.num_edges:,}, wiring={self.wiring!r}, "
             f"dynamics={type(self.dynamics).__name__}({self.dynamics.extra_repr()}), propagation={self.propagation!r})"
         )
+
+
+def _nodes_of(data: torch_geometric.data.Data, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what the nodes of a PyG graph are, unless options say it."""
+    if {"blocks", "num_inputs", "num_outputs"} & options.keys():
+        return {} if "blocks" in options else {"num_nodes": data.num_nodes}
+    dynamics = options.get("dynamics", "static")
+    if dynamics == "static" or isinstance(dynamics, Static):
+        if (block := data.get("block")) is None or (block.diff() < 0).any():
+            raise InputError(
+                "the data does not say which block a node is in, ascending: give blocks=(inputs, …, outputs)"
+            )
+        return {"blocks": tuple(block.bincount().tolist())}
+    ends = [data.get(f"{name}_mask") for name in ("input", "output")]
+    if any(mask is None for mask in ends) or (ends[0].int().diff() > 0).any() or (ends[1].int().diff() < 0).any():
+        raise InputError(
+            "the data does not say that inputs come first and outputs last: give num_inputs and num_outputs"
+        )
+    inputs, outputs = (int(mask.sum()) for mask in ends)
+    return {"num_nodes": data.num_nodes, "num_inputs": inputs, "num_outputs": outputs}
 
 
 def _make_nodes(

@@ -13,50 +13,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 
 from dnw_graph import stopping
 
 if __name__ == "__main__":
     stopping.start()  # before the imports that take seconds
 
-from torch import nn
-
-from dnw_graph.errors import unknown_name
-from dnw_graph.models import TINY_DYNAMICS, TINY_NODE_FUNCTIONS, create_model
-from dnw_graph.node_functions import EPS
-from dnw_graph.training import RunOptions, WiringOptions, main, option
-from dnw_graph.wirings import Wiring
-
-
-@dataclass(frozen=True)
-class TinyOptions(WiringOptions):
-    """Which of the tiny classifiers."""
-
-    dynamics: str = option("static", f"one of {', '.join(TINY_DYNAMICS)}")
-    node_norm_eps: float = option(EPS, "what the norms of nodes add to the variance")
-    adjoint: bool = option(False, "continuous: train by the adjoint equation instead of through the solver")
-
-    def with_wiring(self, wiring: Wiring, num_classes: int, image_size: int) -> nn.Module:
-        """Return the model with a wiring."""
-        if self.dynamics not in TINY_DYNAMICS:
-            raise unknown_name("dynamics", self.dynamics, TINY_DYNAMICS)
-        kind = TINY_NODE_FUNCTIONS[self.dynamics]
-        return create_model(
-            "tiny_classifier",
-            dynamics=self.dynamics,
-            num_classes=num_classes,
-            wiring=wiring,
-            node_function=partial(kind, norm="instance", eps=self.node_norm_eps),
-            adjoint=self.adjoint,
-        )
+from dnw_graph.training import main
+from dnw_graph.training.models import TINY_RECIPE, TinyOptions
 
 
 def run_example(argv: Sequence[str] | None = None) -> int:
     """Run the example and return its exit status."""
-    defaults = RunOptions(image_size=16, epochs=5, schedule="step", lr=0.1, weight_decay=1e-4)
-    return main(__doc__ or "", TinyOptions, defaults, argv)
+    return main(__doc__ or "", TinyOptions, TINY_RECIPE, argv)
 
 
 if __name__ == "__main__":

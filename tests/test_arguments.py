@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from dnw_graph import Discrete, InputError, NeuralGraph, Schedule, TargetedDropout, Wiring
 from dnw_graph.arguments import check, check_fields, checked, shown
 from dnw_graph.models import MobileNetV1
+from dnw_graph.sparse_layers import sparsify
 
 if TYPE_CHECKING:
     from nowhere import Missing
@@ -147,9 +148,20 @@ def test_messages_name_the_argument_what_is_expected_and_what_was_given(argument
     assert str(refused.value) == message
 
 
-def test_missing_and_unknown_arguments_are_errors_of_python():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
-        door(colour=1)
+def test_unknown_arguments_are_answered_with_those_that_come_near():
+    with pytest.raises(InputError, match="unknown argument of door 'numbers': did you mean 'number'"):
+        door(numbers=1)
+    with pytest.raises(InputError, match="sparsify takes density, the share of weights to keep, not sparsity"):
+        sparsify(nn.Linear(3, 4), sparsity=0.8)  # type: ignore[call-arg]
+    with pytest.raises(InputError, match="unknown argument of NeuralGraph 'bloks': did you mean 'blocks'"):
+        NeuralGraph(bloks=(3, 4), num_edges=3)  # type: ignore[call-arg]
+    with pytest.raises(InputError, match="NeuralGraph: blocks must be a sequence of integers or None; got 8"):
+        NeuralGraph(blocks=8, num_edges=3)  # type: ignore[arg-type]
+
+
+def test_missing_arguments_are_errors_of_python():
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'module'"):
+        sparsify()  # type: ignore[call-arg]
 
 
 def test_a_checked_function_looks_like_itself():

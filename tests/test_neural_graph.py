@@ -273,3 +273,59 @@ def test_what_reads_give_may_be_changed(wiring, training):
         tensor.zero_()
     assert torch.equal(graph(x), expected)
     assert all(torch.equal(value, state[key]) for key, value in graph.state_dict().items())
+
+
+@pytest.mark.parametrize("wiring", [None, "dnw", "random_graph"])
+def test_a_graph_comes_back_from_its_data(wiring):
+    graph = NeuralGraph(blocks=(3, 6, 4), num_edges=15, name="first").eval()
+    options = {} if wiring is None else {"wiring": wiring}
+    data = graph.to_data()
+    again = NeuralGraph.from_data(data, **options).eval()
+    assert again.blocks == (3, 6, 4)
+    assert torch.equal(again.edge_index, graph.edge_index)
+    assert torch.equal(again.edge_weight, graph.edge_weight)
+    data.edge_index, data.edge_weight = data.edge_index.flip(1), data.edge_weight.flip(0)  # in any order
+    assert torch.equal(NeuralGraph.from_data(data, **options).edge_weight, graph.edge_weight)
+
+
+def test_a_dynamic_graph_comes_back_from_its_data():
+    graph = NeuralGraph(num_nodes=10, num_inputs=3, num_outputs=2, num_edges=15, dynamics=Discrete(steps=2))
+    again = NeuralGraph.from_data(graph.to_data(), dynamics=Discrete(steps=2))
+    again.load_state_dict(
+        {**graph.state_dict(), **{k: v for k, v in again.state_dict().items() if "wiring" in k or "rule" in k}}
+    )
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(again.eval()(x), graph.eval()(x))
+
+
+def test_a_graph_from_data_of_other_origin():
+    from torch_geometric.data import Data
+
+    edge_index = torch.tensor([[0, 1, 0], [2, 3, 4]])
+    graph = NeuralGraph.from_data(Data(edge_index=edge_index, num_nodes=5), blocks=(2, 3))
+    assert graph.edge_index.T.tolist() == [[0, 2], [1, 3], [0, 4]]
+    with pytest.raises(InputError, match=r"does not say which block a node is in, ascending: give blocks="):
+        NeuralGraph.from_data(Data(edge_index=edge_index, num_nodes=5))
+    with pytest.raises(InputError, match=r"inputs come first and outputs last: give num_inputs"):
+        NeuralGraph.from_data(Data(edge_index=edge_index, num_nodes=5), dynamics=Discrete(steps=2))
+    with pytest.raises(InputError, match=r"\(2, 3\) is not a candidate edge"):
+        NeuralGraph.from_data(Data(edge_index=torch.tensor([[2], [3]]), num_nodes=5), blocks=(2, 3))
+    with pytest.raises(InputError, match=r"must be a torch_geometric.data.Data with"):
+        NeuralGraph.from_data(edge_index)
+
+
+def test_heterogeneous_data_has_the_edges_of_each_pair_of_blocks():
+    graph = NeuralGraph(blocks=(3, 6, 4), num_edges=30)
+    data = graph.to_hetero_data()
+    assert data.validate()
+    assert {name: data[name].num_nodes for name in data.node_types} == {"block0": 3, "block1": 6, "block2": 4}
+    start = {"block0": 0, "block1": 3, "block2": 9}
+    found = {}
+    for source, relation, target in data.edge_types:
+        assert relation == "to"
+        store = data[source, relation, target]
+        for (u, v), weight in zip(store.edge_index.T.tolist(), store.edge_weight.tolist(), strict=True):
+            found[u + start[source], v + start[target]] = weight
+    assert found == dict(zip(map(tuple, graph.edge_index.T.tolist()), graph.edge_weight.tolist(), strict=True))
+    assert data["block0"].input_mask.all()
+    assert data["block2"].output_mask.all()

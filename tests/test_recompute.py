@@ -11,7 +11,7 @@ from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.models import create_model
 from dnw_graph.propagation import PROPAGATIONS
 from dnw_graph.training import RunOptions, read_checkpoint
-from dnw_graph.training.run import run
+from dnw_graph.training.runs import run
 
 DYNAMIC = {"num_nodes": 14, "num_inputs": 3, "num_outputs": 4}
 GRAPHS = {

@@ -30,6 +30,7 @@ from dnw_graph.compaction.model import CompactModel
 from dnw_graph.compaction.products import DenseProduct, SparseProduct
 from dnw_graph.compaction.static_graphs import FusedGraph, StaticGraph
 from dnw_graph.errors import InputError
+from dnw_graph.model_card import ModelCard, card_of
 from dnw_graph.whole_file import write_whole
 
 FORMAT = "dnw_graph.compact"
@@ -62,7 +63,7 @@ KINDS: dict[str, type[Layer]] = {
 def save_compact(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a compact model to a file from which :func:`load_compact` makes it again, without the original model.
 
-    The file is written whole or not at all.
+    The file is written whole or not at all. The card of a model that :func:`dnw_graph.load` returned goes with it.
 
     Args:
         module: What :func:`~dnw_graph.compaction.compact` returned.
@@ -80,6 +81,8 @@ def save_compact(module: nn.Module, path: str | os.PathLike[str]) -> None:
         )
     config = json.dumps(_describe(module, ""))
     metadata = {"format": FORMAT, "version": str(VERSION), "config": config}
+    if card := card_of(module):
+        metadata["card"] = card.to_json()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     contents = save(tensors, {**metadata, "checksum": checksum([metadata, tensors])})
     write_whole(Path(path), contents, "path")
@@ -124,6 +127,11 @@ def load_compact(path: str | os.PathLike[str], device: str | torch.device = "cpu
         raise InputError(f"{path} does not describe a compact model ({_short(error)}): it is damaged") from error
     if tensors or not isinstance(model, CompactModel):
         raise InputError(f"{path} holds tensors of no layer ({', '.join(sorted(tensors)[:3]):.100}): it is damaged")
+    if "card" in metadata:
+        try:
+            ModelCard.from_dict(json.loads(metadata["card"])).describe(model)
+        except ValueError as error:
+            raise InputError(f"{path} does not describe its model ({_short(error)}): it is damaged") from error
     return model.eval().to(device)
 
 

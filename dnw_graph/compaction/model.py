@@ -20,6 +20,7 @@ from dnw_graph.compaction.layers import Chain, Conv, Linear, MapMean, Select
 from dnw_graph.compaction.report import Report, Size, relative_difference
 from dnw_graph.dynamics import Continuous
 from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.model_card import card_of
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.sparse_layers import densify, weight_graphs
 
@@ -107,6 +108,8 @@ def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | Non
         for module, mode in modes.items():
             module.training = mode
     compacted.report = report  # type: ignore[assignment]
+    if card := card_of(model):
+        card.describe(compacted)
     return compacted
 
 

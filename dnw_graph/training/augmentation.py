@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torchvision.transforms import v2
 
 from dnw_graph.arguments import checked
+from dnw_graph.preprocessing import Preprocessing
 
 # Images of this many pixels and more are treated as ImageNet's, smaller ones as CIFAR's.
 LARGE = 64
@@ -19,8 +19,8 @@ STATISTICS = {
 
 
 @checked
-def transforms(data: str, size: int) -> tuple[v2.Compose, v2.Compose]:
-    """Return the transforms for training and for testing, from an RGB image to a tensor ``[3, size, size]``.
+def transforms(data: str, size: int) -> tuple[v2.Compose, Preprocessing]:
+    """Return what is done to an RGB image for training and for testing; both give a tensor ``[3, size, size]``.
 
     - From 64 pixels up: a random crop of random area and aspect ratio, scaled to ``size``, and horizontal flips; for
       testing the shorter side is scaled to ``size`` · 256 / 224 and the centre is cut out. ImageNet's mean and
@@ -35,13 +35,10 @@ def transforms(data: str, size: int) -> tuple[v2.Compose, v2.Compose]:
     """
     small = data == "digits" or size < LARGE
     statistics = STATISTICS["digits" if data == "digits" else "cifar10" if small else "imagenet"]
-    to_tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*statistics)]
-    flip = [] if data == "digits" else [v2.RandomHorizontalFlip()]
+    test = Preprocessing(size, size if small else round(size * 256 / 224), *statistics)
     if small:
-        resize = [v2.Resize(size), v2.CenterCrop(size)]
-        return v2.Compose([*resize, v2.RandomCrop(size, padding=size // 8), *flip, *to_tensor]), v2.Compose(
-            [*resize, *to_tensor]
-        )
-    train = [v2.RandomResizedCrop(size), *flip, *to_tensor]
-    test = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *to_tensor]
-    return v2.Compose(train), v2.Compose(test)
+        crop = [v2.Resize(size), v2.CenterCrop(size), v2.RandomCrop(size, padding=size // 8)]
+    else:
+        crop = [v2.RandomResizedCrop(size)]
+    flip = [] if data == "digits" else [v2.RandomHorizontalFlip()]
+    return v2.Compose([*crop, *flip, *test.to_tensor()]), test

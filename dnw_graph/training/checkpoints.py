@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from dnw_graph import stopping
 from dnw_graph.arguments import checked
+from dnw_graph.checkpoint import FORMAT, SECTION
 from dnw_graph.errors import InputError
-from dnw_graph.training.checkpoint_io import FORMAT, SECTION
+from dnw_graph.model_card import ModelCard
 from dnw_graph.training.loggers import Table
 
 # Steps between two looks at whether several GPUs are to stop, for which the host waits for its device.
@@ -36,6 +38,8 @@ class Checkpoints(Checkpoint):
         save_every: Steps between checkpoints within an epoch; 0 for none.
         identity: Options of the run, saved so that a resumed run can be compared.
         table: The run's ``metrics.csv``; a checkpoint says how many of its rows came before.
+        card: What the checkpoints say about their model, but for its metrics.
+        machine: Options that a resumed run takes over and may change.
 
     Attributes:
         best_top1: Highest top-1 accuracy so far, or None.
@@ -44,11 +48,21 @@ class Checkpoints(Checkpoint):
     """
 
     @checked
-    def __init__(self, folder: Path, save_every: int, identity: dict[str, Any], table: Table | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        save_every: int,
+        identity: dict[str, Any],
+        table: Table | None = None,
+        card: ModelCard | None = None,
+        machine: dict[str, Any] | None = None,
+    ) -> None:
         self.folder = folder
         self.save_every = save_every
         self.identity = identity
         self.table = table
+        self.card = card
+        self.machine = machine or {}
         self.best_top1: float | None = None
         self.best_epoch = 0
         self._seconds_before = 0.0
@@ -193,6 +207,12 @@ class Checkpoints(Checkpoint):
                 "or infinite: this state is not saved, and earlier checkpoints stay as they are; lower --lr"
             )
         checkpoint[SECTION] = {"format": FORMAT, "options": self.identity}
+        if self.card is not None:
+            found = {name: trainer.callback_metrics.get(f"val/{name}") for name in ("top1", "top5")}
+            metrics = {name: float(value) for name, value in found.items() if value is not None}
+            metrics |= {"step": trainer.global_step, "epoch": trainer.global_step // int(trainer.num_training_batches)}
+            card = replace(self.card, metrics=metrics)
+            checkpoint[SECTION] |= {"card": card.to_dict(), "machine": self.machine}
         if self.table is not None:
             checkpoint[SECTION]["metrics_rows"] = self.table.rows
         checkpoint["loops"]["fit_loop"].update(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from dnw_graph.training.options import RunOptions, flag
 
 # Images from which on the check of the files is announced, since it takes seconds.
 MANY_IMAGES = 20_000
+# Classes that are listed.
+MANY_CLASSES = 50
 
 
 def on_gpu(options: RunOptions) -> bool:
@@ -37,18 +41,52 @@ def check_hardware(options: RunOptions) -> None:
         raise InputError("--precision 16-mixed needs a GPU: give bf16-mixed or 32-true")
 
 
-def check_files(*parts: Images) -> None:
-    """Look at the files of all images that are files; in the first process of a run.
+def check_files(classes: Sequence[str], *parts: Images) -> None:
+    """Look at the files of all images that are files, and say what each class has; in the first process of a run.
+
+    Args:
+        classes: Names of the classes.
+        parts: The images.
 
     Raises:
         InputError: If any of them is broken.
     """
-    if not is_first_process():
+    files = [part for part in parts if isinstance(part, FileImages)]
+    if not files or not is_first_process():
         return
-    paths = [path for part in parts if isinstance(part, FileImages) for path in part.paths]
+    paths = [path for part in files for path in part.paths]
     if len(paths) >= MANY_IMAGES:
         print(f"checking {len(paths):,} image files (--no-check-images skips this)", flush=True)
-    check_images(paths)
+    kinds = check_images(paths)
+    labels = [int(label) for part in files for label in part.labels]
+    for line in class_lines(classes, labels, kinds, sum((part.ignored for part in files), Counter())):
+        print(line, flush=True)
+
+
+def class_lines(
+    classes: Sequence[str], labels: Sequence[int], kinds: Sequence[str], ignored: Counter[tuple[str, str]]
+) -> list[str]:
+    """Return a line per class: images, formats and modes, and other files; of many classes the first ones.
+
+    Args:
+        classes: Their names.
+        labels: Class of every image.
+        kinds: Format and mode of every image.
+        ignored: Numbers of other files by class and ending.
+    """
+    counts: dict[int, Counter[str]] = {label: Counter() for label in range(len(classes))}
+    for label, kind in zip(labels, kinds, strict=True):
+        counts[label][kind] += 1
+    lines = []
+    for label, name in enumerate(classes[:MANY_CLASSES]):
+        held = ", ".join(f"{number:,} {kind}" for kind, number in counts[label].most_common()) or "no images"
+        others = ", ".join(f"{number:,} {ending}" for (of, ending), number in sorted(ignored.items()) if of == name)
+        lines.append(f"class {label} {name[:50]!r}: {held}" + (f"; ignored: {others}" if others else ""))
+    if len(classes) > MANY_CLASSES:
+        fewest, most = (choose(each.total() for each in counts.values()) for choose in (min, max))
+        rest = f"… and {len(classes) - MANY_CLASSES:,} more classes; {fewest:,} to {most:,} images in each"
+        lines.append(rest + (f"; {ignored.total():,} other files ignored" if ignored else ""))
+    return lines
 
 
 # Options that checkpoints of older runs lack, and what they were.

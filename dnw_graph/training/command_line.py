@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import re
@@ -10,16 +11,41 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, get_type_hints
+from pathlib import Path
+from typing import Any, cast, get_type_hints
 
+import yaml
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentError, ArgumentParser, DefaultHelpFormatter
 
+from dnw_graph.checkpoint import SECTION, read_checkpoint
 from dnw_graph.errors import InputError
+from dnw_graph.loading import COMPACT, checkpoint_card, checkpoint_of
 from dnw_graph.stopping import Stopped
+from dnw_graph.training.models import family_name
 from dnw_graph.training.options import ModelOptions, RunOptions, flag
-from dnw_graph.training.run import run
+from dnw_graph.wirings import WIRINGS
 
 BAD_INPUT = 2
+# One file per row of the tables of the paper.
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+# What other programs call options of this one.
+OTHER_NAMES = {
+    "batch": "batch_size",
+    "bs": "batch_size",
+    "checkpoint": "resume",
+    "data_dir": "data",
+    "dataset": "data",
+    "gpus": "devices",
+    "learning_rate": "lr",
+    "num_epochs": "epochs",
+    "num_workers": "workers",
+    "pretrained": "init_from",
+    "rule": "wiring",
+    "save_dir": "output",
+    "sparsity": "density",
+    "wd": "weight_decay",
+}
 
 # Said by Lightning where it does not apply here, or is of no use to whoever runs an example.
 NOISE = (
@@ -37,9 +63,32 @@ class ConfigFile(ActionConfigFile):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Take the options of a file."""
-        if not os.path.isfile(values):
-            raise InputError(f"--config is {values!r}: expected a YAML file")
-        super().__call__(parser, namespace, values, option_string)
+        super().__call__(parser, namespace, str(config_file(values)), option_string)
+
+
+def config_file(name: str) -> Path:
+    """Return the file that ``--config`` names: one of the user's, or a configuration of the package by its name.
+
+    Raises:
+        InputError: If there is none.
+    """
+    if os.path.isfile(name):
+        return Path(name)
+    known = {path.stem: path for path in CONFIGS.glob("*.yaml")}
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(Path(name).stem, known, n=3, cutoff=0.6)
+    hint = f", or a configuration of the package: did you mean {' or '.join(near)}?" if near else ""
+    raise InputError(f"--config is {name!r}: expected a YAML file{hint}")
+
+
+def read_yaml(name: str) -> dict[str, Any]:
+    """Return the options in the file that ``--config`` names; nothing if it is no mapping, which its reader tells."""
+    try:
+        content = yaml.safe_load(config_file(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {str(key).replace("-", "_"): value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
 class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -48,6 +97,9 @@ class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 
 def main(description: str, models: type[ModelOptions], defaults: RunOptions, argv: Sequence[str] | None = None) -> int:
     """Run an example from its command line.
+
+    With ``--resume`` and ``--evaluate`` the options are those that the file holds. What is given besides must agree
+    with it, but for the options that may change (``RunOptions.machine``).
 
     Args:
         description: What the example does, for ``--help``.
@@ -59,15 +111,15 @@ def main(description: str, models: type[ModelOptions], defaults: RunOptions, arg
         The exit status: 0; 2 after one line on stderr for input that cannot be used; 130 if the run was stopped by
         Ctrl-C and 143 if by SIGTERM, after one line that says how to go on.
     """
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
     try:
-        values = _values(description, models, defaults, argv)
-        model_options = models(**{f.name: values[f.name] for f in fields(models)})
-        options = RunOptions(**{f.name: values[f.name] for f in fields(RunOptions)})
-        run(model_options.create, model_options.identity(), options)
+        model_options, options = read_options(description, models, defaults, argv)
+        from dnw_graph.training.runs import run  # takes seconds, which --help need not
+
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        run(model_options.create, model_options.identity(), options, None, family_name(models))
     except (InputError, ArgumentError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
@@ -76,26 +128,93 @@ def main(description: str, models: type[ModelOptions], defaults: RunOptions, arg
     return 0
 
 
-def _values(
+def read_options(
     description: str, models: type[ModelOptions], defaults: RunOptions, argv: Sequence[str] | None
-) -> dict[str, Any]:
+) -> tuple[ModelOptions, RunOptions]:
+    """Return the options of a command line: what it gives, what the file holds that it names, and defaults.
+
+    Raises:
+        InputError: If an option is unknown or has a value that cannot be used.
+    """
     parser = _parser(description, models, defaults)
     try:
-        return vars(parser.parse_args(argv))
-    except (InputError, ArgumentError):
+        given = vars(parser.parse_args(argv, defaults=False))
+    except InputError:
+        raise
+    except ArgumentError as error:
+        if unknown := re.search(r"unrecognized arguments: (-\S+)|Option '(\S+)' is not accepted", str(error)):
+            known = [flag(f.name) for cls in (models, RunOptions) for f in fields(cls)]
+            raise unknown_option(unknown[1] or flag(unknown[2]), [*known, "--config"]) from error
         raise
     except Exception as error:  # what users write can fail anywhere in the parsers of YAML and of types
         raise InputError(
             f"the options cannot be read ({type(error).__name__}: {error}): give values as --help says, and with "
             "--config a YAML file of them"
         ) from error
+    started = launched()
+    for name, number in started.items():
+        if given.get(name, number) != number:
+            raise InputError(
+                f"{flag(name)} is {given[name]}, but {number} were started from outside: leave {flag(name)} out"
+            )
+    values = {**vars(parser.get_defaults()), **_held(given), **started, **given}
+    if "warmup_epochs" not in given and type(values["epochs"]) is int:  # a default fits the epochs that are given
+        values["warmup_epochs"] = max(0, min(values["warmup_epochs"], values["epochs"] - 1))
+    made = [cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in (models, RunOptions)]
+    return cast(tuple[ModelOptions, RunOptions], tuple(made))
+
+
+def launched() -> dict[str, int]:
+    """Return the devices per machine and the machines that ``torchrun`` or ``srun`` has started, if one has."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        here, all_ranks = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+        return {"devices": here, "num_nodes": all_ranks // here}
+    if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        all_ranks, machines = (int(os.environ.get(name, "1")) for name in ("SLURM_NTASKS", "SLURM_NNODES"))
+        return {"devices": all_ranks // machines, "num_nodes": machines}
+    return {}
+
+
+def _held(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options in the file that a run goes on from, or that is evaluated."""
+    path = given.get("resume") or given.get("evaluate")
+    if not isinstance(path, str) or not path or "\0" in path:
+        return {}
+    file = checkpoint_of(Path(path)) if given.get("evaluate") else Path(path)
+    if file.suffix == COMPACT:
+        return {}
+    checkpoint = read_checkpoint(file)
+    card, machine = checkpoint_card(file, checkpoint), checkpoint[SECTION].get("machine", {})
+    if given.get("evaluate"):
+        machine = {"data": machine["data"]} if "data" in machine else {}
+    # Whoever has a rule of a class path has to name it: a file does not say what is imported.
+    return {**{name: value for name, value in card.options.items() if name != "wiring" or value in WIRINGS}, **machine}
+
+
+def unknown_option(option: str, known: list[str]) -> InputError:
+    """Return the error for an option that there is not, with those that come near.
+
+    Args:
+        option: The option, perhaps with ``=`` and a value.
+        known: The flags that there are.
+    """
+    option = option.partition("=")[0]
+    name = option.lstrip("-").replace("-", "_")
+    own = flag(OTHER_NAMES.get(name, name))
+    near = [own] if own in known else difflib.get_close_matches(flag(name), known, n=2, cutoff=0.75)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return InputError(f"unknown option {option}: {hint}--help lists all")
 
 
 def _parser(description: str, models: type[ModelOptions], defaults: RunOptions) -> ArgumentParser:
     parser = ArgumentParser(
         description=description, exit_on_error=False, allow_abbrev=False, formatter_class=HelpFormatter
     )
-    parser.add_argument("--config", action=ConfigFile, help="YAML file with any of these options; later ones win")
+    parser.add_argument(
+        "--config",
+        action=ConfigFile,
+        help="YAML file with any of these options, or the name of a configuration of the package; later ones win",
+    )
     for group, options, default in (("model", models, models()), ("run", RunOptions, defaults)):
         arguments = parser.add_argument_group(group)
         types = get_type_hints(options)

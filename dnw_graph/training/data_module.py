@@ -81,6 +81,7 @@ class DataModule(LightningDataModule):
     Attributes:
         image_size: Height and width of the images that the loaders give.
         steps_per_epoch: Optimiser steps in one pass over the training images.
+        preprocess: What is done to an image for evaluation.
 
     Raises:
         InputError: If a batch holds more images than there are, or there are fewer test images than devices.
@@ -96,10 +97,10 @@ class DataModule(LightningDataModule):
             raise InputError(f"images {images.name!r} have no size of their own: give --image-size")
         self.image_size = options.image_size or DEFAULT_SIZES[images.name]
         self.steps_per_epoch = len(images.train) // options.batch_size
-        if not self.steps_per_epoch:
+        if not (self.steps_per_epoch or options.evaluate):
             raise InputError(
-                f"--batch-size {options.batch_size} is larger than the data set: "
-                f"expected at most its {len(images.train)} training images"
+                f"the data set has {len(images.train)} training images, fewer than a batch of {options.batch_size}: "
+                "give a smaller --batch-size"
             )
         processes = options.devices * options.num_nodes
         if len(images.test) < processes:
@@ -110,7 +111,7 @@ class DataModule(LightningDataModule):
         if images.name != "digits":
             default_workers = min(MAX_DEFAULT_WORKERS, (os.cpu_count() or 1) // options.devices)
         self.workers = default_workers if options.workers is None else options.workers
-        self.train_transform, self.test_transform = transforms(images.name, self.image_size)
+        self.train_transform, self.preprocess = transforms(images.name, self.image_size)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Return the loader of this rank's training batches."""
@@ -135,7 +136,7 @@ class DataModule(LightningDataModule):
             self.trainer.global_rank,
             self.trainer.world_size,
         )
-        return self._loader(EvaluationSamples(self.images.test, self.test_transform), order)
+        return self._loader(EvaluationSamples(self.images.test, self.preprocess), order)
 
     def _loader(
         self, samples: TrainSamples | EvaluationSamples, order: TrainOrder | EvaluationOrder

@@ -14,33 +14,35 @@ from dnw_graph.errors import InputError
 ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 
-def image_fault(path: str) -> str | None:
-    """Return what is wrong with an image file, or None.
+def inspect(path: str) -> tuple[str, str | None]:
+    """Return what an image file holds, such as ``"JPEG RGB"``, and what is wrong with it, or None.
 
     Reads the header and looks at the last bytes. A file that does not end as its format should (cut off, or with
     something appended, or of a format without a known ending) is decoded in full, and that decides.
     """
+    kind = "unknown"
     try:
         if not os.path.isfile(path):
-            return "not a regular file"
+            return kind, "not a regular file"
         with open(path, "rb") as file, Image.open(file) as image:
+            kind = f"{image.format} {image.mode}"
             ending = ENDINGS.get(image.format or "")
             if ending:
                 position = file.tell()
                 file.seek(-len(ending), os.SEEK_END)
                 if file.read() == ending:
-                    return None
+                    return kind, None
                 file.seek(position)
             image.load()
     except UnidentifiedImageError:
-        return "not an image"
+        return kind, "not an image"
     except Exception as error:  # a damaged file can fail anywhere in the decoder
-        return str(error) or type(error).__name__
-    return None
+        return kind, str(error) or type(error).__name__
+    return kind, None
 
 
-def check_images(paths: Sequence[str], threads: int = 16) -> None:
-    """Look at every file, several at a time.
+def check_images(paths: Sequence[str], threads: int = 16) -> list[str]:
+    """Look at every file, several at a time, and return what each holds, such as ``"JPEG RGB"``.
 
     Args:
         paths: Image files.
@@ -50,11 +52,12 @@ def check_images(paths: Sequence[str], threads: int = 16) -> None:
         InputError: If any file is broken; the message names the first ones.
     """
     with ThreadPoolExecutor(threads) as pool:
-        faults = list(pool.map(image_fault, paths))
-    broken = [(path, fault) for path, fault in zip(paths, faults, strict=True) if fault is not None]
+        found = list(pool.map(inspect, paths))
+    broken = [(path, fault) for path, (_, fault) in zip(paths, found, strict=True) if fault is not None]
     if broken:
         shown = "; ".join(f"{path} ({fault})" for path, fault in broken[:3])
         raise InputError(
             f"{len(broken)} of {len(paths)} image files cannot be read: {shown}{'; ...' if len(broken) > 3 else ''}. "
             "Replace or remove them"
         )
+    return [kind for kind, _ in found]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +21,13 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
+from dnw_graph.preprocessing import rgb
 from dnw_graph.training.order import Purpose, mix
 
 NUM_TEST_DIGITS = 360
+ENDINGS = (*IMG_EXTENSIONS, ".jfif")
+# Of archives made by macOS, and of network storage.
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir"}
 
 
 class Images(ABC):
@@ -76,6 +81,10 @@ class FileImages(Images):
         classes: The classes, in the order of their labels. Folders of other names are an error; a class without a
             folder is not, unless ``classes`` was read from this very folder.
 
+    Attributes:
+        paths: The files.
+        ignored: How many other files there are, by class and ending.
+
     Raises:
         InputError: For a class folder without images, or one whose name is not in ``classes``.
     """
@@ -84,27 +93,27 @@ class FileImages(Images):
         here = class_names(root)
         if unknown := sorted(set(here) - set(classes)):
             raise InputError(
-                f"{root} has {len(unknown)} class folders that the training folder lacks, such as "
+                f"{root} has {len(unknown)} class folders that the training images lack, such as "
                 f"{unknown[0]!r}: expected the same class names in both"
             )
-        samples = [(path, classes.index(name)) for name in here for path in image_files(root / name)]
+        self.ignored: Counter[tuple[str, str]] = Counter()
+        samples: list[tuple[str, int]] = []
+        for name in here:
+            found, others = image_files(root / name)
+            samples += [(path, classes.index(name)) for path in found]
+            self.ignored.update((name, Path(path).suffix.lower() or "no suffix") for path in others)
         self.paths = [path for path, _ in samples]
         self.labels = np.array([label for _, label in samples], dtype=np.int64)
         filled = {classes[label] for label in np.unique(self.labels)}
         if empty := sorted(set(here) - filled):
             raise InputError(
-                f"{root / empty[0]} holds no image ({', '.join(IMG_EXTENSIONS)}): "
+                f"{root / empty[0]} holds no image ({', '.join(ENDINGS)}): "
                 "add images or remove the folder of this class"
             )
 
     def load(self, index: int) -> Image.Image:
         """Return one image, in RGB."""
-        path = self.paths[index]
-        try:
-            with open_image(path) as image:
-                return image.convert("RGB")
-        except Exception as error:  # a damaged file can fail anywhere in the decoder
-            raise InputError(f"cannot read image {path} ({error}): replace or remove it") from error
+        return load_rgb(self.paths[index])
 
     def part(self, index: NDArray[np.int64]) -> FileImages:
         """Return the images at some indices."""
@@ -114,12 +123,27 @@ class FileImages(Images):
         return part
 
 
-def image_files(folder: Path) -> list[str]:
-    """Return the images below a folder, in the order of folders, then names.
+def load_rgb(path: str) -> Image.Image:
+    """Return the image in a file, in RGB.
 
-    Links are followed, but no folder is entered twice, so that a link back ends.
+    Raises:
+        InputError: If there is none, or it is damaged.
+    """
+    try:
+        with open_image(path) as image:
+            return rgb(image)
+    except Exception as error:  # a damaged file can fail anywhere in the decoder
+        raise InputError(f"cannot read image {path} ({error}): replace or remove it") from error
+
+
+def image_files(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the images below a folder, in the order of folders, then names, and the other files.
+
+    Images are what has the ending of one, and files without an ending that hold one. Links are followed, but no folder
+    is entered twice, so that a link back ends; hidden folders and those that systems leave are not entered.
     """
     found: list[tuple[str, str]] = []
+    others: list[str] = []
     entered: set[tuple[int, int]] = set()
     for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
         state = os.stat(parent)
@@ -127,9 +151,29 @@ def image_files(folder: Path) -> list[str]:
             folders.clear()
             continue
         entered.add((state.st_dev, state.st_ino))
-        folders.sort()
-        found += [(parent, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
-    return [os.path.join(parent, name) for parent, name in sorted(found)]
+        folders[:] = sorted(name for name in folders if not _left_by_a_system(name))
+        for name in names:
+            if _is_image(parent, name):
+                found.append((parent, name))
+            else:
+                others.append(os.path.join(parent, name))
+    return [os.path.join(parent, name) for parent, name in sorted(found)], others
+
+
+def _is_image(parent: str, name: str) -> bool:
+    if name.startswith("."):
+        return False
+    if os.path.splitext(name)[1]:
+        return name.lower().endswith(ENDINGS)
+    try:
+        with open_image(os.path.join(parent, name)):
+            return True
+    except Exception:  # whatever it is, it is no image
+        return False
+
+
+def _left_by_a_system(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def _raise(error: OSError) -> None:
@@ -148,8 +192,13 @@ def open_image(path: str) -> Image.Image:
 
 
 def class_names(root: Path) -> list[str]:
-    """Return the names of the class folders in ``root``, sorted."""
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    """Return the names of the class folders in ``root``, sorted.
+
+    Hidden folders, those that systems leave, and links back to a folder around them are none.
+    """
+    around = {root.resolve(), *root.resolve().parents}
+    folders = [entry for entry in root.iterdir() if entry.is_dir() and not _left_by_a_system(entry.name)]
+    return sorted(entry.name for entry in folders if not (entry.is_symlink() and entry.resolve() in around))
 
 
 @dataclass(frozen=True)
@@ -206,8 +255,13 @@ def cifar10(root: Path = Path("data")) -> ImageData:
     )
 
 
-def folder(root: Path) -> ImageData:
+def folder(root: Path, classes: Sequence[str] | None = None) -> ImageData:
     """Return the images of a folder in ImageNet's layout: ``train/<class>/`` and ``val/<class>/`` or ``test/<class>/``.
+
+    Args:
+        root: The folder.
+        classes: Names of the classes, for the test images alone; there need be no ``train/`` then, and nothing is read
+            from it.
 
     Raises:
         InputError: If a folder is missing, a class is empty, or classes do not match.
@@ -219,19 +273,26 @@ def folder(root: Path) -> ImageData:
         )
     train = root / "train"
     test = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    missing = "train/" if not train.is_dir() else "val/ (or test/)" if test is None else None
+    missing = "train/" if not (classes or train.is_dir()) else "val/ (or test/)" if test is None else None
     if missing or test is None:
         raise InputError(f"{root} has no {missing}: expected train/<class>/ and val/<class>/ or test/<class>/")
-    for part in (train, test):
+    for part in (test,) if classes else (train, test):
         if not class_names(part):
             raise InputError(f"{part} has no class folders: expected {part}/<class>/ with images")
+    if classes:
+        tested = FileImages(test, classes)
+        return ImageData("folder", tested.part(np.arange(0)), tested, list(classes))
     classes = class_names(train)
     return ImageData("folder", FileImages(train, classes), FileImages(test, classes), classes)
 
 
 @checked
-def load_images(data: str) -> ImageData:
+def load_images(data: str, classes: Sequence[str] | None = None) -> ImageData:
     """Return the images that ``--data`` names: ``digits``, ``cifar10`` or a folder.
+
+    Args:
+        data: The name.
+        classes: Of a folder, take the test images of these classes alone.
 
     Raises:
         InputError: If there are none, or they cannot be used.
@@ -241,7 +302,7 @@ def load_images(data: str) -> ImageData:
     if data == "cifar10":
         return cifar10()
     try:
-        return folder(Path(data))
+        return folder(Path(data), classes)
     except OSError as error:
         raise InputError(f"data folder {data!r} cannot be read ({error}): give another one with --data") from error
 

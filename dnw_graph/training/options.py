@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -14,6 +15,8 @@ from dnw_graph.training.schedules import SCHEDULES
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true")
 ACCELERATORS = ("auto", "cpu", "gpu")
+# What one command does, and with which files.
+ACTIONS = {"output", "resume", "init_from", "evaluate", "compact", "export", "with_preprocessing"}
 
 
 def option(default: Any, description: str, *, fixed: bool = False) -> Any:
@@ -133,9 +136,18 @@ class RunOptions:
         0, "record the wiring every so many steps too; 0: after every epoch only. See wiring.recording"
     )
     resume: str | None = option(
-        None, "checkpoint to continue from. On the same devices the numbers are those of an unbroken run"
+        None,
+        "checkpoint to continue from, with the options that it holds. On the same devices the numbers are those of an "
+        "unbroken run",
     )
-    evaluate: str | None = option(None, "checkpoint to evaluate; nothing is trained")
+    init_from: str | None = option(
+        None,
+        "trained model to start from: a checkpoint or the folder of a run. Its classifier is left out if its classes "
+        "are others",
+    )
+    evaluate: str | None = option(
+        None, "model to evaluate, with the options that it holds; nothing is trained, and no train/ is needed"
+    )
     compact: bool = option(
         False, "with --evaluate: evaluate the model without its dead nodes, with sparse products over the real edges"
     )
@@ -143,6 +155,10 @@ class RunOptions:
         None,
         "with --evaluate: write the model without its dead nodes to this file: .safetensors (wiring and weights), .pt2 "
         "(torch.export) or .onnx",
+    )
+    with_preprocessing: bool = option(
+        False,
+        "with --export to .pt2 or .onnx: the file takes RGB images of 0 to 255 (uint8) and normalises them",
     )
 
     def __post_init__(self) -> None:
@@ -152,7 +168,7 @@ class RunOptions:
         for name in ("weight_decay", "save_every", "record_every", "held_out", "warmup_epochs"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "a number from 0 to below 2^63")
-        for name in ("data", "output", "resume", "evaluate", "export"):
+        for name in ("data", "output", "resume", "init_from", "evaluate", "export"):
             path = getattr(self, name)
             _require(path is None or (path != "" and "\0" not in path), name, path, "a path")
         _require(self.lr > 0, "lr", self.lr, "a number above 0")
@@ -171,14 +187,24 @@ class RunOptions:
         processes = self.devices * self.num_nodes
         if self.batch_size % processes:
             raise InputError(
-                f"--batch-size {self.batch_size} cannot be split evenly over {processes} devices: "
-                f"expected a multiple of {processes}"
+                f"{processes} devices cannot share a batch of {self.batch_size} images evenly: "
+                f"give a --batch-size that is a multiple of {processes}"
             )
-        if self.resume and self.evaluate:
-            raise InputError("--resume and --evaluate cannot go together: give one of them")
-        if (self.compact or self.export is not None) and not self.evaluate:
+        if len([path for path in (self.resume, self.init_from, self.evaluate) if path]) > 1:
+            raise InputError("--resume, --init-from and --evaluate cannot go together: give one of them")
+        if (self.compact or self.with_preprocessing or self.export is not None) and not self.evaluate:
             raise InputError("--compact and --export go with --evaluate: give the checkpoint of a trained model")
+        if self.with_preprocessing and not str(self.export).endswith((".pt2", ".onnx")):
+            raise InputError("--with-preprocessing goes with --export to .pt2 or .onnx: name such a file")
 
     def fixed(self) -> dict[str, Any]:
         """Return the options that a resumed run must share with the run that it continues."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["fixed"]}
+
+    def machine(self) -> dict[str, Any]:
+        """Return the options that a resumed run takes over and may change: data, processor, workers."""
+        names = {f.name for f in fields(self) if not f.metadata["fixed"]} - ACTIONS
+        machine = {name: getattr(self, name) for name in names}
+        if os.path.isdir(self.data):
+            machine["data"] = os.path.abspath(self.data)
+        return machine

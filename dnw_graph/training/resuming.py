@@ -10,12 +10,12 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from dnw_graph.analysis.cost import neural_graphs
+from dnw_graph.checkpoint import check_weights, damaged
 from dnw_graph.errors import InputError
-from dnw_graph.ranking import NUMBERS, rankings, rule_hash, saved_rule
-from dnw_graph.training.checkpoint_io import damaged
+from dnw_graph.ranking import rankings, rule_hash, saved_rule
+from dnw_graph.structure import match
 from dnw_graph.training.checkpoints import Checkpoints, loop_state
 from dnw_graph.training.classifier import Classifier
-from dnw_graph.training.structure import match
 from dnw_graph.training.training_cost import TrainingCost
 from dnw_graph.training.wiring_monitor import WiringMonitor
 from dnw_graph.training.wiring_recorder import WiringRecorder, read
@@ -24,25 +24,6 @@ from dnw_graph.wirings import wiring_name
 # What optimiser and schedule cannot do without; what else they have differs between versions of PyTorch.
 GROUP = ("params", "lr", "initial_lr", "momentum", "dampening", "weight_decay", "nesterov")
 SCHEDULE = ("base_lrs", "last_epoch", "_step_count", "_last_lr", "lr_lambdas")
-
-
-def check_weights(path: str, given: Mapping[str, Any], model_state: Mapping[str, Tensor], hint: str) -> None:
-    """Refuse weights of another model.
-
-    Args:
-        path: The checkpoint.
-        given: Its weights; an older file lacks the numbers that say which rule a graph has, and how many edges.
-        model_state: ``state_dict`` of the model.
-        hint: What to give instead.
-
-    Raises:
-        InputError: If names, shapes or types differ, or a number is NaN or infinite.
-    """
-    numbers = {name: value for name, value in model_state.items() if name.rpartition(".")[2] in NUMBERS}
-    try:
-        match({**numbers, **given}, model_state, "state_dict")
-    except InputError as error:
-        raise InputError(f"the weights in {path} do not fit the model: {hint} ({error})") from error
 
 
 def check_resumable(

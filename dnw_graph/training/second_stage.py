@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from dnw_graph.checkpoint import SECTION, check_weights, model_weights, read_checkpoint
 from dnw_graph.errors import InputError
-from dnw_graph.training.checkpoint_io import SECTION, read_checkpoint
-from dnw_graph.training.resuming import check_weights
 from dnw_graph.two_stage import fine_tune, lottery_ticket
 
 FIRST, LAST = "first.ckpt", "last.ckpt"
@@ -51,8 +50,6 @@ def second_stage(rule: str, folder: Path, complete: nn.Module, expected: dict[st
 
 
 def _weights(path: Path, checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Return the model's part of the state of a run."""
-    state = checkpoint["state_dict"].items()
-    weights = {name.removeprefix("model."): value for name, value in state if str(name).startswith("model.")}
+    weights = model_weights(checkpoint)
     check_weights(str(path), weights, model.state_dict(), "give a run of this model")
     return weights

@@ -35,6 +35,8 @@ class WiringMonitor(Callback):
     Attributes:
         initial: Real edges per graph when training started.
         epoch_start: Real edges per graph when the epoch started.
+        swapped: Edges swapped in the last epoch, in all.
+        live: Share of live nodes at its end, in all; None for a model without neural graphs.
     """
 
     @checked
@@ -42,6 +44,8 @@ class WiringMonitor(Callback):
         self.model = model
         self.initial: dict[str, Tensor] = {}
         self.epoch_start: dict[str, Tensor] = {}
+        self.swapped = 0
+        self.live: float | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the wiring that training starts from, unless a checkpoint brought it."""
@@ -58,11 +62,11 @@ class WiringMonitor(Callback):
             return
         swapped = edges_swapped(self.epoch_start, now)
         live = live_nodes(self.model)
-        swapped_in_all = sum(swapped.values())
-        live_in_all = torch.cat(list(live.values())).float().mean().item()
+        self.swapped = sum(swapped.values())
+        self.live = torch.cat(list(live.values())).float().mean().item()
         values: dict[str, float] = {
-            "wiring/edges_swapped": swapped_in_all,
-            "wiring/live_nodes": live_in_all,
+            "wiring/edges_swapped": self.swapped,
+            "wiring/live_nodes": self.live,
             **{f"wiring/edges_swapped/{name}": count for name, count in swapped.items()},
             **{f"wiring/live_nodes/{name}": nodes.float().mean().item() for name, nodes in live.items()},
         }
@@ -71,8 +75,6 @@ class WiringMonitor(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step - 1)
             logger.save()
-        pl_module.log("swapped", swapped_in_all, prog_bar=True, logger=False)
-        pl_module.log("live", live_in_all, prog_bar=True, logger=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Return both sets of real edges."""

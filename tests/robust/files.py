@@ -32,6 +32,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dnw_graph import InputError, NeuralGraph
+from dnw_graph.checkpoint import SECTION, read_checkpoint
 from dnw_graph.compaction import compact, load_compact, save_compact
 from dnw_graph.sparse_layers import sparsify
 from dnw_graph.training import (
@@ -47,9 +48,9 @@ from dnw_graph.training import (
     WiringRecorder,
     run,
 )
-from dnw_graph.training.checkpoint_io import SECTION, WholeFileIO, read_checkpoint
+from dnw_graph.training.checkpoint_io import WholeFileIO
 from dnw_graph.training.checks import check_same_run
-from dnw_graph.training.command_line import _values
+from dnw_graph.training.command_line import read_options
 from dnw_graph.training.images import ArrayImages, digits
 from dnw_graph.training.second_stage import second_stage
 
@@ -617,8 +618,7 @@ def configured(rng: random.Random) -> Case:
 
     def call() -> None:
         try:
-            values = _values("", Options, RunOptions(), ["--config", str(_written("config.yaml", data))])
-            RunOptions(**{field: values[field] for field in RunOptions.__dataclass_fields__})
+            read_options("", Options, RunOptions(), ["--config", str(_written("config.yaml", data))])
         except ArgumentError as error:  # which the command prints as one line
             raise InputError(" ".join(str(error).split())[:400]) from error
 

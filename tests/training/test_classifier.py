@@ -170,7 +170,7 @@ def test_metrics_are_those_of_the_scores(small_digits: ImageData):
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     found = trainer.validate(module, data, verbose=False)[0]
     images = small_digits.test
-    x = torch.stack([data.test_transform(images.load(i)) for i in range(len(images))])
+    x = torch.stack([data.preprocess(images.load(i)) for i in range(len(images))])
     y = torch.tensor(images.labels)
     with torch.no_grad():
         scores = module(x)

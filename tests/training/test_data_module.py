@@ -28,7 +28,7 @@ def test_folder_defaults(image_folder):
 
 def test_batch_larger_than_the_data_is_refused(small_digits: ImageData, options: Callable[..., RunOptions]):
     assert DataModule(small_digits, options(batch_size=70)).steps_per_epoch == 1
-    with pytest.raises(InputError, match="--batch-size 71 is larger than the data set: expected at most its 70"):
+    with pytest.raises(InputError, match="70 training images, fewer than a batch of 71"):
         DataModule(small_digits, options(batch_size=71))
 
 

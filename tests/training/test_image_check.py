@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dnw_graph import InputError
-from dnw_graph.training.image_check import check_images, image_fault
+from dnw_graph.training.image_check import check_images, inspect
 
 
 @pytest.fixture(params=["jpg", "png", "bmp", "webp"])
@@ -20,26 +20,26 @@ def image_file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_whole_image_passes(image_file: Path):
-    assert image_fault(str(image_file)) is None
+    assert inspect(str(image_file))[1] is None
 
 
 def test_bytes_after_the_end_are_accepted(image_file: Path):
     image_file.write_bytes(image_file.read_bytes() + b"something appended")
-    assert image_fault(str(image_file)) is None
+    assert inspect(str(image_file))[1] is None
 
 
 @pytest.mark.parametrize("share", [0.99, 0.5, 0.02])
 def test_truncated_image_is_found(image_file: Path, share: float):
     content = image_file.read_bytes()
     image_file.write_bytes(content[: int(len(content) * share)])
-    assert image_fault(str(image_file))
+    assert inspect(str(image_file))[1]
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image at all"])
 def test_other_files_are_found(tmp_path: Path, content: bytes):
     path = tmp_path / "x.jpg"
     path.write_bytes(content)
-    assert image_fault(str(path)) == "not an image"
+    assert inspect(str(path))[1] == "not an image"
 
 
 def test_message_names_the_first_files_and_their_number(image_folder: Path):
@@ -57,4 +57,4 @@ def test_what_never_ends_is_not_read(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "away.png").symlink_to("nothing")
     for name in ("pipe.png", "away.png"):
-        assert image_fault(str(tmp_path / name)) == "not a regular file"
+        assert inspect(str(tmp_path / name))[1] == "not a regular file"

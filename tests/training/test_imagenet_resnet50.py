@@ -201,7 +201,7 @@ def test_options_of_the_recipe_reach_the_training(start: Callable[..., int], mon
         seen.append((module.label_smoothing, module.norm_weight_decay, module.momentum, module.weight_decay))
         raise InputError("seen")
 
-    monkeypatch.setattr(sys.modules["dnw_graph.training.run"], "_train", train)
+    monkeypatch.setattr(sys.modules["dnw_graph.training.runs"], "_train", train)
     options = ("--label-smoothing", "0.3", "--norm-weight-decay", "--momentum", "0.6", "--weight-decay", "0.01")
     assert start(*SHORT) == start(*SHORT, *options) == 2
     assert seen == [(0.1, False, 0.875, 2**-15), (0.3, True, 0.6, 0.01)]
@@ -271,10 +271,10 @@ def test_the_recipe_of_the_paper_reaches_the_run(
     example: ModuleType, start: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ):
     seen = []
-    monkeypatch.setattr("dnw_graph.training.command_line.run", lambda *args: seen.append(args))
+    monkeypatch.setattr("dnw_graph.training.runs.run", lambda *args: seen.append(args))
     config = str(EXAMPLES / "configs" / "resnet50_first_dense_0.1.yaml")
     assert start("--config", config, "--data", "/path/to/imagenet") == 0
-    _, model, options = seen[0]
+    _, model, options, *_ = seen[0]
     assert (model["model"], model["density"], model["first_layer_dense"], model["wiring"]) == (
         "resnet50",
         0.1,
@@ -321,7 +321,7 @@ def test_no_weight_decay_on_the_norms_of_a_sparse_resnet(example: ModuleType):
         (("--first-layer-dense", "--density", "1"), "give a --density below 1"),
         (("--distribution", "unifrom"), "did you mean 'uniform'"),
         (("--momentum", "0", "--wiring", "sparse_momentum"), "SGD has no momentum for model.conv1.weight"),
-        (("--epochs", "1"), "--warmup-epochs must be fewer than the 1 epochs"),
+        (("--epochs", "1", "--warmup-epochs", "1"), "--warmup-epochs must be fewer than the 1 epochs"),
     ],
 )
 def test_bad_input(start: Callable[..., int], capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str):
@@ -334,7 +334,7 @@ def test_bad_input(start: Callable[..., int], capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "configs").glob("resnet50_*.yaml")), ids=lambda path: path.stem)
 def test_configurations_name_options_that_exist(path: Path, start: Callable[..., int], monkeypatch: pytest.MonkeyPatch):
     seen = []
-    monkeypatch.setattr("dnw_graph.training.command_line.run", lambda *args: seen.append(args))
+    monkeypatch.setattr("dnw_graph.training.runs.run", lambda *args: seen.append(args))
     assert start("--config", str(path)) == 0
     given = yaml.safe_load(path.read_text())
     assert {**seen[0][1], **vars(seen[0][2])} == {**seen[0][1], **vars(seen[0][2]), **given}

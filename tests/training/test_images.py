@@ -14,7 +14,8 @@ from torchvision.datasets import ImageFolder
 from dnw_graph import InputError
 from dnw_graph.training import load_images
 from dnw_graph.training.augmentation import transforms
-from dnw_graph.training.images import ArrayImages, TrainSamples
+from dnw_graph.training.checks import check_files, class_lines
+from dnw_graph.training.images import ArrayImages, FileImages, TrainSamples
 
 
 def test_digits_are_split_at_the_last_360_and_keep_their_values():
@@ -66,7 +67,7 @@ def test_other_modes_become_rgb(image_folder: Path):
         (lambda root: (root / "val").rename(root / "validation"), r"has no val/ \(or test/\)"),
         (
             lambda root: (root / "val" / "one").rename(root / "val" / "won"),
-            "that the training folder lacks, such as 'won'",
+            "that the training images lack, such as 'won'",
         ),
         (lambda root: (root / "train" / "two").mkdir(), "two holds no image"),
         (lambda root: [f.unlink() for f in (root / "val" / "zero").iterdir()], "zero holds no image"),
@@ -144,3 +145,50 @@ def test_a_pipe_is_not_waited_for(image_folder: Path):
     os.mkfifo(image_folder / "train" / "one" / "0.png")
     with pytest.raises(InputError, match="not a regular file"):
         load_images(str(image_folder)).train.load(0)
+
+
+def test_folders_of_systems_and_links_back_are_no_classes(image_folder: Path):
+    train = image_folder / "train"
+    for name in (".cache", "__MACOSX", "@eaDir"):
+        (train / name).mkdir()
+        (train / "one" / name).mkdir()
+        (train / "one" / name / "x.png").touch()
+    (train / "loop").symlink_to(train)
+    (train / "up").symlink_to(image_folder)
+    data = load_images(str(image_folder))
+    assert data.classes == ["one", "zero"]
+    assert len(data.train) == 12
+
+
+def test_images_without_an_ending_are_known_by_what_they_hold(image_folder: Path):
+    one = image_folder / "train" / "one"
+    image = Image.new("RGB", (9, 9))
+    image.save(one / "a.jfif", "JPEG")
+    image.save(one / "b", "PNG")
+    (one / "README").write_text("no image")
+    (one / "note.txt").touch()
+    (one / ".hidden.png").touch()
+    train = load_images(str(image_folder)).train
+    assert isinstance(train, FileImages)
+    assert {Path(path).name for path in train.paths} >= {"a.jfif", "b"}
+    assert len(train) == 14
+    assert train.ignored == {("one", "no suffix"): 1, ("one", ".txt"): 1, ("one", ".png"): 1}
+
+
+def test_there_is_a_line_per_class(image_folder: Path, capsys: pytest.CaptureFixture[str]):
+    one = image_folder / "train" / "one"
+    Image.new("L", (9, 9)).save(one / "grey.jpg")
+    (one / "note.txt").touch()
+    data = load_images(str(image_folder))
+    check_files(data.classes, data.train, data.test)
+    assert capsys.readouterr().out.splitlines() == [
+        "class 0 'one': 12 PNG RGB, 1 JPEG L; ignored: 1 .txt",
+        "class 1 'zero': 12 PNG RGB",
+    ]
+
+
+def test_of_many_classes_the_first_are_listed():
+    lines = class_lines([f"c{n}" for n in range(60)], [0, 0, *range(60)], ["PNG RGB"] * 62, Counter())
+    assert len(lines) == 51
+    assert lines[0] == "class 0 'c0': 3 PNG RGB"
+    assert lines[-1] == "… and 10 more classes; 1 to 3 images in each"

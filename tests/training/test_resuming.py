@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 
 from dnw_graph import DNW, InputError
 from dnw_graph.ranking import rule_hash
+from dnw_graph.structure import match
 from dnw_graph.training import (
     SCHEDULES,
     Checkpoints,
@@ -29,7 +30,6 @@ from dnw_graph.training import (
 )
 from dnw_graph.training.checkpoint_io import WholeFileIO
 from dnw_graph.training.resuming import check_resumable, check_weights
-from dnw_graph.training.structure import match
 from dnw_graph.wirings import WIRINGS
 
 STEPS = 4  # of an epoch

@@ -206,7 +206,7 @@ def test_what_differs_on_a_gpu(
     small_digits: ImageData,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    module = sys.modules["dnw_graph.training.run"]  # the package gives its name to the function
+    module = sys.modules["dnw_graph.training.runs"]  # the package gives its name to the function
     seen = []
     compact, trainer = module.compact, module.Trainer
     monkeypatch.setattr(module, "on_gpu", lambda options: gpu)

@@ -56,7 +56,7 @@ def test_logged_swaps_and_live_nodes_against_sets_of_pairs(
     assert module_run is run
     import sys
 
-    module = sys.modules["dnw_graph.training.run"]
+    module = sys.modules["dnw_graph.training.runs"]
     make = module._trainer
     monkeypatch.setattr(
         module, "_trainer", lambda options, callbacks, loggers: make(options, [*callbacks, Look()], loggers)

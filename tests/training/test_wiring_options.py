@@ -45,7 +45,7 @@ def start(*argv: str) -> int:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Create, dict[str, Any], RunOptions]]:
     """What the command line hands to a run, instead of a run."""
     seen: list[tuple[Create, dict[str, Any], RunOptions]] = []
-    monkeypatch.setattr("dnw_graph.training.command_line.run", lambda *args: seen.append(args))
+    monkeypatch.setattr("dnw_graph.training.runs.run", lambda *args: seen.append(args))
     return seen
 
 
@@ -83,7 +83,7 @@ def test_both_second_stages_from_a_complete_run(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("rule", sorted(WIRINGS.keys() - {"nm"}))  # whose k follows from n and m
 def test_every_rule_is_a_name_on_the_command_line(rule: str, made: list[Any]):
     assert start("--wiring", rule) == 0
-    create, identity, _ = made[0]
+    create, identity, *_ = made[0]
     model = create(10, 8)
     assert type(model.graph.wiring) is WIRINGS[rule]
     assert model.graph.num_edges == K
@@ -103,7 +103,7 @@ def test_options_of_a_rule(how: str, made: list[Any], tmp_path: Path):
         (tmp_path / "c.yaml").write_text("wiring_options: {rho: 0.9, variant: regular}\n")
         arguments = ["--config", "c.yaml"]
     assert start("--wiring", "targeted_dropout", *arguments) == 0
-    create, identity, _ = made[0]
+    create, identity, *_ = made[0]
     wiring = create(10, 8).graph.wiring
     assert isinstance(wiring, TargetedDropout)
     assert (wiring.rho, wiring.variant) == (Schedule(0.9, 0.9, 0, 0), "regular")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
@@ -17,29 +18,36 @@ from dnw_graph import stopping
 from dnw_graph._compat import leave_signals_alone
 from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.arguments import checked
-from dnw_graph.compaction import compact
+from dnw_graph.checkpoint import SECTION, read_checkpoint
+from dnw_graph.compaction import compact, export
+from dnw_graph.compaction.exports import check_export
 from dnw_graph.errors import InputError
-from dnw_graph.training.checkpoint_io import SECTION, WholeFileIO, read_checkpoint
+from dnw_graph.loading import checkpoint_of, load
+from dnw_graph.model_card import ModelCard, card_of, versions
+from dnw_graph.training.checkpoint_io import WholeFileIO
 from dnw_graph.training.checkpoints import Checkpoints
 from dnw_graph.training.checks import check_files, check_hardware, check_same_run, on_gpu
 from dnw_graph.training.classifier import Classifier
+from dnw_graph.training.console import Console
 from dnw_graph.training.data_module import DataModule, lost_workers_told
 from dnw_graph.training.folder import run_folder
 from dnw_graph.training.images import ImageData, hold_out, load_images
 from dnw_graph.training.loggers import Events, StepLog, Table
 from dnw_graph.training.options import RunOptions
 from dnw_graph.training.ranks import start_ranks
-from dnw_graph.training.resuming import check_resumable, check_weights
+from dnw_graph.training.resuming import check_resumable
 from dnw_graph.training.schedules import SCHEDULES, after_warmup
-from dnw_graph.training.shipping import check_export, export
+from dnw_graph.training.start_from import start_from
 from dnw_graph.training.summary import Summary, summarize, write_files
-from dnw_graph.training.throughput import Throughput
 from dnw_graph.training.training_cost import TrainingCost
 from dnw_graph.training.trial import check_step
 from dnw_graph.training.wiring_monitor import WiringMonitor
 from dnw_graph.training.wiring_recorder import WiringRecorder
 from dnw_graph.training.wiring_updates import WiringUpdates
+from dnw_graph.whole_file import write_whole
 
+# What the options of a run are written to when it starts; --config takes it.
+CONFIG = "config.yaml"
 # Steps between two looks at the loss for the progress bar, for which the host waits for the device.
 STEPS_SHOWN_ON_GPU = 20
 # Steps between two rows of a log, if an epoch has as many.
@@ -54,6 +62,7 @@ def run(
     model_options: dict[str, Any],
     options: RunOptions,
     images: ImageData | None = None,
+    models: str | None = None,
 ) -> Summary:
     """Train, continue or evaluate a model, print the summary and write the files of the run.
 
@@ -62,6 +71,8 @@ def run(
         model_options: What identifies the model; saved in checkpoints, and compared when one is loaded.
         options: Everything else.
         images: The images, if not those that ``options.data`` names.
+        models: What :func:`~dnw_graph.training.register_models` calls the options that make the model, so that
+            :func:`dnw_graph.load` can do it from a file.
 
     Returns:
         The summary. On several devices all processes return it; the first one prints and writes.
@@ -72,32 +83,33 @@ def run(
     """
     stopping.saved(Path(options.resume) if options.resume else None)
     check_hardware(options)
-    if options.export is not None:
-        check_export(Path(options.export))
-    path = options.resume or options.evaluate
-    checkpoint = read_checkpoint(path) if path else None
+    if options.evaluate:
+        return _evaluate(create, model_options, options, images, Path(options.evaluate))
+    checkpoint = read_checkpoint(options.resume) if options.resume else None
     images = hold_out(images or load_images(options.data), options.held_out)
     data = DataModule(images, options)
     torch.manual_seed(options.seed)
     model = create(len(images.classes), data.image_size)
+    if options.init_from:
+        start_from(model, create, Path(options.init_from), images.classes)
     if options.recompute:
         _recompute(model)
-    identity = {
-        **model_options,
-        **options.fixed(),
-        "image_size": data.image_size,
-        "classes": images.classes,
-        "train_images": len(images.train),
-    }
-    if path and checkpoint:
-        names = [*model_options, "image_size", "classes"] if options.evaluate else list(identity)
-        check_same_run(path, checkpoint[SECTION]["options"], identity, names)
+    held = {**model_options, **options.fixed(), "image_size": data.image_size}
+    identity = {**held, "classes": images.classes, "train_images": len(images.train)}
+    if options.resume and checkpoint:
+        check_same_run(options.resume, checkpoint[SECTION]["options"], identity, list(identity))
     check_step(model, data.image_size, options, on_gpu(options))
-    num_steps = options.epochs * data.steps_per_epoch
-    warmup_steps = options.warmup_epochs * data.steps_per_epoch
-    module = Classifier(
+    card = ModelCard(data.preprocess, images.classes, models, held, versions=versions())
+    with run_folder(options) as folder:
+        return _train(_classifier(model, data, options), data, options, identity, checkpoint, folder, card)
+
+
+def _classifier(model: nn.Module, data: DataModule, options: RunOptions) -> Classifier:
+    steps_per_epoch = max(1, data.steps_per_epoch)  # where there are no images to train on
+    num_steps, warmup_steps = (n * steps_per_epoch for n in (options.epochs, options.warmup_epochs))
+    return Classifier(
         model,
-        len(images.classes),
+        len(data.images.classes),
         after_warmup(SCHEDULES[options.schedule], warmup_steps, num_steps),
         options.lr,
         options.momentum,
@@ -106,11 +118,6 @@ def run(
         options.label_smoothing,
         options.norm_weight_decay,
     )
-    if options.evaluate and checkpoint:
-        with run_folder(options) if options.output else nullcontext() as folder:
-            return _evaluate(module, data, options, identity, checkpoint, folder)
-    with run_folder(options) as folder:
-        return _train(module, data, options, identity, checkpoint, folder)
 
 
 def _recompute(model: nn.Module) -> None:
@@ -128,13 +135,17 @@ def _train(
     identity: dict[str, Any],
     checkpoint: dict[str, Any] | None,
     folder: Path,
+    card: ModelCard,
 ) -> Summary:
     if options.check_images:
-        check_files(data.images.train, data.images.test)
+        check_files(data.images.classes, data.images.train, data.images.test)
     monitor, training_cost = WiringMonitor(module.model), TrainingCost(module.model)
     table = Table(folder, checkpoint[SECTION].get("metrics_rows") if checkpoint else 0)
     events = Events(folder, int(checkpoint["global_step"]) if checkpoint else 0)
-    checkpoints = Checkpoints(folder, options.save_every, identity, table)
+    machine = options.machine()
+    if stopping.is_first_process():
+        write_whole(folder / CONFIG, yaml.safe_dump({**card.options, **machine}).encode(), "--output")
+    checkpoints = Checkpoints(folder, options.save_every, identity, table, card, machine)
     # Checkpoints come last: they hold what the others made of a step.
     num_steps = options.epochs * data.steps_per_epoch
     updates = WiringUpdates(num_steps, data.steps_per_epoch)
@@ -161,10 +172,9 @@ def _train(
     )
     if trainer.is_global_zero:
         print("\n".join(["", *summary.lines()]))
-        checkpoint_files = [path.name for path in (checkpoints.first, checkpoints.last, checkpoints.best)]
-        recorded = [RECORDING] if recorder.recording is not None else []
-        logs = ["metrics.csv", "tensorboard/", *recorded]
-        written = [*write_files(summary, module.model, folder), *checkpoint_files, *logs]
+        written = [CONFIG, *write_files(summary, module.model, folder)]
+        written += [path.name for path in (checkpoints.first, checkpoints.last, checkpoints.best)]
+        written += ["metrics.csv", "tensorboard/", *([RECORDING] if recorder.recording is not None else [])]
         print(f"written to {folder}: {', '.join(written)}")
     return summary
 
@@ -182,43 +192,56 @@ def _repeatable() -> Iterator[None]:
 
 
 def _evaluate(
-    module: Classifier,
-    data: DataModule,
+    create: Callable[[int, int], nn.Module],
+    model_options: dict[str, Any],
     options: RunOptions,
-    identity: dict[str, Any],
-    checkpoint: dict[str, Any],
-    folder: Path | None,
+    images: ImageData | None,
+    path: Path,
 ) -> Summary:
+    if options.export is not None:
+        check_export(Path(options.export))
+    path = checkpoint_of(path)
+    model = load(path, create=create)
+    card = card_of(model)
+    if card is None:
+        raise InputError(f"{path} does not say how images come to its model: give a checkpoint, or a file of --export")
+    size, classes = card.preprocess.image_size, card.classes
+    images = images or load_images(options.data, None if options.held_out else classes)
+    images = hold_out(images, options.held_out)
+    now = {**model_options, "image_size": options.image_size or size, "classes": images.classes}
+    check_same_run(str(path), {**card.options, "image_size": size, "classes": classes}, now, list(now))
+    options = replace(options, image_size=size)
+    data = DataModule(images, options)
+    data.preprocess = card.preprocess
     if options.check_images:
-        check_files(data.images.test)
-    weights = checkpoint["state_dict"]
-    check_weights(str(options.evaluate), weights, module.state_dict(), "give a checkpoint of this model")
-    module.load_state_dict(weights)
-    model = module.model
+        check_files(images.classes, images.test)
+    check_step(model, size, options, on_gpu(options))
     # The images decide nothing: they are for counting and for tracing.
-    example = torch.zeros(2, 3, data.image_size, data.image_size)
-    throughput = Throughput()
-    trainer = _trainer(options, [throughput])
+    example = torch.zeros(2, 3, size, size)
+    small = model
     if options.compact:
         # Sparse products are made for CPUs.
-        module.model = compact(model, products="dense" if on_gpu(options) else "sparse", example=example)
-    with stopping.watched(), lost_workers_told():
-        start_ranks(trainer, folder)
-        trainer.validate(module, data, verbose=False)
-    summary = summarize(model, data.image_size, trainer.callback_metrics, {**identity, "data": options.data})
-    if trainer.is_global_zero:
-        print("\n".join(["", *summary.lines(), f"throughput     {throughput.images_per_second:,.0f} images/s"]))
-        if options.compact:
-            print(f"\n{module.model.report}")
-        if options.export is not None:
-            export(model, Path(options.export), example)
-            print(f"written to {options.export}")
-        if folder:
-            print(f"written to {folder}: {', '.join(write_files(summary, module.model, folder))}")
+        small = compact(model, products="dense" if on_gpu(options) else "sparse", example=example)
+    module = _classifier(small, data, options)
+    with run_folder(options) if options.output else nullcontext() as folder:
+        trainer = _trainer(options, [])
+        with stopping.watched(), lost_workers_told():
+            start_ranks(trainer, folder)
+            trainer.validate(module, data, verbose=False)
+        summary = summarize(model, size, trainer.callback_metrics, {**card.options, "data": options.data})
+        if trainer.is_global_zero:
+            print("\n".join(["", *summary.lines()]))
+            if options.compact:
+                print(f"\n{small.report}")
+            if options.export is not None:
+                print(export(model, options.export, example, options.with_preprocessing))
+            if folder:
+                print(f"written to {folder}: {', '.join(write_files(summary, small, folder))}")
     return summary
 
 
 def _trainer(options: RunOptions, callbacks: list[Callback], loggers: list[Logger] | None = None) -> Trainer:
+    monitor = next((each for each in callbacks if isinstance(each, WiringMonitor)), None)
     trainer = Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
@@ -226,7 +249,7 @@ def _trainer(options: RunOptions, callbacks: list[Callback], loggers: list[Logge
         precision=options.precision,  # type: ignore[arg-type]  # checked by RunOptions
         max_epochs=options.epochs,
         logger=loggers or False,
-        callbacks=[TQDMProgressBar(STEPS_SHOWN_ON_GPU if on_gpu(options) else 1), *callbacks],
+        callbacks=[*callbacks, Console(STEPS_SHOWN_ON_GPU if on_gpu(options) else 1, monitor)],
         plugins=[WholeFileIO()],
         enable_checkpointing=loggers is not None,
         enable_model_summary=False,

@@ -1,0 +1,161 @@
+"""Exports: the compact form of a model as one file for other programs, with all that these need to use it."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnw_graph.arguments import checked
+from dnw_graph.compaction.files import load_compact, save_compact
+from dnw_graph.compaction.model import CompactModel, compact
+from dnw_graph.errors import InputError
+from dnw_graph.model_card import CARD_ENTRY, CARD_FILE, ModelCard, card_of
+from dnw_graph.whole_file import make_writable, write_whole
+
+# What writes a kind of file besides PyTorch.
+FORMATS = {".safetensors": ("safetensors",), ".pt2": (), ".onnx": ("onnx", "onnxscript")}
+# Calls whose median is taken, after some that warm up.
+CALLS, WARM_UP_CALLS = 15, 3
+
+
+def check_export(path: Path) -> None:
+    """Refuse a file that could not be written in the end.
+
+    Raises:
+        InputError: If the kind of file is unknown, a package for it is missing, or its folder cannot be written to.
+    """
+    if path.suffix not in FORMATS:
+        raise InputError(f"--export is {str(path)!r}: expected a file ending in {', '.join(FORMATS)}")
+    missing = [name for name in FORMATS[path.suffix] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"--export to {path.suffix} needs {' and '.join(missing)}: install the extra dnw-graph[export]"
+        )
+    if not os.path.isdir(path.parent):
+        raise InputError(f"--export is {str(path)!r}: the folder {path.parent} does not exist")
+    if os.path.isdir(path):
+        raise InputError(f"--export is {str(path)!r}: expected a file, and this is a folder")
+    make_writable(path.parent, "--export")
+
+
+class Shipped(nn.Module):
+    """A model whose input is called ``image``, with normalisation before it if asked for.
+
+    Args:
+        model: The model.
+        card: Has mean and standard deviation; None for a model that takes normalised images.
+    """
+
+    def __init__(self, model: nn.Module, card: ModelCard | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.normalises = card is not None
+        if card is not None:
+            self.mean = nn.Buffer(torch.tensor(card.preprocess.mean).view(3, 1, 1))
+            self.std = nn.Buffer(torch.tensor(card.preprocess.std).view(3, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the logits ``[batch, classes]``."""
+        if self.normalises:
+            image = (image.float() / 255 - self.mean) / self.std
+        logits: Tensor = self.model(image)
+        return logits
+
+
+@checked
+def export(model: nn.Module, path: str | os.PathLike[str], example: Tensor, with_preprocessing: bool = False) -> str:
+    """Write the compact form of a model, whole or not at all, and say how large it is and how long it takes.
+
+    - ``.safetensors``: wiring and weights, for :func:`dnw_graph.load`;
+    - ``.pt2``: a program of ``torch.export``, with sparse products over the edges of neural graphs; the card of the
+      model is its extra file ``card.json``;
+    - ``.onnx``: with dense products; the input is called ``image``, the output ``logits``, and the card is the entry
+      ``dnw_graph.card`` of the metadata.
+
+    Sparse weights of layers (see :func:`~dnw_graph.sparse_layers.sparsify`) are written as dense ones with zeros.
+
+    Args:
+        model: The model; what :func:`dnw_graph.load` returned has a card.
+        path: The file.
+        example: A batch of two inputs or more, as the model takes them; the file takes any number of them.
+        with_preprocessing: Normalise inside the file, ``.pt2`` or ``.onnx``, which then takes images of 0 to 255
+            (uint8) in the size that the card says.
+
+    Returns:
+        One line: size of the file, and the median time for one image with the threads of this process.
+
+    Raises:
+        InputError: If the file cannot be written, is ``.safetensors`` and the model not made of neural graphs, or the
+            preprocessing is asked for and unknown.
+    """
+    path = Path(path)
+    check_export(path)
+    card = card_of(model)
+    if with_preprocessing and (card is None or path.suffix == ".safetensors"):
+        raise InputError(
+            "preprocessing goes into .pt2 and .onnx files of models that say theirs, as those of dnw_graph.load do; a "
+            ".safetensors file always says it"
+        )
+    small = compact(model, products="dense" if path.suffix == ".onnx" else "sparse")
+    if path.suffix == ".safetensors":
+        if not isinstance(small, CompactModel):
+            raise InputError(
+                f"--export to .safetensors is for models made of neural graphs, and {type(model).__name__} is "
+                "none: give a file ending in .pt2 or .onnx"
+            )
+        save_compact(small, path)
+        return _measured(path, load_compact(path), example)
+    if with_preprocessing:
+        example = torch.zeros_like(example, dtype=torch.uint8)
+    shipped = Shipped(small, card if with_preprocessing else None).eval()
+    sizes = ({0: torch.export.Dim("batch")},)
+    if path.suffix == ".pt2":
+        buffer = io.BytesIO()
+        extra = {} if card is None else {CARD_FILE: card.to_json()}
+        program = torch.export.export(shipped, (example,), dynamic_shapes=sizes)
+        torch.export.save(program, buffer, extra_files=extra)
+        write_whole(path, buffer.getvalue(), "--export")
+        return _measured(path, program.module(), example)
+    names: dict[str, Any] = {"input_names": ["image"], "output_names": ["logits"]}
+    written = torch.onnx.export(shipped, (example,), dynamo=True, dynamic_shapes=sizes, verbose=False, **names)
+    assert written is not None
+    proto = written.model_proto
+    if card is not None:
+        proto.metadata_props.add(key=CARD_ENTRY, value=card.to_json())
+    write_whole(path, proto.SerializeToString(), "--export")
+    return _measured(path, _onnx_session(path), example)
+
+
+def _onnx_session(path: Path) -> Callable[[Tensor], Any] | None:
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda image: session.run(None, {"image": image.numpy()})
+
+
+def _measured(path: Path, function: Callable[[Tensor], Any] | None, example: Tensor) -> str:
+    size = f"written to {path}: {os.path.getsize(path) / 1e6:,.2f} MB"
+    if function is None:
+        return f"{size}; its time needs onnxruntime"
+    seconds = []
+    with torch.no_grad():
+        for _ in range(WARM_UP_CALLS + CALLS):
+            start = time.perf_counter()
+            function(example[:1])
+            seconds.append(time.perf_counter() - start)
+    threads = torch.get_num_threads()
+    median = statistics.median(seconds[WARM_UP_CALLS:])
+    return f"{size}, {median * 1e3:,.2f} ms for one image (median of {CALLS}, {threads} thread{'s' * (threads > 1)})"

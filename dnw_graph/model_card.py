@@ -1,0 +1,90 @@
+"""What a file says about its model besides the weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+import dnw_graph
+from dnw_graph.arguments import check_fields, require
+from dnw_graph.errors import InputError
+from dnw_graph.preprocessing import Preprocessing
+
+# Where exports keep the card of their model: an extra file of .pt2, an entry of the metadata of .onnx.
+CARD_FILE, CARD_ENTRY = "card.json", "dnw_graph.card"
+PACKAGES = ("torch", "torchvision", "lightning", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """How a model is used, and how it was trained. Every checkpoint, compact file and export carries it.
+
+    Args:
+        preprocess: From an image to the input of the model.
+        classes: Names of the classes, in the order of the logits.
+        models: Registered name of the options that make the model, see
+            :func:`~dnw_graph.training.register_models`; None for a model that only its own program can make.
+        options: Options of the run that trained it, by the names of the command line.
+        metrics: Top-1 and top-5 accuracy (0 to 1) at the last evaluation, and how many epochs and steps came before.
+        versions: Versions of the packages that trained it.
+
+    Raises:
+        InputError: If a part is of another type.
+    """
+
+    preprocess: Preprocessing
+    classes: list[str]
+    models: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, int | float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(len(self.classes) >= 1, "classes", "at least one name", self.classes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists, strings and numbers, as JSON has them."""
+        return dict(json.loads(json.dumps(asdict(self))))
+
+    def to_json(self) -> str:
+        """Return the card as JSON, for the metadata of other formats."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_dict(content: Any) -> ModelCard:
+        """Return the card that :meth:`to_dict` described.
+
+        Raises:
+            InputError: If the content describes none.
+        """
+        try:
+            parts = dict(content["preprocess"])
+            parts |= {name: tuple(parts[name]) for name in ("mean", "std")}
+            return ModelCard(**{**content, "preprocess": Preprocessing(**parts)})
+        except (TypeError, KeyError, ValueError) as error:
+            raise InputError(f"a model's card cannot be read ({type(error).__name__}: {error})") from error
+
+    def describe(self, model: nn.Module) -> None:
+        """Give a model ``card``, ``classes`` and ``preprocess``."""
+        model.card, model.classes, model.preprocess = self, self.classes, self.preprocess  # type: ignore[assignment]
+
+
+def card_of(model: nn.Module) -> ModelCard | None:
+    """Return the card of a model, or None."""
+    card = getattr(model, "card", None)
+    return card if isinstance(card, ModelCard) else None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this package and of those that take part in a training."""
+    found = {"dnw-graph": dnw_graph.__version__}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -1,0 +1,104 @@
+"""What is done to an image before a model sees it, as part of what its files say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnw_graph.arguments import check_fields, require, wrong
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ORIENTATION = 0x0112  # EXIF's tag
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image to the input of a model: scale the shorter side, cut out the centre, normalise.
+
+    x = (pixel / 255 − mean) / std, per channel. Sides are scaled with bilinear interpolation and antialiasing.
+
+    Args:
+        image_size: Height and width of what is cut out.
+        resize: Length of the shorter side before that.
+        mean: Of red, green and blue, on a scale from 0 to 1.
+        std: Standard deviations of the three.
+
+    Raises:
+        InputError: If a number is out of range, or the centre larger than the image.
+    """
+
+    image_size: int
+    resize: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(1 <= self.image_size <= self.resize, "image_size", f"from 1 to resize ({self.resize})", self.image_size)
+        require(min(self.std) > 0, "std", "three numbers above 0", self.std)
+
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """Return the input of the model, ``[3, image_size, image_size]``.
+
+        Args:
+            image: An image of Pillow, of any mode, see :func:`rgb`. Or a tensor ``[…, 3, height, width]``: 8-bit
+                integers, or floating-point numbers from 0 to 1.
+
+        Raises:
+            InputError: If it is neither.
+        """
+        from PIL import Image
+
+        if isinstance(image, Image.Image):
+            image = rgb(image)
+        elif not (
+            isinstance(image, Tensor)
+            and image.dim() >= 3
+            and image.size(-3) == 3
+            and (image.dtype == torch.uint8 or image.is_floating_point())
+        ):
+            raise wrong("an image", "a PIL image, or a tensor [..., 3, height, width] of uint8 or of 0 to 1", image)
+        return _transform(self)(image)
+
+    def to_tensor(self) -> list[Any]:
+        """Return the last steps as transforms of torchvision: from an image of the right size to a tensor."""
+        from torchvision.transforms import v2
+
+        return [
+            v2.ToImage(),
+            v2.ToPureTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(self.mean, self.std),
+        ]
+
+
+@cache
+def _transform(preprocessing: Preprocessing) -> Callable[[Any], Tensor]:
+    from torchvision.transforms import v2
+
+    cut = [v2.Resize(preprocessing.resize), v2.CenterCrop(preprocessing.image_size)]
+    composed: Callable[[Any], Tensor] = v2.Compose([*cut, *preprocessing.to_tensor()])
+    return composed
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Return an image with 8 bits each of red, green and blue, turned as its EXIF orientation says.
+
+    Grey images of 16 bits are scaled by 1 / 257, where Pillow would cut off all above 255.
+    """
+    from PIL import Image, ImageOps
+
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        scaled = np.asarray(image).astype(np.float64) / 257
+        image = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")

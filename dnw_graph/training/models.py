@@ -1,0 +1,209 @@
+"""The models that the command trains, by name: their options, and how these make a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from dnw_graph.arguments import checked
+from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.models import TINY_DYNAMICS, TINY_NODE_FUNCTIONS, create_model
+from dnw_graph.node_functions import EPS, NormReluConv
+from dnw_graph.sparse_layers import sparsify
+from dnw_graph.sparse_layers.budget import DISTRIBUTIONS
+from dnw_graph.training.options import ModelOptions, RunOptions, option
+from dnw_graph.training.wiring_options import WiringOptions
+from dnw_graph.wirings import WIRINGS, Wiring, create_wiring
+
+LARGE_IMAGE = 64
+MOBILENETS = ("mobilenet_v1_dnw", "mobilenet_v1")
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+TINY = "tiny_classifier"
+
+
+@dataclass(frozen=True)
+class MobileNetOptions(WiringOptions):
+    """Which MobileNetV1. The first convolution has stride 2, or 1 for images smaller than 64 pixels."""
+
+    model: str = option("mobilenet_v1_dnw", f"one of {', '.join(MOBILENETS)}")
+    width: float = option(0.225, "width multiplier")
+    small: bool = option(False, "mobilenet_v1_dnw: learn the edges of the classifier too (DNW-Small)")
+    node_norm_eps: float = option(EPS, "mobilenet_v1_dnw: what the norms of nodes add to the variance")
+
+    def with_wiring(self, wiring: Wiring, num_classes: int, image_size: int) -> nn.Module:
+        """Return the model with a wiring."""
+        if self.model not in MOBILENETS:
+            raise unknown_name("model", self.model, MOBILENETS)
+        stride = 2 if image_size >= LARGE_IMAGE else 1
+        shared = {"width": self.width, "num_classes": num_classes, "stem_stride": stride}
+        if self.model == "mobilenet_v1":
+            if self.small or self.wiring != "dnw" or self.node_norm_eps != EPS:
+                raise InputError(
+                    "--small, --wiring and --node-norm-eps are for mobilenet_v1_dnw: mobilenet_v1 has no nodes or edges"
+                )
+            return create_model(self.model, **shared)
+        node_function = partial(NormReluConv, eps=self.node_norm_eps)
+        return create_model(self.model, **shared, small=self.small, wiring=wiring, node_function=node_function)
+
+
+@dataclass(frozen=True)
+class TinyOptions(WiringOptions):
+    """Which of the tiny classifiers."""
+
+    dynamics: str = option("static", f"one of {', '.join(TINY_DYNAMICS)}")
+    node_norm_eps: float = option(EPS, "what the norms of nodes add to the variance")
+    adjoint: bool = option(False, "continuous: train by the adjoint equation instead of through the solver")
+
+    def with_wiring(self, wiring: Wiring, num_classes: int, image_size: int) -> nn.Module:
+        """Return the model with a wiring."""
+        if self.dynamics not in TINY_DYNAMICS:
+            raise unknown_name("dynamics", self.dynamics, TINY_DYNAMICS)
+        return create_model(
+            TINY,
+            dynamics=self.dynamics,
+            num_classes=num_classes,
+            wiring=wiring,
+            node_function=partial(TINY_NODE_FUNCTIONS[self.dynamics], norm="instance", eps=self.node_norm_eps),
+            adjoint=self.adjoint,
+        )
+
+
+@dataclass(frozen=True)
+class ResNetOptions(WiringOptions):
+    """Which ResNet of torchvision. The first convolution has stride 2, or 1 for images smaller than 64 pixels."""
+
+    model: str = option("resnet18", f"one of {', '.join(RESNETS)}")
+    density: float | None = option(
+        None, "share of weights that every layer keeps, 0.1 if the rule does not decide it; 1 for the dense network"
+    )
+    first_layer_dense: bool = option(False, "keep all weights of the first convolution (First Layer Dense)")
+    distribution: str = option(
+        "uniform", f"how the weights are divided among layers: one of {', '.join(DISTRIBUTIONS)}"
+    )
+
+    def with_wiring(self, wiring: Wiring, num_classes: int, image_size: int) -> nn.Module:
+        """Return the model with a wiring for the weights of every layer."""
+        import torchvision
+
+        if self.model not in RESNETS:
+            raise unknown_name("model", self.model, RESNETS)
+        model = torchvision.models.get_model(self.model, weights=None, num_classes=num_classes)
+        if image_size < LARGE_IMAGE:
+            model.conv1.stride = (1, 1)
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+        if self.density == 1:
+            if self.first_layer_dense or self.wiring != "dnw" or self.distribution != "uniform":
+                raise InputError(
+                    "--first-layer-dense, --wiring and --distribution are for sparse networks: give a --density below 1"
+                )
+            return model
+        sparsify(model, self.share, wiring, ["conv1"] if self.first_layer_dense else [], self.distribution)
+        return model
+
+    @property
+    def share(self) -> float | None:
+        """The density; None where the rule decides it."""
+        if self.density is None and create_wiring(self.wiring, **self.wiring_options).decides_k:
+            return None
+        return 0.1 if self.density is None else self.density
+
+    def identity(self) -> dict[str, Any]:
+        """Return all options, the density as it is used."""
+        return {**super().identity(), "density": self.share}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that share their options.
+
+    Attributes:
+        options: Their options.
+        defaults: Default values of the options of a run.
+        names: Their names, as ``--model`` takes them.
+    """
+
+    options: type[ModelOptions]
+    defaults: RunOptions
+    names: tuple[str, ...]
+
+
+RESNET_RECIPE = RunOptions(
+    epochs=5,
+    lr=0.064,
+    warmup_epochs=1,
+    momentum=0.875,
+    weight_decay=2**-15,
+    norm_weight_decay=False,
+    label_smoothing=0.1,
+)
+TINY_RECIPE = RunOptions(image_size=16, epochs=5, schedule="step", lr=0.1, weight_decay=1e-4)
+
+FAMILIES: dict[str, Family] = {
+    "mobilenet": Family(MobileNetOptions, RunOptions(), MOBILENETS),
+    "resnet": Family(ResNetOptions, RESNET_RECIPE, RESNETS),
+    "tiny": Family(TinyOptions, TINY_RECIPE, (TINY,)),
+}
+"""The options of models, by the names that files have for them."""
+
+
+@checked
+def register_models(name: str, options: type[ModelOptions], defaults: RunOptions | None = None) -> None:
+    """Let :func:`dnw_graph.load` and the command make models of your own from their files, and train them by name.
+
+    Args:
+        name: The name, for files and for ``dnw-graph train --model``.
+        options: The options that make the model.
+        defaults: Default values of the options of a run.
+
+    Raises:
+        InputError: If other options have the name.
+    """
+    family = FAMILIES.setdefault(name, Family(options, defaults or RunOptions(), (name,)))
+    if family.options is not options:
+        raise InputError(f"the models {name!r} are made by {family.options.__qualname__} already: choose another name")
+
+
+def family_name(options: type[ModelOptions]) -> str | None:
+    """Return the name that options are registered by, or None."""
+    return next((name for name, family in FAMILIES.items() if family.options is options), None)
+
+
+def family_with(names: Iterable[str]) -> str | None:
+    """Return the family that alone has one of some options, or None."""
+    counts = Counter(f.name for each in FAMILIES.values() for f in fields(each.options))
+    given = {name for name in names if counts[name] == 1}
+    return next((name for name, each in FAMILIES.items() if given & {f.name for f in fields(each.options)}), None)
+
+
+def options_from_file(path: str, models: str | None, options: dict[str, Any]) -> ModelOptions:
+    """Return the options of a model as a file has them.
+
+    Args:
+        path: The file, for messages.
+        models: The name of the family.
+        options: Options of a run.
+
+    Raises:
+        InputError: If the family or the rule is not registered in this process.
+    """
+    if models not in FAMILIES:
+        kind = "a program of its own" if models is None else f"models {models!r}, which are not registered here"
+        raise InputError(
+            f"{path} was trained with {kind}: register them with dnw_graph.training.register_models, or give "
+            "load(path, create=…) what makes the model"
+        )
+    rule = options.get("wiring", "dnw")
+    if rule not in WIRINGS:
+        raise InputError(
+            f"{path} was trained with the rule {rule!r:.100}, which is not registered here: call "
+            "dnw_graph.register_wiring first, with the same name"
+        )
+    family = FAMILIES[models].options
+    return family(**{f.name: options[f.name] for f in fields(family) if f.name in options})

@@ -1,0 +1,242 @@
+"""The command ``dnw-graph``."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_loading import CLASSES, OPTIONS, PREPROCESS, write
+from torch import nn
+
+import dnw_graph
+from dnw_graph import InputError, load
+from dnw_graph.cli import main
+from dnw_graph.compaction import compact, save_compact
+from dnw_graph.model_card import ModelCard
+from dnw_graph.training.comparison import table
+from dnw_graph.training.models import MobileNetOptions, TinyOptions
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(1)
+    return MobileNetOptions(width=0.1, wiring="random_graph").create(3, 16).eval()
+
+
+@pytest.fixture
+def card() -> ModelCard:
+    return ModelCard(PREPROCESS, CLASSES, "mobilenet", OPTIONS, {"top1": 0.75, "step": 9}, {"torch": "2.14"})
+
+
+@pytest.fixture
+def trained(tmp_path: Path, model: nn.Module, card: ModelCard) -> Path:
+    """A run's folder, and beside it a compact file and images, one of which is no image."""
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run" / "best.ckpt", model, card=card.to_dict())
+    save_compact(compact(load(tmp_path / "run")), tmp_path / "x.safetensors")
+    folder = tmp_path / "images" / "deep"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (30, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    (folder / "note.txt").touch()
+    return tmp_path
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the command would run: model, its options, the run's options and the name of the models."""
+    seen: list[Any] = []
+
+    def run(create: Any, model: dict[str, Any], options: Any, images: object, models: str | None) -> None:
+        seen.append((create.__self__, model, options, models))
+
+    monkeypatch.setattr("dnw_graph.training.runs.run", run)
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["predict", "--help"], ["export", "--help"]])
+def test_help_takes_less_than_two_seconds_and_no_lightning(argv: list[str]):
+    program = (
+        f"import sys; from dnw_graph.cli import main\ntry: main({argv})\nfinally: print('lightning' in sys.modules)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=Path(dnw_graph.__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "False"
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]):
+    assert main([]) == main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("train", "evaluate", "predict", "export", "info", "compare"):
+        assert f"\n  {name} " in printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "unknown command 'trian': did you mean 'train'"),
+        (["train", "--model", "resnet5"], "unknown model 'resnet5': did you mean 'resnet50'"),
+        (["train", "--densty", "0.1", "--model", "resnet18"], "unknown option --densty: did you mean --density?"),
+        (["train", "--config", "mobilenet_v1_dnw_x225"], "did you mean mobilenet_v1_dnw_x0.225"),
+        (["evaluate"], "evaluate needs a model"),
+        (["evaluate", "nowhere"], "'nowhere' does not exist"),
+        (["predict", "run"], "the following arguments are required: IMAGE"),
+        (["predict", "run", "nothing.png"], "cannot read image nothing.png"),
+        (["predict", "run", "run"], "run holds no image"),
+        (["predict", "run", "images", "--top", "0"], "--top is 0"),
+        (["export", "run", "x.txt"], "expected a file ending in"),
+        (["export", "run", "x.safetensors", "--with-preprocessing"], "preprocessing goes into .pt2 and .onnx"),
+        (["info", "images/deep/0.png"], "has no card that can be read"),
+        (["compare", "--rules", "rigel"], "unknown wiring 'rigel': did you mean 'rigl'"),
+        (["compare", "--rules", "dnw", "--wiring", "set"], "--wiring is set for every run"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    argv: list[str], message: str, trained: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_train_knows_the_models_by_name_configuration_and_checkpoint(runs: list[Any], trained: Path):
+    assert main(["train"]) == 0
+    assert main(["train", "--model=resnet50", "--density", "0.2"]) == 0
+    assert main(["train", "--model", "tiny_classifier", "--dynamics", "discrete"]) == 0
+    assert main(["train", "--config", "tiny_static_rg", "--data", "digits"]) == 0
+    assert main(["train", "--config", "resnet50_sparse_0.1"]) == 0
+    assert main(["evaluate", "x.safetensors", "--data", "digits"]) == 0
+    assert main(["evaluate", "run", "--workers", "0"]) == 0
+    assert [models for *_, models in runs] == [
+        *("mobilenet", "resnet", "tiny", "tiny", "resnet", "mobilenet", "mobilenet")
+    ]
+    assert runs[1][0].density == 0.2
+    assert isinstance(runs[2][0], TinyOptions)
+    assert (runs[3][1]["wiring"], runs[3][2].batch_size) == ("random_graph", 512)
+    assert (runs[4][1]["model"], runs[4][1]["density"]) == ("resnet50", 0.1)
+    assert runs[5][2].evaluate == "x.safetensors"
+    assert (runs[6][0].width, runs[6][0].wiring) == (0.1, "random_graph")
+
+
+def expected(model: nn.Module, path: Path) -> list[tuple[str, float]]:
+    """The classes of an image with their probabilities, the most likely first."""
+    with torch.no_grad():
+        probabilities = model(PREPROCESS(Image.open(path)).unsqueeze(0)).softmax(1)[0].tolist()
+    return sorted(zip(CLASSES, probabilities, strict=True), key=lambda pair: -pair[1])
+
+
+@pytest.mark.parametrize("name", ["run", "x.safetensors"])
+def test_predict_gives_classes_and_probabilities(
+    name: str, trained: Path, model: nn.Module, capsys: pytest.CaptureFixture[str]
+):
+    path = trained / "images" / "deep" / "1.png"
+    assert main(["predict", name, str(path), "--top", "2"]) == 0
+    (first, p), (second, q), _ = expected(model, path)
+    assert capsys.readouterr().out == f"{path}  {first} {p:.1%}  {second} {q:.1%}\n"
+
+
+@pytest.mark.parametrize("output", [(), ("--output", "x.csv")])
+def test_predict_gives_csv_for_a_folder(
+    output: tuple[str, ...], trained: Path, model: nn.Module, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["predict", "run", "images", *output]) == 0
+    text = Path("x.csv").read_text() if output else capsys.readouterr().out
+    header, *rows = csv.reader(text.splitlines())
+    assert header == ["image", *(f"{what}_{place}" for place in (1, 2, 3) for what in ("class", "probability"))]
+    assert [row[0] for row in rows] == [f"images/deep/{number}.png" for number in range(3)]
+    for path, *found in rows:
+        names, probabilities = zip(*expected(model, trained / path), strict=True)
+        assert tuple(found[::2]) == names
+        assert [float(x) for x in found[1::2]] == pytest.approx(probabilities, abs=1e-4)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_export_and_info(
+    ending: str, trained: Path, card: ModelCard, capsys: pytest.CaptureFixture[str], unchecked: None
+):
+    assert main(["export", "run", f"y.{ending}"]) == 0
+    assert capsys.readouterr().out.startswith(f"written to y.{ending}: ")
+    for name in (f"y.{ending}", "run"):
+        assert main(["info", name, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == card.to_dict()
+        assert main(["info", name]) == 0
+        printed = capsys.readouterr().out
+        assert "classes     3: cat, dog, fish\n" in printed
+        assert "images      shorter side to 20, centre of 16 × 16\n" in printed
+        assert "metrics     top1 75.00%, step 9\n" in printed
+
+
+def test_compare_trains_what_is_missing_and_makes_a_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    done: list[list[str]] = []
+
+    def train(argv: list[str]) -> int:
+        done.append(argv)
+        if len(done) == 3:
+            return 130
+        folder = Path(argv[argv.index("--output") + 1])
+        folder.mkdir(parents=True, exist_ok=True)
+        names = ("top1", "top5", "best_top1", "parameters", "multiply_adds", "training_multiply_adds", "seconds")
+        (folder / "summary.json").write_text(json.dumps(dict.fromkeys(names, 0.5)))
+        return 0
+
+    monkeypatch.setattr("dnw_graph.cli.train", train)
+    command = ["compare", "--rules", "dnw", "set", "--seeds", "0", "1", "--epochs", "3"]
+    assert main(command) == 130
+    last = Path("runs/compare/set/seed0/last.ckpt")
+    last.parent.mkdir(parents=True)
+    last.touch()
+    assert main(command) == 0
+    options = ["--epochs", "3", "--wiring", "dnw", "--seed", "0", "--output", "runs/compare/dnw/seed0"]
+    assert done[0] == options
+    assert done[3][:2] == ["--resume", str(last)]
+    assert len(done) == 5
+    rows = list(csv.DictReader(Path("runs/compare/compare.csv").read_text().splitlines()))
+    assert [(row["rule"], row["seed"]) for row in rows] == [("dnw", "0"), ("dnw", "1"), ("set", "0"), ("set", "1")]
+    assert Path("runs/compare/compare.png").stat().st_size > 1000
+    assert "| dnw | 2 | 50.00 ± 0.00 |" in capsys.readouterr().out
+
+
+def test_a_table_has_means_and_deviations_of_seeds():
+    costs = {"multiply_adds": 2_000_000, "training_multiply_adds": 3e12}
+    rows = [{"rule": "dnw", "top1": top1, **costs} for top1 in (0.5, 0.6)]
+    # The deviation of a sample of two is their distance over √2.
+    assert table(rows)[2] == "| dnw | 2 | 55.00 ± 7.07 | 2.0 M | 3 T |"
+
+
+def test_a_model_of_a_program_of_its_own_is_told(tmp_path: Path, model: nn.Module, card: ModelCard, capsys: Any):
+    content = {**card.to_dict(), "models": None}
+    write(tmp_path / "x.ckpt", model, card=content)
+    assert main(["evaluate", "x.ckpt"]) == 2
+    assert "was trained by a program of its own: go on with that program" in capsys.readouterr().err
+    with pytest.raises(InputError, match="register them"):
+        load(tmp_path / "x.ckpt")

@@ -1,0 +1,275 @@
+"""A model from its file, and what files say about it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import TinyModel, create_tiny
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+
+import dnw_graph
+from dnw_graph import InputError, load
+from dnw_graph.checkpoint import FORMAT, SECTION
+from dnw_graph.compaction import compact, export, save_compact
+from dnw_graph.model_card import ModelCard, card_of
+from dnw_graph.preprocessing import Preprocessing, rgb
+from dnw_graph.training import ImageData, RunOptions, run
+from dnw_graph.training.checkpoint_io import WholeFileIO
+from dnw_graph.training.images import EvaluationSamples
+from dnw_graph.training.models import FAMILIES, MobileNetOptions
+
+CLASSES = ["cat", "dog", "fish"]
+PREPROCESS = Preprocessing(16, 20, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+OPTIONS = {"model": "mobilenet_v1_dnw", "width": 0.1, "small": False, "wiring": "random_graph", "wiring_options": {}}
+
+
+def write(path: Path, model: nn.Module, **section: Any) -> Path:
+    """Write a checkpoint as a run does."""
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    loops = {"fit_loop": {"epoch_progress": {"current": {"completed": 1}}}}
+    section = {"format": FORMAT, "options": {}, **section}
+    content = {SECTION: section, "global_step": 1, "loops": loops, "state_dict": state}
+    WholeFileIO().save_checkpoint(content, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(1)
+    return MobileNetOptions(width=0.1, wiring="random_graph").create(3, 16).eval()
+
+
+@pytest.fixture
+def card() -> ModelCard:
+    return ModelCard(PREPROCESS, CLASSES, "mobilenet", OPTIONS, {"top1": 0.75}, {"torch": "2.14"})
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model: nn.Module, card: ModelCard) -> Path:
+    """A run's folder with its best checkpoint and a compact file."""
+    write(tmp_path / "best.ckpt", model, card=card.to_dict())
+    save_compact(compact(load(tmp_path)), tmp_path / "small.safetensors")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)).save(tmp_path / "x.png")
+    return tmp_path
+
+
+PROGRAM = """
+import sys
+import dnw_graph
+from PIL import Image
+for name in ("", "/best.ckpt", "/small.safetensors"):
+    model = dnw_graph.load(sys.argv[1] + name)
+    assert not model.training
+    scores = model(model.preprocess(Image.open(sys.argv[1] + "/x.png")).unsqueeze(0))
+    print(model.classes, model.card.metrics, model.card.options["wiring"], scores.tolist())
+print([name for name in ("lightning", "jsonargparse", "torchmetrics") if name in sys.modules])
+"""
+
+
+@pytest.mark.slow
+def test_all_three_kinds_work_in_a_new_process(folder: Path, model: nn.Module):
+    program = [sys.executable, "-c", PROGRAM, str(folder)]
+    result = subprocess.run(
+        program, capture_output=True, text=True, check=True, cwd=Path(dnw_graph.__file__).parents[1]
+    )
+    *said, packages = result.stdout.splitlines()
+    # By hand: the shorter side to 20, the centre of 16, and the normalisation.
+    pixels = np.asarray(Image.open(folder / "x.png").resize((20, 26), Image.Resampling.BILINEAR), np.float32)
+    pixels = pixels[5:21, 2:18] / 255
+    image = (pixels - np.array(PREPROCESS.mean, np.float32)) / np.array(PREPROCESS.std, np.float32)
+    expected = model(torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0))
+    start = f"{CLASSES} {{'top1': 0.75}} random_graph "
+    assert len(said) == 3
+    for line in said:
+        assert line.startswith(start)
+        torch.testing.assert_close(torch.tensor(json.loads(line.removeprefix(start))), expected, rtol=1e-3, atol=1e-4)
+    assert packages == "[]"
+
+
+def test_a_folder_stands_for_its_best_checkpoint_then_the_last(folder: Path, model: nn.Module, card: ModelCard):
+    other = replace(card, classes=["a", "b", "c"])
+    write(folder / "last.ckpt", model, card=other.to_dict())
+    assert load(folder).classes == CLASSES
+    (folder / "best.ckpt").unlink()
+    assert load(folder).classes == ["a", "b", "c"]
+    (folder / "last.ckpt").unlink()
+    with pytest.raises(InputError, match=r"holds no best.ckpt and no last.ckpt"):
+        load(folder)
+    with pytest.raises(InputError, match="does not exist: give a run's folder"):
+        load(folder / "nothing")
+
+
+def test_loading_draws_no_random_numbers(folder: Path):
+    before = torch.get_rng_state()
+    load(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_a_run_writes_is_loaded(
+    small_digits: ImageData, options: Callable[..., RunOptions], capsys: pytest.CaptureFixture[str]
+):
+    chosen = options(epochs=1)
+    summary = run(create_tiny, {"size": 2}, chosen, small_digits)
+    with pytest.raises(InputError, match=r"trained with a program of its own: register them with .*register_models"):
+        load(str(chosen.output))
+    model = load(str(chosen.output), create=create_tiny)
+    samples = EvaluationSamples(small_digits.test, model.preprocess)
+    scores = model(torch.stack([samples[index][0] for index in range(30)]))
+    top1 = (scores.argmax(1) == torch.from_numpy(small_digits.test.labels)).float().mean().item()
+    assert top1 == pytest.approx(summary.top1)
+    assert model.card.metrics == pytest.approx({"top1": summary.top1, "top5": summary.top5, "step": 4, "epoch": 1})
+    assert model.card.options["size"] == 2
+    assert model.card.options["lr"] == 1.0
+    assert not {"output", "workers", "data"} & set(model.card.options)  # nothing of the machine
+    assert model.card.versions["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_checkpoints_without_a_card_tell_what_their_options_do(tmp_path: Path, model: nn.Module):
+    options = {**OPTIONS, "image_size": 16, "classes": CLASSES, "train_images": 100}
+    found = load(write(tmp_path / "old.ckpt", model, options=options))
+    assert found.classes == CLASSES
+    assert (found.preprocess.resize, found.preprocess.mean) == (16, (0.491, 0.482, 0.447))
+    digits = MobileNetOptions(width=0.1, wiring="random_graph").create(10, 16)
+    options |= {"classes": list("0123456789"), "train_images": 1437}
+    assert load(write(tmp_path / "old.ckpt", digits, options=options)).preprocess.mean == (0.305,) * 3
+    with pytest.raises(InputError, match="does not say its classes and image size"):
+        load(write(tmp_path / "old.ckpt", model, options=OPTIONS))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": "mine"}, r"models 'mine', which are not registered here"),
+        ({"options": {**OPTIONS, "wiring": "os.path.Evil"}}, r"the rule 'os.path.Evil', which is not registered here"),
+        ({"options": {**OPTIONS, "width": "0.1"}}, r"--width must be a finite number"),
+        ({"options": {**OPTIONS, "width": 0.2}}, r"do not fit the model"),
+        ({"classes": []}, r"classes must be at least one name"),
+        ({"preprocess": {"image_size": 16}}, r"card cannot be read"),
+        ({"preprocess": {**PREPROCESS.__dict__, "std": [0.0, 1.0, 1.0]}}, r"std must be three numbers above 0"),
+    ],
+)
+def test_cards_that_cannot_be_used_are_refused(
+    change: dict[str, Any], message: str, tmp_path: Path, model: nn.Module, card: ModelCard, unchecked: None
+):
+    with pytest.raises(InputError, match=message):
+        load(write(tmp_path / "x.ckpt", model, card={**card.to_dict(), **change}))
+
+
+def test_models_of_ones_own_are_loaded_by_their_name(tmp_path: Path, card: ModelCard, monkeypatch: pytest.MonkeyPatch):
+    from test_command_line import TinyOptions
+
+    from dnw_graph.training import register_models
+
+    monkeypatch.setattr("dnw_graph.training.models.FAMILIES", dict(FAMILIES))
+    register_models("mine", TinyOptions)
+    with pytest.raises(InputError, match="'mine' are made by TinyOptions already"):
+        register_models("mine", MobileNetOptions)
+    card = replace(card, models="mine", options={"size": 2.0})
+    assert isinstance(load(write(tmp_path / "x.ckpt", TinyModel(3), card=card.to_dict())), TinyModel)
+
+
+# Images.
+
+
+def test_grey_images_of_16_bits_are_scaled(tmp_path: Path):
+    grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    for ending in ("png", "tif"):
+        Image.fromarray(grey).save(tmp_path / f"x.{ending}")
+        found = np.asarray(rgb(Image.open(tmp_path / f"x.{ending}")))
+        assert np.array_equal(found, np.repeat(np.round(grey / 257).astype(np.uint8)[..., None], 3, axis=-1))
+
+
+def test_images_are_turned_as_exif_says(tmp_path: Path):
+    upright = np.zeros((16, 8, 3), np.uint8)
+    upright[:8] = 255  # the upper half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: its left is the top
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "x.jpg", exif=exif, quality=100)
+    image = Image.open(tmp_path / "x.jpg")
+    found = rgb(image)
+    assert found.size == (8, 16)
+    assert np.abs(np.asarray(found).astype(int) - upright).max() < 30
+    assert image.size == (16, 8)  # it stays as it was
+
+
+def test_tensors_are_prepared_like_images():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8))
+    preprocess = Preprocessing(16, 20, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    for tensor in (pixels, pixels / 255):
+        torch.testing.assert_close(preprocess(tensor), preprocess(image))
+    assert preprocess(torch.stack([pixels] * 2)).shape == (2, 3, 16, 16)
+    for wrong in (pixels[:2], pixels.long(), np.asarray(image)):
+        with pytest.raises(InputError, match="an image must be a PIL image, or a tensor"):
+            preprocess(wrong)  # type: ignore[arg-type]
+
+
+# Exports.
+
+
+def test_a_compact_file_carries_the_card_and_nothing_else_changes(folder: Path, card: ModelCard):
+    small = load(folder / "small.safetensors")
+    assert card_of(small) == card
+    with safe_open(folder / "small.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["card"]) == card.to_dict()
+
+
+@pytest.mark.parametrize("with_preprocessing", [False, True])
+def test_a_program_carries_the_card(with_preprocessing: bool, folder: Path, card: ModelCard, unchecked: None):
+    model = load(folder)
+    path = folder / "x.pt2"
+    said = export(model, path, torch.zeros(2, 3, 16, 16), with_preprocessing)
+    assert said.startswith(f"written to {path}: ")
+    assert " ms for one image (median of 15" in said
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("card.json"))
+        assert json.loads(archive.read(name)) == card.to_dict()
+    extra = {"card.json": ""}
+    program = torch.export.load(path, extra_files=extra)
+    assert program.graph_signature.user_inputs == ("image",)
+    pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    normalised = (pixels / 255 - torch.tensor(PREPROCESS.mean).view(3, 1, 1)) / torch.tensor(PREPROCESS.std).view(
+        3, 1, 1
+    )
+    torch.testing.assert_close(
+        program.module()(pixels if with_preprocessing else normalised), model(normalised), rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_preprocessing", [False, True])
+def test_onnx_carries_the_card(with_preprocessing: bool, folder: Path, card: ModelCard, unchecked: None):
+    import onnxruntime
+
+    model = load(folder)
+    export(model, folder / "x.onnx", torch.zeros(2, 3, 16, 16), with_preprocessing)
+    (entry,) = (each for each in onnx.load(folder / "x.onnx").metadata_props if each.key == "dnw_graph.card")
+    assert json.loads(entry.value) == card.to_dict()
+    session = onnxruntime.InferenceSession(folder / "x.onnx", providers=["CPUExecutionProvider"])
+    assert [each.name for each in (*session.get_inputs(), *session.get_outputs())] == ["image", "logits"]
+    pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    normalised = (pixels / 255 - torch.tensor(PREPROCESS.mean).view(3, 1, 1)) / torch.tensor(PREPROCESS.std).view(
+        3, 1, 1
+    )
+    image = (pixels if with_preprocessing else normalised).numpy()
+    (logits,) = session.run(["logits"], {"image": image})
+    torch.testing.assert_close(torch.from_numpy(logits), model(normalised), rtol=1e-3, atol=1e-4)
+
+
+def test_preprocessing_that_is_not_known_is_not_baked_in(folder: Path, model: nn.Module):
+    for source, name in ((model, "x.pt2"), (load(folder), "x.safetensors")):
+        with pytest.raises(InputError, match=r"preprocessing goes into .pt2 and .onnx files of models that say theirs"):
+            export(source, folder / name, torch.zeros(2, 3, 16, 16), with_preprocessing=True)
