@@ -117,7 +117,8 @@ class Stored(Wiring):
             refuse_spoiled(saved["real"], saved.get("checksum"), f"{name}: wiring.real")
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "real" in state_dict:  # older files have the set alone, as truth values
+        if prefix + "real" in state_dict:  # older files have the set alone, as truth values, or with its size
+            state_dict = {key: value for key, value in state_dict.items() if key != prefix + "count"}
             real = state_dict[prefix + "real"].to(torch.uint8)
             state_dict = {prefix + "checksum": edge_sum(real), **state_dict, prefix + "real": real}
         super()._load_from_state_dict(state_dict, prefix, *args)
