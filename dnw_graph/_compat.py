@@ -31,6 +31,7 @@ __all__ = [
     "backward_pass",
     "functorch_active",
     "has_hooks",
+    "has_own_hooks",
     "import_pyg",
     "in_backward_pass",
     "is_batched",
@@ -154,8 +155,12 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def has_hooks(module: nn.Module) -> bool:
     """Return whether somebody listens to the calls of a module; PyTorch lists hooks in private fields only."""
-    own = any(getattr(module, hooks) for hooks in _HOOKS)
-    return own or bool(nn.modules.module._has_any_global_hook())
+    return has_own_hooks(module) or bool(nn.modules.module._has_any_global_hook())
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """Return whether somebody listens to the calls of this module, not of all."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def remove_hooks(module: nn.Module, belongs: Callable[[Any], bool]) -> None:

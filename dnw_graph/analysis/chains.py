@@ -10,6 +10,7 @@ from torch import nn
 from dnw_graph.models import GraphClassifier, MobileNetV1DNW, TinyClassifier
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.node_functions import NodeConv
+from dnw_graph.usual import keeps_methods
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -25,10 +26,10 @@ CHANNEL_WISE = (
 
 
 def channel_wise(module: nn.Module) -> bool:
-    """Return whether a module works on every channel by itself; of a subclass nothing is known."""
+    """Return whether a module works on every channel by itself; of a subclass, or a patched one, nothing is known."""
     if _runs_as(module, nn.Conv2d):
         return module.groups == module.in_channels == module.out_channels
-    return type(module) in CHANNEL_WISE
+    return type(module) in CHANNEL_WISE and keeps_methods(module)
 
 
 def parts(module: nn.Module) -> list[nn.Module] | None:
@@ -79,8 +80,8 @@ def readers(model: nn.Module) -> dict[nn.Module, NeuralGraph]:
 
 
 def _runs_as(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
-    """Return whether a module does what a class does, as a subclass with a forward pass of its own may not."""
-    return isinstance(module, kind) and type(module).forward is kind.forward
+    """Return whether a module does what a class does, as one with a forward pass of its own may not."""
+    return isinstance(module, kind) and type(module).forward is kind.forward and keeps_methods(module)
 
 
 def _num_channels(module: nn.Module) -> int | None:

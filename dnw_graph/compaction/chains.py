@@ -11,6 +11,7 @@ from dnw_graph.compaction.layers import Activation, Affine, Layer, MapMean
 from dnw_graph.dynamics import Static
 from dnw_graph.models import GraphClassifier, MobileNetV1, MobileNetV1DNW, TinyClassifier
 from dnw_graph.neural_graph import NeuralGraph
+from dnw_graph.usual import as_its_class
 
 MODELS = (MobileNetV1, MobileNetV1DNW, TinyClassifier, GraphClassifier)
 
@@ -18,6 +19,8 @@ MODELS = (MobileNetV1, MobileNetV1DNW, TinyClassifier, GraphClassifier)
 def chain(model: nn.Module) -> list[nn.Module]:
     """Return the modules that a model applies one after the other, or the model alone."""
     modules: list[nn.Module]
+    if not as_its_class(model):
+        return [model]
     if type(model) in (nn.Sequential, MobileNetV1DNW):
         modules = parts(model) or []
     elif type(model) is MobileNetV1:
@@ -31,6 +34,8 @@ def chain(model: nn.Module) -> list[nn.Module]:
     flat = [part for module in modules for part in chain(module)]
     for place in reversed(range(len(flat) - 1)):
         pool, flatten = flat[place : place + 2]
+        if not (as_its_class(pool) and as_its_class(flatten)):
+            continue
         pooled = isinstance(pool, nn.AdaptiveAvgPool2d) and pool.output_size in (1, (1, 1))
         if pooled and isinstance(flatten, nn.Flatten) and (flatten.start_dim, flatten.end_dim) == (1, -1):
             flat[place : place + 2] = [MapMean()]

@@ -18,6 +18,7 @@ from dnw_graph.dynamics import Continuous, Discrete, Dynamics, Static
 from dnw_graph.dynamics.continuous import EXPLICIT
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.nodes import reaching
+from dnw_graph.usual import as_its_class
 
 
 def needed_nodes(graph: NeuralGraph, wanted: Int[Tensor, " outputs"] | None) -> Bool[Tensor, " nodes"]:
@@ -44,8 +45,16 @@ def needed_nodes(graph: NeuralGraph, wanted: Int[Tensor, " outputs"] | None) -> 
 
 
 def can_be_compacted(module: nn.Module) -> bool:
-    """Return whether a module is a graph with one of the package's dynamics."""
-    return type(module) is NeuralGraph and type(module.dynamics) in (Static, Discrete, Continuous)
+    """Return whether a module is a graph with one of the package's dynamics, which nobody has patched or listens to."""
+    return type(module) is NeuralGraph and why_not(module) is None
+
+
+def why_not(graph: NeuralGraph) -> str | None:
+    """Return why a graph stays as it is, in words; None if it need not."""
+    if type(graph) is not NeuralGraph or type(graph.dynamics) not in (Static, Discrete, Continuous):
+        return f"a {type(graph).__name__} with {type(graph.dynamics).__name__} dynamics"
+    usual = as_its_class(graph) and as_its_class(graph.dynamics)
+    return None if usual else "a graph with hooks or with a patched method"
 
 
 def is_adaptive(dynamics: Dynamics) -> bool:

@@ -13,6 +13,7 @@ from dnw_graph.compaction.layers import Activation, Affine, Chain, Conv, Instanc
 from dnw_graph.dynamics.recurrent import takes_time
 from dnw_graph.equivalence import Biased
 from dnw_graph.node_functions import Blockwise, NodeConv, NormReluConv, NormReluConvNormRelu, ReluConvSendNorm
+from dnw_graph.usual import as_its_class
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -33,9 +34,11 @@ def steps(module: nn.Module) -> list[Layer] | None:
     """Return the layers, one after the other, that a module is in evaluation, or None if it is not known to be such.
 
     Every layer works on each channel by itself, so that it can be cut to some of them. Only exact classes are known: a
-    subclass may do something else.
+    subclass, and a module that somebody has patched or listens to, may do something else.
     """
     kind = type(module)
+    if not as_its_class(module):
+        return None
     if kind in SILENT:
         return []
     if kind in ACTIVATION_MODULES:
@@ -68,7 +71,7 @@ def steps(module: nn.Module) -> list[Layer] | None:
 
 def sending_steps(function: nn.Module) -> list[Layer] | None:
     """Return what a node function does with a state before it is sent, see :func:`steps`."""
-    if type(function) is ReluConvSendNorm:
+    if type(function) is ReluConvSendNorm and as_its_class(function):
         return _all([nn.ReLU(), function.conv])
     return None if hasattr(function, "send") else []
 

@@ -13,7 +13,14 @@ from dnw_graph.analysis.chains import channel_wise
 from dnw_graph.analysis.cost import cost_of, neural_graphs
 from dnw_graph.arguments import checked, shown, wrong
 from dnw_graph.compaction.chains import MODELS, chain, silent_features
-from dnw_graph.compaction.convert import GraphConverter, can_be_compacted, is_adaptive, needed_nodes, whole_functions
+from dnw_graph.compaction.convert import (
+    GraphConverter,
+    can_be_compacted,
+    is_adaptive,
+    needed_nodes,
+    whole_functions,
+    why_not,
+)
 from dnw_graph.compaction.functions import conv, steps
 from dnw_graph.compaction.fusion import fold, fuse
 from dnw_graph.compaction.layers import Chain, Conv, Linear, MapMean, Select
@@ -23,6 +30,7 @@ from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.model_card import card_of
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.sparse_layers import densify, weight_graphs
+from dnw_graph.usual import as_its_class
 
 PRODUCTS = ("sparse", "dense")
 
@@ -155,7 +163,7 @@ class _Compactor:
         if known is not None:
             return [layer if wanted is None else layer.cut(wanted) for layer in known], wanted
         new = self._plain(module)
-        if channel_wise(module) and not module.state_dict():  # Pooling, for one.
+        if channel_wise(module) and as_its_class(module) and not module.state_dict():  # Pooling, for one.
             return [new], wanted
         if isinstance(new, Conv) and new.groups == 1:
             return [new if wanted is None else new.cut(wanted)], None
@@ -184,6 +192,8 @@ class _Compactor:
 
     def _plain(self, module: nn.Module) -> nn.Module:
         """Return a module that may mix channels as a layer, or a copy of it with its graphs compacted."""
+        if not as_its_class(module):
+            return self._copy(module)
         if type(module) is nn.Linear:
             return Linear(module.weight.detach().clone(), None if module.bias is None else module.bias.detach().clone())
         layer = conv(module) if type(module) is nn.Conv2d else None
@@ -196,11 +206,11 @@ class _Compactor:
         for child in module.modules():
             if child in inside:
                 continue
-            if can_be_compacted(child) or type(child) in MODELS:
+            if can_be_compacted(child) or (type(child) in MODELS and as_its_class(child)):
                 memo[id(child)] = CompactModel(self._layers(chain(child)))
                 inside |= set(child.modules())
             elif isinstance(child, NeuralGraph):
-                self.report.kept.append(f"{child.name}: a graph with {type(child.dynamics).__name__} dynamics")
+                self.report.kept.append(f"{child.name}: {why_not(child)}")
         return copy.deepcopy(module, memo)
 
 

@@ -15,6 +15,7 @@ from dnw_graph.ops.call import readable, run
 from dnw_graph.ops.checks import first_order
 from dnw_graph.ops.layout import batch_last, is_batch_last, owned, takes, unseen
 from dnw_graph.ops.signatures import BATCH, CONSTANT, INSTANCE, NO_NORM
+from dnw_graph.usual import keeps_methods
 
 _CONVOLUTION = {"kernel_size": (3, 3), "padding": (1, 1), "dilation": (1, 1), "padding_mode": "zeros", "bias": None}
 # The exact types: a subclass, such as a norm that is synchronised over devices, computes something else.
@@ -95,6 +96,8 @@ def fused_node_function(
 def _usual(z: Tensor, norm: nn.Module | None, conv: nn.Conv2d | None, nodes: range | None) -> bool:
     """Return whether the kernel computes what these modules do."""
     if not computes_as_usual(norm) or not computes_as_usual(conv):
+        return False
+    if not all(module is None or keeps_methods(module) for module in (norm, conv)):
         return False
     if norm is not None and not (isinstance(norm.eps, float) and norm.eps > 0):
         return False

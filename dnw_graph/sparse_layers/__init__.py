@@ -5,6 +5,7 @@ from __future__ import annotations
 from dnw_graph.sparse_layers.access import to_data, weight_graphs
 from dnw_graph.sparse_layers.apply import sparsify
 from dnw_graph.sparse_layers.dense import densify
+from dnw_graph.sparse_layers.layers import register_layer
 from dnw_graph.sparse_layers.optimizer_state import load_optimizer_state
 from dnw_graph.sparse_layers.state import dense_state_dict
 from dnw_graph.sparse_layers.table import SparsityRow, SparsityTable
@@ -17,6 +18,7 @@ __all__ = [
     "dense_state_dict",
     "densify",
     "load_optimizer_state",
+    "register_layer",
     "sparsify",
     "to_data",
     "weight_graphs",

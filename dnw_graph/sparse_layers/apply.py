@@ -60,7 +60,8 @@ def sparsify(
 
     Raises:
         InputError: Before anything is changed, if a density is none, a name or pattern is unknown, nothing is left to
-            be made sparse, or a weight is sparse already, shared by two layers, lazy, quantised or without values.
+            be made sparse, or a weight is sparse already, shared by two layers, lazy, quantised or without values, or
+            one that its layer does not compute with as it is (see :func:`register_layer`).
 
     Examples:
         >>> from torch import nn

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.sparse_layers.access import sparse_parameters
 from dnw_graph.sparse_layers.layers import LayerWeight, find_weights, own_parameters
+from dnw_graph.sparse_layers.trying import refuse_other_values
 
 Skip = str | type[nn.Module]
 
@@ -86,8 +87,8 @@ def refuse_weights(module: nn.Module, weights: Sequence[LayerWeight]) -> None:
     """
     if not weights:
         raise InputError(
-            f"{type(module).__name__} has no weight to make sparse: no linear layer, convolution or attention "
-            "projection, or all of them are skipped"
+            f"{type(module).__name__} has no weight to make sparse: no linear layer, convolution, attention projection "
+            "or other layer of register_layer(…), or all of them are skipped"
         )
     owners: dict[int, list[str]] = {}
     for path, layer in module.named_modules():
@@ -104,3 +105,4 @@ def refuse_weights(module: nn.Module, weights: Sequence[LayerWeight]) -> None:
                 f"{weight.name} is a {type(parameter).__name__} of {parameter.dtype}: expected a plain parameter of "
                 "floating-point numbers; sparsify before quantising or distributing, or skip it"
             )
+        refuse_other_values(weight)

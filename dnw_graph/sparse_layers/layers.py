@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,58 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from dnw_graph.arguments import checked
 from dnw_graph.candidates import CandidateEdges
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 PROJECTIONS = ("q", "k", "v")
+LAYERS: dict[type[nn.Module], tuple[tuple[str, ...], bool]] = {
+    nn.Linear: (("weight",), False),
+    **{kind: (("weight",), kind in TRANSPOSED) for kind in CONVOLUTIONS},
+    nn.MultiheadAttention: (("in_proj_weight", *(f"{each}_proj_weight" for each in PROJECTIONS)), False),
+}
+"""Types of layers with the names of their weights, and whether these have their input channels first."""
+
+
+@checked
+def register_layer(kind: type[nn.Module], weights: Sequence[str] = ("weight",), *, inputs_first: bool = False) -> None:
+    """Have :func:`sparsify` make the layers of a type sparse, and of subclasses that do not override its methods.
+
+    A layer must compute with the weight as it is: y = W x for every place of a map, whatever the map. What it is for a
+    subclass of a layer of PyTorch with a forward pass of its own is found out by trying; registering says that it is.
+
+    Args:
+        kind: The type.
+        weights: Names of its weights: parameters ``[outputs, inputs, *kernel]``.
+        inputs_first: Whether they are ``[inputs, outputs, *kernel]``.
+
+    Raises:
+        InputError: If it is no type of modules.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from dnw_graph.sparse_layers import register_layer, sparsify
+        >>> class Conv1D(nn.Module):  # of GPT-2 in Hugging Face's transformers
+        ...     def __init__(self, outputs, inputs):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(0.02 * torch.randn(inputs, outputs))
+        ...
+        ...     def forward(self, x):
+        ...         return x @ self.weight
+        >>> register_layer(Conv1D, inputs_first=True)
+        >>> print(sparsify(nn.Sequential(Conv1D(20, 10)), density=0.1))
+        weight                 shape  weights  kept   share
+        0.weight               10×20      200    20  10.00%
+        in sum, sparse layers             200    20  10.00%
+    """
+    LAYERS[kind] = (tuple(weights), inputs_first)
+
+
+def registered(layer: nn.Module) -> type[nn.Module] | None:
+    """Return the registered type that a layer is of, the nearest one; None if there is none."""
+    return next((kind for kind in type(layer).__mro__ if kind in LAYERS), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +76,14 @@ class LayerWeight:
         layer: The module that the parameter belongs to.
         parameter_name: The parameter's name in that module.
         third: Which third of the parameter's rows this weight is; None if it is all of them.
+        transposed: Whether the parameter has its input channels first, as transposed convolutions do.
     """
 
     names: tuple[str, ...]
     layer: nn.Module
     parameter_name: str
     third: int | None = None
+    transposed: bool = False
 
     @property
     def name(self) -> str:
@@ -68,11 +117,6 @@ class LayerWeight:
     def groups(self) -> int:
         """Groups of a convolution; each is a graph of its own channels."""
         return self.layer.groups if isinstance(self.layer, CONVOLUTIONS) else 1
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the parameter has its input channels first, as transposed convolutions do."""
-        return isinstance(self.layer, TRANSPOSED)
 
     @property
     def channels(self) -> tuple[int, int]:
@@ -133,22 +177,21 @@ class LayerWeight:
 
 
 def find_weights(module: nn.Module) -> Iterator[LayerWeight]:
-    """Yield the weights of all linear layers, convolutions and attention projections that are plain parameters."""
+    """Yield the weights of all layers of the types that are registered, as far as they are plain parameters."""
     paths: dict[nn.Module, list[str]] = {}
     for path, layer in module.named_modules(remove_duplicate=False):
         paths.setdefault(layer, []).append(f"{path}." if path else "")
     for layer, prefixes in paths.items():
-        if isinstance(layer, nn.MultiheadAttention):
-            names: tuple[str, ...] = ("in_proj_weight", *(f"{each}_proj_weight" for each in PROJECTIONS))
-        elif isinstance(layer, (nn.Linear, *CONVOLUTIONS)):
-            names = ("weight",)
-        else:
+        kind = registered(layer)
+        if kind is None:
             continue
         own = dict(own_parameters(layer))
-        for name in names:
+        weights, inputs_first = LAYERS[kind]
+        for name in weights:
             if name in own:
                 for third in range(3) if name == "in_proj_weight" else (None,):
-                    yield LayerWeight(tuple(weight_name(path + name, third) for path in prefixes), layer, name, third)
+                    names = tuple(weight_name(path + name, third) for path in prefixes)
+                    yield LayerWeight(names, layer, name, third, inputs_first)
 
 
 def own_parameters(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

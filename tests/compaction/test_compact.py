@@ -378,7 +378,49 @@ def test_a_user_s_dynamics_is_left_alone_and_named(photos):
     model = nn.Sequential(graph, nn.Conv2d(4, 2, 1).double())
     compacted = compact(model)
     assert_same(model, compacted, photos[:, :, :8, :8])
-    assert "Twice" in str(compacted.report)
+    assert "a NeuralGraph with Twice dynamics" in str(compacted.report)
+
+
+def shift_output(module, *_):
+    """As wrappers do: a partial function in the place of ``forward``."""
+    forward = type(module).forward
+    module.forward = partial(lambda own, *args, **options: forward(own, *args, **options) + 0.5, module)
+
+
+def shift_by_hook(module):
+    module.register_forward_hook(lambda module, args, out: out + 0.5)
+
+
+PATCHED = {
+    "convolution of nodes": lambda model: model[1].dynamics.node_functions[1].conv,
+    "norm of nodes": lambda model: model[1].dynamics.node_functions[0].norm,
+    "node function": lambda model: model[1].dynamics.node_functions[1],
+    "dynamics": lambda model: model[1].dynamics,
+    "graph": lambda model: model[1],
+    "convolution": lambda model: model[0],
+    "activation": lambda model: model[2],
+    "pool": lambda model: model[3],
+    "classifier": lambda model: model[5],
+    "model": lambda model: model,
+}
+
+
+@pytest.mark.parametrize("change", [shift_output, shift_by_hook])
+@pytest.mark.parametrize("part", PATCHED.values(), ids=PATCHED)
+def test_what_somebody_has_patched_or_listens_to_is_kept(part, change, photos, trained):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        NeuralGraph((8, 9, 6), 20),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+    )
+    trained(model, photos)
+    before = model.eval()(photos)
+    change(part(model))
+    assert not torch.allclose(model(photos), before)
+    assert_same(model, compact(model), photos)
 
 
 def test_layers_between_graphs_are_cut_to_what_the_next_graph_needs(photos, trained):
