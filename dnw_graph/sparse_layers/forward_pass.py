@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from dnw_graph._compat import is_replica
 from dnw_graph.arguments import wrong
@@ -48,6 +50,7 @@ class RealWeights(nn.Module):
         self.probe: Tensor | None = None  # see dnw_graph.propagation.gradient
         self.active = True  # until densify
         self.look = ForwardPass([self])
+        self.register_state_dict_pre_hook(_refuse_pretrained)
 
     def forward(self, weight: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         """Return the weight that the layer computes with."""
@@ -139,6 +142,18 @@ class RealWeights(nn.Module):
         return {**self.__dict__, "mask": None, "learning": None, "probe": None}
 
 
+def _refuse_pretrained(real: RealWeights, *_: Any) -> None:
+    """Refuse to save what ``from_pretrained`` would not find: it makes a dense model, and draws what is missing."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "save_pretrained":
+            raise InputError(
+                f"{real.name} is sparse, and from_pretrained would not find it: call "
+                "save_pretrained(…, state_dict=dense_state_dict(model)), or densify(…) a copy of the model first"
+            )
+        frame = frame.f_back
+
+
 class ForwardPass:
     """Chooses the real weights below a module when its forward pass begins, unless one around it has begun.
 
@@ -172,8 +187,8 @@ class ForwardPass:
                 "copied with it: use nn.parallel.DistributedDataParallel"
             )
         weights = self.weights
-        if not weights or weights[0].mask is not None:
-            return
+        if not weights or weights[0].mask is not None or any(isinstance(each, Proxy) for each in args):
+            return  # torch.fx records the calls of layers; each chooses when the record runs
         for weight, masks in zip(weights, self.masks(begins_pass=True), strict=True):
             weight.mask, weight.learning = masks
         self.begun = True
