@@ -168,7 +168,7 @@ def remove_hooks(module: nn.Module, belongs: Callable[[Any], bool]) -> None:
 
     Handles would remove them in public, but a copy of a module has hooks and no handles of its own.
     """
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._state_dict_pre_hooks):
         for key in [key for key, hook in hooks.items() if belongs(hook)]:
             del hooks[key]
             module._forward_hooks_always_called.pop(key, None)

@@ -10,7 +10,6 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from dnw_graph._compat import version
-from dnw_graph.wirings.view import Slot
 
 WHOLE = 2048
 """Up to this size all weights of a parameter are compared."""
@@ -38,11 +37,11 @@ class Chosen:
         self._chosen_for = [(weight, weight.detach(), version(weight)) for weight in tensors]
         self._sample: list[tuple[Tensor, Tensor | None, Tensor]] = []
 
-    def remember(self, slots: Sequence[Slot], others: Iterable[Tensor]) -> None:
+    def remember(self, slots: Sequence[Any], others: Iterable[Tensor]) -> None:
         """Keep a sample of the weights.
 
         Args:
-            slots: Where they lie in the parameters.
+            slots: Where they lie in the parameters, see :class:`~dnw_graph.wirings.view.Slot`.
             others: What else the edges were chosen by; all of it is kept.
         """
         if type(self.index) is not Tensor or self.index.is_meta:
@@ -75,7 +74,7 @@ def _taken(tensor: Tensor, at: Tensor | None) -> Tensor:
     return tensor.view(-1).index_select(0, at) if tensor.is_contiguous() else torch.take(tensor, at)
 
 
-def _across(slot: Slot, like: Tensor) -> Iterator[Tensor]:
+def _across(slot: Any, like: Tensor) -> Iterator[Tensor]:
     """Yield places of a parameter that lie evenly over the rows and the columns of the matrices of a slot."""
     for offset, rows, columns in slot.matrices:
         longer = max(rows, columns)

@@ -12,7 +12,7 @@ from dnw_graph._compat import remove_hooks
 from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.sparse_layers.access import sparse_parameters
-from dnw_graph.sparse_layers.forward_pass import ForwardPass
+from dnw_graph.sparse_layers.forward_pass import ForwardPass, part
 from dnw_graph.sparse_layers.layers import own_parameters
 from dnw_graph.sparse_layers.state import before_loading
 
@@ -21,20 +21,20 @@ from dnw_graph.sparse_layers.state import before_loading
 def densify(module: nn.Module, *, keep_hallucinated: bool = False) -> None:
     """Make the weights of a module plain, dense parameters again, in place and as the same objects.
 
+    Layers that share a ranking with others, which are not in the module, leave it; the others keep the edges that they
+    have.
+
     Args:
         module: A module with sparse weights in it.
         keep_hallucinated: Keep the hallucinated weights' values instead of zeros.
 
     Raises:
-        InputError: If there is no sparse weight, or only a part is given of layers that share one ranking.
+        InputError: If there is no sparse weight.
     """
     found = {real: (layer, name) for _, layer, name, real in sparse_parameters(module)}
     if not found:
         raise InputError(f"{type(module).__name__} has no sparse weight: nothing to make dense")
-    layers = {layer for layer, _ in found.values()}
-    for graph in dict.fromkeys(graph for real in found for _, graph in real.parts):
-        if not layers.issuperset(weight.layer for weight in graph.weights):
-            raise InputError(f"{graph.name} share one ranking: make the whole model dense, not a part of it")
+    part(list(found))
     if not keep_hallucinated:
         with torch.no_grad():
             # All are read before any is changed: layers can share one ranking.

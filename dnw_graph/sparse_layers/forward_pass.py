@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,6 +142,26 @@ class RealWeights(nn.Module):
         return {**self.__dict__, "mask": None, "learning": None, "probe": None}
 
 
+def part(below: Collection[RealWeights], others: Iterable[RealWeights] = ()) -> None:
+    """Have the weights of some parameters and those of all others rank by themselves.
+
+    Args:
+        below: The parameters.
+        others: Parameters of which some may share a ranking with them.
+    """
+    for graph in dict.fromkeys(graph for real in (*below, *others) for _, graph in real.parts):
+        leaving = [weight for weight in graph.weights if weight.holder not in below]
+        if 0 < len(leaving) < len(graph.weights):
+            own = graph.part(leaving)
+            for holder in dict.fromkeys(weight.holder for weight in leaving):
+                holder.parts = tuple((weight, own if weight in leaving else of) for weight, of in holder.parts)
+                holder.owned = nn.ModuleList(each for each in holder.owned if each is not graph)
+            leaving[0].holder.owned.append(own)
+            first = graph.weights[0].holder
+            if graph not in first.owned:
+                first.owned.append(graph)
+
+
 def _refuse_pretrained(real: RealWeights, *_: Any) -> None:
     """Refuse to save what ``from_pretrained`` would not find: it makes a dense model, and draws what is missing."""
     frame = inspect.currentframe()
@@ -159,10 +179,11 @@ class ForwardPass:
 
     Args:
         weights: The sparse parameters below the module.
+        links: Parents, names and children on the ways to layers that share a ranking.
     """
 
-    def __init__(self, weights: Sequence[RealWeights]) -> None:
-        self._weights = tuple(weights)
+    def __init__(self, weights: Sequence[RealWeights], links: Sequence[tuple[nn.Module, str, nn.Module]] = ()) -> None:
+        self._weights, self._links = tuple(weights), tuple(links)
         self.begun = False
         self._register()
 
@@ -175,6 +196,17 @@ class ForwardPass:
         """The sparse parameters below the module, without those that are dense again."""
         return [weight for weight in self._weights if weight.active]
 
+    def settle(self, module: nn.Module, *_: Any) -> None:
+        """Hook of the module: layers that are no longer below it leave the rankings that they share with others."""
+        if all(getattr(parent, name, None) is child for parent, name, child in self._links):
+            return
+        inside = set(module.modules())
+        gone = [weight for weight in self.weights if weight not in inside]
+        self._weights = tuple(weight for weight in self._weights if weight in inside)
+        self._links = tuple(link for link in self._links if getattr(link[0], link[1], None) is link[2])
+        if self._weights:
+            part(self._weights, gone)
+
     def begin(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the module.
 
@@ -186,6 +218,7 @@ class ForwardPass:
                 "nn.DataParallel on several devices copies a module for every forward pass, and sparse weights are not "
                 "copied with it: use nn.parallel.DistributedDataParallel"
             )
+        self.settle(module)
         weights = self.weights
         if not weights or weights[0].mask is not None or any(isinstance(each, Proxy) for each in args):
             return  # torch.fx records the calls of layers; each chooses when the record runs
@@ -233,10 +266,10 @@ class ForwardPass:
         return [weight.assemble(real, learning) for weight in self.weights]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"weights": self._weights}
+        return {"weights": self._weights, "links": self._links}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._weights = state["weights"]
+        self._weights, self._links = state["weights"], state["links"]
         self.begun = False
         self._register()
 

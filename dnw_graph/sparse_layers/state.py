@@ -30,6 +30,9 @@ def before_loading(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *o
             for key, value in real.state_dict().items():
                 state_dict.setdefault(f"{chain}0.{key}", value)
         for number, graph in enumerate(real.owned):
+            saved = state_dict.get(f"{chain}0.owned.{number}.num_edges")
+            if graph.has_parted and isinstance(saved, Tensor) and 1 <= int(saved) <= graph.num_candidates:
+                graph._num_edges = int(saved)  # what layers leave to the others depends on their weights
             check_saved(graph, state_dict, f"{chain}0.owned.{number}.")
 
 

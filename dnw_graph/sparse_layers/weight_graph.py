@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +28,8 @@ class WeightGraph(Ranking):
         weights: The weights that are ranked together.
 
     Attributes:
-        weights: The same.
+        weights: The same, without those that have left.
+        has_parted: Whether any has left.
     """
 
     slots: tuple[LayerWeight, ...]
@@ -35,6 +38,7 @@ class WeightGraph(Ranking):
         super().__init__(name)
         self.weights = self.slots = tuple(weights)
         self.training = weights[0].layer.training
+        self.has_parted = False
 
     def real_edges_per_weight(self) -> dict[LayerWeight, int]:
         """Return the number of real edges now in each of ``weights``."""
@@ -87,6 +91,32 @@ class WeightGraph(Ranking):
         if learning is None:
             return real, [None] * len(real)
         return real, list(real if learning is index else self._shaped(learning, tensors))
+
+    def part(self, leaving: Collection[LayerWeight]) -> WeightGraph:
+        """Take weights out of the ranking, with the edges that they have, and return a graph of their own for them.
+
+        Of k, each of the two keeps the share that its real edges are; a warning says what is left.
+        """
+        index = self.real_index
+        stay = torch.cat(
+            [index.new_full((each.numel,), each not in leaving, dtype=torch.bool) for each in self.weights]
+        )
+        share = int(stay[index].count_nonzero()) / max(1, index.numel())
+        other = WeightGraph(" and ".join(each.name for each in leaving), tuple(leaving))
+        other.wiring = copy.deepcopy(self.wiring)
+        before = self._num_edges
+        for graph, candidates, part in ((self, stay, share), (other, ~stay, 1 - share)):
+            graph._num_edges = round(before * part)
+            graph.wiring.leave(candidates)
+            graph.forget()
+        self.weights = self.slots = tuple(each for each in self.weights if each not in leaving)
+        self.has_parted = True
+        warnings.warn(
+            f"{other.name} left the ranking of {self.name}: of the {self.num_candidates:,} weights that stay in it "
+            f"{self.num_edges:,} are real",
+            stacklevel=2,
+        )
+        return other
 
     def _split(self, index: Int[Tensor, " edges"]) -> tuple[Tensor, ...]:
         # In the type of the weights: on a CPU their product with it is several times faster than torch.where.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dnw_graph.selection import Selector, new_flag
@@ -107,6 +107,12 @@ class Wiring(nn.Module):
         """Return whether :meth:`after_step` of the next step needs the gradient of candidates that have none."""
         return False
 
+    def leave(self, stay: Bool[Tensor, " candidates"]) -> None:
+        """Give up candidates that leave the graph: those of a layer that leaves a ranking of several layers.
+
+        A rule overrides it that keeps state per candidate, which it cuts to those that stay.
+        """
+
     def skips_update(self, view: View) -> bool:
         """Return whether the next step leaves all candidates and their optimiser state as they are."""
         return False
@@ -163,6 +169,8 @@ class Wiring(nn.Module):
         weight = view.weight
         if self._flag.device != weight.device:  # a rule for a graph that had been moved before
             self._flag = new_flag(weight.device)
+        if not k and not view.k:  # all edges went with layers that have left the ranking
+            return torch.empty(0, dtype=torch.long, device=weight.device)
         if among is None:
             return self._selector.select(weight, k, view.name, self._flag)
         return among[self._selector.select(weight.detach()[among], k, view.name, self._flag)]

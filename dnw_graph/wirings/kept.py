@@ -52,6 +52,10 @@ class Kept(Wiring):
         """Return the edges that were chosen at the start."""
         return self.index
 
+    def leave(self, stay: Bool[Tensor, " candidates"]) -> None:
+        """Keep the edges among those that stay, as they are numbered now."""
+        self.store((stay.cumsum(0) - 1)[self.index[stay[self.index]]])
+
     def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
         """Refuse other than k edges, distinct and ascending, and others than there were."""
         if "index" in saved:
@@ -59,8 +63,11 @@ class Kept(Wiring):
             refuse_spoiled(saved["index"], saved.get("checksum"), f"{name}: wiring.index")
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "index" in state_dict:  # older files have the edges alone
-            state_dict = {prefix + "checksum": edge_sum(state_dict[prefix + "index"]), **state_dict}
+        saved = state_dict.get(prefix + "index")
+        if saved is not None:  # older files have the edges alone
+            state_dict = {prefix + "checksum": edge_sum(saved), **state_dict}
+            if saved.shape != self.index.shape:  # as many as check_saved has let pass
+                self.index = self.index.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -108,6 +115,11 @@ class Stored(Wiring):
                 refuse_spoiled(index, self.checksum, f"{view.name}: wiring.real")
             self._found = self.real, state, index
         return self._found[2]
+
+    def leave(self, stay: Bool[Tensor, " candidates"]) -> None:
+        """Keep the edges among those that stay."""
+        self.real = self.real[stay]
+        self.checksum = edge_sum(torch.nonzero(self.real).flatten())
 
     def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
         """Refuse other edges than there were."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -24,7 +24,6 @@ MOMENTA = ("momentum_buffer", "exp_avg", "momentum")
 """What optimisers call the momentum: SGD and Muon, Adam and its kin, SGDP."""
 
 
-@runtime_checkable
 class Slot(Protocol):
     """Where candidate weights lie: a parameter, or a part of one."""
 
