@@ -13,7 +13,7 @@ from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.sparse_layers.access import sparse_chain, sparse_parameters
 from dnw_graph.sparse_layers.budget import DISTRIBUTIONS, edges_per_weight, kept
-from dnw_graph.sparse_layers.checks import Skip, reasons_to_skip, refuse_module, refuse_weights
+from dnw_graph.sparse_layers.checks import Skip, names_of_owners, reasons_to_skip, refuse_module, refuse_weights
 from dnw_graph.sparse_layers.forward_pass import ForwardPass, RealWeights
 from dnw_graph.sparse_layers.layers import LayerWeight, find_weights, own_parameters
 from dnw_graph.sparse_layers.state import before_loading
@@ -76,7 +76,8 @@ def sparsify(
     reasons = reasons_to_skip(module, skip)
     refuse_module(module, reasons)
     every = list(find_weights(module))
-    weights = [weight for weight in every if reasons.keys().isdisjoint(weight.names)]
+    owners = names_of_owners(module)
+    weights = [each for each in every if reasons.keys().isdisjoint((*each.names, *owners[each.parameter]))]
     refuse_weights(module, weights)
     given, density = density, 0.1 if density is None else density
     counts = edges_per_weight(weights, density, distribution)
@@ -108,13 +109,16 @@ def _table(
     for weight in weights:
         parts.setdefault(weight.parameter, []).append(weight)
     rows = []
-    owners = dict(module.named_modules())
+    owners, shared = dict(module.named_modules()), names_of_owners(module)
     for name, parameter in module.named_parameters():
         if is_lazy(parameter) or parameter.dim() < 2:
             continue
-        for part in parts.get(parameter, []):
-            reason = "" if part in real else next(reasons[each] for each in part.names if each in reasons)
-            rows.append(SparsityRow(part.name, tuple(part.shape), part.numel, real.get(part, part.numel), reason))
+        found = parts.get(parameter, [])
+        for part in (each for each in found if each.layer is found[0].layer):
+            names = (*part.names, *shared[parameter])
+            reason = "" if part in real else next(reasons[each] for each in names if each in reasons)
+            shown = part.name if len(shared[parameter]) == 1 else " and ".join(shared[parameter])
+            rows.append(SparsityRow(shown, tuple(part.shape), part.numel, real.get(part, part.numel), reason))
         if parameter not in parts:
             reason = reasons.get(name) or f"parameter of {type(owners[name.rpartition('.')[0]]).__name__}"
             rows.append(SparsityRow(name, tuple(parameter.shape), parameter.numel(), parameter.numel(), reason))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dnw_graph.errors import InputError, unknown_name
@@ -79,6 +79,15 @@ def refuse_module(module: nn.Module, reasons: Mapping[str, str]) -> None:
             raise InputError(f"{full} is sparse already: densify(…) it first, or skip it")
 
 
+def names_of_owners(module: nn.Module) -> dict[Tensor, list[str]]:
+    """Return the names of every parameter, one per module and attribute that holds it."""
+    owners: dict[Tensor, list[str]] = {}
+    for path, layer in module.named_modules():
+        for name, own in own_parameters(layer):
+            owners.setdefault(own, []).append(f"{path}.{name}" if path else name)
+    return owners
+
+
 def refuse_weights(module: nn.Module, weights: Sequence[LayerWeight]) -> None:
     """Refuse weights that cannot be ranked.
 
@@ -90,14 +99,11 @@ def refuse_weights(module: nn.Module, weights: Sequence[LayerWeight]) -> None:
             f"{type(module).__name__} has no weight to make sparse: no linear layer, convolution, attention projection "
             "or other layer of register_layer(…), or all of them are skipped"
         )
-    owners: dict[int, list[str]] = {}
-    for path, layer in module.named_modules():
-        for name, own in own_parameters(layer):
-            owners.setdefault(id(own), []).append(f"{path}.{name}" if path else name)
+    owners = names_of_owners(module)
     for weight in weights:
         parameter = weight.parameter
-        if len(names := owners[id(parameter)]) > 1:
-            raise InputError(f"{' and '.join(names)} are one shared weight: skip them, or give each layer its own")
+        if len(names := owners[parameter]) > 1:
+            raise InputError(f"{' and '.join(names)} are one shared weight: skip one of them, or give each its own")
         if parameter.is_meta:
             raise InputError(f"{weight.name} is on the meta device, without values: give it some first")
         if not parameter.is_floating_point() or type(parameter) is not nn.Parameter:

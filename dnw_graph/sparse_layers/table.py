@@ -10,7 +10,8 @@ class SparsityRow:
     """One weight.
 
     Attributes:
-        name: Its name; a projection in ``in_proj_weight`` adds ``.q``, ``.k`` or ``.v``.
+        name: Its name, all of them where several layers share it; a projection in ``in_proj_weight`` adds ``.q``,
+            ``.k`` or ``.v``.
         shape: Its shape.
         weights: Number of weights.
         kept: Number of real ones; all of them where the weight stays dense.

@@ -229,3 +229,21 @@ def test_a_layer_may_have_several_weights_and_subclasses_are_tried():
 def test_what_is_no_type_of_module_is_not_registered():
     with pytest.raises(InputError, match="register_layer: kind"):
         register_layer(Conv1D(1, 1))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.body = nn.Embedding(7, 4), nn.Linear(4, 4)
+        self.head, self.tail = nn.Linear(4, 7), nn.Linear(4, 7)
+        self.head.weight = self.tail.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize("skip", ["embedding", "embedding.weight", "head", "tail.weight"])
+def test_a_tied_weight_has_all_its_names(skip):
+    names = "embedding.weight and head.weight and tail.weight"
+    with pytest.raises(InputError, match=f"^{names} are one shared weight"):
+        sparsify(Tied(), 0.5)
+    first, second = sparsify(Tied(), 0.5, skip=skip).rows
+    assert (first.name, first.dense_because) == (names, f"skip '{skip}'")
+    assert (second.name, second.dense_because) == ("body.weight", "")
