@@ -18,6 +18,16 @@ STATISTICS = {
 }
 
 
+def is_small(data: str, size: int) -> bool:
+    """Return whether images get the augmentation of small ones."""
+    return data == "digits" or size < LARGE
+
+
+def is_flipped(data: str) -> bool:
+    """Return whether images are flipped in training."""
+    return data != "digits"
+
+
 @checked
 def transforms(data: str, size: int) -> tuple[v2.Compose, Preprocessing]:
     """Return what is done to an RGB image for training and for testing; both give a tensor ``[3, size, size]``.
@@ -33,12 +43,12 @@ def transforms(data: str, size: int) -> tuple[v2.Compose, Preprocessing]:
         data: ``digits``, ``cifar10`` or ``folder``.
         size: Height and width of the result.
     """
-    small = data == "digits" or size < LARGE
+    small = is_small(data, size)
     statistics = STATISTICS["digits" if data == "digits" else "cifar10" if small else "imagenet"]
     test = Preprocessing(size, size if small else round(size * 256 / 224), *statistics)
     if small:
         crop = [v2.Resize(size), v2.CenterCrop(size), v2.RandomCrop(size, padding=size // 8)]
     else:
         crop = [v2.RandomResizedCrop(size)]
-    flip = [] if data == "digits" else [v2.RandomHorizontalFlip()]
+    flip = [v2.RandomHorizontalFlip()] if is_flipped(data) else []
     return v2.Compose([*crop, *flip, *test.to_tensor()]), test

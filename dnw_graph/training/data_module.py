@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 from dnw_graph import stopping
 from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
-from dnw_graph.training.augmentation import transforms
-from dnw_graph.training.images import EvaluationSamples, ImageData, TrainSamples
+from dnw_graph.training.augmentation import is_flipped, is_small, transforms
+from dnw_graph.training.images import EvaluationSamples, ImageData, Images, TrainSamples
+from dnw_graph.training.kept_images import KeptSamples, keep
 from dnw_graph.training.options import RunOptions
 from dnw_graph.training.order import EvaluationOrder, TrainOrder
 
@@ -125,7 +126,11 @@ class DataModule(LightningDataModule):
             trainer.global_rank,
             trainer.world_size,
         )
-        return self._loader(TrainSamples(self.images.train, self.train_transform, self.seed), order)
+        pixels = self._keep(self.images.train)
+        if pixels is None:
+            return self._loader(TrainSamples(self.images.train, self.train_transform, self.seed), order)
+        flip = is_flipped(self.images.name)
+        return self._loader(KeptSamples(pixels, self.images.train, self.preprocess, True, flip, self.seed), order)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Return the loader of this rank's test batches."""
@@ -136,10 +141,17 @@ class DataModule(LightningDataModule):
             self.trainer.global_rank,
             self.trainer.world_size,
         )
-        return self._loader(EvaluationSamples(self.images.test, self.preprocess), order)
+        pixels = self._keep(self.images.test)
+        if pixels is None:
+            return self._loader(EvaluationSamples(self.images.test, self.preprocess), order)
+        return self._loader(KeptSamples(pixels, self.images.test, self.preprocess), order)
+
+    def _keep(self, images: Images) -> Tensor | None:
+        """Return small images, decoded once for all epochs; None for others, and for more than fit into memory."""
+        return keep(images, self.image_size) if is_small(self.images.name, self.image_size) else None
 
     def _loader(
-        self, samples: TrainSamples | EvaluationSamples, order: TrainOrder | EvaluationOrder
+        self, samples: TrainSamples | EvaluationSamples | KeptSamples, order: TrainOrder | EvaluationOrder
     ) -> DataLoader[tuple[Tensor, int]]:
         assert self.trainer is not None
         return _Loader(
