@@ -26,6 +26,15 @@ TABLE = Table(
         Row("MobileNetV1 (×0.25)", "mobilenet_v1_x0.25"),
         Row("MobileNetV1-RG (×0.225)", "mobilenet_v1_rg_x0.225"),
         Row("MobileNetV1-DNW (×0.225)", "mobilenet_v1_dnw_x0.225"),
+        *(
+            Row(
+                f"MobileNetV1-{kind.upper()} (×0.225), 1e-3 in the norms of nodes, warm-up of 5 epochs",
+                f"mobilenet_v1_{kind}_x0.225",
+                options={"node_norm_eps": "1e-3", "warmup_epochs": "5"},
+                name=f"mobilenet_v1_{kind}_x0.225_eps_warmup",
+            )
+            for kind in ("rg", "dnw")
+        ),
     ),
     quick=QUICK,
     data=("imagenette80",),
@@ -34,6 +43,7 @@ TABLE = Table(
     margins=(
         ("mobilenet_v1_dnw_x0.225", "mobilenet_v1_rg_x0.225"),
         ("mobilenet_v1_dnw_x0.225", "mobilenet_v1_x0.25"),
+        ("mobilenet_v1_dnw_x0.225_eps_warmup", "mobilenet_v1_rg_x0.225_eps_warmup"),
     ),
 )
 

@@ -130,8 +130,8 @@ def test_the_page_keeps_kinds_of_runs_apart(paper: dict[str, ModuleType]):
     assert "| Static (RG) | 76.1 ± 0.5 | 75.0 | 76.0 | 1 | 160 |" in first
     assert "| Static (RG) | 75.0 | 76.0 | 1 | 30 |" in second
     assert "| Static (DNW) | 75.0 | 76.0 | 1 | 30 |" in second
-    assert "no run of Static (DNW); Discrete Time (RG)" in first
-    assert "of 5 seeds Static (RG) has 1" in first
+    assert "No run of Static (DNW); Discrete Time (RG)" in first
+    assert "Of 5 seeds Static (RG) has 1" in first
     assert "- Table 2: ways of finding a wiring" in second.split("## Not run yet")[1]
 
 
