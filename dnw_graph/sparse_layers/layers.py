@@ -54,9 +54,9 @@ def register_layer(kind: type[nn.Module], weights: Sequence[str] = ("weight",), 
         ...         return x @ self.weight
         >>> register_layer(Conv1D, inputs_first=True)
         >>> print(sparsify(nn.Sequential(Conv1D(20, 10)), density=0.1))
-        weight                 shape  weights  kept   share
-        0.weight               10×20      200    20  10.00%
-        in sum, sparse layers             200    20  10.00%
+        weight                shape  weights  kept   share
+        0.weight              10×20      200    20  10.00%
+        total, sparse layers             200    20  10.00%
     """
     LAYERS[kind] = (tuple(weights), inputs_first)
 
