@@ -17,7 +17,7 @@ SANITIZED := XDG_CACHE_HOME=$(CURDIR)/$(ASAN) ASAN_OPTIONS=detect_leaks=0:alloca
 	DNW_GRAPH_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g" \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" PYTHONPATH=$(CURDIR)
 
-.PHONY: help demo test test-slow test-asan test-ext test-matrix lint types docs bench
+.PHONY: help demo test test-slow test-asan test-ext test-matrix lint types docs gallery bench
 
 help:
 	@echo "make demo      train MobileNetV1-DNW on scikit-learn's digits"
@@ -29,6 +29,7 @@ help:
 	@echo "make lint      check style and format"
 	@echo "make types     check types"
 	@echo "make docs      build the documentation into site/"
+	@echo "make gallery   train small models and draw docs/gallery.md from them (3 minutes)"
 	@echo "make bench     time training steps, selection and inference, and measure memory (10 minutes)"
 	@echo "Each sets up what it needs in $(VENV). For another interpreter: make PYTHON=/path/to/python3.11 ..."
 
@@ -55,6 +56,9 @@ types: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python tools/build_docs.py
+
+gallery: $(INSTALLED)
+	$(BIN)/python tools/gallery.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py --rounds 3

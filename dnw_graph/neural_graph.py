@@ -269,8 +269,8 @@ class NeuralGraph(Ranking):
         The :class:`~torch_geometric.data.Data` holds ``edge_index [2, k]``, ``edge_weight [k]``, and for every node its
         ``block``, its position ``pos [nodes, 2]`` (x the block, y the index within it, both in 0 … 1), and whether it
         is an input (``input_mask``), an output (``output_mask``) and live (``live_mask``: a path of real edges leads to
-        an output of this graph). For pictures it says besides which pairs are candidates (``candidate_blocks
-        [blocks, 4]``: first source, end of the sources, first target, end of the targets), and has the ``name`` of the
+        an output of this graph). For pictures it says besides which pairs are candidates (``candidate_blocks [1,
+        blocks, 4]``: first source, end of the sources, first target, end of the targets), and has the ``name`` of the
         graph, its ``rule`` and its ``dynamics``. All on the CPU.
         """
         blocks = self.candidates.blocks
@@ -281,7 +281,7 @@ class NeuralGraph(Ranking):
             **self.nodes.attributes(),
             live_mask=self.live_nodes().cpu(),
             candidate_blocks=torch.tensor(
-                [(b.sources.start, b.sources.stop, b.targets.start, b.targets.stop) for b in blocks]
+                [[(b.sources.start, b.sources.stop, b.targets.start, b.targets.stop) for b in blocks]]
             ),
             name=self.name,
             rule=wiring_name(type(self.wiring)),

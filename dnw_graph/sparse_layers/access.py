@@ -113,7 +113,7 @@ def to_data(module: nn.Module, name: str) -> torch_geometric.data.Data:
         **nodes,
         live_mask=live,
         candidate_blocks=torch.tensor(
-            [(a, a + per_input, inputs + b, inputs + b + per_output) for a, b in zip(*starts, strict=True)]
+            [[(a, a + per_input, inputs + b, inputs + b + per_output) for a, b in zip(*starts, strict=True)]]
         ),
         name=name,
         rule=wiring_name(type(graph.wiring)),

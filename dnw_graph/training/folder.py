@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -75,3 +76,14 @@ def _take(lock: TextIO, folder: Path) -> None:
     lock.truncate(0)
     lock.write(f"process {os.getpid()}")
     lock.flush()
+
+
+def file_names(names: Iterable[str]) -> list[str]:
+    """Return names for files, all different, also where letters of either case are one."""
+    found: list[str] = []
+    for name in names:
+        stem = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)[:200]
+        numbered = (stem, *(f"{stem}-{number}" for number in range(2, len(found) + 2)))
+        taken = {each.lower() for each in found}
+        found.append(next(each for each in numbered if each.lower() not in taken))
+    return found

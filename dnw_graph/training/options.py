@@ -135,6 +135,9 @@ class RunOptions:
     record_every: int = option(
         0, "record the wiring every so many steps too; 0: after every epoch only. See wiring.recording"
     )
+    pictures: bool = option(
+        False, "at the end, write curves, an animation of each graph and a page into pictures/, and into the logs"
+    )
     resume: str | None = option(
         None,
         "checkpoint to continue from, with the options that it holds. On the same devices the numbers are those of an "

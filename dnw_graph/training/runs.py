@@ -150,7 +150,9 @@ def _train(
     num_steps = options.epochs * data.steps_per_epoch
     updates = WiringUpdates(num_steps, data.steps_per_epoch)
     log = StepLog(min(STEPS_PER_ROW, data.steps_per_epoch))
-    recorder = WiringRecorder(folder / RECORDING, options.record_every, module.model)
+    recorder = WiringRecorder(
+        folder / RECORDING, options.record_every, module.model, folder / "pictures" if options.pictures else None
+    )
     callbacks = [updates, monitor, recorder, training_cost, log, checkpoints]
     trainer = _trainer(options, callbacks, [table, events])
     if options.resume and checkpoint:
@@ -174,7 +176,9 @@ def _train(
         print("\n".join(["", *summary.lines()]))
         written = [CONFIG, *write_files(summary, module.model, folder)]
         written += [path.name for path in (checkpoints.first, checkpoints.last, checkpoints.best)]
-        written += ["metrics.csv", "tensorboard/", *([RECORDING] if recorder.recording is not None else [])]
+        written += ["metrics.csv", "tensorboard/"]
+        if recorder.recording is not None:
+            written += [RECORDING, *(["pictures/"] if options.pictures else [])]
         print(f"written to {folder}: {', '.join(written)}")
     return summary
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.sparse_layers import to_data, weight_graphs
 from dnw_graph.sparse_layers.access import sparse_weights
 from dnw_graph.sparse_layers.layers import LayerWeight
+from dnw_graph.training.folder import file_names
 from dnw_graph.training.wiring_monitor import edges_swapped, real_edges
 from dnw_graph.whole_file import make_writable, write_whole
 
@@ -186,7 +185,7 @@ def write_files(summary: Summary, model: nn.Module, folder: Path) -> list[str]:
     """
     write_whole(folder / "summary.json", (json.dumps(asdict(summary), indent=2) + "\n").encode(), "--output")
     graphs, weights = neural_graphs(model), sparse_weights(model)
-    files = [folder / "wiring" / name for name in _file_names([*graphs, *weights])]
+    files = [folder / "wiring" / name for name in file_names([*graphs, *weights])]
     if not files:
         return ["summary.json"]
     make_writable(files[0].parent, "--output")
@@ -198,23 +197,10 @@ def write_files(summary: Summary, model: nn.Module, folder: Path) -> list[str]:
     return ["summary.json", *(["wiring/*.png"] if graphs else []), "wiring/*.pt"]
 
 
-def _file_names(names: Iterable[str]) -> list[str]:
-    """Return names for files, all different, also where letters of either case are one."""
-    found: list[str] = []
-    for name in names:
-        stem = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)[:200]
-        numbered = (stem, *(f"{stem}-{number}" for number in range(2, len(found) + 2)))
-        taken = {each.lower() for each in found}
-        found.append(next(each for each in numbered if each.lower() not in taken))
-    return found
-
-
 def _save_picture(graph: NeuralGraph, path: Path) -> None:
-    from matplotlib.figure import Figure
+    from dnw_graph.visualize import plot_adjacency, style
 
-    from dnw_graph.visualize import plot_adjacency
-
-    figure = Figure(figsize=(7.5, 6.5), layout="constrained")
+    figure = style.figure(8.0, 7.0)
     plot_adjacency(graph, ax=figure.subplots())
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)

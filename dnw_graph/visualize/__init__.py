@@ -3,16 +3,25 @@
 matplotlib and networkx come with the extra ``dnw-graph[train]`` and are imported only where they are needed.
 """
 
-from dnw_graph.visualize.pictures import plot, plot_adjacency, plot_change, to_networkx
+from dnw_graph.visualize.evolution import animate, plot_evolution
+from dnw_graph.visualize.graphs import plot, plot_change, to_networkx
+from dnw_graph.visualize.matrices import plot_adjacency, plot_layers
+from dnw_graph.visualize.page import save_page
 from dnw_graph.visualize.recording import QUANTILES, Moment, RecordedGraph, Recording
+from dnw_graph.visualize.training_curves import plot_training
 
 __all__ = [
     "QUANTILES",
     "Moment",
     "RecordedGraph",
     "Recording",
+    "animate",
     "plot",
     "plot_adjacency",
     "plot_change",
+    "plot_evolution",
+    "plot_layers",
+    "plot_training",
+    "save_page",
     "to_networkx",
 ]

@@ -154,17 +154,25 @@ class RecordedGraph:
 
     def life_spans(self) -> tuple[Int[np.ndarray, " edges"], Bool[np.ndarray, " edges"]]:
         """Return for how many steps every edge was real, once per life, and whether it ended before the recording."""
-        steps = [moment.step for moment in self.moments]
-        begun: dict[int, int] = {}
-        spans, ended = [], []
-        for number, step in enumerate(steps):
-            for edge in self.gone(number).tolist():
-                spans.append(step - begun.pop(edge))
-                ended.append(True)
-            begun.update(dict.fromkeys(self.born(number).tolist(), step))
-        spans += [steps[-1] - step for step in begun.values()]
-        ended += [False] * len(begun)
-        return np.array(spans), np.array(ended)
+        steps = np.array([moment.step for moment in self.moments])
+        _, birth, death = self.lives()
+        ended = death < len(self)
+        return steps[np.minimum(death, len(self) - 1)] - steps[birth], ended
+
+    def lives(self) -> tuple[Int[np.ndarray, " lives"], Int[np.ndarray, " lives"], Int[np.ndarray, " lives"]]:
+        """Return every life of an edge: its flat index, the moment of its birth, and the moment at which it was gone.
+
+        They are in the order of the flat indices, so that those that are real at a moment are in the order of
+        :meth:`edges`. The last moment of an edge that is real at the end is ``len(graph)``.
+        """
+        (edge, birth), (gone, death) = (
+            _in_order([part(moment) for moment in range(len(self))]) for part in (self.born, self.gone)
+        )
+        first, rank = np.searchsorted(gone, edge), np.arange(len(edge)) - np.searchsorted(edge, edge)
+        ended = rank < np.searchsorted(gone, edge, side="right") - first
+        found = np.full(len(edge), len(self))
+        found[ended] = death[(first + rank)[ended]]
+        return edge, birth, found
 
     def to_data(self, moment: int = -1) -> torch_geometric.data.Data:
         """Return the wiring at a moment as a PyG graph, as :meth:`~dnw_graph.NeuralGraph.to_data` does for now.
@@ -179,7 +187,7 @@ class RecordedGraph:
             num_nodes=self.nodes.num_nodes,
             **self.nodes.attributes(),
             live_mask=torch.from_numpy(self.live(moment)),
-            candidate_blocks=torch.tensor(self.candidate_blocks),
+            candidate_blocks=torch.tensor([self.candidate_blocks]),
             name=self.name,
             rule=self.rule,
             dynamics=self.dynamics,
@@ -424,6 +432,14 @@ def _check_same(recording: Recording, model: nn.Module, name: str) -> None:
                 raise InputError(f"{name} is of another model: {attribute} is {other!r} there, {own!r} in the model")
     if len(given) != len(recording.graphs):
         raise InputError(f"{name} has {len(recording.graphs)} graphs, the model {len(given)}")
+
+
+def _in_order(lists: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return edges of several moments in their order, each with its moment."""
+    edge = np.concatenate(lists)
+    moment = np.repeat(np.arange(len(lists)), [len(each) for each in lists])
+    order = np.argsort(edge, kind="stable")
+    return edge[order], moment[order]
 
 
 def _digest(content: bytes) -> bytes:

@@ -560,7 +560,7 @@ def doors() -> list[tuple[int, str, Door]]:
         (1, equivalence.lstm_to_discrete, {"lstm": (lambda: nn.LSTM(3, 4), module)}),
         (1, in_figure(plot), {"graph": wiring_data, "top": top, "ax": axes}),
         (1, in_figure(plot_change), {"before": data, "after": data, "top": top, "ax": axes}),
-        (1, in_figure(plot_adjacency), {"graph": (graph, a(NeuralGraph)), "ax": axes}),
+        (1, in_figure(plot_adjacency), {"graph": wiring_data, "ax": axes}),
         (1, to_networkx, {"graph": wiring_data}),
         (2, sparse_product, csr),
         (2, static_graph, static),

@@ -98,7 +98,7 @@ def test_a_layer_can_be_drawn_and_converted():
     layer = nn.Conv2d(3, 4, 3)
     sparsify(layer, 0.5)
     data = to_data(layer, "weight")
-    assert plot(data).get_title() == "7 nodes, 54 real edges"
+    assert plot(data).get_title() == "weight: dnw, k = 54 of 108 candidates (50%)"
     network = to_networkx(data, to_multi=True, edge_attrs=["edge_weight", "kernel_position"])
     found = torch.zeros(4, 3, 3, 3)
     for source, target, edge in network.edges(data=True):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dnw_graph import InputError, sparsify
+from dnw_graph import InputError, NeuralGraph, sparsify
 from dnw_graph.training import ImageData, RunOptions, WiringRecorder, run
+from dnw_graph.training.pictures import draw_pictures, log_pictures, write_pictures
 from dnw_graph.visualize import Recording
 
 
@@ -109,3 +114,60 @@ def test_a_run_that_is_stopped_within_an_epoch_records_the_same(
     assert [moment.step for moment in recording.moments] == [0, 2, 4, 6, 8]
     with pytest.raises(InputError, match="another model"):
         Recording.load(paths[0], Module())
+
+
+class Board(WandbLogger):
+    """Takes what W&B would get, without the package."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, object] = {}
+
+    @property
+    def experiment(self) -> object:
+        return self
+
+    def log_image(self, key: str, images: list[object], step: int | None = None, **_: object) -> None:
+        self.taken[key] = images[0]
+
+    def log_metrics(self, metrics: Mapping[str, object], step: int | None = None) -> None:
+        self.taken |= metrics
+
+    def save(self) -> None:
+        pass
+
+
+def test_pictures_go_into_tensorboard_and_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stand_in = SimpleNamespace(Html=str, Video=lambda content, **options: (content.read(), options))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    model = NeuralGraph((3, 4, 2), 9, name="a/b")
+    recording = Recording(model)
+    model.reset_parameters()
+    recording.add(5, 1.0)
+    (tmp_path / "metrics.csv").write_text("step,val/top1\n5,0.5\n")
+    pictures = draw_pictures(recording, tmp_path / "metrics.csv")
+    names = ["page.html", "training.png", "a_b-wiring.png", "a_b-evolution.png", "a_b.gif"]
+    assert list(pictures) == names
+    write_pictures(pictures, tmp_path / "pictures")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()} == pictures
+    board, tensorboard = Board(), TensorBoardLogger(tmp_path, name="", version="")
+    log_pictures(pictures, [board, tensorboard], 5)
+    assert set(board.taken) == {f"wiring/{name.rpartition('.')[0]}" for name in names}
+    assert board.taken["wiring/a_b"] == (pictures["a_b.gif"], {"format": "gif"})
+    assert board.taken["wiring/page"] == pictures["page.html"].decode()
+    events = EventAccumulator(tensorboard.log_dir).Reload()
+    shown = {tag: events.Images(tag)[0] for tag in events.Tags()["images"]}
+    assert set(shown) == {f"wiring/{name.rpartition('.')[0]}" for name in names[1:]}
+    assert shown["wiring/a_b"].encoded_image_string == pictures["a_b.gif"]
+    assert {event.step for event in shown.values()} == {5}
+
+
+def test_a_run_writes_pictures_when_asked(
+    create: Callable[[int, int], nn.Module], small_digits: ImageData, options: Callable[..., RunOptions]
+):
+    chosen = options(epochs=1, pictures=True)
+    run(create, {}, chosen, small_digits)
+    folder = Path(chosen.output or "")
+    expected = {"page.html", "training.png", "tiny-wiring.png", "tiny-evolution.png", "tiny.gif"}
+    assert {path.name for path in (folder / "pictures").iterdir()} == expected
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert "wiring/tiny" in events.Tags()["images"]

@@ -19,9 +19,10 @@ from torch_geometric.data import Data
 from torch_geometric.utils import contains_isolated_nodes, from_networkx, to_dense_adj
 from torch_geometric.visualization import visualize_graph
 
-from dnw_graph import CandidateEdges, InputError, NeuralGraph
-from dnw_graph.visualize import plot, plot_adjacency, plot_change, to_networkx
-from dnw_graph.visualize.pictures import ADDED, KEPT, NEGATIVE, POSITIVE, REMOVED
+from dnw_graph import Discrete, InputError, NeuralGraph, sparsify
+from dnw_graph.sparse_layers import to_data as layer_data
+from dnw_graph.visualize import plot, plot_change, to_networkx
+from dnw_graph.visualize.style import BORN, GONE, KEPT, NEGATIVE, POSITIVE
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,14 @@ def test_the_strongest_edges_are_drawn_with_the_strongest_on_top(graph, top):
     data = graph.to_data()
     edges = edges_of(data)
     drawn = drawn_edges(plot(graph, top=top), data)
-    assert drawn == sorted(edges, key=lambda pair: abs(edges[pair]))[-top:]
+    # The same share between any two blocks, and at least one edge.
+    block, chosen = data.block.tolist(), []
+    for between in {(block[u], block[v]) for u, v in edges}:
+        among = sorted(
+            (pair for pair in edges if (block[pair[0]], block[pair[1]]) == between), key=lambda p: abs(edges[p])
+        )
+        chosen += among[-max(1, len(among) * min(top, 24) // 24) :]
+    assert drawn == sorted(chosen, key=lambda pair: abs(edges[pair]))
 
 
 def test_colour_is_sign_and_opacity_is_magnitude(graph):
@@ -96,7 +104,9 @@ def test_title_and_legend_give_the_counts(graph):
     ax = plot(graph, top=6)
     # Ties go to the lower index: block 0 → 1 in full, then block 2's inputs from the first two blocks.
     live = int(graph.to_data().live_mask.sum())
-    assert ax.get_title() == "13 nodes, 24 real edges, the 6 of largest |w| drawn"
+    assert ax.get_title() == (
+        "graph: dnw, k = 24 of 62 candidates (39%)\ndrawn: the strongest 25% of the edges between any two blocks"
+    )
     assert legend(ax) == [
         "edges with w > 0: 19",
         "edges with w < 0: 5",
@@ -138,12 +148,41 @@ def test_edges_within_a_block_are_drawn_beside_it():
     assert min(pair[:, 0].min(), loop[:, 0].min()) == 0.5
 
 
+def test_cycles_are_drawn_by_distance_and_feedback_is_dashed():
+    """0 → 2 → 3 → 5 (an output), 3 → 2 back, 2 → 2, and 4 (no path leads there) → 3."""
+    graph = NeuralGraph(num_nodes=6, num_inputs=2, num_outputs=1, num_edges=6, dynamics=Discrete(3))
+    pairs = torch.tensor([[0, 2, 3, 3, 2, 4], [2, 3, 5, 2, 2, 3]])
+    with torch.no_grad():
+        graph.candidates.weight.mul_(0.01)[graph.candidates.flat_index(pairs)] = torch.arange(1.0, 7.0)
+    ax = plot(graph)
+    columns = [label.get_text().split("\n")[0] for label in ax.get_xticklabels()]
+    assert columns == ["no path", "inputs", "after 1", "after 2", "outputs"]
+    (drawn,) = lines(ax)
+    found = [
+        (round(4 * curve[0, 0]), round(4 * curve[-1, 0]), dash[1] is not None)
+        for curve, dash in zip(drawn.get_segments(), drawn.get_linestyle(), strict=True)
+    ]
+    assert found == [(1, 2, False), (2, 3, False), (3, 4, False), (2, 3, True), (2, 2, True), (0, 3, False)]
+    assert legend(ax)[2:4] == ["forward: 4", "feedback: 2"]
+
+
+@pytest.mark.parametrize("kind", ["cycles", "layer"])
+def test_many_edges_of_cycles_or_of_a_layer_are_a_matrix(kind):
+    layer = torch.nn.Linear(40, 30)
+    sparsify(layer, 0.5)
+    nodes = {"num_nodes": 40, "num_inputs": 4, "num_outputs": 4, "num_edges": 300}
+    data = NeuralGraph(**nodes, dynamics=Discrete(2)).to_data() if kind == "cycles" else layer_data(layer, "weight")
+    ax = plot(data)
+    assert not lines(ax)[1:]
+    assert ax.get_xlabel().startswith("source")
+
+
 def test_large_graphs_are_drawn_with_ticks_in_the_given_axes():
     _, ax = plt.subplots()
     graph = NeuralGraph((64, 128, 128), 1244)
     assert plot(graph, ax=ax) is ax
-    assert len(lines(ax)[0].get_segments()) == 1000
-    assert dots(ax, "live").get_linewidths().max() < 3
+    assert 390 < len(lines(ax)[0].get_segments()) <= 400
+    assert dots(ax, "live").get_linewidths().max() < 4
 
 
 def test_all_weights_zero_can_be_drawn(graph):
@@ -160,74 +199,26 @@ def test_change_is_the_difference_of_the_edge_sets(graph):
     assert 0 < len(old & new) < len(new)
     ax = plot_change(before, after)
     found = {tuple(c.get_colors()[0][:3]): len(c.get_segments()) for c in lines(ax)}
-    assert found == {to_rgb(KEPT): len(old & new), to_rgb(REMOVED): len(old - new), to_rgb(ADDED): len(new - old)}
+    assert found == {to_rgb(KEPT): len(old & new), to_rgb(GONE): len(old - new), to_rgb(BORN): len(new - old)}
     assert legend(ax)[:3] == [
         f"edges kept: {len(old & new)}",
-        f"edges removed: {len(old - new)}",
-        f"edges added: {len(new - old)}",
+        f"edges gone: {len(old - new)}",
+        f"edges born: {len(new - old)}",
     ]
-    assert [len(c.get_segments()) for c in lines(plot_change(before, after, top=2))] == [2, 2, 2]
+    ax = plot_change(before, after, top=2)
+    pairs = [
+        {(after.block[u].item(), after.block[v].item()) for u, v in which}
+        for which in (old & new, old - new, new - old)
+    ]
+    assert [len(c.get_segments()) for c in lines(ax)] == [len(each) for each in pairs]
 
 
 def test_no_change_is_all_kept(graph):
     assert legend(plot_change(graph.to_data(), graph.to_data()))[:3] == [
         "edges kept: 24",
-        "edges removed: 0",
-        "edges added: 0",
+        "edges gone: 0",
+        "edges born: 0",
     ]
-
-
-@pytest.mark.parametrize("layered", [False, True])
-def test_adjacency_shows_weights_and_impossible_pairs(layered):
-    sizes = (3, 4, 2)
-    graph = NeuralGraph(sizes, 9, candidates=CandidateEdges.adjacent(sizes) if layered else None)
-    ax = plot_adjacency(graph)
-    impossible, cells = (np.ma.filled(image.get_array(), np.nan) for image in ax.images)
-    block = [number for number, size in enumerate(sizes) for _ in range(size)]
-    edges = edges_of(graph.to_data())
-    for v in range(9):
-        for u in range(9):
-            possible = block[v] - block[u] == 1 if layered else block[u] < block[v]
-            assert np.isnan(impossible[v, u]) == possible
-            assert cells[v, u] == pytest.approx(edges.get((u, v), np.nan), nan_ok=True)
-    # Sources of blocks 0 and 1 across, targets of blocks 1 and 2 downwards.
-    assert ax.get_xlim() == (0, 7)
-    assert ax.get_ylim() == (9, 3)
-    assert ax.get_title() == f"9 of {20 if layered else 26} candidate edges are real"
-
-
-def test_the_weakest_real_edge_differs_from_white():
-    graph = NeuralGraph((2, 2), 4, input_function=False)
-    with torch.no_grad():
-        graph.candidates.weight.copy_(torch.tensor([1.0, -1e-6, 1e-6, -1.0]))
-    image = plot_adjacency(graph).images[1]
-    _, negative, positive, _ = image.to_rgba(image.get_array())[2:, :2, :3].reshape(4, 3)
-    assert negative.min() < 0.9
-    assert positive.min() < 0.9
-    assert np.argmax(negative) == np.argmax(to_rgb(NEGATIVE))
-    assert np.argmax(positive) == np.argmax(to_rgb(POSITIVE))
-
-
-def test_adjacency_tells_how_many_edges_are_real():
-    graph = NeuralGraph((3, 4, 2), 9, wiring="complete")
-    assert plot_adjacency(graph).get_title() == "26 of 26 candidate edges are real"
-
-
-def test_adjacency_of_a_large_graph_shows_the_real_share_of_candidates():
-    sizes = (60, 170, 200)
-    graph = NeuralGraph(sizes, 3000)
-    ax = plot_adjacency(graph)
-    impossible, cells = (np.ma.filled(image.get_array(), np.nan) for image in ax.images)
-    side = 4
-    assert cells.shape == (108, 108)
-    real, possible = np.zeros((432, 432)), np.zeros((432, 432))
-    real[tuple(graph.edge_index.flip(0).numpy())] = 1
-    possible[60:230, :60] = possible[230:430, :230] = 1
-    in_cells = [matrix.reshape(108, side, 108, side).sum((1, 3)) for matrix in (real, possible)]
-    with np.errstate(invalid="ignore"):
-        np.testing.assert_allclose(cells, in_cells[0] / in_cells[1], rtol=1e-6)
-    np.testing.assert_array_equal(np.isnan(impossible), in_cells[1] > 0)
-    assert "4 × 4 pairs" in ax.figure.axes[1].get_ylabel()
 
 
 def test_networkx_holds_the_same_wiring(graph):
@@ -303,8 +294,8 @@ def test_importing_the_module_imports_neither_matplotlib_nor_networkx():
 
 
 def test_graphs_and_data_are_told_apart(graph, unchecked):
-    with pytest.raises(InputError, match="graph must be a NeuralGraph; got Data"):
-        plot_adjacency(graph.to_data())
+    with pytest.raises(InputError, match="graph must be a NeuralGraph or a Data; got 'graph'"):
+        plot("graph")
     for before, after in ((graph, graph), (graph.to_data(), graph), (graph, graph.to_data())):
         with pytest.raises(InputError, match=r"(before|after) must be a Data; got a NeuralGraph module"):
             plot_change(before, after)

@@ -1,0 +1,323 @@
+"""Wirings as nodes and edges, and the way to networkx."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dnw_graph._compat import import_pyg
+from dnw_graph.arguments import checked, require
+from dnw_graph.errors import InputError
+from dnw_graph.neural_graph import NeuralGraph
+from dnw_graph.visualize import style
+from dnw_graph.visualize.matrices import arrange, plot_adjacency
+from dnw_graph.visualize.style import Data
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+
+# Nodes are ticks in columns of more nodes than this, where circles would touch.
+_MOST_CIRCLES = 80
+# Up to this many edges are drawn as broad lines. More edges of a layer, or of a graph with cycles, become a matrix.
+_FEW_EDGES = 200
+# Curves pass a column at about so many places or more.
+_GAPS = 9
+# Points of a curve from one column to the next.
+_STEPS = 24
+
+
+@checked
+def plot(graph: NeuralGraph | Data, top: int = 400, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
+    """Draw a wiring: nodes in columns from inputs to outputs, and the real edges between them.
+
+    Blue edges have a positive weight, orange ones a negative one. The opacity of an edge is √(|w| / max |w|). Dead
+    nodes are hollow or, in large graphs, pale. Title and legend give the counts.
+
+    Of a graph with more than ``top`` real edges, the same share is drawn of the edges between any two blocks, those of
+    largest |w|, so that no pair of blocks looks emptier than it is; a line below the title says how large it is.
+
+    A graph with cycles is drawn by the number of edges from the nearest input, one column each, outputs last; edges
+    that lead to a later column are solid, those that lead back or stay (feedback) are dashed, and bulge to the right
+    within a column. Of such a graph, and of a sparse layer, :func:`plot_adjacency` draws the matrix instead where there
+    are more than 200 edges.
+
+    Args:
+        graph: A graph, or what its :meth:`~dnw_graph.NeuralGraph.to_data` returned. For a graph within a model, set
+            ``data.live_mask`` to its entry of :func:`dnw_graph.analysis.cost.live_nodes` to see what is dead there;
+            for a title with the epoch, set ``data.epoch``.
+        top: How many edges to draw at most, but one between any two blocks that have one.
+        ax: Where to draw. Default: a new figure of a size that fits the graph.
+
+    Returns:
+        The axes; ``ax.figure.savefig("wiring.png")`` writes the picture.
+
+    Raises:
+        InputError: If ``top`` is less than 1 or matplotlib is not installed.
+    """
+    style.check_axes(ax)
+    _check_top(top)
+    data = style.to_data(graph)
+    if (style.is_dynamic(data) or data.get("dynamics") == "layers") and data.num_edges > _FEW_EDGES:
+        return plot_adjacency(data, ax)
+    data, names, back = _in_columns(data)
+    edges = _strongest(data, torch.arange(data.num_edges), top)
+    ax = _new_axes(data) if ax is None else ax
+    draw_edges(ax, data, edges, *sign_colours(data, edges), dashed=back)
+    draw_nodes(ax, data, names)
+    positive = int((data.edge_weight > 0).sum()) if data.get("edge_weight") is not None else None
+    lines = [(style.KEPT, f"edges: {data.num_edges:,}", "-")]
+    if positive is not None:
+        lines = [(style.POSITIVE, f"edges with w > 0: {positive:,}", "-")]
+        lines += [(style.NEGATIVE, f"edges with w < 0: {data.num_edges - positive:,}", "-")]
+    if back.any():
+        lines += [
+            (style.LIVE, f"forward: {int((~back).sum()):,}", "-"),
+            (style.LIVE, f"feedback: {int(back.sum()):,}", "--"),
+        ]
+    _draw_legend(ax, lines)
+    shown = f"\ndrawn: the strongest {style.share(top / data.num_edges)} of the edges between any two blocks"
+    ax.set_title(style.title(data) + (shown if top < data.num_edges else ""), fontsize="medium")
+    return ax
+
+
+@checked
+def plot_change(
+    before: Data, after: Data, top: int = 400, ax: matplotlib.axes.Axes | None = None
+) -> matplotlib.axes.Axes:
+    """Draw which real edges of a graph were kept, born and gone between two moments.
+
+    Green edges were born, those of a reddish purple, dashed, are gone; kept ones are grey.
+
+    Args:
+        before: What :meth:`~dnw_graph.NeuralGraph.to_data` returned at an earlier moment, or a moment of a recording.
+        after: The same at a later moment; the dead nodes shown are those of this moment.
+        top: How many edges of each kind to draw at most; the same share between any two blocks, as in :func:`plot`.
+        ax: Where to draw. Default: a new figure of a size that fits the graph.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: If they are graphs, which know their edges of now alone; if the blocks of the two differ, ``top`` is
+            less than 1 or matplotlib is not installed.
+    """
+    style.check_axes(ax)
+    _check_top(top)
+    if not torch.equal(before.block, after.block):
+        sizes = [data.block.bincount().tolist() for data in (before, after)]
+        raise InputError(
+            f"before and after must be one graph at two moments; their blocks have {sizes[0]} and {sizes[1]} nodes"
+        )
+    old, new = (data.edge_index[0] * data.num_nodes + data.edge_index[1] for data in (before, after))
+    kinds = (
+        ("kept", style.KEPT, after, torch.isin(new, old)),
+        ("gone", style.GONE, before, ~torch.isin(old, new)),
+        ("born", style.BORN, after, ~torch.isin(new, old)),
+    )
+    chosen = [_strongest(data, mask.nonzero().flatten(), top) for _, _, data, mask in kinds]
+    ax = _new_axes(after) if ax is None else ax
+    for (name, colour, data, _), edges in zip(kinds, chosen, strict=True):
+        opacity = torch.full((len(edges),), 0.8 if len(edges) <= 2 * _FEW_EDGES else 0.5)
+        dashed = torch.full((data.num_edges,), name == "gone")
+        draw_edges(ax, data, edges, [colour] * len(edges), opacity, dashed)
+    draw_nodes(ax, after, style.block_names(after))
+    counts = [int(mask.sum()) for *_, mask in kinds]
+    _draw_legend(
+        ax,
+        [
+            (colour, f"edges {name}: {count:,}", "--" if name == "gone" else "-")
+            for (name, colour, *_), count in zip(kinds, counts, strict=True)
+        ],
+    )
+    ends = [style.moment(data) for data in (before, after)]
+    when = " to ".join(filter(None, ends)) if all(ends) else None
+    drawn = [style.share(min(1.0, top / count)) for count in counts if count]
+    shown = f"\ndrawn: the strongest {', '.join(drawn)} of them between any two blocks" if max(counts) > top else ""
+    ax.set_title(style.title(after, when) + shown, fontsize="medium")
+    return ax
+
+
+@checked
+def to_networkx(graph: NeuralGraph | Data) -> Any:
+    """Return a wiring as a ``networkx.DiGraph``, by way of PyG's ``to_networkx``.
+
+    Every edge carries its ``edge_weight``; every node its ``block``, ``pos``, ``input_mask``, ``output_mask`` and
+    ``live_mask``, as in :meth:`~dnw_graph.NeuralGraph.to_data`. Nodes without an edge are included.
+
+    Args:
+        graph: A graph, or what its ``to_data`` returned.
+
+    Raises:
+        InputError: If networkx is not installed.
+    """
+    node_attrs = ["block", "pos", "input_mask", "output_mask", "live_mask"]
+    try:
+        return import_pyg().utils.to_networkx(style.to_data(graph), node_attrs=node_attrs, edge_attrs=["edge_weight"])
+    except ModuleNotFoundError as error:
+        raise InputError("networkx is not installed: pip install 'dnw-graph[train]'") from error
+
+
+def _check_top(top: int) -> None:
+    require(top >= 1, "top", "the largest number of edges to draw, an integer from 1 up", top)
+
+
+def _magnitude(data: Data) -> Tensor:
+    weight = data.get("edge_weight")
+    return torch.ones(data.num_edges) if weight is None else weight.abs()
+
+
+def _strongest(data: Data, edges: Int[Tensor, " edges"], top: int) -> Int[Tensor, " chosen"]:
+    """Return the same share of some edges between any two blocks, about ``top`` in all, weak ones first.
+
+    They are those of largest |w|; between two blocks with an edge at least one.
+    """
+    edges = edges[_magnitude(data)[edges].argsort()]
+    if len(edges) <= top:
+        return edges
+    blocks = data.block[data.edge_index[:, edges]]
+    pair = blocks[0] * (int(data.block.max()) + 1) + blocks[1]
+    chosen = []
+    for each in pair.unique():
+        among = (pair == each).nonzero().flatten()
+        chosen.append(among[-max(1, len(among) * top // len(edges)) :])
+    return edges[torch.cat(chosen).sort().values]
+
+
+def _in_columns(data: Data) -> tuple[Data, list[str], Tensor]:
+    """Return a wiring with its nodes in columns, their names, and which edges lead back or stay."""
+    if not style.is_dynamic(data):
+        return data, style.block_names(data), torch.zeros(data.num_edges, dtype=torch.bool)
+    arrangement, data = arrange(data), data.clone()
+    sizes = torch.tensor(arrangement.sizes)
+    column = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    place = torch.cat([(torch.arange(size) + 0.5) / size for size in arrangement.sizes])
+    data.block[arrangement.order] = column
+    data.pos[arrangement.order] = torch.stack([column / max(1, len(sizes) - 1), place], dim=1)
+    source, target = data.block[data.edge_index]
+    return data, list(arrangement.names), target <= source
+
+
+def _new_axes(data: Data) -> matplotlib.axes.Axes:
+    sizes = data.block.bincount()
+    return style.new_axes(min(max(8.0, 2.0 * len(sizes)), 14.0), min(max(3.5, 0.13 * int(sizes.max())), 8.0))
+
+
+def sign_colours(data: Data, edges: Int[Tensor, " edges"]) -> tuple[list[str], Tensor]:
+    """Return colours that say the signs of weights, and opacities that say their magnitudes."""
+    if data.get("edge_weight") is None:
+        return [style.LIVE] * len(edges), torch.full((len(edges),), 0.3)
+    weight = data.edge_weight[edges]
+    opacity = (weight.abs() / data.edge_weight.abs().max().clamp(min=1e-12)).sqrt()
+    return [style.POSITIVE if w > 0 else style.NEGATIVE for w in weight.tolist()], opacity
+
+
+def draw_edges(
+    ax: matplotlib.axes.Axes,
+    data: Data,
+    edges: Int[Tensor, " edges"],
+    colours: Sequence[str],
+    opacity: Tensor,
+    dashed: Tensor,
+) -> Any:
+    """Draw edges as one collection of curves.
+
+    Args:
+        ax: Where to draw.
+        data: The wiring.
+        edges: Which edges.
+        colours: Their colours.
+        opacity: Their opacities.
+        dashed: Which of all edges are dashed.
+    """
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import to_rgba
+
+    lines = LineCollection(
+        curves(data, edges),
+        colors=[to_rgba(colour, alpha) for colour, alpha in zip(colours, opacity.tolist(), strict=True)],
+        linewidths=1.4 if len(edges) <= _FEW_EDGES else 0.7,
+        linestyles=[(0, (3, 2)) if dash else "-" for dash in dashed[edges].tolist()],
+        zorder=1,
+    )
+    ax.add_collection(lines)
+    return lines
+
+
+def curves(data: Data, edges: Int[Tensor, " edges"]) -> list[Any]:
+    """Return the curve of each of some edges, ``[points, 2]``."""
+    within = (data.block[data.edge_index[0, edges]] == data.block[data.edge_index[1, edges]]).tolist()
+    both = zip(_curves_between_blocks(data, edges).numpy(), _curves_within_block(data, edges).numpy(), strict=True)
+    return [bulge if inside else route for (route, bulge), inside in zip(both, within, strict=True)]
+
+
+def _curves_between_blocks(data: Data, edges: Int[Tensor, " edges"]) -> Float[Tensor, "edges points 2"]:
+    """Return curves that are level at every column and pass between the nodes of the blocks that they skip.
+
+    At a skipped block a curve goes through the place between two nodes that is nearest to the straight line.
+    """
+    sizes = data.block.bincount()
+    source, target = data.edge_index[:, edges]
+    first, last = data.block[source, None], data.block[target, None]
+    y_first, y_last = data.pos[source, 1:], data.pos[target, 1:]
+    column = torch.arange(len(sizes)).clamp(torch.minimum(first, last), torch.maximum(first, last))
+    straight = y_first + (y_last - y_first) * (column - first) / (last - first)
+    # Where nodes are few, there are further places between them: an odd number of times as many never meets a node.
+    places = sizes * ((_GAPS // sizes).clamp(min=1) - 1).div(2, rounding_mode="floor").mul(2).add(1)
+    gap = (straight * places[column]).round() / places[column]
+    y = torch.where(column == first, y_first, torch.where(column == last, y_last, gap))
+    x = column / max(1, len(sizes) - 1)
+    t = torch.arange(_STEPS) / _STEPS
+    return torch.stack([_between_columns(x, t), _between_columns(y, t * t * (3 - 2 * t))], dim=-1)
+
+
+def _between_columns(
+    values: Float[Tensor, "edges columns"], share: Float[Tensor, " steps"]
+) -> Float[Tensor, "edges points"]:
+    """Return values on the way from each column to the next: given shares of the way, then the last column."""
+    ways = values[:, :-1, None] + values.diff(dim=1).unsqueeze(2) * share
+    return torch.cat([ways.flatten(1), values[:, -1:]], dim=1)
+
+
+def _curves_within_block(data: Data, edges: Int[Tensor, " edges"]) -> Float[Tensor, "edges points 2"]:
+    """Return curves that bulge to the right of their block: the farther, the more; a self-loop is a short line."""
+    start, stop = data.pos[data.edge_index[:, edges]].unsqueeze(2)
+    t = torch.linspace(0, 1, 2 * _STEPS)
+    way = stop - start
+    bulge = (0.05 + 0.4 * way[..., 1].abs() / max(int(data.block.max()), 1)) * 4 * t * (1 - t)
+    line = start + way * t.unsqueeze(1)
+    return torch.stack([line[..., 0] + bulge, line[..., 1]], dim=-1)
+
+
+def draw_nodes(ax: matplotlib.axes.Axes, data: Data, names: Sequence[str]) -> None:
+    """Draw nodes as circles, or as ticks where circles would touch, and label the columns."""
+    sizes = data.block.bincount().tolist()
+    pitch = 72 * ax.bbox.height / ax.figure.dpi / max(sizes)
+    kinds = (("live", data.live_mask, style.LIVE, style.LIVE), ("dead", ~data.live_mask, style.DEAD, "white"))
+    look: dict[str, Any]
+    for name, mask, edge, face in kinds:
+        if max(sizes) <= _MOST_CIRCLES:
+            look = {"s": min(0.7 * pitch, 8.0) ** 2, "facecolors": face, "edgecolors": edge}
+        else:
+            look = {"s": 100, "marker": "_", "color": edge, "linewidths": pitch}
+        x, y = data.pos[mask].T.numpy()
+        ax.scatter(x, y, label=f"{name} nodes: {int(mask.sum()):,}", zorder=2, **look)
+    labels = [f"{name}\n{size:,} nodes" for name, size in zip(names, sizes, strict=True)]
+    ax.set_xticks(data.pos[:, 0].unique().tolist(), labels)
+    ax.set_yticks([])
+    ax.set_ylim(1.01, -0.01)
+    ax.margins(x=0.03)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+
+
+def _draw_legend(ax: matplotlib.axes.Axes, lines: Sequence[tuple[str, str, Any]]) -> None:
+    """Put a legend to the right of the axes: colour, label and dashes of lines, then the nodes."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colour, label=label, linestyle=dashes) for colour, label, dashes in lines]
+    nodes, _ = ax.get_legend_handles_labels()
+    ax.legend(handles=[*handles, *nodes], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

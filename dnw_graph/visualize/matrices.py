@@ -1,0 +1,328 @@
+"""Wirings as matrices of targets × sources: which pairs are edges, and how densely blocks are connected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dnw_graph.arguments import checked
+from dnw_graph.errors import InputError
+from dnw_graph.neural_graph import NeuralGraph
+from dnw_graph.sparse_layers import to_data as layer_data
+from dnw_graph.sparse_layers.access import sparse_weights
+from dnw_graph.visualize import style
+from dnw_graph.visualize.style import Data
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.figure
+
+# In graphs of up to so many nodes a cell is one pair.
+_MOST_NODES = 400
+# At most about so many cells, either way, in larger ones, and about so many real edges in a cell on average: with fewer
+# the picture shows chance alone.
+_CELLS, _EDGES = 128, 16
+# Groups of less than this share of the nodes have no room for numbers, nor for a name that lies across.
+_NARROW = 0.06
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Nodes in the order of a picture, in groups.
+
+    Attributes:
+        order: The nodes in their order.
+        sizes: Number of nodes of each group.
+        names: What the groups are called.
+    """
+
+    order: Int[Tensor, " nodes"]
+    sizes: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+def arrange(data: Data) -> Arrangement:
+    """Return the nodes block by block; those of a graph with cycles by their distance from the inputs.
+
+    Within a distance, nodes lie by the mean place of their sources, so that edges lie near the diagonal.
+    """
+    if not style.is_dynamic(data):
+        sizes = data.block.bincount().tolist()
+        return Arrangement(torch.arange(data.num_nodes), tuple(sizes), tuple(style.block_names(data)))
+    depth = style.depths(data)
+    last = int(depth.max()) + 2
+    rank = torch.where(data.output_mask & ~data.input_mask, last, depth + 1)
+    place = torch.arange(data.num_nodes).double()
+    source, target = data.edge_index
+    for _ in range(4):
+        into = target.bincount(minlength=data.num_nodes)
+        mean = target.bincount(place[source], minlength=data.num_nodes) / into
+        mean = torch.where(into > 0, mean, place)
+        order = torch.from_numpy(np.lexsort((mean.numpy(), rank.numpy())))
+        place[order] = torch.arange(data.num_nodes).double()
+    counts = rank.bincount(minlength=last + 1).tolist()
+    names = ["no path", "inputs", *(f"after {n}" for n in range(1, last - 1)), "outputs"]
+    there = [number for number, count in enumerate(counts) if count]
+    return Arrangement(order, tuple(counts[n] for n in there), tuple(names[n] for n in there))
+
+
+@checked
+def plot_adjacency(graph: NeuralGraph | Data, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
+    """Draw the adjacency matrix: targets downwards, sources across, lines between the blocks.
+
+    In a graph of at most 400 nodes a cell is a pair of nodes: white if no edge is real, blue for a positive and orange
+    for a negative weight, the darker the larger √|w|. In a larger graph, and where the weights are unknown, a cell is a
+    rectangle of pairs within one block, the darker the larger the share of its candidates that is real. The number in a
+    block is that share for the whole block. Pairs that are no candidates are hatched.
+
+    The nodes of a graph with cycles are ordered by the number of edges from the nearest input (``after 1``, ``after 2``
+    …), outputs last; ``no path`` leads to the first ones. Edges below the diagonal blocks lead forward; those on and
+    above them, on yellow where a cell is a pair, lead back or stay: feedback.
+
+    Args:
+        graph: A graph, or what its :meth:`~dnw_graph.NeuralGraph.to_data` returned, that of a layer or of a moment of a
+            recording.
+        ax: Where to draw. Default: a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: If it is no graph, or matplotlib is not installed.
+    """
+    style.check_axes(ax)
+    data = style.to_data(graph)
+    if style.candidate_blocks(data) is None:
+        raise InputError("the data does not say which pairs are candidates: give the graph, or what to_data() returned")
+    ax = style.new_axes(8.0, 7.0) if ax is None else ax
+    arrangement = arrange(data)
+    cells = Cells(data, arrangement)
+    image = cells.draw(ax)
+    cells.draw_bar(image, ax)
+    draw_groups(ax, data, arrangement, cells)
+    ax.set_title(style.title(data), fontsize="medium")
+    return ax
+
+
+class Cells:
+    """The matrix of a wiring, in cells that never reach over the bound of a group.
+
+    Args:
+        data: The wiring.
+        arrangement: The order of its nodes.
+
+    Attributes:
+        bounds: Places of the bounds of the cells, from 0 to the number of nodes.
+        candidates: Number of candidates in each cell, targets × sources.
+        real: Number of real edges in each cell.
+        by_pair: Whether a cell is a pair whose weight is known.
+        label: What the colours say.
+        extend: At which end of the colour bar there is more.
+    """
+
+    def __init__(self, data: Data, arrangement: Arrangement) -> None:
+        self.data = data
+        self.by_pair = data.num_nodes <= _MOST_NODES and data.get("edge_weight") is not None
+        self.by_pair &= int(data.get("places") or 1) == 1
+        sizes, side = arrangement.sizes, 1
+        if data.num_nodes > _MOST_NODES:
+            density = data.num_edges / (style.num_candidates(data) or 1) * int(data.get("places") or 1)
+            wanted = max(data.num_nodes / _CELLS, math.sqrt(_EDGES / max(density, 1e-9)))
+            common = math.gcd(*sizes)
+            divisors = [n for n in range(1, common + 1) if common % n == 0]
+            side = min(divisors, key=lambda n: abs(math.log(n / wanted)))
+            side = side if 0.5 <= side / wanted <= 2 else math.ceil(wanted)
+        self.bounds = [0]
+        for group in style.groups(sizes):
+            count = max(1, round(len(group) / side))
+            self.bounds += [group.start + len(group) * n // count for n in range(1, count + 1)]
+        even = len({*np.diff(self.bounds).tolist()}) == 1
+        self.cell = torch.empty(data.num_nodes, dtype=torch.long)
+        widths = torch.tensor(np.diff(self.bounds))
+        self.cell[arrangement.order] = torch.repeat_interleave(torch.arange(len(widths)), widths)
+        self.candidates = self._count_candidates()
+        self.real = self.count(data.edge_index)
+        self.label, self.extend = "weight of a real edge", "neither"
+        if not self.by_pair:
+            pairs = f"{side} × {side} pairs" if even else f"about {side} × {side} pairs"
+            self.label = f"real share of the candidates in a cell of {pairs}"
+            self.extend = "max"
+
+    def _count_candidates(self) -> Float[Tensor, "cells cells"]:
+        count, total = len(self.bounds) - 1, torch.zeros(len(self.bounds) - 1, len(self.bounds) - 1)
+        for a, b, c, d in style.candidate_blocks(self.data) or []:
+            sources, targets = (self.cell[start:end].bincount(minlength=count) for start, end in ((a, b), (c, d)))
+            total += torch.outer(targets, sources)
+        return total * int(self.data.get("places") or 1)
+
+    def count(self, edge_index: Int[Tensor, "2 edges"]) -> Float[Tensor, "cells cells"]:
+        """Return how many of some edges lie in each cell."""
+        count = len(self.bounds) - 1
+        flat = self.cell[edge_index[1]] * count + self.cell[edge_index[0]]
+        return flat.bincount(minlength=count * count).view(count, count).float()
+
+    def density(self, real: Tensor) -> np.ndarray:
+        """Return the share of the candidates of each cell that is real; NaN where there are none."""
+        return (real / self.candidates).numpy()
+
+    def draw(self, ax: matplotlib.axes.Axes, vmax: float | None = None) -> Any:
+        """Draw the cells, and return what a colour bar needs.
+
+        Args:
+            ax: Where to draw.
+            vmax: The share that is black. Default: one that few cells are above.
+        """
+        from matplotlib.colors import FuncNorm, LinearSegmentedColormap
+
+        ax.set_facecolor("white")
+        scale: dict[str, Any]
+        if self.by_pair:
+            values = np.full(self.candidates.shape, np.nan)
+            source, target = self.cell[self.data.edge_index]
+            values[target, source] = self.data.edge_weight.float()
+            largest = float(np.nanmax(np.abs(values), initial=1e-12))
+            # A step at zero: the weakest real edge still differs from white.
+            steps = [(0, style.NEGATIVE), (0.5, "#F7CFB2"), (0.5, "#B5D7EC"), (1, style.POSITIVE)]
+            root = (lambda w: np.sign(w) * np.sqrt(np.abs(w)), lambda root: np.sign(root) * root**2)
+            scale = {"norm": FuncNorm(root, vmin=-largest, vmax=largest)}
+            colours = LinearSegmentedColormap.from_list("sign", steps)
+        else:
+            values = self.density(self.real)
+            if vmax is None:
+                vmax = max(float(np.nanquantile(values, 0.99)), 1e-6)
+            scale = {"vmin": 0, "vmax": vmax}
+            colours = LinearSegmentedColormap.from_list("density", style.DENSITY)
+        return ax.pcolormesh(
+            self.bounds, self.bounds, np.ma.masked_invalid(values), cmap=colours, rasterized=True, **scale
+        )
+
+    def draw_bar(self, image: Any, ax: Any) -> None:
+        """Draw the colour bar of what :meth:`draw` returned."""
+        written = None if self.by_pair else lambda value, _: style.share(value)
+        ax.figure.colorbar(image, ax=ax, label=self.label, extend=self.extend, shrink=0.7, format=written)
+
+
+def draw_groups(ax: matplotlib.axes.Axes, data: Data, arrangement: Arrangement, cells: Cells) -> None:
+    """Draw bounds and names of groups, densities, and what is no candidate; show what has candidates alone."""
+    from matplotlib.patches import Rectangle
+
+    groups = style.groups(arrangement.sizes)
+    at = [np.searchsorted(cells.bounds, [group.start, group.stop]) for group in groups]
+    narrow = [len(group) < _NARROW * data.num_nodes for group in groups]
+    dynamic = style.is_dynamic(data)
+    forward = back = 0
+    for row, target in enumerate(groups):
+        for column, source in enumerate(groups):
+            part = (slice(*at[row]), slice(*at[column]))
+            candidates, real = float(cells.candidates[part].sum()), int(cells.real[part].sum())
+            corner = (source.start, target.start)
+            if not candidates:
+                hatch: dict[str, Any] = {
+                    "facecolor": "white",
+                    "edgecolor": style.IMPOSSIBLE,
+                    "hatch": "////",
+                    "linewidth": 0,
+                }
+                ax.add_patch(Rectangle(corner, len(source), len(target), zorder=0, **hatch))
+                continue
+            if dynamic and column >= row:
+                back += real
+                if cells.by_pair:
+                    ax.add_patch(Rectangle(corner, len(source), len(target), color=style.FEEDBACK, zorder=0))
+            else:
+                forward += real
+            if not (narrow[row] or narrow[column]):
+                ax.text(
+                    (source.start + source.stop) / 2,
+                    (target.start + target.stop) / 2,
+                    style.share(real / candidates),
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    fontweight="bold",
+                    color=style.LIVE,
+                    bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5},
+                )
+    for bound in (0, *(group.stop for group in groups)):
+        ax.axhline(bound, color=style.LIVE, linewidth=0.6)
+        ax.axvline(bound, color=style.LIVE, linewidth=0.6)
+    middles = [(group.start + group.stop) / 2 for group in groups]
+    names = [f"{name}\n{size:,}" for name, size in zip(arrangement.names, arrangement.sizes, strict=True)]
+    ax.set_xticks(middles, names)
+    for label, each in zip(ax.get_xticklabels(), narrow, strict=True):
+        label.set_rotation(90 if each else 0)
+    ax.set_yticks(
+        middles, [name.replace("\n", ": ") if each else name for name, each in zip(names, narrow, strict=True)]
+    )
+    ax.tick_params(length=0)
+    shown = cells.candidates > 0
+    for limits, there, flip in ((ax.set_xlim, shown.any(0), False), (ax.set_ylim, shown.any(1), True)):
+        places = there.nonzero().flatten()
+        ends = cells.bounds[int(places[0])], cells.bounds[int(places[-1]) + 1]
+        limits(*(reversed(ends) if flip else ends))
+    note = f"\n{forward:,} edges lead forward, {back:,} lead back or stay (feedback)" if dynamic else ""
+    ax.set_xlabel(f"source{note}")
+    ax.set_ylabel("target")
+
+
+@checked
+def plot_layers(module: nn.Module, names: Sequence[str] | None = None) -> matplotlib.figure.Figure:
+    """Draw the sparse layers of a module, one block each: output channels downwards, input channels across.
+
+    A cell is a rectangle of pairs of channels, the darker the larger the share of its weights that is real. All blocks
+    have the same colours, so that layers can be compared. The title of a block gives name, shape and the share kept.
+
+    Args:
+        module: A module with sparse weights, see :func:`dnw_graph.sparsify`.
+        names: Which weights. Default: all.
+
+    Returns:
+        The figure; ``figure.savefig("layers.png")`` writes it.
+
+    Raises:
+        InputError: If there is no sparse weight, or none of a name, or matplotlib is not installed.
+    """
+    found = sparse_weights(module)
+    if not found:
+        raise InputError(f"{type(module).__name__} has no sparse layer to draw: call sparsify first")
+    datas = [layer_data(module, name) for name in (found if names is None else names)]
+    columns = min(4, len(datas))
+    rows = math.ceil(len(datas) / columns)
+    figure = style.figure(3.2 * columns + 0.8, 3.0 * rows + 0.4)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    cells = [Cells(data, arrange(data)) for data in datas]
+    for each in cells:
+        each.by_pair = False
+    # Black is what few cells of all layers are above.
+    values = np.concatenate([(shares := each.density(each.real))[~np.isnan(shares)] for each in cells])
+    vmax = max(float(np.quantile(values, 0.99)), 1e-6)
+    for ax, data, each in zip(axes, datas, cells, strict=False):
+        image = each.draw(ax, vmax)
+        inputs = int(data.input_mask.sum())
+        ax.set_xlim(0, inputs)
+        ax.set_ylim(data.num_nodes, inputs)
+        weight = found[data.name][0]
+        shape = "×".join(map(str, weight.shape))
+        ax.set_title(f"{data.name}\n{shape}, {style.share(data.num_edges / weight.numel)} kept", fontsize=9)
+        ax.set_xticks([])
+        ax.set_yticks([])
+    for ax in axes[len(datas) :]:
+        ax.set_axis_off()
+    figure.colorbar(
+        image,
+        ax=axes.tolist(),
+        label="real share of the weights in a cell",
+        extend="max",
+        shrink=0.7,
+        format=lambda value, _: style.share(value),
+    )
+    kept = sum(data.num_edges for data in datas)
+    figure.suptitle(f"{datas[0].rule}, k = {kept:,} in {len(datas)} layers", fontsize="medium")
+    return figure

@@ -1,0 +1,159 @@
+"""What all pictures share: one colour per meaning, titles, and axes of matplotlib that is imported when needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dnw_graph._compat import import_pyg
+from dnw_graph.arguments import require
+from dnw_graph.errors import InputError
+from dnw_graph.neural_graph import NeuralGraph
+
+import_pyg()
+
+from torch_geometric.data import Data  # noqa: E402
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+
+# Okabe and Ito's colours, which are told apart with any kind of colour vision. Each has one meaning.
+POSITIVE, NEGATIVE = "#0072B2", "#D55E00"
+BORN, GONE, KEPT = "#009E73", "#CC79A7", "#C4C4C4"
+LIVE, DEAD = "#202020", "#B0B0B0"
+# Of pairs that are no candidates, and of the part of a matrix where edges lead back.
+IMPOSSIBLE, FEEDBACK = "#DDDDDD", "#F6F1D5"
+# From no real edge among the candidates to many.
+DENSITY = ("#FFFFFF", "#D0D0D0", "#7A7A7A", "#303030", "#000000")
+
+
+def to_data(graph: NeuralGraph | Data) -> Data:
+    """Return a wiring as a PyG graph."""
+    return graph.to_data() if isinstance(graph, NeuralGraph) else graph
+
+
+def is_dynamic(data: Data) -> bool:
+    """Whether a graph may have cycles."""
+    return data.get("dynamics") not in (None, "Static", "layers")
+
+
+def num_candidates(data: Data) -> int | None:
+    """Return the number of candidate edges, or None where the data does not say."""
+    blocks = candidate_blocks(data)
+    if blocks is None:
+        return None
+    return sum((b - a) * (d - c) for a, b, c, d in blocks) * int(data.get("places") or 1)
+
+
+def candidate_blocks(data: Data) -> list[list[int]] | None:
+    """Return the candidates as blocks, or None where the data does not say, or has lost nodes since it did."""
+    blocks = data.get("candidate_blocks")
+    if blocks is None or int(blocks[0, :, 1::2].max()) > data.num_nodes:
+        return None
+    found: list[list[int]] = blocks[0].tolist()
+    return found
+
+
+def title(data: Data, when: str | None = None) -> str:
+    """Return the title of a picture: graph, rule, k and epoch, as far as they are known.
+
+    Args:
+        data: The wiring.
+        when: When it is seen, if the data does not say.
+    """
+    edges, candidates = f"k = {data.num_edges:,}", num_candidates(data)
+    if candidates is not None:
+        edges += f" of {candidates:,} candidates ({share(data.num_edges / candidates)})"
+    parts = [data.get("rule"), edges, when or moment(data)]
+    return ": ".join(filter(None, (data.get("name"), ", ".join(filter(None, parts)))))
+
+
+def share(value: float) -> str:
+    """Return a share as a percentage of two significant digits."""
+    return "0" if value == 0 else f"{100 * value:.0f}%" if value >= 0.0995 else f"{100 * value:.2g}%"
+
+
+def moment(data: Data) -> str | None:
+    """Return when a wiring was seen, if the data says so."""
+    if (epoch := data.get("epoch")) is not None:
+        return f"epoch {epoch:.1f}".removesuffix(".0")
+    return None if (step := data.get("step")) is None else f"step {step:,}"
+
+
+def block_names(data: Data) -> list[str]:
+    """Return what the blocks of nodes are called."""
+    count = int(data.block.max()) + 1
+    if count == 1:
+        return ["all"]
+    return ["inputs", *(f"block {number}" for number in range(1, count - 1)), "outputs"]
+
+
+def groups(sizes: Sequence[int]) -> list[range]:
+    """Return the places of groups that follow one another."""
+    return [range(*ends) for ends in pairwise(accumulate(sizes, initial=0))]
+
+
+def pyplot() -> Any:
+    """Return matplotlib's interface for new figures."""
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        raise InputError("pictures need matplotlib, which is not installed: pip install 'dnw-graph[train]'") from error
+    return plt
+
+
+def figure(width: float, height: float) -> Any:
+    """Return a figure that no window of matplotlib knows, so that it goes when nobody holds it."""
+    pyplot()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def check_axes(ax: object) -> None:
+    """Refuse what is given as axes and is none."""
+    if ax is not None:
+        pyplot()
+        from matplotlib.axes import Axes
+
+        require(isinstance(ax, Axes), "ax", "axes of matplotlib", ax)
+
+
+def new_axes(width: float, height: float) -> matplotlib.axes.Axes:
+    """Return the axes of a new figure."""
+    axes: matplotlib.axes.Axes = pyplot().subplots(figsize=(width, height), layout="constrained")[1]
+    return axes
+
+
+def shades(count: int) -> list[str]:
+    """Return greys from dark to light, one per block: an order, not a meaning."""
+    return [
+        f"#{level:02x}{level:02x}{level:02x}" for level in (60 + 150 * n // max(1, count - 1) for n in range(count))
+    ]
+
+
+def legend_above(ax: matplotlib.axes.Axes, lines: Sequence[tuple[str, str, Any]], note: str) -> None:
+    """Put a legend in one row above axes: colour, label and dashes of lines, and a note as its title."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colour, label=label, linestyle=dashes) for colour, label, dashes in lines]
+    place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": len(handles)}
+    ax.legend(handles=handles, title=note, frameon=False, fontsize="small", title_fontsize="small", **place)
+
+
+def depths(data: Data) -> Int[Tensor, " nodes"]:
+    """Return over how many edges at least each node is reached from an input; -1 where no path leads to it."""
+    depth = torch.where(data.input_mask, 0, -1)
+    source, target = data.edge_index
+    for now in range(data.num_nodes):
+        new = target[depth[source] == now]
+        new = new[depth[new] < 0]
+        if not len(new):
+            break
+        depth[new] = now + 1
+    return depth
