@@ -9,6 +9,7 @@ from typing import Any
 from record import PACKAGES, as_configured
 from rows import DATA, Row, Table
 
+NONE = "–"
 LEGEND = (
     "{metrics}: on the test images, mean ± standard deviation over seeds: after the last epoch, and after the epoch "
     "that was best on these very images. Real edges (of a sparse network: weights kept in its sparse layers), dead "
@@ -87,7 +88,7 @@ def _markdown(table: Table, figures: Sequence[dict[str, Any]]) -> list[str]:
     if any(row["paper"] for row in figures):
         header.insert(1, "paper, %")
         for row, cells in zip(figures, rows, strict=True):
-            cells.insert(1, row["paper"])
+            cells.insert(1, row["paper"] or NONE)
     return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
 
 
@@ -100,8 +101,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
         *(accuracy(name) for name in ("top1", "best_top1", "top5") if name in row),
         str(row["runs"]),
         " or ".join(map(str, row["epochs"])),
-        f"{row['real_edges']:,.0f}" if row["has_edges"] else "",
-        f"{row['dead_nodes']:,.0f}" if row["has_nodes"] else "",
+        f"{row['real_edges']:,.0f}" if row["has_edges"] else NONE,
+        f"{row['dead_nodes']:,.0f}" if row["has_nodes"] else NONE,
         f"{row['parameters']:,.0f}",
         f"{row['multiply_adds'] / 1e6:.2f} M",
         f"{row['training_multiply_adds'] / 1e12:.3g} T",

@@ -60,7 +60,8 @@ class KeptSamples(Dataset[tuple[Tensor, int]]):
         flip: bool = True,
         seed: int = 0,
     ) -> None:
-        self.pixels = pixels
+        # Tensors would go to spawned workers through /dev/shm, which containers keep small.
+        self.pixels = pixels.numpy()
         self.labels = images.labels.tolist()
         self.normalise = normalise
         self.augment, self.flip, self.seed = augment, flip, seed
@@ -72,7 +73,7 @@ class KeptSamples(Dataset[tuple[Tensor, int]]):
     def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> list[tuple[Tensor, int]]:
         """Return the tensors and labels of several samples; PyTorch's loader asks for a batch so."""
         index = [key[1] if isinstance(key, tuple) else key for key in keys]
-        batch = self.pixels[index]
+        batch = torch.from_numpy(self.pixels[index])
         if self.augment:
             batch = self._augmented(batch, [key for key in keys if isinstance(key, tuple)])
         return [(image, self.labels[i]) for image, i in zip(self.normalise(batch), index, strict=True)]

@@ -89,6 +89,16 @@ def test_mean_and_standard_deviation(paper: dict[str, ModuleType]):
     )
 
 
+def test_what_a_row_does_not_have_is_a_dash(paper: dict[str, ModuleType]):
+    dense, table = made(), paper["table1"].TABLE
+    dense["summary"]["graphs"] = {}
+    other = paper["rows"].Row("No figure", "tiny_static_rg", name="other")
+    results = [dense, {**made(), "row": "other"}]
+    text, _ = paper["report"].table_lines(table, (*table.rows, other), results)
+    assert any(line.startswith("| Static (RG) | 76.1 ± 0.5 | 75.0 | 76.0 | 1 | 160 | – | – | 43,000") for line in text)
+    assert any(line.startswith("| No figure | – | 75.0 | 76.0 | 1 | 160 | 3 | 1 | 43,000") for line in text)
+
+
 @pytest.mark.parametrize(
     "same", [{}, {"data": "cifar10-jpeg75"}, {"lr": "0.1", "weight_decay": "1e-4", "epochs": "160"}, {"workers": "0"}]
 )
