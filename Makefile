@@ -64,6 +64,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py --rounds 3
 	$(BIN)/python benchmarks/selection.py --rounds 3
 	$(BIN)/python benchmarks/inference.py --rounds 5
+	$(BIN)/python benchmarks/sparse_layers.py --rounds 5
 	$(BIN)/python benchmarks/memory.py
 
 test-ext: $(EXT)/.built

@@ -76,12 +76,10 @@ def export(model: nn.Module, path: str | os.PathLike[str], example: Tensor, with
     """Write the compact form of a model, whole or not at all, and say how large it is and how long it takes.
 
     - ``.safetensors``: wiring and weights, for :func:`dnw_graph.load`;
-    - ``.pt2``: a program of ``torch.export``, with sparse products over the edges of neural graphs; the card of the
-      model is its extra file ``card.json``;
-    - ``.onnx``: with dense products; the input is called ``image``, the output ``logits``, and the card is the entry
-      ``dnw_graph.card`` of the metadata.
-
-    Sparse weights of layers (see :func:`~dnw_graph.sparse_layers.sparsify`) are written as dense ones with zeros.
+    - ``.pt2``: a program of ``torch.export``, with sparse products over the edges of neural graphs and sparse layers;
+      the card of the model is its extra file ``card.json``;
+    - ``.onnx``: with dense products, which hold all zeros; the input is called ``image``, the output ``logits``, and
+      the card is the entry ``dnw_graph.card`` of the metadata.
 
     Args:
         model: The model; what :func:`dnw_graph.load` returned has a card.
@@ -94,8 +92,8 @@ def export(model: nn.Module, path: str | os.PathLike[str], example: Tensor, with
         One line: size of the file, and the median time for one image with the threads of this process.
 
     Raises:
-        InputError: If the file cannot be written, is ``.safetensors`` and the model not made of neural graphs, or the
-            preprocessing is asked for and unknown.
+        InputError: If the file cannot be written, is ``.safetensors`` and ``compact`` makes no ``CompactModel`` of the
+            model, or the preprocessing is asked for and unknown.
     """
     path = Path(path)
     check_export(path)
@@ -109,8 +107,8 @@ def export(model: nn.Module, path: str | os.PathLike[str], example: Tensor, with
     if path.suffix == ".safetensors":
         if not isinstance(small, CompactModel):
             raise InputError(
-                f"--export to .safetensors is for models made of neural graphs, and {type(model).__name__} is "
-                "none: give a file ending in .pt2 or .onnx"
+                "--export to .safetensors is for models made of neural graphs and networks of sparse layers, and "
+                f"{type(model).__name__} is none: give a file ending in .pt2 or .onnx"
             )
         save_compact(small, path)
         return _measured(path, load_compact(path), example)
@@ -148,6 +146,8 @@ def _onnx_session(path: Path) -> Callable[[Tensor], Any] | None:
 
 def _measured(path: Path, function: Callable[[Tensor], Any] | None, example: Tensor) -> str:
     size = f"written to {path}: {os.path.getsize(path) / 1e6:,.2f} MB"
+    if path.suffix == ".onnx":
+        size += " (dense, zeros included: ONNX has no sparse products)"
     if function is None:
         return f"{size}; its time needs onnxruntime"
     seconds = []

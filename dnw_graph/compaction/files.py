@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dnw_graph.arguments import checked, wrong
 from dnw_graph.checksum import checksum
 from dnw_graph.compaction.dynamic_graphs import ContinuousGraph, DiscreteGraph, RungeKuttaGraph, Step
 from dnw_graph.compaction.functions import PerBlock
+from dnw_graph.compaction.gaps import from_gaps, to_gaps
 from dnw_graph.compaction.layers import (
     Activation,
     Affine,
@@ -27,14 +28,17 @@ from dnw_graph.compaction.layers import (
     Select,
 )
 from dnw_graph.compaction.model import CompactModel
+from dnw_graph.compaction.network import Network, Operation
 from dnw_graph.compaction.products import DenseProduct, SparseProduct
+from dnw_graph.compaction.sparse_layers import SparseConv, SparseLinear
 from dnw_graph.compaction.static_graphs import FusedGraph, StaticGraph
 from dnw_graph.errors import InputError
 from dnw_graph.model_card import ModelCard, card_of
+from dnw_graph.ops.checks import FLOATS, INTEGERS
 from dnw_graph.whole_file import write_whole
 
 FORMAT = "dnw_graph.compact"
-VERSION = 2
+VERSION = 3
 
 KINDS: dict[str, type[Layer]] = {
     "activation": Activation,
@@ -49,28 +53,38 @@ KINDS: dict[str, type[Layer]] = {
     "linear": Linear,
     "map_mean": MapMean,
     "model": CompactModel,
+    "network": Network,
+    "operation": Operation,
     "per_block": PerBlock,
     "runge_kutta_graph": RungeKuttaGraph,
     "select": Select,
+    "sparse_conv": SparseConv,
+    "sparse_linear": SparseLinear,
     "sparse_product": SparseProduct,
     "static_graph": StaticGraph,
     "step": Step,
 }
 """The layers that a file can hold. Adding one, or an option that has no default, makes a new version."""
+ROUNDED = ("values", "weight")  # What can be written with fewer digits; biases and what norms have become cannot.
 
 
 @checked
-def save_compact(module: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_compact(module: nn.Module, path: str | os.PathLike[str], weight_dtype: torch.dtype | None = None) -> None:
     """Write a compact model to a file from which :func:`load_compact` makes it again, without the original model.
 
-    The file is written whole or not at all. The card of a model that :func:`dnw_graph.load` returned goes with it.
+    An edge, or a weight of a sparse layer, takes one byte for its place beside its value: the number of zeros before
+    it, with a further byte for every 255 of them. The file is written whole or not at all. The card
+    of a model that :func:`dnw_graph.load` returned goes with it.
 
     Args:
         module: What :func:`~dnw_graph.compaction.compact` returned.
         path: The file, by custom with the ending ``.safetensors``.
+        weight_dtype: ``torch.bfloat16`` or ``torch.float16``: weights are rounded to it in the file, half as large, and
+            have the type of the model again when they are loaded. Default: they are written as they are.
 
     Raises:
-        InputError: If the model holds a module that is not a layer of this package, or the file cannot be written.
+        InputError: If ``weight_dtype`` is another type, the model holds a module that is not a layer of this package,
+            or the file cannot be written.
     """
     from safetensors.torch import save
 
@@ -79,11 +93,13 @@ def save_compact(module: nn.Module, path: str | os.PathLike[str]) -> None:
             f"{type(module).__name__} is not a CompactModel: save what compact(…) returned for a NeuralGraph, a model "
             "of this package or an nn.Sequential; any other module can be written with torch.export"
         )
-    config = json.dumps(_describe(module, ""))
+    if weight_dtype not in (None, torch.bfloat16, torch.float16):
+        raise wrong("weight_dtype", "torch.bfloat16, torch.float16 or None", weight_dtype)
+    tensors: dict[str, Tensor] = {}
+    config = json.dumps(_describe(module, "", weight_dtype, tensors))
     metadata = {"format": FORMAT, "version": str(VERSION), "config": config}
     if card := card_of(module):
         metadata["card"] = card.to_json()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     contents = save(tensors, {**metadata, "checksum": checksum([metadata, tensors])})
     write_whole(Path(path), contents, "path")
 
@@ -149,7 +165,8 @@ def _check_format(path: Path, metadata: dict[str, str]) -> None:
         )
 
 
-def _describe(layer: nn.Module, name: str) -> dict[str, Any]:
+def _describe(layer: nn.Module, name: str, dtype: torch.dtype | None, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return what a file says of a layer, and add its tensors to those that the file holds."""
     kinds = [kind for kind, cls in KINDS.items() if type(layer) is cls]
     if not kinds or not isinstance(layer, Layer):
         raise InputError(
@@ -157,16 +174,37 @@ def _describe(layer: nn.Module, name: str) -> dict[str, Any]:
             "describe without its code; write the model with torch.export"
         )
     parts: dict[str, Any] = {}
+    prefix = f"{name}." if name else ""
     for part, child in layer.named_children():
-        where = f"{name}.{part}".lstrip(".")
         if isinstance(child, nn.ModuleList):
-            parts[part] = [_describe(each, f"{where}.{number}") for number, each in enumerate(child)]
+            parts[part] = [
+                _describe(each, f"{prefix}{part}.{number}", dtype, tensors) for number, each in enumerate(child)
+            ]
         else:
-            parts[part] = _describe(child, where)
+            parts[part] = _describe(child, f"{prefix}{part}", dtype, tensors)
     held = {key: getattr(layer, key) for key in layer.tensor_names}
-    tensors = {key: None if tensor is None else list(tensor.shape) for key, tensor in held.items()}
-    options = {option: getattr(layer, option) for option in layer.options}
-    return {"kind": kinds[0], "options": options, "tensors": tensors, "parts": parts}
+    described: dict[str, Any] = {"kind": kinds[0], "options": {key: getattr(layer, key) for key in layer.options}}
+    if "rowptr" in held:
+        rowptr, columns, sources = held.pop("rowptr"), held.pop("columns"), layer.sources
+        described["csr"] = {"rows": len(rowptr) - 1, "sources": sources, "index": _name(columns.dtype)}
+        tensors[f"{prefix}gaps"] = to_gaps(rowptr, columns, sources)
+    described["types"] = {}
+    for key, tensor in held.items():
+        if dtype is not None and key in ROUNDED and tensor is not None:
+            described["types"][key] = _name(tensor.dtype)
+            held[key] = tensor = tensor.to(dtype)
+        if tensor is not None:
+            tensors[prefix + key] = tensor.detach().cpu().contiguous()
+    described["tensors"] = {key: None if tensor is None else list(tensor.shape) for key, tensor in held.items()}
+    return described | {"parts": parts}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _type(name: object, known: Sequence[torch.dtype]) -> torch.dtype:
+    return {_name(dtype): dtype for dtype in known}[str(name)]
 
 
 def _build(config: dict[str, Any], tensors: dict[str, Tensor], prefix: str) -> Layer:
@@ -178,6 +216,12 @@ def _build(config: dict[str, Any], tensors: dict[str, Tensor], prefix: str) -> L
         given[name] = None if shape is None else tensors.pop(f"{prefix}{name}")
         if shape is not None and list(given[name].shape) != shape:
             raise InputError(f"tensor {prefix}{name} should be {shape}, and is {list(given[name].shape)}")
+    for name, dtype in config["types"].items():
+        given[name] = given[name].to(_type(dtype, FLOATS))
+    if "csr" in config:
+        sizes = int(config["csr"]["rows"]), int(config["csr"]["sources"])
+        index = _type(config["csr"]["index"], INTEGERS)
+        given["rowptr"], given["columns"] = from_gaps(tensors.pop(f"{prefix}gaps"), *sizes, index)
     for name, part in config["parts"].items():
         if isinstance(part, Iterable) and not isinstance(part, dict):
             given[name] = [_build(each, tensors, f"{prefix}{name}.{number}.") for number, each in enumerate(part)]

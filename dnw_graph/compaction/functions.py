@@ -9,7 +9,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dnw_graph.compaction.layers import Activation, Affine, Chain, Conv, InstanceNorm, Layer, require, require_whole
+from dnw_graph.compaction.layers import (
+    Activation,
+    Affine,
+    Chain,
+    Conv,
+    InstanceNorm,
+    Layer,
+    Linear,
+    require,
+    require_whole,
+)
 from dnw_graph.dynamics.recurrent import takes_time
 from dnw_graph.equivalence import Biased
 from dnw_graph.node_functions import Blockwise, NodeConv, NormReluConv, NormReluConvNormRelu, ReluConvSendNorm
@@ -84,6 +94,15 @@ def conv(module: nn.Module) -> Conv | None:
     bias = None if module.bias is None else module.bias.detach().clone()
     padding = module.padding if isinstance(module.padding, str) else list(module.padding)
     return Conv(module.weight.detach().clone(), bias, module.stride, padding, module.dilation, module.groups)
+
+
+def linear_or_conv(module: nn.Module) -> Conv | Linear | None:
+    """Return a linear layer or a convolution as a layer, or None if it is another module, or one that was patched."""
+    if not as_its_class(module):
+        return None
+    if type(module) is nn.Linear:
+        return Linear(module.weight.detach().clone(), None if module.bias is None else module.bias.detach().clone())
+    return conv(module) if type(module) is nn.Conv2d else None
 
 
 def _all(modules: Sequence[nn.Module]) -> list[Layer] | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dnw_graph.compaction.layers import Activation, Affine, Chain, Conv, Layer
 from dnw_graph.compaction.products import SparseProduct
+from dnw_graph.compaction.sparse_layers import SparseLayer
 from dnw_graph.compaction.static_graphs import FusedGraph, StaticGraph
 
 
@@ -24,10 +25,18 @@ def fold(layers: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def fuse(layers: Sequence[nn.Module]) -> list[nn.Module]:
-    """Put runs of static graphs of (norm →) ReLU → 3×3 convolution (→ ReLU) into one operator each."""
+    """Put runs of static graphs of (norm →) ReLU → 3×3 convolution (→ ReLU) into one operator each.
+
+    A ReLU behind a sparse layer becomes part of it.
+    """
     fused: list[nn.Module] = []
     place = 0
     while place < len(layers):
+        last = fused[-1] if fused else None
+        if isinstance(last, SparseLayer) and _is_relu(layers[place]):
+            last.relu = True
+            place += 1
+            continue
         run, after = _run(layers, place)
         fused.append(run or layers[place])
         place = after

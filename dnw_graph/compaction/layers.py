@@ -26,10 +26,14 @@ class Layer(nn.Module):
     Attributes:
         options: Names of the constructor's arguments that are plain values.
         tensor_names: Names of those that are tensors, or None.
+        label: Name of the layer in the original model, where the layer has a row in the report.
+        sources: Number of columns of the sparse matrix ``rowptr``, ``columns``, ``values``, in a layer that has one.
     """
 
     options: ClassVar[tuple[str, ...]] = ()
     tensor_names: tuple[str, ...] = ()
+    label: str = ""
+    sources: int
 
     def register(self, **tensors: Tensor | None) -> None:
         """Make tensors buffers."""
@@ -307,6 +311,12 @@ class Linear(Layer):
         require(weight.dim() == 2, f"a linear layer needs a matrix; got {list(weight.shape)}")
         require(bias is None or bias.shape == weight.shape[:1], "a linear layer's bias must have one value per output")
         self.register(weight=weight, bias=bias)
+
+    def absorb(self, scale: Tensor, shift: Tensor) -> bool:
+        """Scale the rows of the matrix and shift the bias."""
+        self.weight = self.weight * scale.view(-1, 1)
+        self.bias = shift if self.bias is None else self.bias * scale + shift
+        return True
 
     def forward(self, z: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """Multiply and add the bias."""

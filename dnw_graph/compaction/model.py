@@ -21,10 +21,13 @@ from dnw_graph.compaction.convert import (
     whole_functions,
     why_not,
 )
-from dnw_graph.compaction.functions import conv, steps
+from dnw_graph.compaction.functions import NORMS, linear_or_conv, steps
 from dnw_graph.compaction.fusion import fold, fuse
-from dnw_graph.compaction.layers import Chain, Conv, Linear, MapMean, Select
+from dnw_graph.compaction.layers import Affine, Chain, Conv, Layer, Linear, MapMean, Select
+from dnw_graph.compaction.network import Network, norms_behind, traced
 from dnw_graph.compaction.report import Report, Size, relative_difference
+from dnw_graph.compaction.rows import layer_rows
+from dnw_graph.compaction.sparse_layers import make_sparse, pays
 from dnw_graph.dynamics import Continuous
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.model_card import card_of
@@ -62,18 +65,24 @@ def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | Non
     receives nothing is not silent (norm, ReLU and convolution make a constant map of its zero); it stays, but an output
     that receives nothing becomes part of the bias of the linear layer that reads it.
 
-    The result is a :class:`CompactModel` for the models of this package, a :class:`~dnw_graph.NeuralGraph`, and an
-    ``nn.Sequential`` of them and other layers; any other module is copied, with such a model in place of each graph.
+    The result is a :class:`CompactModel` for the models of this package, a :class:`~dnw_graph.NeuralGraph`, an
+    ``nn.Sequential`` of them and other layers, and networks with sparse layers, see below; any other module is copied,
+    with such a model in place of each graph.
 
     A graph with an adaptive solver takes other steps without its dead nodes, so that its outputs move within the
     solver's tolerance; the report says by how much.
 
-    Sparse weights of layers (see :func:`~dnw_graph.sparse_layers.sparsify`) become dense ones with zeros.
+    Linear layers and 2-dimensional convolutions of 4,096 weights or more, of which at most 30% are not zero, run
+    over these alone, whether :func:`~dnw_graph.sparse_layers.sparsify` or another method has made them sparse; other
+    layers are faster as they are. A module whose forward pass is a fixed network of layers, additions and pooling, such
+    as torchvision's ResNets, becomes a :class:`CompactModel` if it has such layers; in any other module they take the
+    place of the layers that they are made from.
 
     Args:
         model: The model; it stays as it is. The real edges are those of evaluation.
-        products: ``"sparse"``: the products over the edges are sparse, and static graphs of norm → ReLU → 3×3
-            convolution run in one operator. ``"dense"``: matrices with zeros, in plain PyTorch operators (for ONNX).
+        products: ``"sparse"``: the products over the edges are sparse, static graphs of norm → ReLU → 3×3 convolution
+            run in one operator, and so do sparse layers. ``"dense"``: matrices with zeros, in plain PyTorch operators
+            (for ONNX).
         example: A batch of inputs, for a model that takes nothing else. With it, the report holds multiply-adds and
             the difference of the outputs.
 
@@ -95,20 +104,26 @@ def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | Non
         raise unknown_name("kind of products", products, PRODUCTS)
     if example is not None:
         _check_example(model, example)
+    original = model
     if weight_graphs(model):
         model = copy.deepcopy(model)
         densify(model)
     report = Report()
-    modes = {module: module.training for module in model.modules()}
+    modes = {module: module.training for each in (original, model) for module in each.modules()}
     try:
         model.eval()
         with torch.no_grad():
             compacted = _Compactor(products == "sparse", report).compact(model)
-            for module in compacted.modules():
+            if products == "sparse":
+                make_sparse(compacted)
+            for module in list(compacted.modules()):
+                if isinstance(module, Network):
+                    module.join()
                 if isinstance(module, CompactModel):
                     module.layers = nn.ModuleList(fuse(list(module.layers)))
             compacted.eval()
-            for size, counted in ((report.before, model), (report.after, compacted)):
+            report.layers = layer_rows(model, compacted, example)
+            for size, counted in ((report.before, original.eval()), (report.after, compacted)):
                 _count(size, counted, example)
             if example is not None:
                 _compare(model, compacted, example, report)
@@ -136,13 +151,33 @@ class _Compactor:
 
     def compact(self, model: nn.Module) -> nn.Module:
         """Return the model as a chain of plain layers, or a copy of it with its graphs as such chains."""
+        self.names = {module: name for name, module in model.named_modules()}
         modules = chain(model)
-        plain = modules != [model] or can_be_compacted(model)
-        compacted = CompactModel(self._layers(modules)) if plain else self._copy(model)
+        compacted: nn.Module
+        if modules != [model] or can_be_compacted(model):
+            compacted = CompactModel(self._layers(modules))
+        elif (network := self._network(model)) is not None:
+            compacted = CompactModel([network])
+        else:
+            compacted = self._copy(model)
         for name, graph in neural_graphs(model).items():
             if graph in self.sizes:
                 self.report.add(name, *self.sizes[graph])
         return compacted
+
+    def _network(self, model: nn.Module) -> Network | None:
+        """Return a module with sparse layers as a network of plain layers, or None where it is not known to be one."""
+        if not self.sparse or not any(_is_sparse(module) for module in model.modules()):
+            return None
+
+        def converted(module: nn.Module) -> list[nn.Module] | None:
+            known = steps(module)
+            if known is not None:
+                return list(known) or [Chain([])]
+            layer = self._plain(module)
+            return [layer] if isinstance(layer, Layer) else None
+
+        return traced(model, converted)
 
     def _layers(self, modules: list[nn.Module]) -> list[nn.Module]:
         layers: list[nn.Module] = []
@@ -166,13 +201,16 @@ class _Compactor:
         if channel_wise(module) and as_its_class(module) and not module.state_dict():  # Pooling, for one.
             return [new], wanted
         if isinstance(new, Conv) and new.groups == 1:
-            return [new if wanted is None else new.cut(wanted)], None
+            cut = new if wanted is None else new.cut(wanted)
+            cut.label = new.label
+            return [cut], None
         layers = [new] if wanted is None else [new, Select(wanted)]
         if isinstance(new, Linear) and (silent := silent_features(modules[:-1])) is not None:
             used = silent.isnan().nonzero().flatten()
             constant = new.weight @ silent.nan_to_num()
-            layers[0] = Linear(new.weight[:, used], constant if new.bias is None else new.bias + constant)
-            return layers, used
+            shorter = Linear(new.weight[:, used], constant if new.bias is None else new.bias + constant)
+            shorter.label = new.label
+            return [shorter, *layers[1:]], used
         return layers, None
 
     def _graph(self, graph: NeuralGraph, wanted: Tensor | None) -> tuple[list[nn.Module], Tensor | None]:
@@ -192,26 +230,38 @@ class _Compactor:
 
     def _plain(self, module: nn.Module) -> nn.Module:
         """Return a module that may mix channels as a layer, or a copy of it with its graphs compacted."""
-        if not as_its_class(module):
+        layer = linear_or_conv(module)
+        if layer is None:
             return self._copy(module)
-        if type(module) is nn.Linear:
-            return Linear(module.weight.detach().clone(), None if module.bias is None else module.bias.detach().clone())
-        layer = conv(module) if type(module) is nn.Conv2d else None
-        return self._copy(module) if layer is None else layer
+        layer.label = self.names.get(module, "")
+        return layer
 
     def _copy(self, module: nn.Module) -> nn.Module:
         """Return a copy with a compact model in place of every model that can be one."""
         memo: dict[int, Any] = {}
         inside: set[nn.Module] = set()
+        norms: dict[nn.Module, nn.Module] | None = None
         for child in module.modules():
             if child in inside:
                 continue
             if can_be_compacted(child) or (type(child) in MODELS and as_its_class(child)):
                 memo[id(child)] = CompactModel(self._layers(chain(child)))
                 inside |= set(child.modules())
+            elif self.sparse and _is_sparse(child) and isinstance(layer := self._plain(child), Conv | Linear):
+                norms = norms_behind(module) if norms is None else norms
+                norm = norms.get(child)
+                affine = steps(norm) if isinstance(norm, NORMS) else None
+                if affine and isinstance(affine[0], Affine) and layer.absorb(affine[0].scale, affine[0].shift):
+                    memo[id(norm)] = nn.Identity()
+                memo[id(child)] = layer
             elif isinstance(child, NeuralGraph):
                 self.report.kept.append(f"{child.name}: {why_not(child)}")
         return copy.deepcopy(module, memo)
+
+
+def _is_sparse(module: nn.Module) -> bool:
+    known = type(module) in (nn.Linear, nn.Conv2d) and as_its_class(module)
+    return known and isinstance(module.weight, Tensor) and pays(module.weight)
 
 
 def _check_example(model: nn.Module, example: Tensor) -> None:

@@ -67,7 +67,10 @@ class SparseProduct(Layer):
 
 
 class DenseProduct(Layer):
-    """The same product with a dense matrix ``weight [targets, sources]``, zero where there is no edge.
+    """The same product with a dense matrix, zero where there is no edge.
+
+    The matrix is held as the weight of a 1×1 convolution, ``[targets, sources, 1, 1]``: other runtimes would take a
+    view of a matrix for a weight that is computed.
 
     Where a source is NaN or infinite, all targets are NaN: 0 · ∞ is NaN.
     """
@@ -77,8 +80,9 @@ class DenseProduct(Layer):
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        require(weight.dim() == 2 and bias.shape == weight.shape[:1], "a product needs a matrix and a bias per row")
-        self.register(weight=weight, bias=bias)
+        is_matrix = weight.dim() == 2 or weight.shape[2:] == (1, 1)
+        require(is_matrix and bias.shape == weight.shape[:1], "a product needs a matrix and a bias per row")
+        self.register(weight=weight.view(*weight.shape[:2], 1, 1), bias=bias)
 
     @property
     def edge_mask(self) -> Tensor:
@@ -101,15 +105,15 @@ class DenseProduct(Layer):
 
     def absorb(self, scale: Tensor, shift: Tensor) -> bool:
         """Scale the rows of the matrix and shift what the targets receive."""
-        self.weight = self.weight * scale.view(-1, 1)
+        self.weight = self.weight * scale.view(-1, 1, 1, 1)
         self.bias = self.bias * scale + shift
         return True
 
     def forward(self, z: Float[Tensor, "batch sources *space"]) -> Float[Tensor, "batch targets *space"]:
         """Return what the targets receive."""
         if z.dim() == 4:
-            return F.conv2d(z, self.weight[:, :, None, None], self.bias)
-        return F.linear(z.movedim(1, -1), self.weight, self.bias).movedim(-1, 1)
+            return F.conv2d(z, self.weight, self.bias)
+        return F.linear(z.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
 Product = SparseProduct | DenseProduct

@@ -26,6 +26,29 @@ class Size:
     multiply_adds: int | None = None
 
 
+@dataclass(frozen=True)
+class LayerRow:
+    """What became of a linear layer or a convolution.
+
+    Attributes:
+        name: Its name in the original model.
+        weights: Number of its weights, without those of dead channels.
+        kept: Number of those that are not zero.
+        form: ``"sparse"``: it runs over these alone; ``"dense"``.
+        why_dense: Why it is dense, or empty.
+        bytes: Size of weights and bias in a file.
+        multiply_adds: Multiply-adds with weights that are not zero, for one image of the example; None without example.
+    """
+
+    name: str
+    weights: int
+    kept: int
+    form: str
+    why_dense: str
+    bytes: int
+    multiply_adds: int | None
+
+
 @dataclass
 class Report:
     """What :func:`~dnw_graph.compaction.compact` did to a model.
@@ -34,6 +57,7 @@ class Report:
         before: Size of the model with all its nodes.
         after: Size of the compact model.
         graphs: Nodes and edges before and after, by graph.
+        layers: A row for every linear layer and convolution; printed where one of them has zeros.
         kept: What could not be cut to single nodes and is kept whole.
         adaptive: Names of the graphs with an adaptive solver, whose steps depend on the nodes.
         difference: ‖compact − original‖ / ‖original‖ of the outputs for the example, None without example.
@@ -44,6 +68,7 @@ class Report:
     before: Size = field(default_factory=Size)
     after: Size = field(default_factory=Size)
     graphs: dict[str, tuple[Size, Size]] = field(default_factory=dict)
+    layers: list[LayerRow] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     adaptive: list[str] = field(default_factory=list)
     difference: float | None = None
@@ -56,6 +81,18 @@ class Report:
             total.nodes += size.nodes
             total.edges += size.edges
 
+    def _layer_lines(self) -> list[str]:
+        cells = [("layer", "weights", "kept", "form", "bytes", "multiply-adds", "")]
+        for row in self.layers:
+            count = "" if row.multiply_adds is None else f"{row.multiply_adds:,}"
+            numbers = (f"{row.weights:,}", f"{row.kept:,}", row.form, f"{row.bytes:,}", count)
+            cells.append((row.name, *numbers, row.why_dense))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return [
+            "  ".join(f"{cell:{'<' if n in (0, 3, 6) else '>'}{widths[n]}}" for n, cell in enumerate(line)).rstrip()
+            for line in cells
+        ]
+
     def __str__(self) -> str:
         lines = [f"{'':14}{'before':>14}{'after':>14}"]
         for name in ("nodes", "edges", "parameters", "multiply_adds"):
@@ -64,6 +101,8 @@ class Report:
                 lines.append(f"{name.replace('_adds', '-adds'):14}{before:14,}{after:14,}")
         for name, (old, new) in self.graphs.items():
             lines.append(f"{name}: {old.nodes:,} → {new.nodes:,} nodes, {old.edges:,} → {new.edges:,} edges")
+        if any(row.kept < row.weights for row in self.layers):
+            lines += self._layer_lines()
         lines += [f"kept whole: {what}" for what in self.kept]
         if self.difference is not None:
             lines.append(f"outputs differ by {self.difference:.1e}")

@@ -122,6 +122,7 @@ class FusedGraph(Blocks):
             first, last = rowptr[[start - sizes[0], start - sizes[0] + size]].tolist()
             require(bool((columns[first:last] < start).all()), f"an edge to the nodes from {start} on starts there")
         self.sizes = list(sizes)
+        self.sources = sum(sizes)
         self.strides = list(strides)
         self.register(
             rowptr=rowptr,

@@ -1,10 +1,11 @@
-"""Sparse products and fused node steps as registered PyTorch operators, with compiled CPU kernels.
+"""Sparse products, sparse layers and fused node steps as registered PyTorch operators, with compiled CPU kernels.
 
 The operators take ordinary tensors, so that ``torch.compile``, ``torch.export`` and safetensors take what is built of
 them. On the CPU they run a small C++ library that is compiled on first use; see :mod:`dnw_graph.ops.build`.
 """
 
+from dnw_graph.ops.layer import sparse_conv2d, sparse_linear
 from dnw_graph.ops.sparse import sparse_product
 from dnw_graph.ops.static import static_graph
 
-__all__ = ["sparse_product", "static_graph"]
+__all__ = ["sparse_conv2d", "sparse_linear", "sparse_product", "static_graph"]

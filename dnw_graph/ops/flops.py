@@ -5,6 +5,7 @@ Apart from the operators, since PyTorch's counter takes long to import.
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -23,6 +24,16 @@ def _product_flops(z: Any, rowptr: Any, columns: Any, values: Any, *args: Any, *
 @register_flop_formula(torch.ops.dnw_graph.sampled_product)
 def _sampled_flops(received: Any, z: Any, rowptr: Any, columns: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * columns[0] * z[1]
+
+
+@register_flop_formula(torch.ops.dnw_graph.sparse_linear)
+def _linear_flops(x: Any, rowptr: Any, columns: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * columns[0] * math.prod(x[:-1])
+
+
+@register_flop_formula(torch.ops.dnw_graph.sparse_convolution)
+def _convolution_flops(x: Any, rowptr: Any, columns: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * columns[0] * out_shape[0] * math.prod(out_shape[2:])
 
 
 @register_flop_formula(torch.ops.dnw_graph.static_graph, get_raw=True)

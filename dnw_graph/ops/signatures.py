@@ -70,6 +70,27 @@ def _static_graph(
     return [x, *_csr(sum(sizes[1:]), edges), _number(edges), vector, vector, kernels, bias, out]
 
 
+def _sparse_linear(batch: int, inputs: int, outputs: int, edges: int, relu: int) -> Arguments:
+    bias, out = _number(outputs, optional=True), _number(batch, outputs)
+    return [_number(batch, inputs), *_csr(outputs, edges), _number(edges), bias, out]
+
+
+def _sparse_convolution(
+    batch: int,
+    inputs: int,
+    outputs: int,
+    edges: int,
+    groups: int,
+    relu: int,
+    maps: Sequence[int],
+    out_maps: Sequence[int],
+    window: Sequence[int],
+) -> Arguments:
+    bias, add = _number(outputs, optional=True), _number(batch, outputs, *out_maps, optional=True)
+    first = [_number(batch, inputs, *maps), *_csr(outputs, edges), _number(edges)]
+    return [*first, bias, add, _number(batch, outputs, *out_maps)]
+
+
 def _largest(count: int, k: int, low: int, high: int) -> Arguments:
     return [_number(count), Expected("place", (k,)), Expected("place", (4,))]
 
@@ -106,6 +127,8 @@ SIGNATURES: dict[str, tuple[Callable[..., Arguments], tuple[str, ...]]] = {
     "sampled_product": (_sampled_product, ("number", "index")),
     "by_source": (_by_source, ("index",)),
     "static_graph": (_static_graph, ("number", "index")),
+    "sparse_linear": (_sparse_linear, ("number", "index")),
+    "sparse_convolution": (_sparse_convolution, ("number", "index")),
     "largest": (_largest, ("number",)),
     "node_function": (_node_function, ("number",)),
     "node_function_grad": (_node_function_grad, ("number",)),

@@ -122,7 +122,7 @@ def sampled(pieces: Sequence[Tensor], rowptr: Tensor, columns: Tensor, received:
             return out
     z = _checked(pieces, rowptr, columns)
     step = max(1, MAX_MESSAGES // max(1, z.size(1)))
-    parts = zip(_targets(rowptr, columns).split(step), columns.split(step), strict=True)
+    parts = zip(targets_of(rowptr, columns).split(step), columns.split(step), strict=True)
     return torch.cat([(received[v] * z[u]).sum(1) for v, u in parts])
 
 
@@ -160,7 +160,7 @@ def _check_sampled(received: Tensor, z: Tensor, rowptr: Tensor, columns: Tensor)
     check_memory(z.shape, received.shape)
 
 
-def _targets(rowptr: Tensor, columns: Tensor) -> Tensor:
+def targets_of(rowptr: Tensor, columns: Tensor) -> Tensor:
     """Return the target of every edge."""
     rows = torch.arange(rowptr.size(0) - 1, device=rowptr.device, dtype=rowptr.dtype)
     return torch.repeat_interleave(rows, rowptr.diff(), output_size=columns.size(0))
@@ -175,7 +175,7 @@ def _by_source(columns: Tensor, sources: int) -> tuple[Tensor, Tensor]:
 def _transposed(rowptr: Tensor, columns: Tensor, values: Tensor, sources: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the CSR tensors of Aᵀ."""
     starts, order = _by_source(columns, sources)
-    return starts, _targets(rowptr, columns)[order], values[order]
+    return starts, targets_of(rowptr, columns)[order], values[order]
 
 
 def _save_product(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -294,7 +294,7 @@ def test_counts_are_those_of_the_live_part(photos, trained):
     dense = compact(model, products="dense", example=photos)
     for small in (compacted, dense):
         stored = sum(
-            int(b.count_nonzero()) if b.dim() == 2 and isinstance(module, DenseProduct) else b.numel()
+            int(b.count_nonzero()) if b.dim() == 4 and isinstance(module, DenseProduct) else b.numel()
             for module in small.modules()
             for b in module.buffers(recurse=False)
             if b.is_floating_point()

@@ -15,6 +15,8 @@ from torch import nn
 from dnw_graph import Continuous, Discrete, InputError, NeuralGraph
 from dnw_graph.checksum import checksum
 from dnw_graph.compaction import CompactModel, compact, load_compact, save_compact
+from dnw_graph.compaction.gaps import from_gaps, to_gaps
+from dnw_graph.compaction.products import SparseProduct
 from dnw_graph.equivalence import mlp_to_discrete, static_to_discrete
 from dnw_graph.models import MobileNetV1, MobileNetV1DNW, TinyClassifier
 from dnw_graph.node_functions import NormReluConv, ReluConvSendNorm
@@ -117,7 +119,7 @@ def test_foreign_files_are_refused(saved, tmp_path):
     with pytest.raises(InputError, match="not of a compact model"):
         load_compact(path)
     rewrite(path, tensors, metadata, version="1")
-    with pytest.raises(InputError, match=r"version '1'.*reads version 2.*update"):
+    with pytest.raises(InputError, match=r"version '1'.*reads version 3.*update"):
         load_compact(path)
     rewrite(path, tensors, metadata)
     assert isinstance(load_compact(path), CompactModel)
@@ -132,29 +134,31 @@ def test_shapes_and_indices_are_checked(saved):
             load_compact(path)
 
     (fused,) = {name.rsplit(".", 1)[0] for name in tensors if name.endswith("kernel")}
-    (sparse,) = {name.rsplit(".", 1)[0] for name in tensors if name.endswith("columns")} - {fused}
-    for graph in (fused, sparse):
-        columns, rowptr = tensors[f"{graph}.columns"], tensors[f"{graph}.rowptr"]
-        for changed in (columns + 1000, columns - 1000, columns.float(), columns.bool(), columns.long()):
-            refused("indices|lie outside", {**tensors, f"{graph}.columns": changed})
-        target = torch.repeat_interleave(rowptr.diff())
-        twice = int((target.diff() == 0).nonzero()[0])  # a target with two sources
-        for changed in (columns[[twice + 1, twice]], columns[[twice, twice]]):
-            changed = torch.cat([columns[:twice], changed, columns[twice + 2 :]])
-            refused("distinct and ascend", {**tensors, f"{graph}.columns": changed})
-        for changed in (rowptr + 1, rowptr.flip(0), rowptr * 2):
-            refused("row pointers", {**tensors, f"{graph}.rowptr": changed})
-        refused("should be", {**tensors, f"{graph}.columns": columns[:-1]})
-        refused("should be", {**tensors, f"{graph}.rowptr": torch.cat([rowptr, rowptr[-1:]])})
+    (sparse,) = {name.rsplit(".", 1)[0] for name in tensors if name.endswith("gaps")} - {fused}
+    for graph, sizes in ((fused, (8, 12)), (sparse, (2, 3))):
+        gaps = tensors[f"{graph}.gaps"]
+        for changed in (gaps.float(), gaps.long(), gaps[None]):
+            refused("list of bytes", {**tensors, f"{graph}.gaps": changed})
+        for changed in (gaps[:-1], torch.cat([gaps[1:], gaps.new_zeros(2)])):
+            refused("one source and one weight each|outside", {**tensors, f"{graph}.gaps": changed})
+        refused("lies outside", {**tensors, f"{graph}.gaps": torch.cat([gaps[:-1], gaps.new_tensor([255, 7])])})
+        refused("end with a value", {**tensors, f"{graph}.gaps": torch.cat([gaps, gaps.new_tensor([255])])})
+        rowptr, columns = from_gaps(gaps, *sizes, torch.int32)
+        assert torch.equal(to_gaps(rowptr, columns, sizes[1]), gaps)
     refused("describe", {name: tensor for name, tensor in tensors.items() if not name.endswith("kernel")})
     refused("tensors of no layer", {**tensors, "more": torch.zeros(3)})
     refused(
         "cannot take|do not fit|does not fit", tensors, config={"parts.layers.2.parts.products.0.options.sources": 9}
     )
+    for key in ("rows", "sources"):
+        for value in (-1, 1, 2**62, "x", None):
+            refused("describe", tensors, config={f"parts.layers.1.csr.{key}": value})
+    refused("describe", tensors, config={"parts.layers.1.csr.index": "float32"})
+    refused("describe", tensors, config={"parts.layers.1.types": {"values": "int8"}})
     refused("node|stride|pointer", tensors, config={"parts.layers.1.options.sizes": [4, 3, 3]})
-    later = tensors[f"{fused}.columns"].clone()
-    later[int(tensors[f"{fused}.rowptr"][1]) - 1] = 4  # the first inner node, from itself
-    refused("on starts there", {**tensors, f"{fused}.columns": later})
+    rowptr, later = from_gaps(tensors[f"{fused}.gaps"], 8, 12, torch.int32)
+    later[rowptr[1] - 1] = 4  # the first inner node, from itself
+    refused("on starts there", {**tensors, f"{fused}.gaps": to_gaps(rowptr, later, 12)})
     refused("strides", tensors, config={"parts.layers.1.options.strides": [1, 7, 0]})
     refused("describe", tensors, config={"parts.layers.0.kind": "os.system"})
     refused("no options", tensors, config={"parts.layers.0.options.hook": "print"})
@@ -162,6 +166,19 @@ def test_shapes_and_indices_are_checked(saved):
     for name in ("groups", "stride", "dilation", "padding"):
         for value in (-1, 0.5, "x", None, [1], [1, 0.5], [1, -1], [1, None]):
             refused("describe", tensors, config={f"parts.layers.0.options.{name}": value})
+
+
+def test_edges_of_a_product_are_checked():
+    rowptr, columns = torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1])
+    for changed in (columns + 1000, columns - 1000, columns.float(), columns.bool(), columns.int()):
+        with pytest.raises(InputError, match=r"indices|lie outside"):
+            SparseProduct(rowptr, changed, torch.ones(3), torch.ones(2), 3)
+    for changed in (columns[[1, 0, 2]], columns[[0, 0, 2]]):
+        with pytest.raises(InputError, match="distinct and ascend"):
+            SparseProduct(rowptr, changed, torch.ones(3), torch.ones(2), 3)
+    for changed in (rowptr + 1, rowptr.flip(0), rowptr * 2):
+        with pytest.raises(InputError, match="row pointers"):
+            SparseProduct(changed, columns, torch.ones(3), torch.ones(2), 3)
 
 
 def test_no_bit_of_a_file_can_change_unseen(saved):

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations
 
 from dnw_graph import InputError, NeuralGraph
 from dnw_graph.node_functions import NormReluConv, NormReluConvNormRelu, ReluConvSendNorm
-from dnw_graph.ops import sparse_product, static_graph
+from dnw_graph.ops import sparse_conv2d, sparse_linear, sparse_product, static_graph
 from dnw_graph.ops.dense import product_with_transpose
 from dnw_graph.ops.layout import batch_last
 from dnw_graph.selection import select_top_k
@@ -254,6 +254,84 @@ def a_sparse_product(draw: random.Random) -> Any:
         compare(seed, *(functools.partial(differentiated, way) for way in ways), may_refuse=refusable, raw=False)
 
     return f"{sources} → {targets}, {features} features, {dtype}, sampled={sampled}", call
+
+
+def a_sparse_layer(draw: random.Random) -> Any:
+    groups, dtype, linear = draw.choice([1, 1, 2, 3]), draw.choice(FLOATS[:3]), draw.random() < 0.4
+    inputs_, outputs = (draw.choice([0, 1, 2, 5, 17]) * groups for _ in range(2))
+    sides = [draw.choice(each) for each in ([1, 2, 3], [1, 2, 3, 7], [0, 1, 4], [1, 2, 3]) for _ in range(2)]
+    kernel, stride, padding, dilation = (sides[n : n + 2] for n in range(0, 8, 2))
+    if draw.random() < 0.1:
+        draw.choice([kernel, stride, padding, dilation])[draw.randrange(2)] = draw.choice([-1, 0, 300, *HUGE])
+    batch, maps = draw.choice([0, 1, 2, 17]), [draw.choice([1, 4, 7, 8, 9, 20]) for _ in range(2)]
+    biased, added, relu, state = *(draw.random() < 0.5 for _ in range(3)), draw.getrandbits(64)
+    given_groups = draw.choice([groups] * 9 + [0, -1, 7])
+
+    def inputs() -> tuple[list[Any], bool]:
+        local = random.Random(state)
+        sources = inputs_ if linear else inputs_ // groups * max(kernel[0], 1) * max(kernel[1], 1)
+        rowptr, columns, values = _csr(local, min(sources, 2**10), outputs, dtype)
+        x = torch.randn(batch, inputs_, *([] if linear else maps), dtype=torch.float64).to(dtype)
+        bias = torch.randn(outputs, dtype=torch.float64).to(dtype) if biased else None
+        tensors, kept = _disguised(local, [x, rowptr, columns, values, bias])
+        return tensors, kept
+
+    def found(x: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        if linear:
+            return sparse_linear(x, rowptr, columns, values, bias, relu)
+        window = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation, "groups": given_groups}
+        if not added:
+            return sparse_conv2d(x, rowptr, columns, values, bias, **window, relu=relu)
+        out = sparse_conv2d(x, rowptr, columns, values, bias, **window)
+        return sparse_conv2d(x, rowptr, columns, values, bias, **window, add=out, relu=relu)
+
+    def dense(x: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        _checked((x, values) if bias is None else (x, values, bias), rowptr, columns)
+        _require(columns.shape == values.shape and (bias is None or bias.shape == (len(rowptr) - 1,)))
+        _require(x.dim() > 0 if linear else x.dim() == 4)
+        sides_ = [*kernel, *stride, *padding, *dilation]
+        if not linear:
+            low = [1, 1, 1, 1, 0, 0, 1, 1]
+            _require(given_groups > 0 and all(a <= b <= 4096 for a, b in zip(low, sides_, strict=True)))
+            _require(min(x.size(1), len(rowptr) - 1) > 0)
+            _require(x.size(1) % given_groups == 0 and (len(rowptr) - 1) % given_groups == 0)
+        sources = x.size(-1) if linear else x.size(1) // given_groups * kernel[0] * kernel[1]
+        _require(((columns >= 0) & (columns < sources)).all())
+        rows = torch.repeat_interleave(torch.arange(len(rowptr) - 1), rowptr.long().diff())
+        weight = torch.zeros(len(rowptr) - 1, sources, dtype=torch.float64)
+        weight = weight.index_put((rows, columns.long()), values.double(), accumulate=True)
+        shift = None if bias is None else bias.double()
+        if linear:
+            out = F.linear(x.double(), weight, shift)
+        else:
+            _require(min(x.shape[2:]) > 0)
+            fits = [
+                m + 2 * p >= d * (k - 1) + 1 for m, p, d, k in zip(x.shape[2:], padding, dilation, kernel, strict=True)
+            ]
+            _require(all(fits))
+            x_ = F.pad(x.double(), (padding[1], padding[1], padding[0], padding[0]))
+            places = F.unfold(x_, kernel, dilation, 0, stride) if x.numel() else None
+            size = [
+                (m + 2 * p - d * (k - 1) - 1) // s + 1
+                for m, p, d, k, s in zip(x.shape[2:], padding, dilation, kernel, stride, strict=True)
+            ]
+            if places is None:
+                out = x_.new_zeros(len(x), len(weight), *size) + (0 if shift is None else shift.view(-1, 1, 1))
+            else:
+                parts = places.unflatten(1, (given_groups, -1))
+                out = torch.einsum("gok,bgkp->bgop", weight.unflatten(0, (given_groups, -1)), parts).flatten(1, 2)
+                out = out.unflatten(2, size) + (0 if shift is None else shift.view(-1, 1, 1))
+            if added:
+                out = out + out.to(x.dtype).double()
+        return (out.relu() if relu else out).to(x.dtype)
+
+    def call(seed: int) -> None:
+        refusable = not _first(inputs, seed)[1]
+        ways = (lambda way=way: [way(*inputs()[0])] for way in (found, dense))
+        compare(seed, *ways, may_refuse=refusable, raw=False, spreads=True)
+
+    what = "linear" if linear else f"{kernel} {stride} {padding} {dilation}, maps {maps}, {given_groups} groups"
+    return f"{batch} × {inputs_} → {outputs}, {what}, {dtype}", call
 
 
 def _first(inputs: Callable[[], Any], seed: int) -> Any:
@@ -708,6 +786,7 @@ KINDS = (
     a_sparse_product,
     node_function,
     a_static_graph,
+    a_sparse_layer,
     node_function,
     selection,
     graph,

@@ -4,6 +4,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "layer.h"
 #include "node_function.h"
 #include "selection.h"
 #include "sparse.h"
@@ -51,6 +52,33 @@ int guarded(Work work) {
     const StaticGraph<T, Index> graph{                                                                                \
         blocks, sizes, strides, {height, width}, x, edges, scale, shift, kernel, bias, out};                          \
     return guarded([&] { return graph.run(threads, batch); });                                                        \
+  }                                                                                                                   \
+  extern "C" int sparse_linear_##SUFFIX(                                                                              \
+      int64_t threads, int64_t batch, int64_t inputs, int64_t outputs, int64_t count, int64_t relu, const T *x,       \
+      const Index *rowptr, const Index *columns, const T *values, const T *bias, T *out) {                            \
+    const Edges<T, Index> edges{rowptr, columns, values, count};                                                      \
+    return guarded([&] {                                                                                              \
+      return sparse_linear(threads, batch, inputs, outputs, x, edges, Finish<T>{bias, nullptr, relu != 0}, out);      \
+    });                                                                                                               \
+  }                                                                                                                   \
+  extern "C" int sparse_convolution_##SUFFIX(                                                                         \
+      int64_t threads, int64_t batch, int64_t inputs, int64_t outputs, int64_t count, int64_t groups, int64_t relu,   \
+      int64_t, const int64_t *from, int64_t, const int64_t *to, int64_t, const int64_t *window, const T *x,           \
+      const Index *rowptr, const Index *columns, const T *values, const T *bias, const T *add, T *out) {              \
+    return guarded([&] {                                                                                              \
+      const Convolution<T, Index> convolution{                                                                        \
+          batch,                                                                                                      \
+          inputs,                                                                                                     \
+          outputs,                                                                                                    \
+          groups,                                                                                                     \
+          {from[0], to[0], window[0], window[2], window[4], window[6]},                                               \
+          {from[1], to[1], window[1], window[3], window[5], window[7]},                                               \
+          x,                                                                                                          \
+          {rowptr, columns, values, count},                                                                           \
+          {bias, add, relu != 0},                                                                                     \
+          out};                                                                                                       \
+      return convolution.run(threads);                                                                                \
+    });                                                                                                               \
   }
 
 SPARSE(float, int32_t, float32_int32)

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -45,9 +47,12 @@ struct Edges {  // CSR
 
   // Whether all sources of the targets from … to - 1 lie in lowest … highest - 1.
   bool sources_within(int64_t from, int64_t to, int64_t lowest, int64_t highest) const {
-    bool within = true;
-    for (int64_t e = rowptr[from]; e < rowptr[to]; ++e) within &= columns[e] >= lowest && columns[e] < highest;
-    return within;
+    using Unsigned = std::make_unsigned_t<Index>;  // Of which what lies below `lowest` is very large.
+    Unsigned furthest = 0;
+    for (int64_t e = rowptr[from]; e < rowptr[to]; ++e)
+      furthest = std::max(furthest, Unsigned(Unsigned(columns[e]) - Unsigned(lowest)));
+    const int64_t end = std::min<int64_t>(highest, std::numeric_limits<Index>::max());
+    return rowptr[from] == rowptr[to] || (lowest < end && furthest < Unsigned(end - lowest));
   }
 };
 
@@ -58,6 +63,13 @@ struct Matrix {
   int64_t pitch, first;
 
   const T *row(int64_t source) const { return z + (source - first) * pitch; }
+};
+
+template <class T>
+struct Pointers {
+  const T *const *rows;
+
+  const T *row(int64_t source) const { return rows[source]; }
 };
 
 // States in several pieces, one after the other in the numbering of the sources.
@@ -72,25 +84,44 @@ struct Rows {
   }
   int64_t size() const { return rows.size(); }
   const T *row(int64_t source) const { return rows[source]; }
+  Pointers<T> pointers() const { return {rows.data()}; }
 };
 
 // The weighted sum over the edges begin … end - 1 of the sources' values from `at` on, in N registers for
 // (N - 1) · lanes < width <= N · lanes values. The last register begins inside the one before it where the width asks
-// for it: what both hold is equal.
+// for it: what both hold is equal. With few registers several edges take turns, so that none waits for the one before.
+// Not inlined: in a function with all sixteen there is no register left for the pointers.
 template <int N, class T, class Index, class Source>
-void sum_registers(
+__attribute__((noinline)) void sum_registers(
     const Edges<T, Index> &edges, int64_t begin, int64_t end, const Source &z, int64_t at, int64_t width, T *out) {
   using S = Simd<T>;
+  constexpr int turns = N > 4 ? 1 : N > 2 ? 2 : 4;
   const int64_t last = width - S::lanes;
-  typename S::Vector sum[N] = {};
-  for (int64_t e = begin; e < end; ++e) {
-    const T *row = z.row(edges.columns[e]) + at;
-    const T weight = edges.values[e];
+  const Index *columns = edges.columns;
+  const T *values = edges.values;
+  const Source source = z;
+  typename S::Vector sum[turns][N] = {};
+  int64_t e = begin;
+  for (; e + turns <= end; e += turns)
+#pragma GCC unroll 4
+    for (int turn = 0; turn < turns; ++turn) {
+      const T *row = source.row(columns[e + turn]) + at;
+      const T weight = values[e + turn];
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) sum[n] += weight * S::load(row + (n < N - 1 ? n * S::lanes : last));
+      for (int n = 0; n < N; ++n) sum[turn][n] += weight * S::load(row + (n < N - 1 ? n * S::lanes : last));
+    }
+  for (; e < end; ++e) {
+    const T *row = source.row(columns[e]) + at;
+    const T weight = values[e];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) sum[0][n] += weight * S::load(row + (n < N - 1 ? n * S::lanes : last));
   }
 #pragma GCC unroll 16
-  for (int n = 0; n < N; ++n) S::store(out + (n < N - 1 ? n * S::lanes : last), sum[n]);
+  for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 4
+    for (int turn = 1; turn < turns; ++turn) sum[0][n] += sum[turn][n];
+    S::store(out + (n < N - 1 ? n * S::lanes : last), sum[0][n]);
+  }
 }
 
 template <int N, class T, class Index, class Source>
@@ -150,7 +181,7 @@ int sparse_product(
       const int64_t width = std::max(std::min(tile, features - t * tile), lanes);
       const int64_t at = std::min(t * tile, features - width);
       for (int64_t v = first; v < std::min(first + group, targets); ++v)
-        weighted_sum(edges, v, z, at, width, out + v * features + at);
+        weighted_sum(edges, v, z.pointers(), at, width, out + v * features + at);
     }
   return OK;
 }

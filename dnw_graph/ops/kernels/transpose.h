@@ -4,10 +4,45 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include "sparse.h"
 
 namespace {
+
+// One half of two registers, value by value in turn: a0 b0 a1 b1 … of the lower or the upper halves.
+template <bool upper, class Vector, size_t... i>
+Vector zipped(Vector a, Vector b, std::index_sequence<i...>) {
+  constexpr size_t n = sizeof...(i), start = upper ? n / 2 : 0;
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (start + i / 2 + i % 2 * n)...);
+#else
+  using Whole = std::conditional_t<sizeof(Vector) / n == 4, int32_t, int64_t>;
+  typedef Whole Mask __attribute__((vector_size(sizeof(Vector))));
+  return __builtin_shuffle(a, b, Mask{Whole(start + i / 2 + i % 2 * n)...});
+#endif
+}
+
+// A square of as many rows as a register has values, transposed: `finish` gets each column with its number.
+template <class T, class Finish>
+void transposed_square(const T *from, int64_t pitch, Finish finish) {
+  using S = Simd<T>;
+  constexpr std::make_index_sequence<S::lanes> all{};
+  typename S::Vector rows[2][S::lanes];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < S::lanes; ++i) rows[0][i] = S::load(from + i * pitch);
+  int now = 0;
+#pragma GCC unroll 4
+  for (int64_t done = 1; done < S::lanes; done *= 2, now ^= 1)
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < S::lanes / 2; ++i) {
+      rows[now ^ 1][2 * i] = zipped<false>(rows[now][i], rows[now][i + S::lanes / 2], all);
+      rows[now ^ 1][2 * i + 1] = zipped<true>(rows[now][i], rows[now][i + S::lanes / 2], all);
+    }
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < S::lanes; ++i) finish(i, rows[now][i]);
+}
 
 template <class T>
 int exchanged(int64_t threads, int64_t first, int64_t middle, int64_t last, const T *from, T *to) {

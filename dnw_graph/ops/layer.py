@@ -1,0 +1,391 @@
+"""Linear layers and convolutions over their real weights alone, as registered operators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dnw_graph.errors import InputError
+from dnw_graph.ops.call import run
+from dnw_graph.ops.checks import (
+    check_csr,
+    check_memory,
+    check_pointers,
+    check_sources,
+    check_tensors,
+    check_types,
+    is_half,
+)
+from dnw_graph.ops.layout import unseen
+from dnw_graph.ops.sparse import targets_of
+
+LARGEST = 4096  # Of a kernel's sides, stride, padding and dilation.
+
+
+def sparse_linear(
+    x: Float[Tensor, "*batch inputs"],
+    rowptr: Int[Tensor, " rows"],
+    columns: Int[Tensor, " weights"],
+    values: Float[Tensor, " weights"],
+    bias: Float[Tensor, " outputs"] | None = None,
+    relu: bool = False,
+) -> Float[Tensor, "*batch outputs"]:
+    r"""Return :math:`y_v = b_v + \sum_{(u,v) \in E} w_{uv} x_u`, a linear layer over its real weights.
+
+    The operator ``dnw_graph::sparse_linear`` of ordinary tensors; ``x``, ``values`` and ``bias`` get gradients. Half
+    precisions are computed in float32 and rounded once.
+
+    Args:
+        x: Inputs, channels last.
+        rowptr: Where the weights of each output start, and one past the last weight: ``[outputs + 1]``, from 0 up.
+        columns: Input of each weight, int32 or int64 like ``rowptr``.
+        values: The weights.
+        bias: b.
+        relu: Return relu(y).
+
+    Raises:
+        InputError: If shapes, types or devices do not fit, or an index is out of range.
+    """
+    check_tensors(x=x, rowptr=rowptr, columns=columns, values=values, **({} if bias is None else {"bias": bias}))
+    call = _linear if _plain(x, values, bias) else _sparse_linear
+    return call(x, rowptr, columns, values, bias, relu)
+
+
+def sparse_conv2d(
+    x: Float[Tensor, "batch inputs height width"],
+    rowptr: Int[Tensor, " rows"],
+    columns: Int[Tensor, " weights"],
+    values: Float[Tensor, " weights"],
+    bias: Float[Tensor, " outputs"] | None = None,
+    *,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    add: Float[Tensor, "batch outputs h w"] | None = None,
+    relu: bool = False,
+) -> Float[Tensor, "batch outputs h w"]:
+    r"""Return a 2-dimensional convolution over its real weights.
+
+    .. math:: y_v(i, j) = b_v + \sum_{(u, k, l, v) \in E} w_{uklv}\, x_u(s i + d k - p, s j + d l - p)
+
+    The operator ``dnw_graph::sparse_convolution`` of ordinary tensors; ``x``, ``values``, ``bias`` and ``add`` get
+    gradients. Half precisions are computed in float32 and rounded once.
+
+    Args:
+        x: Inputs.
+        rowptr: Where the weights of each output channel start, and one past the last one: ``[outputs + 1]``.
+        columns: Place of each weight in the flattened kernel of its output channel, (u · height + k) · width + l with u
+            counted within the group, int32 or int64 like ``rowptr``.
+        values: The weights.
+        bias: b.
+        kernel: Height and width of the kernel.
+        stride: s, as in ``torch.nn.functional.conv2d``, like the rest; two numbers each.
+        padding: p.
+        dilation: d.
+        groups: Number of groups.
+        add: What is added to the result.
+        relu: Return relu(y + add).
+
+    Raises:
+        InputError: If shapes, types or devices do not fit, or an index is out of range.
+    """
+    optional = {name: each for name, each in (("bias", bias), ("add", add)) if each is not None}
+    check_tensors(x=x, rowptr=rowptr, columns=columns, values=values, **optional)
+    window = [*kernel, *stride, *padding, *dilation]
+    call = _convolution if _plain(x, values, bias, add) else _sparse_convolution
+    return call(x, rowptr, columns, values, bias, add, window, groups, relu)
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """Return whether nobody but the kernel takes part: PyTorch's way to an operator takes longer than small layers."""
+    if not unseen() or torch.is_autocast_enabled("cpu"):
+        return False
+    return not (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors))
+
+
+def _linear(x: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    shape = _check_linear(x, rowptr, columns, values, bias)
+    if is_half(x):
+        return _in_float32(_linear, [x, values, bias], lambda x, w, b: (x, rowptr, columns, w, b, relu))
+    rowptr, columns, values = rowptr.contiguous(), columns.contiguous(), values.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    if x.device.type == "cpu":
+        rows = x.reshape(-1, x.size(-1)).contiguous() if x.numel() else x.new_empty(math.prod(shape[:-1]), x.size(-1))
+        out = x.new_empty(len(rows), shape[-1])
+        numbers = (len(rows), x.size(-1), out.size(1), len(columns), int(relu))
+        if run("sparse_linear", numbers, rows, rowptr, columns, values, bias, out):
+            return out.view(shape)
+    out = F.linear(x, dense_weight(rowptr, columns, values, x.size(-1)), bias)
+    return out.relu() if relu else out
+
+
+_sparse_linear = torch.library.custom_op(
+    "dnw_graph::sparse_linear",
+    _linear,
+    mutates_args=(),
+    schema="(Tensor x, Tensor rowptr, Tensor columns, Tensor values, Tensor? bias, bool relu) -> Tensor",
+)
+
+
+@_sparse_linear.register_fake
+def _(x: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    return x.new_empty(_check_linear(x, rowptr, columns, values, bias))
+
+
+def _convolution(
+    x: Tensor,
+    rowptr: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    add: Tensor | None,
+    window: Sequence[int],
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    shape = _check_convolution(x, rowptr, columns, values, bias, add, window, groups)
+    if is_half(x):
+        return _in_float32(
+            _convolution,
+            [x, values, bias, add],
+            lambda x, w, b, a: (x, rowptr, columns, w, b, a, window, groups, relu),
+        )
+    tensors = [None if each is None else each.contiguous() for each in (rowptr, columns, values, bias, add)]
+    if x.device.type == "cpu":
+        out = x.new_empty(shape)
+        numbers = (*x.shape[:2], shape[1], len(columns), groups, int(relu), x.shape[2:], shape[2:], list(window))
+        if run("sparse_convolution", numbers, x.contiguous(), *tensors, out):
+            return out
+    kernel, stride, padding, dilation = _parts(window)
+    channels = x.size(1) // groups
+    weight = dense_weight(rowptr, columns, values, channels * math.prod(kernel))
+    out = F.conv2d(x, weight.view(-1, channels, *kernel), bias, stride, padding, dilation, groups)
+    out = out if add is None else out + add
+    return out.relu() if relu else out
+
+
+_sparse_convolution = torch.library.custom_op(
+    "dnw_graph::sparse_convolution",
+    _convolution,
+    mutates_args=(),
+    schema="(Tensor x, Tensor rowptr, Tensor columns, Tensor values, Tensor? bias, Tensor? add, int[] window, "
+    "int groups, bool relu) -> Tensor",
+)
+
+
+@_sparse_convolution.register_fake
+def _(
+    x: Tensor,
+    rowptr: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    add: Tensor | None,
+    window: Sequence[int],
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    return x.new_empty(_check_convolution(x, rowptr, columns, values, bias, add, window, groups))
+
+
+def dense_weight(rowptr: Tensor, columns: Tensor, values: Tensor, sources: int) -> Tensor:
+    """Return a weight ``[outputs, sources]`` with zeros; weights at one place are added up.
+
+    Raises:
+        InputError: If an index is out of range.
+    """
+    check_pointers(rowptr, columns)
+    check_sources(columns, 0, sources)
+    check_memory((len(rowptr) - 1, sources))
+    dense = values.new_zeros(len(rowptr) - 1, sources)
+    return dense.index_put((targets_of(rowptr, columns).long(), columns.long()), values, accumulate=True)
+
+
+def _parts(window: Sequence[int]) -> tuple[list[int], ...]:
+    """Return kernel, stride, padding and dilation."""
+    return tuple(list(window[n : n + 2]) for n in range(0, 8, 2))
+
+
+def _in_float32(operator: Any, numbers: Sequence[Tensor | None], arguments: Any) -> Tensor:
+    found = operator(*arguments(*(None if number is None else number.float() for number in numbers)))
+    (first, *_) = numbers
+    assert isinstance(found, Tensor)
+    assert isinstance(first, Tensor)
+    return found.to(first.dtype)
+
+
+def _check_linear(
+    x: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None
+) -> tuple[int | torch.SymInt, ...]:
+    """Refuse what does not fit together; return the shape of the result."""
+    check_csr(rowptr, columns, values)
+    check_types((x, values) if bias is None else (x, values, bias), (rowptr, columns))
+    if not x.dim():
+        raise InputError("expected inputs of shape [*batch, inputs]; got a number")
+    outputs = rowptr.size(0) - 1
+    _check_bias(bias, outputs)
+    shape = (*x.shape[:-1], outputs)
+    check_memory(x.shape, shape)
+    return shape
+
+
+def _check_convolution(
+    x: Tensor,
+    rowptr: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    add: Tensor | None,
+    window: Sequence[int],
+    groups: int,
+) -> tuple[int | torch.SymInt, ...]:
+    """Refuse what does not fit together; return the shape of the result."""
+    check_csr(rowptr, columns, values)
+    check_types([each for each in (x, values, bias, add) if each is not None], (rowptr, columns))
+    if x.dim() != 4:
+        raise InputError(f"expected inputs of shape [batch, inputs, height, width]; got {list(x.shape)}")
+    least = [1, 1, 1, 1, 0, 0, 1, 1]
+    if len(window) != 8 or not all(low <= each <= LARGEST for low, each in zip(least, window, strict=True)):
+        raise InputError(
+            f"kernel, stride, padding and dilation must be two numbers each, from 1 (padding: 0) to {LARGEST}; "
+            f"got {list(window)}"
+        )
+    outputs = rowptr.size(0) - 1
+    if groups < 1 or x.size(1) < 1 or outputs < 1 or x.size(1) % groups or outputs % groups:
+        raise InputError(f"{x.size(1)} input and {outputs} output channels are not {groups} groups")
+    _check_bias(bias, outputs)
+    sides = [
+        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, padding, dilation in zip(
+            x.shape[2:], window[:2], window[2:4], window[4:6], window[6:], strict=True
+        )
+    ]
+    if not (sides[0] >= 1 and sides[1] >= 1 and x.size(2) >= 1 and x.size(3) >= 1):
+        raise InputError(f"maps of {list(x.shape[2:])} are too small for kernel, padding and dilation {list(window)}")
+    shape = (x.size(0), outputs, *sides)
+    if add is not None and tuple(add.shape) != shape:
+        raise InputError(f"add must have the shape of the result, {list(shape)}; got {list(add.shape)}")
+    check_memory(x.shape, shape)
+    return shape
+
+
+def _check_bias(bias: Tensor | None, outputs: int) -> None:
+    if bias is not None and bias.shape != (outputs,):
+        raise InputError(f"{outputs} outputs need a bias each; got {list(bias.shape)}")
+
+
+@torch.library.custom_op(
+    "dnw_graph::sparse_linear_grad",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor rowptr, Tensor columns, Tensor values, bool of_x, bool of_values) "
+    "-> (Tensor, Tensor)",
+)
+def _linear_grad(
+    grad: Tensor, x: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor, of_x: bool, of_values: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of inputs and of weights; an empty tensor for one that is not asked for."""
+    _check_linear(x, rowptr, columns, values, None)
+    grads = [x.new_empty(0), x.new_empty(0)]
+    if of_x:
+        grads[0] = grad @ dense_weight(rowptr, columns, values, x.size(-1))
+    if of_values:
+        weight_grad = grad.reshape(-1, grad.size(-1)).t() @ x.reshape(-1, x.size(-1))
+        grads[1] = weight_grad[targets_of(rowptr, columns).long(), columns.long()]
+    return grads[0], grads[1]
+
+
+@_linear_grad.register_fake
+def _(
+    grad: Tensor, x: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor, of_x: bool, of_values: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if of_x else 0), x.new_empty(values.shape if of_values else 0)
+
+
+@torch.library.custom_op(
+    "dnw_graph::sparse_convolution_grad",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor rowptr, Tensor columns, Tensor values, int[] window, int groups, "
+    "bool of_x, bool of_values) -> (Tensor, Tensor)",
+)
+def _convolution_grad(
+    grad: Tensor,
+    x: Tensor,
+    rowptr: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    window: Sequence[int],
+    groups: int,
+    of_x: bool,
+    of_values: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of inputs and of weights; an empty tensor for one that is not asked for."""
+    _check_convolution(x, rowptr, columns, values, None, grad, window, groups)
+    kernel, stride, padding, dilation = _parts(window)
+    channels = x.size(1) // groups
+    weight = dense_weight(rowptr, columns, values, channels * math.prod(kernel)).view(-1, channels, *kernel)
+    x_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [of_x, of_values, False]
+    )
+    values_grad = weight_grad.flatten(1)[targets_of(rowptr, columns).long(), columns.long()] if of_values else None
+    empty = x.new_empty(0)
+    return x_grad if of_x else empty, empty if values_grad is None else values_grad
+
+
+@_convolution_grad.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    rowptr: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    window: Sequence[int],
+    groups: int,
+    of_x: bool,
+    of_values: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if of_x else 0), x.new_empty(values.shape if of_values else 0)
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, _, relu = inputs
+    ctx.save_for_backward(*tensors, output if relu else None)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, rowptr, columns, values, out = ctx.saved_tensors
+    grad = grad if out is None else grad * (out > 0)
+    needed = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    x_grad, values_grad = _linear_grad(grad, x, rowptr, columns, values, *needed)
+    bias_grad = grad.reshape(-1, grad.size(-1)).sum(0) if ctx.needs_input_grad[4] else None
+    return x_grad if needed[0] else None, None, None, values_grad if needed[1] else None, bias_grad, None
+
+
+def _save_convolution(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, _, _, ctx.window, ctx.groups, relu = inputs
+    ctx.save_for_backward(*tensors, output if relu else None)
+
+
+def _convolution_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, rowptr, columns, values, out = ctx.saved_tensors
+    grad = grad if out is None else grad * (out > 0)
+    needed = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    x_grad, values_grad = _convolution_grad(grad, x, rowptr, columns, values, ctx.window, ctx.groups, *needed)
+    bias_grad = grad.sum((0, 2, 3)) if ctx.needs_input_grad[4] else None
+    add_grad = grad if ctx.needs_input_grad[5] else None
+    grads = x_grad if needed[0] else None, values_grad if needed[1] else None
+    return grads[0], None, None, grads[1], bias_grad, add_grad, None, None, None
+
+
+_sparse_linear.register_autograd(_linear_backward, setup_context=_save_linear)
+_sparse_convolution.register_autograd(_convolution_backward, setup_context=_save_convolution)
+for _device in ("cpu", "cuda"):  # under autocast in float32, whatever the layers before have made
+    torch.library.register_autocast("dnw_graph::sparse_linear", _device, torch.float32)
+    torch.library.register_autocast("dnw_graph::sparse_convolution", _device, torch.float32)
