@@ -276,6 +276,7 @@ def compare(argv: Sequence[str]) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (default: 0 1 2)")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder (default: runs/compare)")
     given, further = parser.parse_known_args(argv)
+    stopping.goes_on()
     return run_all(given.rules, given.seeds, given.output, further, train)
 
 

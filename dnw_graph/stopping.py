@@ -27,6 +27,8 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FAILED = 1
+# Options that say where a run starts, instead of which it goes on from its newest checkpoint.
+STARTS = ("--resume", "--init-from")
 # Set for the ranks that a main process starts: its process id, and the folder of the run.
 MAIN_PROCESS, FOLDER = "DNW_GRAPH_MAIN_PROCESS", "DNW_GRAPH_FOLDER"
 # Environment variables of which each is 0, or not set, in the first process of a run.
@@ -66,6 +68,7 @@ class _Process:
     def __init__(self) -> None:
         self.command: tuple[list[str], list[str]] | None = None
         self.checkpoint: Path | None = None
+        self.goes_on = False  # whether the same command does, without being told from where
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.main = int(os.environ.get(MAIN_PROCESS, "0"))
         self.together = bool(self.main)  # whether the loss of another process ends this one
@@ -235,17 +238,23 @@ def how_to_continue() -> str:
     words = ["--resume", str(_this.checkpoint)]
     if _this.command is not None:
         program, options = _this.command
-        words = [*program, *_without_resume(options), *words]
+        words = [*program, *options] if _this.goes_on else [*program, *_without_start(options), *words]
     return f"continue with {shlex.join(words)}"
 
 
-def _without_resume(options: list[str]) -> list[str]:
+def goes_on() -> None:
+    """Note that the same command, given again, goes on by itself."""
+    _this.goes_on = True
+
+
+def _without_start(options: list[str]) -> list[str]:
+    """Return options without those that say where a run starts."""
     kept = []
     values = iter(options)
     for word in values:
-        if word == "--resume":
+        if word in STARTS:
             next(values, None)
-        elif not word.startswith("--resume="):
+        elif not word.startswith(tuple(f"{name}=" for name in STARTS)):
             kept.append(word)
     return kept
 

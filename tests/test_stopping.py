@@ -95,12 +95,22 @@ def test_a_program_that_has_saved_nothing_says_so(state: str, number: signal.Sig
 
 def test_the_command_that_goes_on_is_that_of_the_program(start: Start):
     program = "stopping.saved(Path('a b/last.ckpt')); ready(); time.sleep(60)"
-    process = start(program, "--resume", "old", "--epochs", "3", "--resume=older", "--output", "a b")
+    start_from = ("--resume", "old", "--init-from", "x", "--init-from=y", "--resume=older")
+    process = start(program, *start_from, "--epochs", "3", "--output", "a b")
     process.send_signal(signal.SIGTERM)
     status, error = ended(process)
     assert status == 143
     assert error.startswith(f"stopped: continue with {sys.executable} /")
     assert error.endswith(" --epochs 3 --output 'a b' --resume 'a b/last.ckpt'\n")
+
+
+def test_a_command_that_goes_on_by_itself_is_given_again(start: Start):
+    program = "stopping.goes_on(); stopping.saved(Path('runs/last.ckpt')); ready(); time.sleep(60)"
+    process = start(program, "--rules", "dnw")
+    process.send_signal(signal.SIGINT)
+    status, error = ended(process)
+    assert status == 130
+    assert error.endswith("program.py --rules dnw\n")
 
 
 def test_a_signal_that_has_to_wait_does_and_is_announced(start: Start):

@@ -32,7 +32,7 @@ from lightning.pytorch import Trainer
 from PIL import Image
 
 import dnw_graph
-from dnw_graph.training import RunOptions
+from dnw_graph.training import ModelOptions, RunOptions
 
 EXAMPLES = ("cifar10_tiny", "imagenet_mobilenet", "imagenet_resnet50")
 PATHS = ("folder", "pipe.yaml", "missing", "/dev/null", "/dev/zero", "text.txt", "x" * 300, "text.txt/below")
@@ -69,9 +69,7 @@ def example(name: str) -> ModuleType:
 
 def options_of(module: ModuleType) -> dict[str, Any]:
     """Return the options of an example with their default values."""
-    kinds = [
-        value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
-    ]
+    kinds = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, ModelOptions)]
     found = [*fields(RunOptions), *(field for kind in kinds for field in fields(kind))]
     return {field.name: {} if field.default is MISSING else field.default for field in found}
 
