@@ -27,7 +27,7 @@ LOOK = r"""
 (async () => {
   await document.fonts.ready
   await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))
-  const article = document.querySelector("article")
+  const article = document.querySelector("article") ?? document.body
   const found = []
   const report = (what, element) =>
     found.push([what, `${element.tagName.toLowerCase()}: ${element.textContent.trim().slice(0, 60)}`])
@@ -56,7 +56,7 @@ LOOK = r"""
   const texts = document.createTreeWalker(article, NodeFilter.SHOW_TEXT)
   while (texts.nextNode()) {
     const parent = texts.currentNode.parentElement
-    if (raw.test(texts.currentNode.data) && !parent.closest("pre, code, .katex, .doc-section-title"))
+    if (raw.test(texts.currentNode.data) && !parent.closest("pre, code, script, .katex, .doc-section-title"))
       report("unrendered", parent)
   }
   return found

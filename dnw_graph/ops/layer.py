@@ -74,7 +74,9 @@ def sparse_conv2d(
 ) -> Float[Tensor, "batch outputs h w"]:
     r"""Return a 2-dimensional convolution over its real weights.
 
-    .. math:: y_v(i, j) = b_v + \sum_{(u, k, l, v) \in E} w_{uklv}\, x_u(s i + d k - p, s j + d l - p)
+    .. math:: y_v(i, j) = b_v + \textstyle\sum_{(u, k, l, v) \in E} w_{uklv}\, x_u(i', j')
+
+    with :math:`i' = s i + d k - p` and :math:`j' = s j + d l - p`.
 
     The operator ``dnw_graph::sparse_convolution`` of ordinary tensors; ``x``, ``values``, ``bias`` and ``add`` get
     gradients. Half precisions are computed in float32 and rounded once.
