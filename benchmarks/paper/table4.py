@@ -91,7 +91,7 @@ TABLE = Table(
 
 
 def parameters_kept(percent: int, first_layer_dense: bool = False) -> tuple[int, int]:
-    """Return how many weights of convolutions and classifier ResNet-50 keeps, and how many parameters in all.
+    """Return how many weights of convolutions and classifier ResNet-50 keeps, and how many parameters in total.
 
     Biases and norms stay dense and count among the parameters.
 

@@ -56,7 +56,7 @@ def sparse_weights(module: nn.Module) -> dict[str, tuple[LayerWeight, WeightGrap
 
 @checked
 def weight_graphs(module: nn.Module) -> dict[str, WeightGraph]:
-    """Return the graphs of a module's sparse weights by name: one per weight, or one in all with ``"global"``.
+    """Return the graphs of a module's sparse weights by name: one per weight, or a single one with ``"global"``.
 
     The graph of one weight goes by every name that the weight has in this module, one per path to its layer. That of
     several is ``"all layers"``; where ``sparsify`` was called for several parts, each ``"global"``, a further one goes

@@ -35,8 +35,8 @@ class WiringMonitor(Callback):
     Attributes:
         initial: Real edges per graph when training started.
         epoch_start: Real edges per graph when the epoch started.
-        swapped: Edges swapped in the last epoch, in all.
-        live: Share of live nodes at its end, in all; None for a model without neural graphs.
+        swapped: Edges swapped in the last epoch, in total.
+        live: Share of live nodes at its end, in total; None for a model without neural graphs.
     """
 
     @checked

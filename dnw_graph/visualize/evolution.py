@@ -80,8 +80,8 @@ def _rates(graph: RecordedGraph, at: list[float]) -> np.ndarray:
 
 def _draw_swaps(ax: matplotlib.axes.Axes, graph: RecordedGraph, at: list[float], unit: str) -> None:
     (born, gone), total = _rates(graph, at), graph.swaps().sum(0)
-    ax.fill_between(at, born, step="pre", color=style.BORN, label=f"born: {total[0]:,} in all", linewidth=0)
-    ax.fill_between(at, -gone, step="pre", color=style.GONE, label=f"gone: {total[1]:,} in all", linewidth=0)
+    ax.fill_between(at, born, step="pre", color=style.BORN, label=f"born: {total[0]:,} in total", linewidth=0)
+    ax.fill_between(at, -gone, step="pre", color=style.GONE, label=f"gone: {total[1]:,} in total", linewidth=0)
     ax.axhline(0, color=style.LIVE, linewidth=0.6)
     ax.yaxis.set_major_formatter(lambda value, _: f"{abs(value):,.0f}")
     ax.legend(frameon=False, fontsize="small")
@@ -130,13 +130,12 @@ def _draw_degrees(ax: matplotlib.axes.Axes, graph: RecordedGraph, at: list[float
             found.append((np.median(count), np.quantile(count, 0.95)))
         middle, high = np.array(found).T
         when = [at[moment] for moment in moments]
-        ax.plot(when, high, color=style.LIVE, linestyle=dashes, label=f"{name}: 95th percentile")
+        ax.plot(when, high, color=style.LIVE, linestyle=dashes, label=f"{name}: 95%")
         ax.plot(when, middle, color=style.DEAD, linestyle=dashes, label=f"{name}: median")
-    ax.set_ylim(
-        0, 1.6 * max(1.0, max(float(np.max(line.get_ydata())) for line in ax.lines))
-    )  # with room for the legend
+    highest = max(float(np.max(line.get_ydata())) for line in ax.lines)
+    ax.set_ylim(0, 1.6 * max(1.0, highest))  # with room for the legend
     ax.legend(frameon=False, fontsize="small", loc="upper right", ncols=2)
-    ax.set_title("in-degrees and out-degrees")
+    ax.set_title("degrees: median and 95th percentile")
 
 
 def _draw_dead(ax: matplotlib.axes.Axes, graph: RecordedGraph, at: list[float]) -> None:

@@ -171,7 +171,7 @@ def _magnitude(data: Data) -> Tensor:
 
 
 def _strongest(data: Data, edges: Int[Tensor, " edges"], top: int) -> Int[Tensor, " chosen"]:
-    """Return the same share of some edges between any two blocks, about ``top`` in all, weak ones first.
+    """Return the same share of some edges between any two blocks, about ``top`` in total, weak ones first.
 
     They are those of largest |w|; between two blocks with an edge at least one.
     """
