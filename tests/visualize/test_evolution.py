@@ -36,7 +36,7 @@ def test_curves_are_those_of_the_recording():
     figure = plot_evolution(graph)
     swaps, kept, spans, degrees, dead, magnitude = figure.axes
     born = graph.swaps()[:, 0]
-    assert f"born: {born.sum()} in all" in swaps.get_legend().get_texts()[0].get_text()
+    assert f"born: {born.sum()} in total" in swaps.get_legend().get_texts()[0].get_text()
     high = max(path.vertices[:, 1].max() for path in swaps.collections[0].get_paths())
     assert high == pytest.approx(born.max() / 0.5)  # per epoch
     first, last = (line.get_ydata() for line in kept.lines)
