@@ -52,10 +52,12 @@ class Chosen:
             inside = real[(real >= start) & (real < start + slot.numel)] - start
             places.append(None if slot.numel <= WHOLE else torch.cat([slot.positions(inside), *_across(slot, inside)]))
             start += slot.numel
-        tensors = [weight for weight, _, _ in self._chosen_for]
-        for tensor, at in [*zip(tensors, places, strict=True), *((each, None) for each in others)]:
+        known = [(weight, alias, at) for (weight, alias, _), at in zip(self._chosen_for, places, strict=True)]
+        for tensor, values, at in [*known, *((each, each, None) for each in others)]:
             if type(tensor) in (Tensor, nn.Parameter):
-                self._sample.append((tensor, at, _taken(tensor, at).clone()))
+                # One row is read faster; of what lies in another order it would be a copy.
+                row = values.view(-1) if at is not None and values.is_contiguous() else values
+                self._sample.append((row, at, _taken(row, at).detach().clone()))
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same weights, as far as object, storage, version and the sample tell."""
@@ -67,11 +69,9 @@ class Chosen:
 
 
 def _taken(tensor: Tensor, at: Tensor | None) -> Tensor:
-    tensor = tensor.detach()
     if at is None:
         return tensor
-    # The first is the faster one; of what lies in another order it would make a copy.
-    return tensor.view(-1).index_select(0, at) if tensor.is_contiguous() else torch.take(tensor, at)
+    return tensor.index_select(0, at) if tensor.dim() == 1 else torch.take(tensor, at)
 
 
 def _across(slot: Any, like: Tensor) -> Iterator[Tensor]:
