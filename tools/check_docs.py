@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, Self
@@ -139,8 +140,10 @@ class Browser:
     def open(self, page: Path) -> None:
         """Open a page and wait until it is loaded."""
         self.call("Page.navigate", url=page.resolve().as_uri())
-        while self._next().get("method") != "Page.loadEventFired":
-            pass
+        # An event that comes while a call waits for its answer is not seen, so the page itself is asked.
+        ready = "document.readyState === 'complete' && document.URL"
+        while self.call("Runtime.evaluate", expression=ready)["result"].get("value") != page.resolve().as_uri():
+            time.sleep(0.01)
 
     def look(self) -> list[tuple[str, str]]:
         """Return what is wrong with the page that is open."""

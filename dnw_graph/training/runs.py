@@ -22,8 +22,8 @@ from dnw_graph.checkpoint import SECTION, read_checkpoint
 from dnw_graph.compaction import compact, export
 from dnw_graph.compaction.exports import check_export
 from dnw_graph.errors import InputError
-from dnw_graph.loading import checkpoint_of, load
-from dnw_graph.model_card import ModelCard, card_of, versions
+from dnw_graph.loading import checkpoint_of, load, read_card
+from dnw_graph.model_card import ModelCard, versions
 from dnw_graph.training.checkpoint_io import WholeFileIO
 from dnw_graph.training.checkpoints import Checkpoints
 from dnw_graph.training.checks import check_files, check_hardware, check_same_run, on_gpu
@@ -205,15 +205,14 @@ def _evaluate(
     if options.export is not None:
         check_export(Path(options.export))
     path = checkpoint_of(path)
+    card = read_card(path)
+    check_same_run(str(path), card.options, model_options, list(model_options))
     model = load(path, create=create)
-    card = card_of(model)
-    if card is None:
-        raise InputError(f"{path} does not say how images come to its model: give a checkpoint, or a file of --export")
     size, classes = card.preprocess.image_size, card.classes
     images = images or load_images(options.data, None if options.held_out else classes)
     images = hold_out(images, options.held_out)
-    now = {**model_options, "image_size": options.image_size or size, "classes": images.classes}
-    check_same_run(str(path), {**card.options, "image_size": size, "classes": classes}, now, list(now))
+    now = {"image_size": options.image_size or size, "classes": images.classes}
+    check_same_run(str(path), {"image_size": size, "classes": classes}, now, list(now))
     options = replace(options, image_size=size)
     data = DataModule(images, options)
     data.preprocess = card.preprocess

@@ -221,5 +221,5 @@ def test_what_differs_on_a_gpu(
     )
     monkeypatch.setattr(module, "Trainer", lambda **given: seen.append(given["callbacks"][0]) or trainer(**given))
     run(create, MODEL, replace(trained, resume=None, evaluate=trained.resume, compact=True, output=None), small_digits)
-    assert seen[1] == products
-    assert seen[0].refresh_rate == steps
+    assert seen[0] == products
+    assert seen[1].refresh_rate == steps
