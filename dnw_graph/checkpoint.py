@@ -88,14 +88,15 @@ def check_weights(path: str, given: Mapping[str, Any], model_state: Mapping[str,
 
     Args:
         path: The checkpoint.
-        given: Its weights; an older file lacks the numbers that say which rule a graph has, and how many edges.
+        given: Its weights; an older file lacks the numbers that say which rule a graph has, how many edges, and the
+            checksum of edges that the rule stores.
         model_state: ``state_dict`` of the model.
         hint: What to give instead.
 
     Raises:
         InputError: If names, shapes or types differ, or a number is NaN or infinite.
     """
-    numbers = {name: value for name, value in model_state.items() if name.rpartition(".")[2] in NUMBERS}
+    numbers = {name: value for name, value in model_state.items() if name.rpartition(".")[2] in (*NUMBERS, "checksum")}
     try:
         match({**numbers, **given}, model_state, "state_dict")
     except InputError as error:
