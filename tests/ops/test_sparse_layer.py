@@ -133,7 +133,9 @@ class Layers(torch.nn.Module):
         )
 
     def forward(self, x):
-        return sparse_linear(sparse_conv2d(x, *self.first, kernel=(3, 3), relu=True).mean((2, 3)), *self.second)
+        # Not every supported compiler can unpack a ParameterList.
+        first, second = ([part[n] for n in range(len(part))] for part in (self.first, self.second))
+        return sparse_linear(sparse_conv2d(x, *first, kernel=(3, 3), relu=True).mean((2, 3)), *second)
 
 
 def test_compile_and_export_take_them(way, unchecked):
