@@ -22,7 +22,7 @@ from dnw_graph.checkpoint import SECTION, read_checkpoint
 from dnw_graph.compaction import compact, export
 from dnw_graph.compaction.exports import check_export
 from dnw_graph.errors import InputError
-from dnw_graph.loading import checkpoint_of, load, read_card
+from dnw_graph.loading import COMPACT, checkpoint_card, checkpoint_of, load, model_of, read_card
 from dnw_graph.model_card import ModelCard, versions
 from dnw_graph.training.checkpoint_io import WholeFileIO
 from dnw_graph.training.checkpoints import Checkpoints
@@ -205,9 +205,10 @@ def _evaluate(
     if options.export is not None:
         check_export(Path(options.export))
     path = checkpoint_of(path)
-    card = read_card(path)
+    checkpoint = None if path.suffix == COMPACT else read_checkpoint(path)
+    card = read_card(path) if checkpoint is None else checkpoint_card(path, checkpoint)
     check_same_run(str(path), card.options, model_options, list(model_options))
-    model = load(path, create=create)
+    model = load(path) if checkpoint is None else model_of(path, checkpoint, create)
     size, classes = card.preprocess.image_size, card.classes
     images = images or load_images(options.data, None if options.held_out else classes)
     images = hold_out(images, options.held_out)

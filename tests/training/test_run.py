@@ -200,6 +200,19 @@ def test_cudnn_is_deterministic_while_training_and_as_it_was_afterwards(
     assert cudnn.benchmark
 
 
+def test_a_checkpoint_is_read_once_whatever_its_ending(
+    trained: RunOptions, create: Create, small_digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert trained.resume is not None
+    copy, read, module = tmp_path / "copy.pt", [], sys.modules["dnw_graph.training.runs"]
+    copy.write_bytes(Path(trained.resume).read_bytes())
+    reader = module.read_checkpoint
+    for name in ("dnw_graph.training.runs", "dnw_graph.loading"):
+        monkeypatch.setattr(sys.modules[name], "read_checkpoint", lambda path: read.append(path) or reader(path))
+    run(create, MODEL, replace(trained, resume=None, evaluate=str(copy), output=None), small_digits)
+    assert read == [copy]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("gpu", "products", "steps"), [(False, "sparse", 1), (True, "dense", 20)])
 def test_what_differs_on_a_gpu(
