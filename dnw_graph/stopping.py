@@ -284,6 +284,8 @@ def watched() -> Iterator[None]:
         if _this.ranks or _this.main:
             # The main process, whose exception it may be as well, goes first.
             time.sleep(LOSS_SECONDS * (2 if _this.main else 1))
+        with _this.lock:  # the thread must not take the ranks that are ended here for lost ones
+            _this.together = False
         for rank in _this.ranks:
             rank.kill()
         raise

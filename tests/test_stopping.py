@@ -201,7 +201,13 @@ def test_a_signal_before_ranks_work_together_ends_all_with_one_line(target: str,
 
 def test_an_error_of_a_rank_is_told_once(start: Start):
     program = """
+class Slow(subprocess.Popen):
+    def kill(self):
+        super().kill()
+        time.sleep(3 * stopping.LOOK_SECONDS)  # ranks that an error ends are not lost, however late it goes on
+
 if rank == 0:
+    subprocess.Popen = Slow
     start_ranks(3)
 ready()
 try:
