@@ -18,8 +18,8 @@ from reference_formulation import from_ours
 from steps import LAYOUTS, REFERENCE
 from timing import arguments, median_times, report, use_tf32
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from dnw_graph.analysis.multiply_adds import performed
 from dnw_graph.compaction import compact
 from dnw_graph.models import MobileNetV1, MobileNetV1DNW
 
@@ -63,7 +63,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     image = torch.randn(1, 3, options.size, options.size, device=options.device)
     _check(found, image)
-    performed = {name: _multiply_adds(model, image) for name, model in found.items()}
+    multiply_adds = {name: performed(partial(_run, model, image)) for name, model in found.items()}
     for threads in options.threads:
         torch.set_num_threads(threads)
         for batch in options.batch:
@@ -78,8 +78,8 @@ def main() -> None:
                         "batch": batch,
                         "model": name,
                         "ms per image": times[name] / batch,
-                        "multiply-adds, M": performed[name] / 1e6,
-                        "GFLOP/s": 2 * performed[name] * batch / times[name] / 1e6,
+                        "multiply-adds, M": multiply_adds[name] / 1e6,
+                        "GFLOP/s": 2 * multiply_adds[name] * batch / times[name] / 1e6,
                         "time / dense products": times[name] / times[DENSE],
                         "time / reference formulation": times[name] / reference,
                         f"time / {BASELINE}": times[name] / times[BASELINE],
@@ -105,13 +105,6 @@ def _check(found: dict[str, nn.Module], image: Tensor) -> None:
         error = float((found_logits - expected).norm() / expected.norm())
         if not error <= TOLERANCE:
             raise AssertionError(f"{name} differs from the reference formulation: relative error {error:.1e}")
-
-
-def _multiply_adds(model: nn.Module, image: Tensor) -> int:
-    """Return the multiply-adds that are performed, zeros of dense products included."""
-    with FlopCounterMode(display=False) as counter:
-        _run(model, image)
-    return counter.get_total_flops() // 2
 
 
 def _run(model: nn.Module, x: Tensor) -> None:

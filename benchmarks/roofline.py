@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from dnw_graph import Continuous, Discrete, NeuralGraph
 from dnw_graph.analysis.multiply_adds import edges_between, layer_multiply_adds
+from dnw_graph.node_functions import NodeConv
 from dnw_graph.ops.dense import product_with_transpose
 
 PARAMETER = 4  # bytes: parameters, gradients and momentum are float32 under autocast too
@@ -167,6 +168,7 @@ class _Counter:
         self.graph, self.batch, self.map = graph, batch, batch * dtype.itemsize
         self.two_passes = any(isinstance(module, nn.BatchNorm2d) for module in graph.modules())
         self.source, self.target = graph.edge_index.cpu()
+        self.kernel = next(module.weight for module in graph.modules() if isinstance(module, NodeConv))
 
     def static(self, before: int, places: int) -> Iterator[Group]:
         """Yield the groups of a static graph, its inputs' maps having so many places before the stride."""
@@ -210,11 +212,13 @@ class _Counter:
 
     def node_function(self, nodes: int, before: int, places: int, read_again: bool) -> Iterator[Group]:
         """Yield the forward pass of a node function."""
-        yield self.group("node function", 9 * nodes * places, self.map * nodes * (read_again * before + places))
+        convolved = layer_multiply_adds(self.kernel, nodes * places)
+        yield self.group("node function", convolved, self.map * nodes * (read_again * before + places))
 
     def backward(self, sources: range, targets: range, before: int, places: int) -> Iterator[Group]:
         """Yield the gradient of states and the backward pass of the node function that made them."""
-        multiply_adds = (self.edges(sources, targets) + 18 * len(sources)) * places
+        multiply_adds = self.edges(sources, targets) * places
+        multiply_adds += 2 * layer_multiply_adds(self.kernel, len(sources) * places)
         # I and ∂L/∂I have the places before the stride, ∂L/∂Z, written and read again, those after it.
         own = 3 * before + 2 * places if self.two_passes else 2 * before
         moved = self.map * (len(targets) * places + len(sources) * own)

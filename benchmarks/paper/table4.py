@@ -24,6 +24,7 @@ from rows import Row, Table
 from runner import main as run_table
 from torchvision.models import resnet50
 
+from dnw_graph.analysis.cost import cost_of
 from dnw_graph.sparse_layers.budget import edges_per_weight
 from dnw_graph.sparse_layers.layers import find_weights
 
@@ -105,8 +106,7 @@ def parameters_kept(percent: int, first_layer_dense: bool = False) -> tuple[int,
     dense = [weight for weight in weights if first_layer_dense and weight.name == "conv1.weight"]
     sparse = [weight for weight in weights if weight not in dense]
     kept = sum(weight.numel for weight in dense) + sum(edges_per_weight(sparse, percent / 100, "uniform"))
-    others = sum(p.numel() for p in model.parameters()) - sum(weight.numel for weight in weights)
-    return kept, kept + others
+    return kept, cost_of(model, None).parameters - sum(weight.numel for weight in weights) + kept
 
 
 def parameter_lines() -> list[str]:

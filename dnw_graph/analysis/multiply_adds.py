@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import dnw_graph.ops.flops  # noqa: F401
 from dnw_graph._compat import OPERATORS_WITHOUT_FORMULA, TorchDispatchMode, tree_leaves
@@ -58,6 +58,13 @@ def operations(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], res
     """Return the operations of a call of an operator, two per multiply-add; 0 if nothing tells how many."""
     formula = (flop_registry | _FORMULAS).get(operator.overloadpacket)
     return formula(*args, **kwargs, out_val=result) if formula else 0
+
+
+def performed(call: Callable[[], object]) -> int:
+    """Return the multiply-adds that operators perform in a call, those of dense products with zeros included."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() // 2
 
 
 class MultiplyAdds(TorchDispatchMode):
