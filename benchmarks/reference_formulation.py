@@ -165,9 +165,15 @@ class DynamicGraph(DenseGraph):
         """Return the states of all nodes: the inputs, and zero elsewhere."""
         return F.pad(x, (0, 0, 0, 0, 0, self.num_nodes - x.size(1)))
 
+    def received(self, z: Tensor, kernel: Tensor) -> Tensor:
+        """Return what follows from states: ReLU → depthwise convolution → 1×1 convolution → norm."""
+        (function,) = self.functions
+        assert isinstance(function, NodeFunction)
+        return function.norm(F.conv2d(function.conv(F.relu(z)), kernel))
+
 
 class DiscreteGraph(DynamicGraph):
-    """ReLU → depthwise convolution → 1×1 convolution → norm, for a number of steps."""
+    """As many steps as the graph takes."""
 
     def __init__(self, graph: NeuralGraph) -> None:
         super().__init__(graph)
@@ -178,16 +184,14 @@ class DiscreteGraph(DynamicGraph):
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs after the last step."""
         (kernel,) = self.real_weights()
-        (function,) = self.functions
-        assert isinstance(function, NodeFunction)
         z = self.start(x)
         for _ in range(self.steps):
-            z = function.norm(F.conv2d(function.conv(F.relu(z)), kernel))
+            z = self.received(z, kernel)
         return z[:, -self.num_outputs :]
 
 
 class ContinuousGraph(DynamicGraph):
-    """The node function of a 1×1 convolution as the right-hand side of an ODE."""
+    """A step as the right-hand side of an ODE."""
 
     def __init__(self, graph: NeuralGraph) -> None:
         super().__init__(graph)
@@ -199,9 +203,8 @@ class ContinuousGraph(DynamicGraph):
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs at the end."""
         (kernel,) = self.real_weights()
-        (function,) = self.functions
         times = torch.tensor(self.t_span, device=x.device, dtype=x.dtype)
-        states = odeint(lambda _, z: function(F.conv2d(z, kernel)), self.start(x), times, **self.solver)
+        states = odeint(lambda _, z: self.received(z, kernel), self.start(x), times, **self.solver)
         return states[-1][:, -self.num_outputs :]
 
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from dnw_graph.arguments import checked
 from dnw_graph.candidates import CandidateEdges
@@ -142,7 +143,8 @@ class LSTMGraph(nn.Module):
         batch_first: Whether sequences are ``[batch, time, inputs]`` or ``[time, batch, inputs]``.
 
     Shapes:
-        - input: a sequence
+        - input: as of ``torch.nn.LSTM``: a sequence, with or without a batch, or a packed one; perhaps the states that
+          it starts from, (h, c), each ``[layers, batch, H]``; by default zero
         - output: as of ``torch.nn.LSTM``: the sequence of the last layer's h, and (h, c) after the last element, each
           ``[layers, batch, H]``
     """
@@ -155,18 +157,65 @@ class LSTMGraph(nn.Module):
         self.hidden = hidden
         self.batch_first = batch_first
 
-    def forward(self, x: Float[Tensor, "a b inputs"]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Run the sequence from a state of zero."""
-        x = x if self.batch_first else x.transpose(0, 1)
-        length, lag = x.size(1), self.layers - 1
-        states = self.graph(nn.functional.pad(x, (0, 0, 0, lag)), return_states=True)
+    def forward(
+        self, x: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        """Run the sequence."""
+        if isinstance(x, PackedSequence):
+            return self._run_packed(x, hx)
+        if x.dim() == 2:
+            start = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+            output, (h, c) = self._run(x.unsqueeze(0), start)
+            return output.squeeze(0), (h.squeeze(1), c.squeeze(1))
+        output, last = self._run(x if self.batch_first else x.transpose(0, 1), hx)
+        return (output if self.batch_first else output.transpose(0, 1)), last
+
+    def _run_packed(
+        self, x: PackedSequence, hx: tuple[Tensor, Tensor] | None
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
+        """Run sequences padded to the longest: what comes after the end of one does not change what came before."""
+        given, found = x.sorted_indices, x.unsorted_indices
+        padded, lengths = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes), batch_first=True)
+        if hx is not None and given is not None:
+            hx = hx[0][:, given], hx[1][:, given]
+        output, last = self._run(padded, hx, lengths.to(padded.device))
+        packed = pack_padded_sequence(output, lengths, batch_first=True)
+        if found is not None:
+            last = last[0][:, found], last[1][:, found]
+        return PackedSequence(packed.data, packed.batch_sizes, given, found), last
+
+    def _run(
+        self, x: Tensor, hx: tuple[Tensor, Tensor] | None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Run sequences ``[batch, time, inputs]``, and return h and c of each after as many elements as it has."""
+        batch, lag = x.size(0), self.layers - 1
+        elements = nn.functional.pad(x, (0, 0, 0, lag))
+        states = self.graph(elements, return_states=True) if hx is None else self._started(elements, hx)
         cells, hiddens = zip(
             *((states[:, :, c.start : c.stop], states[:, :, h.start : h.stop]) for _, c, h in self._layer_nodes()),
             strict=True,
         )
-        output = hiddens[-1][:, lag + 1 :]
-        last = tuple(torch.stack([s[:, length + layer] for layer, s in enumerate(part)]) for part in (hiddens, cells))
-        return (output if self.batch_first else output.transpose(0, 1)), (last[0], last[1])
+        rows = torch.arange(batch, device=x.device)
+        ends = x.size(1) if lengths is None else lengths
+        h, c = (torch.stack([s[rows, ends + n] for n, s in enumerate(part)]) for part in (hiddens, cells))
+        return hiddens[-1][:, lag + 1 :], (h, c)
+
+    def _started(self, elements: Tensor, hx: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the states at all steps; those that a layer starts from are put in when it starts."""
+        h0, c0 = hx
+        shape = (self.layers, elements.size(0), self.hidden)
+        if h0.shape != shape or c0.shape != shape:
+            given = f"{list(h0.shape)} and {list(c0.shape)}"
+            raise InputError(f"{self.graph.name}: h and c at the start must be {list(shape)} each; got {given}")
+        z = elements.new_zeros(elements.size(0), self.graph.num_nodes)
+        parts = []
+        for layer, (_, cells, hiddens) in enumerate(self._layer_nodes()):
+            z = torch.cat([z[:, : cells.start], c0[layer], h0[layer], z[:, hiddens.stop :]], dim=1)
+            now = elements[:, layer:] if layer == self.layers - 1 else elements[:, layer : layer + 1]
+            states = self.graph(now, return_states=True, initial_states=z, first_step=layer)
+            z = states[:, -1]
+            parts.append(states[:, :-1])
+        return torch.cat([*parts, z.unsqueeze(1)], dim=1)
 
     def _layer_nodes(self) -> list[tuple[range, range, range]]:
         return lstm_nodes(self.graph.num_inputs, self.layers, self.hidden)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from reference import relative_error
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from dnw_graph import CandidateEdges, Discrete, InputError, NeuralGraph, RandomGraph
 from dnw_graph.equivalence import lstm_nodes, lstm_to_discrete, mlp_to_discrete, static_to_discrete
@@ -274,6 +275,74 @@ def test_an_lstm_is_its_discrete_graph(length, layers, bias, digits):
 @pytest.mark.parametrize("layers", [1, 2])
 def test_time_may_come_first(layers, digits):
     compare_lstm(nn.LSTM(8, 5, layers).double(), digits[0][:4].transpose(0, 1))
+
+
+def assert_same_run(lstm, x, hx=None):
+    """Outputs, last states and the gradients of what it starts from."""
+    graph = lstm_to_discrete(lstm)
+    starts = [None if hx is None else tuple(s.clone().requires_grad_() for s in hx) for _ in range(2)]
+    expected, found = lstm(x, starts[0]), graph(x, starts[1])
+    for a, b in zip(found[1], expected[1], strict=True):
+        assert a.shape == b.shape
+        assert relative_error(a, b) < 1e-12
+    if hx is not None:
+        for output, (h, c) in (expected, found):
+            values = output.data if isinstance(output, PackedSequence) else output
+            backward(torch.cat([values.flatten(), h.flatten(), 2 * c.flatten()]))
+        for a, b in zip(starts[1], starts[0], strict=True):
+            assert relative_error(a.grad, b.grad) < 1e-12
+    return found[0], expected[0]
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_an_lstm_starts_from_given_states(batch_first, layers, digits):
+    lstm = nn.LSTM(8, 5, layers, batch_first=batch_first).double()
+    x = digits[0][:4] if batch_first else digits[0][:4].transpose(0, 1)
+    for length in (1, 8):
+        part = x[:, :length] if batch_first else x[:length]
+        found, expected = assert_same_run(lstm, part, torch.randn(2, layers, 4, 5).double().unbind())
+        assert relative_error(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_sequence_without_a_batch(given, batch_first, digits):
+    lstm = nn.LSTM(8, 5, 2, batch_first=batch_first).double()
+    found, expected = assert_same_run(lstm, digits[0][0], torch.randn(2, 2, 5).double().unbind() if given else None)
+    assert found.shape == expected.shape == (8, 5)
+    assert relative_error(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("lengths", [(8, 5, 5, 1), (2, 7, 1, 7)])
+def test_packed_sequences(lengths, given, digits):
+    lstm = nn.LSTM(8, 5, 2, batch_first=True).double()
+    rows = [row[:length] for row, length in zip(digits[0], lengths, strict=False)]
+    packed = pack_sequence(rows, enforce_sorted=list(lengths) == sorted(lengths, reverse=True))
+    found, expected = assert_same_run(lstm, packed, torch.randn(2, 2, 4, 5).double().unbind() if given else None)
+    assert relative_error(found.data, expected.data) < 1e-12
+    assert torch.equal(found.batch_sizes, expected.batch_sizes)
+    for name in ("sorted_indices", "unsorted_indices"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert a is b is None or torch.equal(a, b)
+
+
+def test_a_sequence_in_two_parts(digits):
+    graph = lstm_to_discrete(nn.LSTM(8, 5, 2, batch_first=True).double())
+    x = digits[0][:4]
+    first, state = graph(x[:, :3])
+    second, last = graph(x[:, 3:], state)
+    whole, expected = graph(x)
+    assert relative_error(torch.cat([first, second], dim=1), whole) < 1e-12
+    assert relative_error(torch.stack(last), torch.stack(expected)) < 1e-12
+
+
+def test_states_of_another_size_are_refused(digits):
+    graph = lstm_to_discrete(nn.LSTM(8, 5, 2, batch_first=True).double())
+    start = torch.zeros(2, 3, 5).double()
+    with pytest.raises(InputError, match=r"lstm: h and c at the start must be \[2, 4, 5\] each; got \[2, 3, 5\]"):
+        graph(digits[0][:4], (start, start))
 
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS)

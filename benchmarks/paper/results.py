@@ -59,7 +59,8 @@ Where the authors' code is known to do something else than ours, with their data
   static graph 13,040 of 32,000 edges are usable at the start), and filled within tens of steps.
 - Their random graph draws its edges apart from the weights; ours, as the paper says, keeps the largest initial weights.
 - Tiny static: their outputs are the inputs of nodes 700 to 799, which also feed the last block (264,960 candidates);
-  here they are 100 nodes of their own (325,760). Tiny continuous: their order is ReLU, convolution, edges, norm.
+  here they are 100 nodes of their own (325,760). Tiny continuous: their ReLU in place clamps the solver's
+  own state as well.
 """
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnw_graph.arguments import checked, require, wrong
+from dnw_graph.arguments import checked, fits, require, wrong
 from dnw_graph.dynamics.recurrent import Recurrent
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.node_functions import NodeFunction, make_node_function
@@ -32,6 +32,9 @@ class Discrete(Recurrent):
         - input: ``[batch, inputs, *space]``, or ``[batch, time, inputs, *space]`` for a sequence
         - output: the outputs after the last step, ``[batch, outputs, *space]``; with ``return_states=True`` the states
           of all nodes at steps 0 … L, ``[batch, L + 1, nodes, *space]``
+        - ``initial_states``, if given: states of all nodes at step 0, ``[batch, nodes, *space]``, of which x replaces
+          those of the inputs; to go on with a sequence where an earlier call ended, give its last states, and as
+          ``first_step`` the number of steps it took, for node functions that are told the step
 
     Raises:
         InputError: If steps or input_mode are no such thing.
@@ -68,29 +71,42 @@ class Discrete(Recurrent):
         """Return the node functions, all of which act at all nodes."""
         return [(function, self.nodes.all) for function in self.node_functions]
 
-    def forward(self, x: Tensor, propagate: Propagate, *, return_states: bool = False, **options: Any) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        propagate: Propagate,
+        *,
+        return_states: bool = False,
+        initial_states: Tensor | None = None,
+        first_step: int = 0,
+        **options: Any,
+    ) -> Tensor:
         """Run the steps and return the outputs, or all states."""
         if options:
-            raise InputError(f"{self.name}: unknown options {', '.join(options)}; known is return_states")
+            known = "return_states, initial_states and first_step"
+            raise InputError(f"{self.name}: unknown options {', '.join(options)}; known are {known}")
         if not isinstance(return_states, bool):
             raise wrong(f"{self.name}: return_states", "True or False", return_states)
+        require(isinstance(first_step, int) and first_step >= 0, f"{self.name}: first_step", "0 or more", first_step)
         steps = self.steps or x.size(1)
         if steps < 1:
             raise InputError(f"{self.name}: the sequence has no elements: {list(x.shape)}")
         first = x[:, 0] if self.input_mode == "sequence" else x
-        # Until the first step is done, z holds the states of the inputs alone; all others are zero.
+        if initial_states is not None:
+            self._check_initial(first, initial_states)
+        # Until the first step is done, z holds the states of the inputs alone, if all others are zero.
         z = first
-        states = [self._with_inputs(first, None)] if return_states else []
+        states = [self._with_inputs(first, initial_states)] if return_states else []
         for step in range(steps):
             function = self.node_functions[step % len(self.node_functions)]
             part: dict[str, range] = {}
-            if step == 0 and (node_wise(function) or not hasattr(function, "send")):
+            if step == 0 and initial_states is None and (node_wise(function) or not hasattr(function, "send")):
                 part["have"] = self.nodes.inputs
             elif step == 0:
-                z = self._with_inputs(first, None)
+                z = self._with_inputs(first, initial_states)
             if step == steps - 1 and node_wise(function) and not return_states:
-                return self.step(propagate, function, z, step, want=self.nodes.outputs, **part)
-            z = self.step(propagate, function, z, step, **part)
+                return self.step(propagate, function, z, first_step + step, want=self.nodes.outputs, **part)
+            z = self.step(propagate, function, z, first_step + step, **part)
             if step < steps - 1:
                 z = self._after(z, x, step + 1)
             if return_states:
@@ -98,6 +114,11 @@ class Discrete(Recurrent):
         if return_states:
             return torch.stack(states, dim=1)
         return z[:, self.nodes.outputs.start :]
+
+    def _check_initial(self, x: Tensor, states: object) -> None:
+        shape = [x.size(0), self.nodes.num_nodes, *x.shape[2:]]
+        if not fits(states, x) or list(states.shape) != shape:
+            raise wrong(f"{self.name}: initial_states", f"a tensor of {x.dtype} {shape} on {x.device}", states)
 
     def _after(self, z: Tensor, x: Tensor, step: int) -> Tensor:
         """Let the inputs of a step flow into states."""

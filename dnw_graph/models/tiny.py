@@ -21,7 +21,7 @@ STATIC_BLOCKS = (32, 192, 192, 192, 192, 100)
 NUM_EDGES = 32_000
 """5% of 800²."""
 
-TINY_NODE_FUNCTIONS = {"static": NormReluConv, "discrete": ReluConvSendNorm, "continuous": NormReluConv}
+TINY_NODE_FUNCTIONS = {"static": NormReluConv, "discrete": ReluConvSendNorm, "continuous": ReluConvSendNorm}
 TINY_DYNAMICS = tuple(TINY_NODE_FUNCTIONS)
 
 
@@ -39,8 +39,11 @@ class TinyClassifier(nn.Module):
         num_classes: Number of classes.
         wiring: See :class:`~dnw_graph.NeuralGraph`.
         node_function: See :class:`~dnw_graph.NeuralGraph`. Default:
-            :class:`~dnw_graph.node_functions.NormReluConv` in static and continuous time,
-            :class:`~dnw_graph.node_functions.ReluConvSendNorm` in discrete time, both with an instance norm.
+            :class:`~dnw_graph.node_functions.NormReluConv` in the static graph,
+            :class:`~dnw_graph.node_functions.ReluConvSendNorm` in the dynamic ones, both with an instance norm. In
+            continuous time that is Ż = norm(A conv(relu(Z))), as the authors of the paper computed it (without their
+            ReLU in place, which clamps the solver's own state too). Equation 13 read literally,
+            Ż = conv(relu(norm(A Z))), is ``partial(NormReluConv, norm="instance")``.
         adjoint: Continuous only: see :class:`~dnw_graph.Continuous`.
         propagation: See :class:`~dnw_graph.NeuralGraph`.
         recompute: See :class:`~dnw_graph.NeuralGraph`.

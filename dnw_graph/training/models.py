@@ -13,7 +13,7 @@ from torch import nn
 from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.models import TINY_DYNAMICS, TINY_NODE_FUNCTIONS, create_model
-from dnw_graph.node_functions import EPS, NormReluConv
+from dnw_graph.node_functions import EPS, NODE_FUNCTIONS, NormReluConv
 from dnw_graph.sparse_layers import sparsify
 from dnw_graph.sparse_layers.budget import DISTRIBUTIONS
 from dnw_graph.training.options import ModelOptions, RunOptions, option
@@ -56,6 +56,9 @@ class TinyOptions(WiringOptions):
     """Which of the tiny classifiers."""
 
     dynamics: str = option("static", f"one of {', '.join(TINY_DYNAMICS)}")
+    node_function: str | None = option(
+        None, f"one of {', '.join(NODE_FUNCTIONS)}; by default that of the paper's classifier of these dynamics"
+    )
     node_norm_eps: float = option(EPS, "what the norms of nodes add to the variance")
     adjoint: bool = option(False, "continuous: train by the adjoint equation instead of through the solver")
 
@@ -63,12 +66,15 @@ class TinyOptions(WiringOptions):
         """Return the model with a wiring."""
         if self.dynamics not in TINY_DYNAMICS:
             raise unknown_name("dynamics", self.dynamics, TINY_DYNAMICS)
+        if self.node_function not in (None, *NODE_FUNCTIONS):
+            raise unknown_name("node function", str(self.node_function), NODE_FUNCTIONS)
+        kind = NODE_FUNCTIONS[self.node_function] if self.node_function else TINY_NODE_FUNCTIONS[self.dynamics]
         return create_model(
             TINY,
             dynamics=self.dynamics,
             num_classes=num_classes,
             wiring=wiring,
-            node_function=partial(TINY_NODE_FUNCTIONS[self.dynamics], norm="instance", eps=self.node_norm_eps),
+            node_function=partial(kind, norm="instance", eps=self.node_norm_eps),
             adjoint=self.adjoint,
         )
 

@@ -352,10 +352,34 @@ def test_inputs_of_another_shape_are_refused():
 
 
 def test_unknown_options_are_refused(maps):
-    with pytest.raises(InputError, match="unknown options times; known is return_states"):
+    with pytest.raises(
+        InputError, match="unknown options times; known are return_states, initial_states and first_step"
+    ):
         make_graph(Discrete(3))(maps, times=[1.0])
 
 
 def test_the_name_alone_says_what_is_missing():
     with pytest.raises(InputError, match=r"give dynamics=Discrete\(steps=…\) instead of its name"):
         NeuralGraph(num_nodes=9, num_inputs=3, num_outputs=2, num_edges=9, dynamics="discrete")
+
+
+@pytest.mark.parametrize("function", PLAIN)
+def test_a_sequence_goes_on_where_it_ended(function, sequence):
+    graph = make_graph(Discrete(input_mode="sequence"), function)
+    whole = graph(sequence, return_states=True)
+    start = torch.rand_like(whole[:, 0])
+    for first in (1, 3):
+        states = graph(sequence[:, first:], return_states=True, initial_states=whole[:, first], first_step=first)
+        assert relative_error(states[:, 1:], whole[:, first + 1 :]) < 1e-12
+        outputs = graph(sequence[:, first:], initial_states=whole[:, first], first_step=first)
+        assert relative_error(outputs, whole[:, -1, N - OUTPUTS :]) < 1e-12
+        other = graph(sequence[:, first:], initial_states=start, first_step=first)
+        assert relative_error(other, outputs) > 1e-3
+
+
+def test_states_and_steps_that_cannot_be_are_refused(maps):
+    graph = make_graph(Discrete(STEPS))
+    with pytest.raises(InputError, match=r"initial_states must be a tensor of torch.float64 \[2, 9, 8, 8\] on cpu"):
+        graph(maps, initial_states=maps)
+    with pytest.raises(InputError, match=r"first_step must be 0 or more; got -1"):
+        graph(maps, first_step=-1)

@@ -11,6 +11,7 @@ from torchdiffeq import odeint
 
 from dnw_graph import InputError
 from dnw_graph.models.tiny import TINY_NODE_FUNCTIONS, TinyClassifier
+from dnw_graph.training.models import TinyOptions
 
 DYNAMICS = ["static", "discrete", "continuous"]
 BLOCKS = (32, 192, 192, 192, 192, 100)
@@ -115,14 +116,21 @@ def plain_discrete_graph(p, matrix, z):
     return states[-1]
 
 
-def plain_continuous(p, matrix, z):
-    prefix = "graph.dynamics.node_function"
+def plain_solution(field, z):
     start = torch.cat([z, z.new_zeros(z.size(0), 768, 8, 8)], dim=1)
-
-    def field(t, states):
-        return plain_convolution(p, prefix, plain_norm(p, prefix, product(matrix, states)).relu())
-
     return odeint(field, start, torch.tensor([0, 1], dtype=z.dtype), method="dopri5", rtol=1e-3, atol=1e-3)[-1]
+
+
+def plain_continuous(p, matrix, z):
+    """As the authors computed it: Ż = norm(A conv(relu(Z)))."""
+    f = "graph.dynamics.node_function"
+    return plain_solution(lambda t, z: plain_norm(p, f, product(matrix, plain_convolution(p, f, z.relu()))), z)
+
+
+def plain_equation_13(p, matrix, z):
+    """Equation 13 read literally: Ż = conv(relu(norm(A Z)))."""
+    f = "graph.dynamics.node_function"
+    return plain_solution(lambda t, z: plain_convolution(p, f, plain_norm(p, f, product(matrix, z)).relu()), z)
 
 
 def adjacency(weight, dynamics):
@@ -135,17 +143,22 @@ def adjacency(weight, dynamics):
     return torch.zeros(possible.shape, dtype=weight.dtype).masked_scatter_(possible, real).requires_grad_(), possible
 
 
-PLAIN = {"static": plain_static, "discrete": plain_discrete_graph, "continuous": plain_continuous}
+PLAIN = {
+    ("static", None): plain_static,
+    ("discrete", None): plain_discrete_graph,
+    ("continuous", None): plain_continuous,
+    ("continuous", "norm_relu_conv"): plain_equation_13,
+}
 
 
-@pytest.mark.parametrize("dynamics", rest_is_slow(DYNAMICS, quick=2))
-def test_a_training_step_by_a_plain_implementation(dynamics, images):
+@pytest.mark.parametrize(("dynamics", "function"), rest_is_slow(PLAIN, quick=2))
+def test_a_training_step_by_a_plain_implementation(dynamics, function, images):
     count = 2 if dynamics == "continuous" else 4
     x, labels = images[0][:count].double(), images[1][:count]
-    model = TinyClassifier(dynamics).double()
+    model = TinyOptions(dynamics=dynamics, node_function=function).create(10, 32).double()
     p = {name: tensor.detach().clone().requires_grad_() for name, tensor in model.named_parameters()}
     matrix, possible = adjacency(p["graph.candidates.weight"].detach(), dynamics)
-    z = PLAIN[dynamics](p, matrix, plain_stem(p, x))[:, -100:]
+    z = PLAIN[dynamics, function](p, matrix, plain_stem(p, x))[:, -100:]
     patch = (z[:, :, 2, 2] + z[:, :, 2, 3] + z[:, :, 3, 2] + z[:, :, 3, 3]) / 4
     logits = patch @ p["classifier.weight"].t() + p["classifier.bias"]
     (torch.logsumexp(logits, dim=1) - logits[range(count), labels]).mean().backward()
@@ -219,3 +232,5 @@ def test_unknown_names_come_with_near_ones():
         TinyClassifier("discret")
     with pytest.raises(InputError, match="unknown wiring"):
         TinyClassifier(wiring="rg")
+    with pytest.raises(InputError, match="unknown node function 'relu_conv': did you mean 'norm_relu_conv'"):
+        TinyOptions(node_function="relu_conv").create(10, 32)
