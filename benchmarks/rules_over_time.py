@@ -18,9 +18,9 @@ from torch import nn
 
 from dnw_graph import NeuralGraph, attach, sparsify, wiring_penalty
 from dnw_graph.ranking import rankings
-from dnw_graph.two_stage import fine_tune, lottery_ticket
 from dnw_graph.whole_file import write_whole
 from dnw_graph.wirings import WIRINGS, create_wiring
+from dnw_graph.wirings.two_stage import fine_tune, lottery_ticket
 
 STAGES = ("lottery_ticket", "fine_tune")
 MODELS = ("graph", "perceptron")

@@ -1,4 +1,4 @@
-"""Real edges, and whether the weights that they were chosen for are still the same."""
+"""Real edges: what a rule must choose, and whether the weights that they were chosen for are still the same."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from dnw_graph._compat import version
+from dnw_graph.errors import InputError
+from dnw_graph.ops.layout import plain_eager
+from dnw_graph.wirings.base import Wiring
 
 WHOLE = 2048
 """Up to this size all weights of a parameter are compared."""
@@ -37,21 +40,23 @@ class Chosen:
         self._chosen_for = [(weight, weight.detach(), version(weight)) for weight in tensors]
         self._sample: list[tuple[Tensor, Tensor | None, Tensor]] = []
 
-    def remember(self, slots: Sequence[Any], others: Iterable[Tensor]) -> None:
+    def remember(self, weights: Sequence[Any], others: Iterable[Tensor]) -> None:
         """Keep a sample of the weights.
 
         Args:
-            slots: Where they lie in the parameters, see :class:`~dnw_graph.wirings.view.Slot`.
+            weights: Where they lie in the parameters, see :class:`~dnw_graph.wirings.view.RankedWeight`.
             others: What else the edges were chosen by; all of it is kept.
         """
         if type(self.index) is not Tensor or self.index.is_meta:
             return  # without values
         real, start = self.index[:: 1 + self.index.numel() // REAL], 0
         places: list[Tensor | None] = []
-        for slot in slots:
-            inside = real[(real >= start) & (real < start + slot.numel)] - start
-            places.append(None if slot.numel <= WHOLE else torch.cat([slot.positions(inside), *_across(slot, inside)]))
-            start += slot.numel
+        for weight in weights:
+            inside = real[(real >= start) & (real < start + weight.numel)] - start
+            places.append(
+                None if weight.numel <= WHOLE else torch.cat([weight.positions(inside), *_across(weight, inside)])
+            )
+            start += weight.numel
         known = [(weight, alias, at) for (weight, alias, _), at in zip(self._chosen_for, places, strict=True)]
         for tensor, values, at in [*known, *((each, each, None) for each in others)]:
             if type(tensor) in (Tensor, nn.Parameter):
@@ -74,9 +79,9 @@ def _taken(tensor: Tensor, at: Tensor | None) -> Tensor:
     return tensor.index_select(0, at) if tensor.dim() == 1 else torch.take(tensor, at)
 
 
-def _across(slot: Any, like: Tensor) -> Iterator[Tensor]:
-    """Yield places of a parameter that lie evenly over the rows and the columns of the matrices of a slot."""
-    for offset, rows, columns in slot.matrices:
+def _across(weight: Any, like: Tensor) -> Iterator[Tensor]:
+    """Yield places of a parameter that lie evenly over the rows and the columns of the matrices of a weight."""
+    for offset, rows, columns in weight.matrices:
         longer = max(rows, columns)
         steps = torch.arange(0, longer, 1 + longer // ACROSS, device=like.device)
         yield offset + steps % rows * columns + steps % columns
@@ -85,3 +90,38 @@ def _across(slot: Any, like: Tensor) -> Iterator[Tensor]:
 def _captured() -> bool:
     """Whether a CUDA graph is captured, in which the host cannot wait; no replay of it asks."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def check_index(index: object, wiring: Wiring, num_candidates: int, name: str, *, wait: bool) -> None:
+    """Refuse what products over the edges cannot work with: they rely on flat indices in ascending order.
+
+    Values are looked at only if the rule is not of this package.
+
+    Args:
+        index: What the rule chose.
+        wiring: The rule.
+        num_candidates: Number of candidate edges.
+        name: Name of the graph, for messages.
+        wait: Whether the host may synchronise with a device; if not, values are checked on a CPU only.
+
+    Raises:
+        InputError: If it is no int64 vector or, as far as looked at, not strictly ascending or out of range.
+    """
+    if not isinstance(index, Tensor):
+        raise _wrong(wiring, num_candidates, name, f"a {type(index).__name__}")
+    if index.dtype != torch.int64 or index.dim() != 1:
+        raise _wrong(wiring, num_candidates, name, f"{index.dtype} of shape {list(index.shape)}")
+    readable = index.is_cpu or (wait and not index.is_meta)
+    if type(wiring).__module__.startswith("dnw_graph.") or not readable or not plain_eager():
+        return
+    wrong = index.diff(prepend=index.new_tensor([-1]), append=index.new_tensor([num_candidates])) <= 0
+    if wrong.any():
+        found = f"{len(index)} indices from {int(index.min())} to {int(index.max())}, {int(wrong.sum())} of them wrong"
+        raise _wrong(wiring, num_candidates, name, found)
+
+
+def _wrong(wiring: Wiring, num_candidates: int, name: str, found: str) -> InputError:
+    return InputError(
+        f"{name}: {type(wiring).__name__} must choose an int64 vector of indices in 0 … {num_candidates - 1:,}, "
+        f"strictly ascending (indices.sort().values, mask.nonzero().flatten()); got {found}"
+    )

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from dnw_graph._compat import import_pyg
 from dnw_graph.arguments import checked, fits, require, wrong
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.dynamics import Dynamics, Static, make_dynamics
 from dnw_graph.errors import InputError
-from dnw_graph.node_functions import NodeFunction, NormReluConv
+from dnw_graph.node_functions import NodeFunction, NormReluConv, make_node_function
 from dnw_graph.nodes import Nodes, reaching
 from dnw_graph.propagation import Propagation, RealEdges, make_propagation
 from dnw_graph.ranking import Ranking
@@ -110,14 +110,15 @@ class NeuralGraph(Ranking):
         self.dynamics.name = name
         self.dynamics.recompute = recompute
         self.nodes = _make_nodes(self.dynamics, blocks, num_nodes, num_inputs, num_outputs)
-        self.candidates = self.dynamics.setup(
-            self.nodes,
-            copy.deepcopy(candidates),
-            node_function,
-            stride,
-            input_function,
-            output_function,
-        )
+        _check_ends(self.dynamics, stride, input_function, output_function)
+
+        def make_function(nodes: range) -> nn.Module:
+            ends = ((self.nodes.inputs, input_function), (self.nodes.outputs, output_function))
+            if self.dynamics.in_blocks and (nodes, False) in ends:
+                return nn.Identity()
+            return make_node_function(node_function, len(nodes), 1 if nodes.start else stride)
+
+        self.candidates = self.dynamics.setup(self.nodes, copy.deepcopy(candidates), make_function)
         self._takes_maps = any(isinstance(function, NormReluConv) for function, _ in self.dynamics.functions())
         self.take(self.prepare(wiring, num_edges))
         self.propagation = make_propagation(propagation)
@@ -128,7 +129,7 @@ class NeuralGraph(Ranking):
         return self.candidates.num_candidates
 
     @property
-    def slots(self) -> tuple[CandidateEdges]:  # type: ignore[override]
+    def weights(self) -> tuple[CandidateEdges]:  # type: ignore[override]
         """Where the weights lie."""
         return (self.candidates,)
 
@@ -331,3 +332,10 @@ def _make_nodes(
     if blocks is not None or num_nodes is None or num_inputs is None or num_outputs is None:
         raise InputError("a dynamic graph is given by num_nodes, num_inputs and num_outputs, without blocks")
     return Nodes.flat(num_nodes, num_inputs, num_outputs)
+
+
+def _check_ends(dynamics: Dynamics, stride: int, input_function: bool, output_function: bool) -> None:
+    if not dynamics.in_blocks and (output_function or not input_function):
+        raise InputError("input_function and output_function belong to static graphs; here f_θ acts at every node")
+    if stride != 1 and not input_function:
+        raise InputError(f"stride {stride} belongs to the inputs' node function; set input_function=True")

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from dnw_graph._compat import backward_pass, in_backward_pass
 from dnw_graph.arguments import checked, require, wrong
 from dnw_graph.candidates import CandidateEdges
-from dnw_graph.chosen import Chosen
+from dnw_graph.chosen import Chosen, check_index
 from dnw_graph.errors import InputError
 from dnw_graph.ops.layout import transformed
 from dnw_graph.wirings import WIRINGS, View, Wiring, make_wiring, wiring_name
 from dnw_graph.wirings.base import COUNTERS
-from dnw_graph.wirings.checks import check_index
-from dnw_graph.wirings.view import Slot
+from dnw_graph.wirings.view import RankedWeight
 
 T = TypeVar("T")
 
@@ -37,7 +36,7 @@ class Ranking(nn.Module):
     optimisers and averages that are copied in are noticed; single weights of a large graph that are written through
     ``.data`` need :meth:`update_wiring`.
 
-    A subclass says where the weights lie (``slots``), and calls :meth:`rewire` when they are there.
+    A subclass says where its ``weights`` lie, and calls :meth:`rewire` when they are there.
 
     Args:
         name: Name in messages.
@@ -46,11 +45,11 @@ class Ranking(nn.Module):
         name: Name in messages.
         full_name: Name in the model that was attached to an optimiser; before that ``name``.
         wiring: The rule.
-        slots: Where the weights lie.
+        weights: Where the candidate weights lie: parameters, or parts of them.
         candidates: The candidates as blocks of sources × targets.
     """
 
-    slots: Sequence[Slot]
+    weights: Sequence[RankedWeight]
     candidates: CandidateEdges
     wiring: Wiring
 
@@ -64,12 +63,12 @@ class Ranking(nn.Module):
 
     def tensors(self) -> list[Tensor]:
         """Return the parameters that hold the weights, as they are now."""
-        return [slot.parameter for slot in self.slots]
+        return [weight.parameter for weight in self.weights]
 
     @property
     def num_candidates(self) -> int:
         """Number of candidate edges."""
-        return sum(slot.numel for slot in self.slots)
+        return sum(weight.numel for weight in self.weights)
 
     @property
     def num_edges(self) -> int:
@@ -143,7 +142,7 @@ class Ranking(nn.Module):
             num_edges: k; None for the rule's own number.
             default: k where the rule has none. Default: all candidates.
         """
-        rule = make_wiring(wiring).to(self.slots[0].parameter.device)
+        rule = make_wiring(wiring).to(self.weights[0].parameter.device)
         own = rule.own_num_edges(View(self, rule, 0))
         if num_edges is None:
             num_edges = next(number for number in (own, default, self.num_candidates) if number is not None)
@@ -204,10 +203,10 @@ class Ranking(nn.Module):
         return found if isinstance(found, Tensor) else None
 
     def _write(self, flat: Tensor) -> None:
-        parts = flat.split([slot.numel for slot in self.slots])
+        parts = flat.split([weight.numel for weight in self.weights])
         with torch.no_grad():
-            for slot, part in zip(self.slots, parts, strict=True):
-                slot.write(part, slot.parameter)
+            for weight, part in zip(self.weights, parts, strict=True):
+                weight.write(part, weight.parameter)
 
     def update_wiring(self) -> None:
         """Choose the real edges anew from the weights as they are now."""
@@ -325,7 +324,7 @@ class Ranking(nn.Module):
     def _keep(self, tensors: Sequence[Tensor], index: Tensor) -> None:
         self._chosen = Chosen(index, tensors)
         if not self.training:
-            self._chosen.remember(self.slots, self.wiring.parameters())
+            self._chosen.remember(self.weights, self.wiring.parameters())
 
     def train(self, mode: bool = True) -> Ranking:
         """Switch between training and evaluation; a switch to evaluation chooses the real edges anew."""

@@ -17,7 +17,7 @@ from dnw_graph.arguments import checked, require
 from dnw_graph.errors import InputError
 from dnw_graph.ranking import Ranking, rankings
 from dnw_graph.wirings import View, Wiring
-from dnw_graph.wirings.view import Slot, new_seed
+from dnw_graph.wirings.view import RankedWeight, new_seed
 
 
 class Updates:
@@ -49,9 +49,9 @@ class Updates:
     def _views(self, optimizer: Optimizer) -> dict[str, View]:
         return {name: graph.view(optimizer=optimizer) for name, graph in self.graphs.items()}
 
-    def _slots(self) -> Iterator[Slot]:
+    def _weights(self) -> Iterator[RankedWeight]:
         for graph in self.graphs.values():
-            yield from graph.slots
+            yield from graph.weights
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -102,26 +102,26 @@ class Updates:
         self._remove_probes()
         for graph in self.graphs.values():
             if graph.wiring.needs_gradient(graph.view()):
-                for slot in graph.slots:
-                    if slot.holder.probe is None and slot.parameter.requires_grad:
-                        slot.holder.probe, handles = _new_probe(slot.parameter)
+                for weight in graph.weights:
+                    if weight.holder.probe is None and weight.parameter.requires_grad:
+                        weight.holder.probe, handles = _new_probe(weight.parameter)
                         self._probe_handles += handles
 
     def _remove_probes(self) -> None:
         for handle in self._probe_handles:
             handle.remove()
         self._probe_handles = []
-        for slot in self._slots():
-            slot.holder.probe = None
+        for weight in self._weights():
+            weight.holder.probe = None
 
     def _average_probes(self) -> None:
         ranks = _num_ranks()
         if ranks == 1:
             return
-        for slot in self._slots():
-            probe = slot.holder.probe
+        for weight in self._weights():
+            probe = weight.holder.probe
             if probe is not None:
-                probe.grad = torch.zeros_like(slot.parameter) if probe.grad is None else probe.grad.contiguous()
+                probe.grad = torch.zeros_like(weight.parameter) if probe.grad is None else probe.grad.contiguous()
                 dist.all_reduce(probe.grad)
                 probe.grad /= ranks
 
@@ -178,7 +178,7 @@ def _new_probe(parameter: Tensor) -> tuple[Tensor, list[RemovableHandle]]:
 
 
 def _has_had_gradient(view: View, optimizer: Optimizer) -> bool:
-    parameters = [slot.parameter for slot in view.graph.slots]
+    parameters = [weight.parameter for weight in view.graph.weights]
     return any(each.grad is not None or optimizer.state.get(each) for each in parameters)
 
 
@@ -277,12 +277,12 @@ def _refuse_optimizer(optimizer: Optimizer) -> None:
 
 def _refuse_parameters(name: str, graph: Ranking, optimizer: Optimizer) -> None:
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    for slot in graph.slots:
-        if slot.parameter not in groups:
-            if not slot.parameter.requires_grad:
+    for weight in graph.weights:
+        if weight.parameter not in groups:
+            if not weight.parameter.requires_grad:
                 continue
             raise InputError(f"{name} is not among the parameters of the optimiser: give it model.parameters()")
-        group = groups[slot.parameter]
+        group = groups[weight.parameter]
         if graph.wiring.needs_momentum and not (group.get("momentum") or "betas" in group):
             raise InputError(
                 f"{type(optimizer).__name__} has no momentum for {name}, which {type(graph.wiring).__name__} needs: "

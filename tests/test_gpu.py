@@ -14,7 +14,7 @@ from torchvision.models import resnet18
 from dnw_graph import InputError, NeuralGraph
 from dnw_graph.models import MobileNetV1DNW, TinyClassifier
 from dnw_graph.sparse_layers import sparsify
-from dnw_graph.two_stage import lottery_ticket
+from dnw_graph.wirings.two_stage import lottery_ticket
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -134,11 +134,11 @@ def test_the_gradient_of_all_candidates_comes_when_it_is_asked_for_and_stays_out
         for x in (X, 2 * X):
             model(x).square().sum().backward()
             twin(x).square().sum().backward()
-        grads = [each.slots[0].parameter.grad.clone() for each in graphs(model)]
+        grads = [each.weights[0].parameter.grad.clone() for each in graphs(model)]
         own.step()
         for each, other, grad in zip(graphs(model), graphs(twin), grads, strict=True):
             seen_step, seen = each.wiring.seen[-1]
-            expected = torch.cat([slot.flat(slot.parameter.grad) for slot in other.slots])
+            expected = torch.cat([weight.flat(weight.parameter.grad) for weight in other.weights])
             half = each.num_candidates // 2
             assert seen_step == number
             torch.testing.assert_close(seen[:half], expected[:half])
@@ -158,7 +158,7 @@ def test_what_a_rule_writes_reaches_the_parameters_and_the_optimiser(kind):
     for _ in range(3):
         step(model, own)
         step(twin, other)
-        for each in dict.fromkeys(slot.parameter for graph in graphs(twin) for slot in graph.slots):
+        for each in dict.fromkeys(weight.parameter for graph in graphs(twin) for weight in graph.weights):
             with torch.no_grad():
                 each.mul_(0.5)
                 other.state[each]["momentum_buffer"].mul_(0.25)

@@ -48,7 +48,7 @@ def parts(module: nn.Module) -> list[nn.Module] | None:
     return None
 
 
-def readers(model: nn.Module) -> dict[nn.Module, NeuralGraph]:
+def reading_graphs(model: nn.Module) -> dict[nn.Module, NeuralGraph]:
     """Return, for graphs and layers whose output channels are the inputs of a graph and go nowhere else, that graph."""
     uses = Counter(
         child

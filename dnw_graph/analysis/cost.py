@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from dnw_graph.analysis.chains import readers
+from dnw_graph.analysis.chains import reading_graphs
 from dnw_graph.analysis.live_channels import classifier_columns, live_channels
 from dnw_graph.analysis.multiply_adds import MultiplyAdds
 from dnw_graph.arguments import checked, require
@@ -106,7 +106,7 @@ def live_nodes(model: nn.Module) -> dict[str, Bool[Tensor, " nodes"]]:
         by_graph = getattr(module, "live_nodes_by_graph", None)
         if by_graph is not None:
             masks |= by_graph()
-    read_by = readers(model)
+    read_by = reading_graphs(model)
 
     def live(graph: NeuralGraph) -> Tensor:
         if graph not in masks:

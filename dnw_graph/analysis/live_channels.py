@@ -8,7 +8,7 @@ from itertools import accumulate, chain, pairwise
 import torch
 from torch import Tensor, nn
 
-from dnw_graph.analysis.chains import readers
+from dnw_graph.analysis.chains import reading_graphs
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.node_functions import Blockwise
 
@@ -20,7 +20,7 @@ def live_channels(model: nn.Module, live: Mapping[NeuralGraph, Tensor]) -> dict[
         for function, nodes in chain.from_iterable(_parts(*each) for each in graph.dynamics.functions()):
             for module in function.modules():
                 channels.setdefault(module, []).append(mask[nodes.start : nodes.stop])
-    for layer, graph in readers(model).items():
+    for layer, graph in reading_graphs(model).items():
         if not isinstance(layer, NeuralGraph):
             channels[layer] = [live[graph][: graph.num_inputs]]
     return channels

@@ -6,8 +6,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -180,18 +179,34 @@ class MultiplyAdds(TorchDispatchMode):
         """Count the products of one forward pass over a graph's edges."""
         source, target = graph.candidates.pairs(args[0].index)
         counted = self._counted_targets[graph][target]
-        source, target = source[counted], target[counted]
+        return _CountedEdges(propagate, source[counted], target[counted], partial(self._product, self._rows[graph]))
 
-        def product(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
-            block = propagate.blocks[number]
-            sources, targets = block.sources[columns], block.targets[rows]
-            self._add(self._rows[graph], edges_between(source, target, sources, targets) * math.prod(z.shape[2:]))
-            self._in_product = True
-            result = propagate.product(number, z, rows, columns)
-            self._in_product = False
-            return result
+    @contextmanager
+    def _product(self, name: str, multiply_adds: int) -> Iterator[None]:
+        """Count a product over edges, and none of its operators."""
+        self._add(name, multiply_adds)
+        self._in_product = True
+        yield
+        self._in_product = False
 
-        return replace(propagate, product=product, states=None)
+
+class _CountedEdges(Propagate):
+    """Products over edges that are counted as such, block by block."""
+
+    def __init__(
+        self, own: Propagate, source: Tensor, target: Tensor, counted: Callable[[int], AbstractContextManager[None]]
+    ) -> None:
+        super().__init__(own.edges, own.weights)
+        self.own, self.source, self.target, self.counted = own, source, target, counted
+
+    def product(self, number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
+        block = self.blocks[number]
+        edges = edges_between(self.source, self.target, block.sources[columns], block.targets[rows])
+        with self.counted(edges * math.prod(z.shape[2:])):
+            return self.own.product(number, z, rows, columns)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        return self.own.arrange(x)
 
 
 @contextmanager
@@ -258,15 +273,7 @@ class GraphStep:
 
     def listen(self, propagate: Propagate) -> Propagate:
         """Return the product over the edges such that it is counted."""
-        product: Callable[[int, Tensor, slice, slice], Tensor] = propagate.product
-
-        def counted(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
-            pairs = (rows.stop - rows.start) * (columns.stop - columns.start)
-            self.count(propagate.weights[number], pairs * math.prod(z.shape[2:]), z.requires_grad)
-            return product(number, z, rows, columns)
-
-        states = propagate.states and partial(_CountedStates, self, propagate)
-        return replace(propagate, product=counted, states=states)
+        return _CountedStep(self, propagate)
 
     def count(self, weight: Tensor, products: int, to_source: bool) -> None:
         """Add the products of a block."""
@@ -282,8 +289,27 @@ class GraphStep:
         return real * self.through_edges + (1 if self.edges.dense else real) * self.to_weights
 
 
+class _CountedStep(Propagate):
+    """The products of a training step."""
+
+    def __init__(self, counter: GraphStep, own: Propagate) -> None:
+        super().__init__(own.edges, own.weights)
+        self.counter, self.own = counter, own
+
+    def product(self, number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
+        pairs = (rows.stop - rows.start) * (columns.stop - columns.start)
+        self.counter.count(self.weights[number], pairs * math.prod(z.shape[2:]), z.requires_grad)
+        return self.own.product(number, z, rows, columns)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        return self.own.arrange(x)
+
+    def start(self, feeding: Sequence[slice]) -> States:
+        return _CountedStates(self.counter, self.own, feeding)
+
+
 class _CountedStates(States):
-    """The states of a static graph in a way of its own: counting keeps no more of them than other steps do."""
+    """The states of a static graph, as the way has them: counting keeps no more of them than other steps do."""
 
     def __init__(self, counter: GraphStep, propagate: Propagate, feeding: Sequence[slice]) -> None:
         self.counter, self.weights, self.feeding = counter, propagate.weights, feeding

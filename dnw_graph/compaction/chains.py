@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dnw_graph.analysis.chains import parts
 from dnw_graph.compaction.functions import steps
-from dnw_graph.compaction.layers import Activation, Affine, Layer, MapMean
+from dnw_graph.compaction.plain_layers import Activation, Affine, Layer, MapMean
 from dnw_graph.dynamics import Static
 from dnw_graph.models import GraphClassifier, MobileNetV1, MobileNetV1DNW, TinyClassifier
 from dnw_graph.neural_graph import NeuralGraph

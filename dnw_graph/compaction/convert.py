@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dnw_graph.compaction.dynamic_graphs import TABLEAUS, ContinuousGraph, DiscreteGraph, RungeKuttaGraph, Step
 from dnw_graph.compaction.functions import WholeFunction, sending_steps, steps
 from dnw_graph.compaction.fusion import fold
-from dnw_graph.compaction.layers import Chain, Layer, Select
+from dnw_graph.compaction.plain_layers import Chain, Layer, Select
 from dnw_graph.compaction.products import DenseProduct, Product, SparseProduct
 from dnw_graph.compaction.static_graphs import StaticGraph
 from dnw_graph.dynamics import Continuous, Discrete, Dynamics, Static

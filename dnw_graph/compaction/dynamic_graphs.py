@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dnw_graph.compaction.functions import WholeFunction
-from dnw_graph.compaction.layers import Layer, require, require_whole
+from dnw_graph.compaction.plain_layers import Layer, require, require_whole
 from dnw_graph.compaction.products import Product
 from dnw_graph.dynamics import Continuous
 from dnw_graph.dynamics.discrete import INPUT_MODES

@@ -16,7 +16,9 @@ from dnw_graph.checksum import checksum
 from dnw_graph.compaction.dynamic_graphs import ContinuousGraph, DiscreteGraph, RungeKuttaGraph, Step
 from dnw_graph.compaction.functions import PerBlock
 from dnw_graph.compaction.gaps import from_gaps, to_gaps
-from dnw_graph.compaction.layers import (
+from dnw_graph.compaction.model import CompactModel
+from dnw_graph.compaction.network import Network, Operation
+from dnw_graph.compaction.plain_layers import (
     Activation,
     Affine,
     Chain,
@@ -27,8 +29,6 @@ from dnw_graph.compaction.layers import (
     MapMean,
     Select,
 )
-from dnw_graph.compaction.model import CompactModel
-from dnw_graph.compaction.network import Network, Operation
 from dnw_graph.compaction.products import DenseProduct, SparseProduct
 from dnw_graph.compaction.sparse_layers import SparseConv, SparseLinear
 from dnw_graph.compaction.static_graphs import FusedGraph, StaticGraph

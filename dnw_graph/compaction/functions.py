@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dnw_graph.compaction.layers import (
+from dnw_graph.compaction.plain_layers import (
     Activation,
     Affine,
     Chain,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dnw_graph.compaction.layers import Activation, Affine, Chain, Conv, Layer
+from dnw_graph.compaction.plain_layers import Activation, Affine, Chain, Conv, Layer
 from dnw_graph.compaction.products import SparseProduct
 from dnw_graph.compaction.sparse_layers import SparseLayer
 from dnw_graph.compaction.static_graphs import FusedGraph, StaticGraph

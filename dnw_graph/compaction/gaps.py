@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from dnw_graph.compaction.layers import require
+from dnw_graph.compaction.plain_layers import require
 
 FAR = 255
 """A byte that passes so many zeros and stands for no value."""

@@ -23,8 +23,8 @@ from dnw_graph.compaction.convert import (
 )
 from dnw_graph.compaction.functions import NORMS, linear_or_conv, steps
 from dnw_graph.compaction.fusion import fold, fuse
-from dnw_graph.compaction.layers import Affine, Chain, Conv, Layer, Linear, MapMean, Select
 from dnw_graph.compaction.network import Network, norms_behind, traced
+from dnw_graph.compaction.plain_layers import Affine, Chain, Conv, Layer, Linear, MapMean, Select
 from dnw_graph.compaction.report import Report, Size, relative_difference
 from dnw_graph.compaction.rows import layer_rows
 from dnw_graph.compaction.sparse_layers import make_sparse, pays

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dnw_graph._compat import has_own_hooks
-from dnw_graph.compaction.layers import Activation, Affine, Layer, require
+from dnw_graph.compaction.plain_layers import Activation, Affine, Layer, require
 from dnw_graph.compaction.sparse_layers import SparseConv, SparseLayer
 from dnw_graph.errors import unknown_name
 from dnw_graph.usual import as_its_class

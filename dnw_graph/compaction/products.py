@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import dnw_graph.ops.flops  # noqa: F401
-from dnw_graph.compaction.layers import Layer, require, require_whole
+from dnw_graph.compaction.plain_layers import Layer, require, require_whole
 from dnw_graph.ops import sparse_product
 from dnw_graph.ops.checks import INTEGERS
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dnw_graph.compaction.functions import linear_or_conv
 from dnw_graph.compaction.gaps import to_gaps
-from dnw_graph.compaction.layers import Layer, Linear
+from dnw_graph.compaction.plain_layers import Layer, Linear
 from dnw_graph.compaction.report import LayerRow
 from dnw_graph.compaction.sparse_layers import DENSEST, SMALLEST, SparseLayer, SparseLinear, pays
 from dnw_graph.sparse_layers.layers import CONVOLUTIONS

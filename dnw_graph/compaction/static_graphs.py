@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import dnw_graph.ops.flops  # noqa: F401
-from dnw_graph.compaction.layers import Layer, require, require_whole
+from dnw_graph.compaction.plain_layers import Layer, require, require_whole
 from dnw_graph.compaction.products import Product, check_csr
 from dnw_graph.ops import static_graph
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.dynamics.recompute import recomputed
-from dnw_graph.node_functions import NodeFunction
 from dnw_graph.nodes import Nodes
 from dnw_graph.propagation import Propagate
 
@@ -34,23 +33,14 @@ class Dynamics(nn.Module):
     in_blocks: ClassVar[bool]
 
     def setup(
-        self,
-        nodes: Nodes,
-        candidates: CandidateEdges | None,
-        node_function: NodeFunction,
-        stride: int,
-        input_function: bool,
-        output_function: bool,
+        self, nodes: Nodes, candidates: CandidateEdges | None, make_function: Callable[[range], nn.Module]
     ) -> CandidateEdges:
         """Build the node functions and return the candidate edges.
 
         Args:
             nodes: The nodes of the graph.
             candidates: The candidates that the user asks for, or None for all that the dynamics allows.
-            node_function: What a node does with its input.
-            stride: Stride of the node function.
-            input_function: Whether f_θ is applied at the input nodes.
-            output_function: Whether f_θ is applied at the output nodes.
+            make_function: Returns a node function for some nodes, as the user has asked for it.
         """
         raise NotImplementedError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from dnw_graph.arguments import checked, fits, require, wrong
 from dnw_graph.dynamics.recurrent import Recurrent
 from dnw_graph.errors import InputError, unknown_name
-from dnw_graph.node_functions import NodeFunction, make_node_function
 from dnw_graph.propagation import Propagate
 
 INPUT_MODES = ("initial", "hold", "sequence")
@@ -58,14 +58,12 @@ class Discrete(Recurrent):
         self.function_per_step = function_per_step
         self.node_dim = 2 if sequence else 1
 
-    def build(self, node_function: NodeFunction, stride: int) -> None:
+    def build(self, make_function: Callable[[range], nn.Module]) -> None:
         """Build one node function, or one per step."""
         count = self.steps if self.function_per_step and self.steps else 1
-        if count > 1 and isinstance(node_function, nn.Module):
+        self.node_functions = nn.ModuleList(make_function(self.nodes.all) for _ in range(count))
+        if len(set(self.node_functions)) < count:
             raise InputError("function_per_step needs a name or a factory as node_function; got a ready module")
-        self.node_functions = nn.ModuleList(
-            make_node_function(node_function, self.nodes.num_nodes, stride) for _ in range(count)
-        )
 
     def functions(self) -> list[tuple[nn.Module, range]]:
         """Return the node functions, all of which act at all nodes."""

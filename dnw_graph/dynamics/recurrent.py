@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.dynamics.base import Dynamics
 from dnw_graph.errors import InputError
-from dnw_graph.node_functions import NodeFunction, make_node_function
 from dnw_graph.nodes import Nodes
 from dnw_graph.propagation import Propagate
 
@@ -29,32 +29,24 @@ class Recurrent(Dynamics):
     in_blocks = False
 
     def setup(
-        self,
-        nodes: Nodes,
-        candidates: CandidateEdges | None,
-        node_function: NodeFunction,
-        stride: int,
-        input_function: bool,
-        output_function: bool,
+        self, nodes: Nodes, candidates: CandidateEdges | None, make_function: Callable[[range], nn.Module]
     ) -> CandidateEdges:
         """Build the node function; all pairs of nodes are candidates if none are given.
 
         Raises:
-            InputError: If the candidates do not fit the nodes, or ends are asked for that only a static graph has.
+            InputError: If the candidates do not fit the nodes.
         """
-        if not input_function or output_function:
-            raise InputError("input_function and output_function belong to static graphs; here f_θ acts at every node")
         if candidates is None:
             candidates = CandidateEdges.dynamic(nodes.num_nodes)
         if candidates.num_nodes != nodes.num_nodes:
             raise InputError(f"candidates over {candidates.num_nodes} nodes do not fit {nodes.num_nodes} nodes")
         self.nodes = nodes
-        self.build(node_function, stride)
+        self.build(make_function)
         return candidates
 
-    def build(self, node_function: NodeFunction, stride: int) -> None:
+    def build(self, make_function: Callable[[range], nn.Module]) -> None:
         """Build the node function of all nodes."""
-        self.node_function = make_node_function(node_function, self.nodes.num_nodes, stride)
+        self.node_function = make_function(self.nodes.all)
 
     def functions(self) -> list[tuple[nn.Module, range]]:
         """Return the node function."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.dynamics.base import Dynamics
 from dnw_graph.errors import InputError
-from dnw_graph.node_functions import NodeFunction, make_node_function
 from dnw_graph.nodes import Nodes
 from dnw_graph.propagation import Propagate
 
@@ -24,30 +24,17 @@ class Static(Dynamics):
     in_blocks = True
 
     def setup(
-        self,
-        nodes: Nodes,
-        candidates: CandidateEdges | None,
-        node_function: NodeFunction,
-        stride: int,
-        input_function: bool,
-        output_function: bool,
+        self, nodes: Nodes, candidates: CandidateEdges | None, make_function: Callable[[range], nn.Module]
     ) -> CandidateEdges:
         """Build one node function per block of nodes and match the blocks of candidates with them.
 
         Raises:
-            InputError: If a stride is asked for without a function at the inputs, or the given candidates do not have
-                one block per block of nodes after the first, fed by whole earlier blocks of nodes.
+            InputError: If the given candidates do not have one block per block of nodes after the first, fed by whole
+                earlier blocks of nodes.
         """
-        if stride != 1 and not input_function:
-            raise InputError(f"stride {stride} belongs to the inputs' node function; set input_function=True")
-        last = len(nodes.blocks) - 1
-        self.node_functions = nn.ModuleList(
-            make_node_function(node_function, size, stride if place == 0 else 1)
-            if (place > 0 or input_function) and (place < last or output_function)
-            else nn.Identity()
-            for place, size in enumerate(nodes.blocks)
-        )
+        self.node_functions = nn.ModuleList(map(make_function, nodes.block_ranges))
         self.nodes = nodes
+        last = len(nodes.blocks) - 1
         if candidates is None:
             candidates = CandidateEdges.static(nodes.blocks)
         if len(candidates.blocks) != last:

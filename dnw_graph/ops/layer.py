@@ -22,7 +22,7 @@ from dnw_graph.ops.checks import (
     check_types,
     is_half,
 )
-from dnw_graph.ops.layout import unseen
+from dnw_graph.ops.layout import plain_eager
 from dnw_graph.ops.sparse import targets_of
 
 LARGEST = 4096  # Of a kernel's sides, stride, padding and dilation.
@@ -108,7 +108,7 @@ def sparse_conv2d(
 
 def _plain(*tensors: Tensor | None) -> bool:
     """Return whether nobody but the kernel takes part: PyTorch's way to an operator takes longer than small layers."""
-    if not unseen() or torch.is_autocast_enabled("cpu"):
+    if not plain_eager() or torch.is_autocast_enabled("cpu"):
         return False
     return not (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors))
 

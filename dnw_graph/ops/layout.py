@@ -24,7 +24,7 @@ def batch_last(z: Tensor) -> Tensor:
     z = z.resolve_neg()
     if is_batch_last(z):
         return z
-    if z.dim() > 2 and z.movedim(1, -1).is_contiguous() and unseen() and takes(z) and kernels() is not None:
+    if z.dim() > 2 and z.movedim(1, -1).is_contiguous() and plain_eager() and kernels_take(z) and kernels() is not None:
         return _FromNodesLast.apply(z)
     return z.movedim(0, -1).contiguous().movedim(-1, 0)
 
@@ -34,12 +34,12 @@ def is_batch_last(z: Tensor) -> bool:
     return z.movedim(0, -1).is_contiguous()
 
 
-def takes(z: Tensor) -> bool:
+def kernels_take(z: Tensor) -> bool:
     """Return whether z is a tensor that the kernels can read."""
     return z.dtype in DTYPES and readable(z)
 
 
-def unseen() -> bool:
+def plain_eager() -> bool:
     """Return True in plain eager mode, where opaque kernels are safe."""
     return not (traced() or is_in_torch_dispatch_mode())
 
@@ -59,17 +59,17 @@ class _FromNodesLast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
-        return owned(_exchanged(z.movedim(1, -1)).movedim(-1, 0))
+        return detach_view(_exchanged(z.movedim(1, -1)).movedim(-1, 0))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         grad = grads[0].movedim(0, -1)
-        if torch.is_grad_enabled() or not grad.is_contiguous() or not takes(grad):
+        if torch.is_grad_enabled() or not grad.is_contiguous() or not kernels_take(grad):
             return grads[0]
         return _exchanged(grad).movedim(-1, 1)
 
 
-def owned(made: Tensor) -> Tensor:
+def detach_view(made: Tensor) -> Tensor:
     """Detach a freshly created tensor from view tracking, so that callers may modify it in place.
 
     PyTorch takes a tensor that the forward pass of a Function has rearranged for a view of another, and refuses that.

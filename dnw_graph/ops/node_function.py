@@ -13,7 +13,7 @@ from dnw_graph.errors import InputError
 from dnw_graph.ops.build import kernels
 from dnw_graph.ops.call import readable, run
 from dnw_graph.ops.checks import first_order
-from dnw_graph.ops.layout import batch_last, is_batch_last, owned, takes, unseen
+from dnw_graph.ops.layout import batch_last, detach_view, is_batch_last, kernels_take, plain_eager
 from dnw_graph.ops.signatures import BATCH, CONSTANT, INSTANCE, NO_NORM
 from dnw_graph.usual import keeps_methods
 
@@ -63,7 +63,7 @@ def fused_node_function(
         conv: A 3×3 convolution of stride 1 or 2 with one kernel for every node, or None.
         nodes: The nodes that z holds, if not all that the modules are for.
     """
-    if not unseen() or kernels() is None or not takes(z):
+    if not plain_eager() or kernels() is None or not kernels_take(z):
         return None
     if z.dim() != 4 or z.size(0) < 2 or z.numel() == 0 or not is_batch_last(z):
         return None
@@ -174,7 +174,7 @@ class _NodeFunction(torch.autograd.Function):
             return None, None, None
         ctx.options = options
         ctx.save_for_backward(z, *constants)
-        out = owned(out.movedim(-1, 0))
+        out = detach_view(out.movedim(-1, 0))
         if kind != BATCH:
             return out, None, None
         ctx.mark_non_differentiable(mean, variance)

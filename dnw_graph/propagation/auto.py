@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dnw_graph.ops.build import kernels
-from dnw_graph.ops.layout import takes, unseen
+from dnw_graph.ops.layout import kernels_take, plain_eager
 from dnw_graph.propagation.base import Propagate, Propagation, RealEdges
 from dnw_graph.propagation.block import BlockPropagation
 from dnw_graph.propagation.sparse import SparsePropagation
@@ -38,8 +38,8 @@ class AutoPropagation(Propagation):
         """Return the way for these edges and inputs like these."""
         candidates = edges.candidates
         sparse = (
-            unseen()
-            and takes(x)
+            plain_eager()
+            and kernels_take(x)
             and x.dtype == candidates.weight.dtype
             and (len(x) >= self.MIN_BATCH or candidates.num_candidates >= self.MIN_BLOCK * len(candidates.blocks))
             and not torch.is_autocast_enabled("cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -78,25 +78,23 @@ class RealEdges:
         return [part.view(block.shape) for part, block in zip(flat.split(sizes), blocks, strict=True)]
 
 
-@dataclass(frozen=True, eq=False)
 class Propagate:
     """The product Z → I over the real edges of one forward pass, block by block.
 
+    Args:
+        edges: The real edges.
+        weights: The matrices of the blocks, each ``[targets, sources]``. Every gradient of a candidate passes through
+            them, so that a solver that differentiates by hand knows what to differentiate.
+
     Attributes:
+        edges: The real edges.
+        weights: The matrices.
         blocks: The blocks of candidates.
-        weights: Their matrices, each ``[targets, sources]``. Every gradient of a candidate passes through them, so that
-            a solver that differentiates by hand knows what to differentiate.
-        product: ``product(number, z, rows, columns)``: from the states of the sources in ``columns`` of a block to what
-            its targets in ``rows`` receive over its real edges.
-        arrange: Brings what flows into the graph into the memory layout that suits the product.
-        states: ``states(feeding)``: the states of a static graph, where the way has its own; see :meth:`start`.
     """
 
-    blocks: tuple[Block, ...]
-    weights: list[Tensor]
-    product: Callable[[int, Tensor, slice, slice], Tensor]
-    arrange: Callable[[Tensor], Tensor] = channels_last
-    states: Callable[[Sequence[slice]], States] | None = None
+    def __init__(self, edges: RealEdges, weights: list[Tensor]) -> None:
+        self.edges, self.weights = edges, weights
+        self.blocks: tuple[Block, ...] = edges.candidates.blocks
 
     def __call__(
         self,
@@ -116,13 +114,30 @@ class Propagate:
         block = self.blocks[number]
         return self.product(number, z, _within(targets, block.targets), _within(sources, block.sources))
 
+    def product(
+        self, number: int, z: Float[Tensor, "batch sources *space"], rows: slice, columns: slice
+    ) -> Float[Tensor, "batch targets *space"]:
+        """Return what some targets of a block receive over its real edges.
+
+        Args:
+            number: Number of the block.
+            z: States of the sources in ``columns`` of its matrix.
+            rows: Rows of the matrix: the targets.
+            columns: Columns of the matrix.
+        """
+        raise NotImplementedError
+
+    def arrange(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+        """Bring what flows into the graph into the memory layout that suits the product."""
+        return channels_last(x)
+
     def start(self, feeding: Sequence[slice]) -> States:
         """Return the states of a static graph's blocks, none of which is computed yet.
 
         Args:
             feeding: Which blocks of nodes feed each block of candidates.
         """
-        return Concatenated(self, feeding) if self.states is None else self.states(feeding)
+        return Concatenated(self, feeding)
 
 
 class States:
@@ -162,7 +177,7 @@ class Propagation(nn.Module):
     """
 
     def forward(self, edges: RealEdges, x: Float[Tensor, "batch ..."]) -> Propagate:
-        """Prepare the real edges once and return the function that a dynamics calls for each block.
+        """Prepare the real edges once and return the product that a dynamics asks for, block by block.
 
         Args:
             edges: The real edges.

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dnw_graph.candidates import Block
 from dnw_graph.ops.checks import batched
-from dnw_graph.ops.layout import owned, traced, transformed, unseen
-from dnw_graph.propagation.base import Concatenated, Propagate, Propagation, RealEdges, States, autocast_dtype
+from dnw_graph.ops.layout import detach_view, plain_eager, traced, transformed
+from dnw_graph.propagation.base import Propagate, Propagation, RealEdges, States, autocast_dtype
 from dnw_graph.propagation.gradient import real_weights, transformable
 from dnw_graph.propagation.message_passing import MessagePassingPropagation
 
@@ -35,22 +35,23 @@ class BlockPropagation(Propagation):
 
     def forward(self, edges: RealEdges, x: Tensor) -> Propagate:
         """Scatter the real weights into dense blocks."""
-        if x.is_cpu and unseen() and not _finite(x):
+        if x.is_cpu and plain_eager() and not _finite(x):
             return MessagePassingPropagation("csr")(edges, x)
-        weights = edges.split(transformable(edges) if transformed() else real_weights(edges))
+        return _Dense(edges, edges.split(transformable(edges) if transformed() else real_weights(edges)))
 
-        def product(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
-            return F.linear(z.movedim(1, -1), weights[number][rows, columns]).movedim(-1, 1)
 
-        def states(feeding: Sequence[slice]) -> States:
-            # Where one block feeds each there is nothing to put together; a compiler plans its own buffers, and a
-            # transform cannot follow writes to one that all blocks share.
-            if traced() or all(part.stop - part.start == 1 for part in feeding):
-                return Concatenated(propagate, feeding)
-            return _States(edges.candidates.blocks, weights)
+class _Dense(Propagate):
+    """Products with the blocks' matrices."""
 
-        propagate = Propagate(edges.candidates.blocks, weights, product, states=states)
-        return propagate
+    def product(self, number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
+        return F.linear(z.movedim(1, -1), self.weights[number][rows, columns]).movedim(-1, 1)
+
+    def start(self, feeding: Sequence[slice]) -> States:
+        # Where one block feeds each there is nothing to put together; a compiler plans its own buffers, and a
+        # transform cannot follow writes to one that all blocks share.
+        if traced() or all(part.stop - part.start == 1 for part in feeding):
+            return super().start(feeding)
+        return _States(self.blocks, self.weights)
 
 
 def _finite(x: Tensor) -> bool:
@@ -102,7 +103,7 @@ class _Receive(torch.autograd.Function):
         # An alias with a version of its own: what it shows stays as it is while further columns are filled.
         filled = buffer[..., :stop].data
         ctx.save_for_backward(filled, weight)
-        return owned((filled[..., columns] @ weight.t()).movedim(-1, 1)), filled
+        return detach_view((filled[..., columns] @ weight.t()).movedim(-1, 1)), filled
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -14,9 +14,9 @@ from torch import Tensor
 from dnw_graph.arguments import checked, require
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.ops.checks import first_order
-from dnw_graph.ops.layout import owned, transformed
+from dnw_graph.ops.layout import detach_view, transformed
 from dnw_graph.ops.sparse import by_source
-from dnw_graph.propagation.base import Propagate, Propagation, RealEdges
+from dnw_graph.propagation.base import Propagate, Propagation, RealEdges, channels_last
 from dnw_graph.propagation.gradient import candidate_weights
 
 if TYPE_CHECKING:
@@ -64,26 +64,9 @@ class MessagePassingPropagation(Propagation):
             raise InputError(
                 "propagation='message_passing' cannot be transformed by torch.func; use propagation='auto'"
             )
-        blocks = edges.candidates.blocks
-        weights = edges.split(candidate_weights(edges))
-        local = edges.local
+        return _Messages(self, edges)
 
-        def product(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
-            targets, sources = blocks[number].within(local[number], rows, columns)
-            weight = weights[number][rows, columns]
-            # The candidates get their gradient from _CandidateGradient; here it flows to the states only.
-            values = weight.detach()[targets, sources].to(z.dtype)
-            features = z.transpose(0, 1).flatten(1)
-            received = self._send(features, targets, sources, values, weight.size(0))
-            # [targets, batch · space] back to [batch, targets, *space]
-            received = received.view(weight.size(0), z.size(0), *z.shape[2:]).transpose(0, 1)
-            if received.dim() == 4:
-                received = received.contiguous(memory_format=torch.channels_last)
-            return _CandidateGradient.apply(received, z.detach(), weight)
-
-        return Propagate(blocks, weights, product)
-
-    def _send(
+    def send(
         self,
         z: Float[Tensor, "sources features"],
         targets: Int[Tensor, " edges"],
@@ -91,6 +74,7 @@ class MessagePassingPropagation(Propagation):
         values: Float[Tensor, " edges"],
         num_targets: int,
     ) -> Float[Tensor, "targets features"]:
+        """Return what targets receive over edges that are sorted by target."""
         # Without an edge the product with a SparseTensor is a constant zero, through which no gradient leads back.
         if self.adjacency == "edge_index" or not len(values):
             size = len(values) * z.size(1) * z.element_size()
@@ -122,13 +106,32 @@ class MessagePassingPropagation(Propagation):
         return f"adjacency={self.adjacency!r}"
 
 
+class _Messages(Propagate):
+    """Messages over the edges of a block."""
+
+    def __init__(self, propagation: MessagePassingPropagation, edges: RealEdges) -> None:
+        super().__init__(edges, edges.split(candidate_weights(edges)))
+        self.propagation = propagation
+
+    def product(self, number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
+        targets, sources = self.blocks[number].within(self.edges.local[number], rows, columns)
+        weight = self.weights[number][rows, columns]
+        # The candidates get their gradient from _CandidateGradient; here it flows to the states only.
+        values = weight.detach()[targets, sources].to(z.dtype)
+        features = z.transpose(0, 1).flatten(1)
+        received = self.propagation.send(features, targets, sources, values, weight.size(0))
+        # [targets, batch · space] back to [batch, targets, *space]
+        received = received.view(weight.size(0), z.size(0), *z.shape[2:]).transpose(0, 1)
+        return _CandidateGradient.apply(channels_last(received), z.detach(), weight)
+
+
 class _CandidateGradient(torch.autograd.Function):
     """The identity on I; in the backward pass every candidate of the block gets its gradient."""
 
     @staticmethod
     def forward(ctx: Any, received: Tensor, z: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(z)
-        return owned(received)
+        return detach_view(received)
 
     @staticmethod
     @first_order

@@ -15,7 +15,7 @@ from dnw_graph.candidates import Block
 from dnw_graph.errors import InputError
 from dnw_graph.ops.checks import first_order
 from dnw_graph.ops.dense import product_with_transpose
-from dnw_graph.ops.layout import batch_last, owned, takes, traced
+from dnw_graph.ops.layout import batch_last, detach_view, kernels_take, traced
 from dnw_graph.ops.sparse import by_source, product_of_pieces, sampled
 from dnw_graph.propagation.base import Propagate, Propagation, RealEdges, States, autocast_dtype
 from dnw_graph.propagation.gradient import candidate_weights
@@ -42,25 +42,33 @@ class SparsePropagation(Propagation):
                 "propagation='sparse' calls kernels that cannot be traced or transformed; use propagation='auto'"
             )
         lower = autocast_dtype(x)
-        if not takes(x) or edges.weight.dtype != x.dtype or lower is not None:
+        if not kernels_take(x) or edges.weight.dtype != x.dtype or lower is not None:
             autocast = "" if lower is None else f" under autocast to {lower}"
             raise InputError(
                 f"propagation='sparse' takes float32 or float64 on a CPU; got states of {x.dtype} on {x.device}"
                 f"{autocast}: use propagation='auto'"
             )
-        weights = edges.split(_weights(edges))
-        local = edges.local
-        parts: dict[tuple[int, int, int, int, int], _Adjacency] = {}
+        return _Sparse(edges, edges.split(_weights(edges)))
 
-        def product(number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
-            key = (number, rows.start, rows.stop, columns.start, columns.stop)
-            if key not in parts:
-                parts[key] = _part(edges, local[number], number, rows, columns)
-            return _Product.apply(batch_last(z), weights[number][rows, columns], parts[key], edges.dense)
 
-        return Propagate(
-            edges.candidates.blocks, weights, product, batch_last, lambda feeding: _States(_Pass(edges, feeding))
-        )
+class _Sparse(Propagate):
+    """Products over the real edges of parts of blocks, each put into CSR once."""
+
+    def __init__(self, edges: RealEdges, weights: list[Tensor]) -> None:
+        super().__init__(edges, weights)
+        self.parts: dict[tuple[int, int, int, int, int], _Adjacency] = {}
+
+    def product(self, number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
+        key = (number, rows.start, rows.stop, columns.start, columns.stop)
+        if key not in self.parts:
+            self.parts[key] = _part(self.edges, number, rows, columns)
+        return _Product.apply(batch_last(z), self.weights[number][rows, columns], self.parts[key], self.edges.dense)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        return batch_last(x)
+
+    def start(self, feeding: Sequence[slice]) -> States:
+        return _States(_Pass(self.edges, feeding))
 
 
 @dataclass(frozen=True)
@@ -95,10 +103,10 @@ def _adjacency(targets: Tensor, sources: Tensor, values: Tensor, shape: tuple[in
     return _Adjacency(rowptr, sources, values, shape[1])
 
 
-def _part(edges: RealEdges, local: Tensor, number: int, rows: slice, columns: slice) -> _Adjacency:
+def _part(edges: RealEdges, number: int, rows: slice, columns: slice) -> _Adjacency:
     """Return the edges of a part of a block, counted from the part's corner."""
     block: Block = edges.candidates.blocks[number]
-    targets, sources = block.within(local, rows, columns)
+    targets, sources = block.within(edges.local[number], rows, columns)
     weight = edges.candidates.block_weight(block, edges.weight.detach())[rows, columns]
     return _adjacency(targets, sources, weight[targets, sources], (weight.size(0), weight.size(1)))
 
@@ -111,7 +119,7 @@ class _Product(torch.autograd.Function):
         ctx.adjacency, ctx.dense = adjacency, dense
         ctx.save_for_backward(z)
         received = product_of_pieces([_rows(z)], adjacency.rowptr, adjacency.columns, adjacency.values)
-        return owned(_maps(received, z))
+        return detach_view(_maps(received, z))
 
     @staticmethod
     @first_order
@@ -231,7 +239,7 @@ class _Receive(torch.autograd.Function):
         ctx.common, ctx.number = common, number
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(z)
-        return owned(common.compute(number, z)), chain.new_empty(0)
+        return detach_view(common.compute(number, z)), chain.new_empty(0)
 
     @staticmethod
     @first_order

@@ -13,7 +13,7 @@ from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.sparse_layers.access import sparse_chain, sparse_parameters
 from dnw_graph.sparse_layers.budget import DISTRIBUTIONS, edges_per_weight, kept
-from dnw_graph.sparse_layers.checks import Skip, names_of_owners, reasons_to_skip, refuse_module, refuse_weights
+from dnw_graph.sparse_layers.eligible import Skip, names_of_owners, reasons_to_skip, refuse_module, refuse_weights
 from dnw_graph.sparse_layers.forward_pass import ForwardPass, RealWeights
 from dnw_graph.sparse_layers.layers import LayerWeight, find_weights, own_parameters
 from dnw_graph.sparse_layers.state import before_loading

@@ -32,11 +32,11 @@ class WeightGraph(Ranking):
         has_parted: Whether any has left.
     """
 
-    slots: tuple[LayerWeight, ...]
+    weights: tuple[LayerWeight, ...]
 
     def __init__(self, name: str, weights: Sequence[LayerWeight]) -> None:
         super().__init__(name)
-        self.weights = self.slots = tuple(weights)
+        self.weights = tuple(weights)
         self.training = weights[0].layer.training
         self.has_parted = False
 
@@ -109,7 +109,7 @@ class WeightGraph(Ranking):
             graph._num_edges = round(before * part)
             graph.wiring.leave(candidates)
             graph.forget()
-        self.weights = self.slots = tuple(each for each in self.weights if each not in leaving)
+        self.weights = tuple(each for each in self.weights if each not in leaving)
         self.has_parted = True
         warnings.warn(
             f"{other.name} left the ranking of {self.name}: of the {self.num_candidates:,} weights that stay in it "

@@ -9,7 +9,7 @@ from torch import nn
 
 from dnw_graph.checkpoint import SECTION, check_weights, model_weights, read_checkpoint
 from dnw_graph.errors import InputError
-from dnw_graph.two_stage import fine_tune, lottery_ticket
+from dnw_graph.wirings.two_stage import fine_tune, lottery_ticket
 
 FIRST, LAST = "first.ckpt", "last.ckpt"
 RULES = ("lottery_ticket", "fine_tune")

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from dnw_graph.arguments import checked, require
-from dnw_graph.wirings.kept import Stored
 from dnw_graph.wirings.schedule import moment
+from dnw_graph.wirings.stored_edges import ChangingEdges
 from dnw_graph.wirings.view import View
 
 IMAGENET = (*(epoch / 100 for epoch in range(10, 80, 5)), 0.85)
 
 
-class ACDC(Stored):
+class ACDC(ChangingEdges):
     """Alternates between all edges and the k strongest (Peste et al. 2021).
 
     arXiv 2106.12379 and IST-DASLab/ACDC. Training starts dense, all candidates being real. A compressed phase begins

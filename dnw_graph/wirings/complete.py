@@ -12,7 +12,7 @@ class Complete(Wiring):
     """All candidates are real, whatever k is.
 
     The first stage of arXiv 1903.01611. The graph remembers k: it is how many edges
-    :func:`dnw_graph.two_stage.lottery_ticket` and :func:`dnw_graph.two_stage.fine_tune` keep.
+    :func:`dnw_graph.wirings.two_stage.lottery_ticket` and :func:`dnw_graph.wirings.two_stage.fine_tune` keep.
     """
 
     ignores_k = True

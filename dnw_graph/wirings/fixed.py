@@ -7,11 +7,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dnw_graph.errors import InputError
-from dnw_graph.wirings.kept import Kept
+from dnw_graph.wirings.stored_edges import ConstantEdges
 from dnw_graph.wirings.view import View
 
 
-class Fixed(Kept):
+class Fixed(ConstantEdges):
     """Given edges, never changed; only they get a gradient.
 
     For a wiring that was found elsewhere or follows from a construction. The edges are a persistent buffer: they are

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from dnw_graph.arguments import checked, require
-from dnw_graph.wirings.kept import Stored
 from dnw_graph.wirings.schedule import Schedule, moment
+from dnw_graph.wirings.stored_edges import ChangingEdges
 from dnw_graph.wirings.view import View
 
 
-class GMP(Stored):
+class GMP(ChangingEdges):
     r"""Starts complete and removes the weakest edges for good, fast at first (Zhu and Gupta 2017).
 
     arXiv 1710.01878. From step t₀ to t₁, every ΔT steps, the number of real edges falls to

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dnw_graph._compat import not_compiled
 from dnw_graph.arguments import checked, require
-from dnw_graph.wirings.kept import Stored
 from dnw_graph.wirings.schedule import Schedule, as_schedule
+from dnw_graph.wirings.stored_edges import ChangingEdges
 from dnw_graph.wirings.view import View
 
 
-class L1Anneal(Stored):
+class L1Anneal(ChangingEdges):
     r"""Starts complete and removes the edges of smallest |w| while training goes on, until k are left.
 
     "L1 + Anneal" in Section 3.3 of the paper (arXiv 1906.00586). At step t the graph has n - s(t) (n - k) edges, n

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from dnw_graph.arguments import require
 from dnw_graph.selection import select_top_k
-from dnw_graph.wirings.kept import Stored
+from dnw_graph.wirings.stored_edges import ChangingEdges
 from dnw_graph.wirings.view import View
 
 
-class PruneAndGrow(Stored):
+class PruneAndGrow(ChangingEdges):
     """Starts with k random edges, by PyTorch's generator; hallucinated weights are zero and are not trained.
 
     A rule says which :meth:`share` of the edges a round exchanges, and by which :meth:`scores` it grows others.

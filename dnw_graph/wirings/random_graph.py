@@ -6,11 +6,11 @@ import torch
 
 from dnw_graph.arguments import checked
 from dnw_graph.selection import select_top_k
-from dnw_graph.wirings.kept import Kept
+from dnw_graph.wirings.stored_edges import ConstantEdges
 from dnw_graph.wirings.view import View
 
 
-class RandomGraph(Kept):
+class RandomGraph(ConstantEdges):
     """The k edges of largest |initial weight|, fixed; only they get a gradient.
 
     Section 3 of the paper, after Xie et al. 2019 (arXiv 1904.01569). The edges are a persistent buffer: they are not a

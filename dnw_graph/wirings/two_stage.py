@@ -1,24 +1,26 @@
-"""Lottery Ticket and Fine Tune: the wiring of a trained complete graph, retrained."""
+"""Lottery Ticket and Fine Tune: the wiring of a trained complete graph, retrained; as rules, and for whole models."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.selection import select_top_k
-from dnw_graph.wirings.kept import Kept
+from dnw_graph.wirings.base import Wiring
+from dnw_graph.wirings.stored_edges import ConstantEdges
 from dnw_graph.wirings.view import View
 
 UNKNOWN = -1
 
 
-class SecondStage(Kept):
+class SecondStage(ConstantEdges):
     """The k edges of largest |w| of a trained complete graph, fixed; retrained from other weights.
 
     Args:
@@ -75,7 +77,7 @@ class SecondStage(Kept):
         if not self.known:
             raise InputError(
                 f"{view.name}: {type(self).__name__} needs a trained complete graph: train one with wiring 'complete', "
-                "then use dnw_graph.two_stage or, in the examples, --complete FOLDER; or load a checkpoint"
+                "then use dnw_graph.wirings.two_stage or, in the examples, --complete FOLDER; or load a checkpoint"
             )
 
     def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
@@ -95,7 +97,7 @@ class SecondStage(Kept):
 class FineTune(SecondStage):
     """The wiring and the weights of a trained complete graph, retrained, as a rule at another learning rate.
 
-    "FT" in Section 3.3 of the paper (arXiv 1906.00586). For a whole model: :func:`dnw_graph.two_stage.fine_tune`.
+    "FT" in Section 3.3 of the paper (arXiv 1906.00586). For a whole model: :func:`fine_tune`.
 
     Args:
         trained: Candidate weights of the complete graph after its training, which decide the edges and which the graph
@@ -117,7 +119,7 @@ class LotteryTicket(SecondStage):
     """The wiring of a trained complete graph, its weights reset to the initial ones, retrained (one-shot pruning).
 
     "Lottery Ticket" in Section 3.3 of the paper, after arXiv 1903.01611. For a whole model, whose other parameters are
-    reset as well: :func:`dnw_graph.two_stage.lottery_ticket`.
+    reset as well: :func:`lottery_ticket`.
 
     Args:
         trained: Candidate weights of the complete graph after its training, which decide the edges. Without them the
@@ -130,3 +132,56 @@ class LotteryTicket(SecondStage):
     Raises:
         InputError: If the number of weights is not the graph's; if edges are asked for that are not known.
     """
+
+
+@checked
+def fine_tune(complete: nn.Module) -> nn.Module:
+    """Return a copy of a trained complete model that keeps the k strongest edges of each graph, to be retrained.
+
+    "FT" in Section 3.3 of the paper. All parameters are those after training.
+
+    Args:
+        complete: A trained model with the wiring ``"complete"``, each graph of which knows its k.
+
+    Raises:
+        InputError: If the model has no graph.
+    """
+    model = copy.deepcopy(complete)
+    for graph in _graphs(model):
+        graph.rewire(FineTune(graph.view().weight), graph.num_edges)
+    return model
+
+
+@checked
+def lottery_ticket(complete: nn.Module, initial: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of a trained complete model that keeps the k strongest edges of each graph, reset to its beginning.
+
+    "Lottery Ticket (one-shot)" in Section 3.3 of the paper. All parameters and buffers are those before training.
+
+    Args:
+        complete: A trained model with the wiring ``"complete"``, each graph of which knows its k.
+        initial: Its ``state_dict`` before training.
+
+    Raises:
+        InputError: If the model has no graph or the state is of another model.
+    """
+    model = copy.deepcopy(complete)
+    graphs = _graphs(model)
+    trained = [graph.view().weight.detach().clone() for graph in graphs]
+    try:
+        model.load_state_dict(initial)
+    except RuntimeError as error:
+        raise InputError("the initial state is not of this model: give the state_dict from before training") from error
+    for graph, weight in zip(graphs, trained, strict=True):
+        graph.rewire(LotteryTicket(weight, graph.view().weight), graph.num_edges)
+    return model
+
+
+def _graphs(model: nn.Module) -> list[Any]:
+    """Return the neural graphs and the graphs of sparse layers of a model: the modules that have a rule."""
+    graphs = [module for module in model.modules() if isinstance(getattr(module, "wiring", None), Wiring)]
+    if not graphs:
+        raise InputError(
+            f"a {type(model).__name__} has no neural graph and no sparse weight, so there is no wiring to keep"
+        )
+    return graphs

@@ -24,7 +24,7 @@ MOMENTA = ("momentum_buffer", "exp_avg", "momentum")
 """What optimisers call the momentum: SGD and Muon, Adam and its kin, SGDP."""
 
 
-class Slot(Protocol):
+class RankedWeight(Protocol):
     """Where candidate weights lie: a parameter, or a part of one."""
 
     @property
@@ -40,14 +40,14 @@ class Slot(Protocol):
         """Number of candidates."""
 
     def flat(self, parameter: Shaped[Tensor, ...]) -> Shaped[Tensor, " candidates"]:
-        """Return the slot's part of a tensor of the parameter's shape as a vector; a view where possible."""
+        """Return the weight's part of a tensor of the parameter's shape as a vector; a view where possible."""
 
     def write(self, flat: Shaped[Tensor, " candidates"], parameter: Shaped[Tensor, ...]) -> None:
-        """Set the slot's part of a tensor of the parameter's shape: the inverse of :meth:`flat`."""
+        """Set the weight's part of a tensor of the parameter's shape: the inverse of :meth:`flat`."""
 
     @property
     def matrices(self) -> Sequence[tuple[int, int, int]]:
-        """First index, rows and columns of each matrix that the slot is, in the parameter as one vector."""
+        """First index, rows and columns of each matrix that the weight is, in the parameter as one vector."""
 
     def positions(self, index: Int[Tensor, " edges"]) -> Int[Tensor, " edges"]:
         """Return where candidates lie in the parameter as one vector."""
@@ -145,10 +145,10 @@ class View:
         Of all candidates if the rule has asked for it (:meth:`Wiring.needs_gradient`), else what lies in ``.grad``.
         """
         parts = []
-        for slot in self.graph.slots:
-            probe, like = slot.holder.probe, slot.parameter
+        for weight in self.graph.weights:
+            probe, like = weight.holder.probe, weight.parameter
             grad = like.grad if probe is None else probe.grad
-            parts.append(slot.flat(torch.zeros_like(like) if grad is None else grad.view(like.shape)))
+            parts.append(weight.flat(torch.zeros_like(like) if grad is None else grad.view(like.shape)))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @cached_property
@@ -158,12 +158,12 @@ class View:
         Those that have the shape of their parameter, in every layer of the graph that has had a gradient; others are 0.
         """
         assert self._optimizer is not None
-        states = [tensor_state(self._optimizer, slot.parameter) for slot in self.graph.slots]
+        states = [tensor_state(self._optimizer, weight.parameter) for weight in self.graph.weights]
         flats = {}
         for name in dict.fromkeys(name for state in states for name in state):
             tensors = [
-                state.get(name, torch.zeros_like(slot.parameter))
-                for state, slot in zip(states, self.graph.slots, strict=True)
+                state.get(name, torch.zeros_like(weight.parameter))
+                for state, weight in zip(states, self.graph.weights, strict=True)
             ]
             flats[name] = self._gather(tensors, tensors)
         return flats
@@ -189,7 +189,7 @@ class View:
     def generator(self) -> torch.Generator:
         """Return a generator that is a function of (seed, step, full name of the graph): the same on every rank."""
         seed = mix(self.wiring.seed or new_seed(), self.step, zlib.crc32(self.graph.full_name.encode()))
-        return torch.Generator(self.graph.slots[0].parameter.device).manual_seed(seed)
+        return torch.Generator(self.graph.weights[0].parameter.device).manual_seed(seed)
 
     def reset_momentum(self) -> None:
         """Set the momentum of all parameters of the optimiser to zero; after a step only."""
@@ -200,13 +200,13 @@ class View:
         """Write what was changed into the tensors behind it. The engine calls it."""
         for flat, tensors, before in self._gathered:
             if version(flat) != before:
-                parts = flat.split([slot.numel for slot in self.graph.slots])
-                for slot, tensor, part in zip(self.graph.slots, tensors, parts, strict=True):
-                    if slot.flat(tensor).data_ptr() != part.data_ptr():
-                        slot.write(part, tensor.detach())
+                parts = flat.split([weight.numel for weight in self.graph.weights])
+                for weight, tensor, part in zip(self.graph.weights, tensors, parts, strict=True):
+                    if weight.flat(tensor).data_ptr() != part.data_ptr():
+                        weight.write(part, tensor.detach())
 
     def _gather(self, read: Sequence[Tensor], written: Sequence[Tensor]) -> Tensor:
-        parts = [slot.flat(tensor) for slot, tensor in zip(self.graph.slots, read, strict=True)]
+        parts = [weight.flat(tensor) for weight, tensor in zip(self.graph.weights, read, strict=True)]
         flat = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self._copy or self._optimizer is not None:
             self._gathered.append((flat, written, version(flat)))

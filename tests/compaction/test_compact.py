@@ -16,7 +16,7 @@ from torch import nn
 from dnw_graph import Continuous, Discrete, Fixed, InputError, NeuralGraph, RandomGraph, Wiring
 from dnw_graph.analysis.cost import cost, live_nodes
 from dnw_graph.compaction import CompactModel, compact
-from dnw_graph.compaction.layers import Conv, InstanceNorm, Linear
+from dnw_graph.compaction.plain_layers import Conv, InstanceNorm, Linear
 from dnw_graph.compaction.products import DenseProduct, SparseProduct
 from dnw_graph.equivalence import lstm_to_discrete, mlp_to_discrete, static_to_discrete
 from dnw_graph.models import GraphClassifier, MobileNetV1, MobileNetV1DNW, TinyClassifier

@@ -9,7 +9,7 @@ from torch import nn
 from dnw_graph import Continuous, Discrete, Fixed, NeuralGraph
 from dnw_graph.analysis.cost import live_nodes
 from dnw_graph.compaction import compact
-from dnw_graph.compaction.layers import Conv, Select
+from dnw_graph.compaction.plain_layers import Conv, Select
 
 PRODUCTS = ["sparse", "dense"]
 

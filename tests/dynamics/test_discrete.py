@@ -1,4 +1,4 @@
-from dataclasses import replace
+import copy
 from functools import partial
 
 import networkx as nx
@@ -246,7 +246,9 @@ class Recording(BlockPropagation):
             self.sizes.append((z.size(1), received.size(1)))
             return received
 
-        return replace(plain, product=product, states=None)
+        recording = copy.copy(plain)
+        recording.product = product
+        return recording
 
 
 def sizes_of(dynamics, function, x, **options):

@@ -66,9 +66,9 @@ from dnw_graph.sparse_layers import (
     weight_graphs,
 )
 from dnw_graph.training import Classifier, RunOptions, TrainingCost, WiringMonitor, WiringUpdates, cosine, step
-from dnw_graph.two_stage import fine_tune, lottery_ticket
 from dnw_graph.visualize import plot, plot_adjacency, plot_change, to_networkx
 from dnw_graph.wirings import WIRINGS
+from dnw_graph.wirings.two_stage import fine_tune, lottery_ticket
 
 Possible = Callable[[Any], bool]
 

@@ -32,8 +32,8 @@ def shake(model, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for graph in graphs(model).values():
-            for slot in graph.slots:
-                slot.parameter.add_(0.1 * torch.randn(slot.parameter.shape, generator=generator))
+            for weight in graph.weights:
+                weight.parameter.add_(0.1 * torch.randn(weight.parameter.shape, generator=generator))
 
 
 def graphs(model):

@@ -238,7 +238,7 @@ def test_closed_forms_of_str():
     dense = 2 * (x @ value.T - t).T @ x
     real = weight.abs() > sigma
     assert 0 < int((~real).sum()) < 24
-    torch.testing.assert_close(graph.slots[0].parameter.grad, dense * real)
+    torch.testing.assert_close(graph.weights[0].parameter.grad, dense * real)
     slope = -sigma * (1 - sigma) * (dense * weight.sign() * real).sum()
     torch.testing.assert_close(graph.wiring.threshold.grad, slope)
     assert graph.num_real_edges == int(real.sum())

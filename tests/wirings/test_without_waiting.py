@@ -26,7 +26,7 @@ from dnw_graph import (
     wiring_penalty,
 )
 from dnw_graph.sparse_layers import sparsify, weight_graphs
-from dnw_graph.two_stage import fine_tune, lottery_ticket
+from dnw_graph.wirings.two_stage import fine_tune, lottery_ticket
 
 X = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 

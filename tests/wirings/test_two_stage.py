@@ -10,7 +10,7 @@ from torch import nn
 
 from dnw_graph import InputError, NeuralGraph
 from dnw_graph.models import MobileNetV1DNW
-from dnw_graph.two_stage import fine_tune, lottery_ticket
+from dnw_graph.wirings.two_stage import fine_tune, lottery_ticket
 
 
 class Small(nn.Module):

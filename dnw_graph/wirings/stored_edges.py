@@ -15,7 +15,7 @@ from dnw_graph.wirings.saved import edge_sum, refuse_edges, refuse_mask, refuse_
 from dnw_graph.wirings.view import View
 
 
-class Kept(Wiring):
+class ConstantEdges(Wiring):
     """Edges that are chosen by ``setup`` and stay; only they get a gradient.
 
     They are a persistent buffer, since they are not a function of the weights, and beside them lies their checksum, by
@@ -71,7 +71,7 @@ class Kept(Wiring):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class Stored(Wiring):
+class ChangingEdges(Wiring):
     """Edges that change between steps, and their number: persistent buffers, which averages of models copy.
 
     A mask of bytes, since PyTorch's averages cannot take differences of truth values, and a checksum, by which it is
