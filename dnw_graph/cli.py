@@ -20,24 +20,31 @@ from dnw_graph import InputError, __version__, stopping
 if TYPE_CHECKING:
     from torch import nn
 
-    from dnw_graph.training.models import Family
+    from dnw_graph.loading import ModelFile
+    from dnw_graph.recipes.models import Family
 
 BAD_INPUT = 2
 # Images that go through a model at once.
 BATCH = 32
-TRAIN, COMPARE = "train [--model NAME] [options]", "compare --rules RULE … --seeds N … [options of train]"
+MODEL = "directory of a run, checkpoint, compact file or export"
+# Usage and meaning by command.
 COMMANDS = {
-    TRAIN: "train a model, or go on with one (--resume); --help lists the options",
-    "evaluate MODEL [options]": "accuracy on the test images of --data",
-    "predict MODEL IMAGE …": "classes and probabilities; CSV for a folder",
-    "export MODEL FILE": "write the model without dead nodes: .safetensors, .pt2 or .onnx",
-    "info FILE": "what is in a checkpoint, a compact file, an export or the folder of a run",
-    COMPARE: "rules × seeds on one data set: table, CSV, plot",
+    "train": ("[--model NAME] [options]", "train a model, or go on with one (--resume); --help lists the options"),
+    "evaluate": ("MODEL [options]", "accuracy on the test images of --data"),
+    "predict": ("MODEL IMAGE …", "classes and probabilities; CSV for a directory"),
+    "export": ("MODEL FILE", "write the model without dead nodes: .safetensors, .pt2 or .onnx"),
+    "info": ("FILE", "what is in a checkpoint, a compact file, an export or the directory of a run"),
+    "compare": (
+        "--rules RULE … --seeds N … [options of train]",
+        "rules × seeds on one data set: table, CSV, plot",
+    ),
 }
-DESCRIPTION = """Graphs of single channels that learn which channels connect to which.
+HELP = f"""usage: dnw-graph [-h] [--version] {{{",".join(COMMANDS)}}} ...
 
-MODEL is the folder of a run, a checkpoint or a compact file. Commands:
-""" + "".join(f"\n  {usage}\n      {meaning}" for usage, meaning in COMMANDS.items())
+Graphs of single channels that learn which channels connect to which.
+
+MODEL is the directory of a run, a checkpoint or a compact file; predict takes exports too. Commands:
+""" + "".join(f"\n  {name} {usage}\n      {meaning}" for name, (usage, meaning) in COMMANDS.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,27 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         stopping.start()  # before the imports that take seconds
         argv = sys.argv[1:]
-    known = [usage.split()[0] for usage in COMMANDS]
     command, rest = (argv[0], list(argv[1:])) if argv else ("--help", [])
-    if command in ("-h", "--help"):
-        print(f"usage: dnw-graph [-h] [--version] {{{','.join(known)}}} ...\n\n{DESCRIPTION}")
+    if command in ("-h", "--help", "--version"):
+        print(__version__ if command == "--version" else HELP)
         return 0
-    if command == "--version":
-        print(__version__)
-        return 0
+    functions = dict(zip(COMMANDS, (train, evaluate, predict, export_model, info, compare), strict=True))
     try:
-        if command not in known:
+        if command not in functions:
             from dnw_graph.errors import unknown_name
 
-            raise unknown_name("command", command, known)
-        return {
-            "train": train,
-            "evaluate": evaluate,
-            "predict": predict,
-            "export": export_model,
-            "info": info,
-            "compare": compare,
-        }[command](rest)
+            raise unknown_name("command", command, functions)
+        return functions[command](rest)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -81,96 +78,82 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     """Raises what it complains of, in one line."""
 
+    def __init__(self, command: str) -> None:
+        super().__init__(prog=f"dnw-graph {command}", description=COMMANDS[command][1], allow_abbrev=False)
+
     def error(self, message: str) -> Any:
         """Raise the complaint."""
         raise InputError(f"{message}: {self.prog} --help says how")
 
 
-def _parser(command: str) -> _Parser:
-    _, meaning = next(pair for pair in COMMANDS.items() if pair[0].split()[0] == command)
-    return _Parser(prog=f"dnw-graph {command}", description=meaning, allow_abbrev=False)
-
-
 def train(argv: Sequence[str]) -> int:
     """Train a model of any family; the options are those of the examples."""
+    from dnw_graph.recipes.models import FAMILIES
     from dnw_graph.training.command_line import main as run_command
 
-    family, words = _family(argv)
-    names = "; ".join(", ".join(each.names) for each in _families().values())
+    family, words, file = _family(list(argv))
+    names = "; ".join(", ".join(each.names) for each in FAMILIES.values())
     description = f"Train a model of the paper, or your own. --model NAME is one of {names}."
-    return run_command(description, family.options, family.defaults, words)
+    return run_command(description, family.options, family.defaults, words, file)
 
 
-def _families() -> dict[str, Family]:
-    from dnw_graph.training.models import FAMILIES
-
-    return FAMILIES
-
-
-def _family(argv: Sequence[str]) -> tuple[Family, list[str]]:
-    """Return the models that a command line is about, and the words that their own options are among."""
+def _family(words: list[str]) -> tuple[Family, list[str], ModelFile | None]:
+    """Return the models that a command line is about, the words for their options, and the file that it starts from."""
     from dnw_graph.errors import unknown_name
-    from dnw_graph.loading import COMPACT, checkpoint_card, checkpoint_of
-    from dnw_graph.training.command_line import read_yaml
-    from dnw_graph.training.models import family_with
+    from dnw_graph.recipes.models import FAMILIES, family_with
+    from dnw_graph.training.command_line import read_yaml, started_from
 
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for option in ("--model", "--config", "--resume", "--evaluate", "--init-from"):
-        parser.add_argument(option)
-    given, _ = parser.parse_known_args(argv)
-    families = _families()
-    model = given.model
-    name: str | None = None
-    if (path := given.resume or given.evaluate or given.init_from) and not str(path).endswith(COMPACT):
-        from dnw_graph.checkpoint import read_checkpoint
-
-        file = checkpoint_of(Path(path))
-        name = checkpoint_card(file, read_checkpoint(file)).models
+        parser.add_argument(option, nargs="?")  # what is missing is told later
+    given, _ = parser.parse_known_args(words)
+    file = started_from(vars(given))
+    model, name = given.model, None
+    if file is not None:
+        name = file.card.models
         if name is None:
-            raise InputError(f"{path} was trained by a program of its own: go on with that program")
+            raise InputError(f"{file.path} was trained by a program of its own: go on with that program")
     elif given.config and model is None:
         options = read_yaml(given.config)
         model, name = options.get("model"), family_with(options)
     if model is not None and name is None:
-        name = next((name for name, each in families.items() if model in each.names), None)
+        name = next((name for name, each in FAMILIES.items() if model in each.names), None)
         if name is None:
-            raise unknown_name("model", model, [known for each in families.values() for known in each.names])
-    family = families[name or "mobilenet"]
-    words = list(argv)
+            raise unknown_name("model", model, [known for each in FAMILIES.values() for known in each.names])
+    family = FAMILIES[name or "mobilenet"]
     if "model" not in family.options.__dataclass_fields__ and given.model is not None:
-        place = next(i for i, word in enumerate(words) if word == "--model" or word.startswith("--model="))
+        place = next(i for i, word in enumerate(words) if word.partition("=")[0] == "--model")
         del words[place : place + (1 if "=" in words[place] else 2)]
-    return family, words
+    return family, words, file
 
 
 def evaluate(argv: Sequence[str]) -> int:
     """Evaluate a model with the options that its file holds."""
+    if argv and argv[0] in ("-h", "--help"):
+        return train(["--help"])
     if not argv or argv[0].startswith("-"):
-        if argv and argv[0] in ("-h", "--help"):
-            return train(["--help"])
         raise InputError("evaluate needs a model: dnw-graph evaluate runs/1 --data /path/to/images")
     return train(["--evaluate", *argv])
 
 
 def predict(argv: Sequence[str]) -> int:
-    """Print the most likely classes of images: of a folder as CSV."""
-    parser = _parser("predict")
-    parser.add_argument("model", help="folder of a run, checkpoint or compact file")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or a folder of them, at any depth")
+    """Print the most likely classes of images: of a directory as CSV."""
+    parser = _Parser("predict")
+    parser.add_argument("model", type=Path, help=MODEL)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or a directory of them, at any depth")
     parser.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
     parser.add_argument("--output", type=Path, help="write CSV to this file")
     given = parser.parse_args(argv)
     if given.top < 1:
         raise InputError(f"--top is {given.top}: expected 1 or more")
-    from dnw_graph.training.images import image_files
+    from dnw_graph.data.images import image_files
 
-    folders = [path for path in given.images if os.path.isdir(path)]
-    paths = [name for path in given.images for name in (image_files(Path(path))[0] if path in folders else [path])]
+    directories = [path for path in given.images if os.path.isdir(path)]
+    paths = [name for path in given.images for name in (image_files(Path(path))[0] if path in directories else [path])]
     if not paths:
         raise InputError(f"{given.images[0]} holds no image")
-    model = _model(given.model)
-    rows = _predictions(model, paths, min(given.top, len(model.classes)), bool(folders))  # type: ignore[arg-type]
-    if not (folders or given.output):
+    rows = _predictions(_model(given.model, programs=True), paths, given.top, bar=bool(directories))
+    if not (directories or given.output):
         for path, *found in rows:
             pairs = zip(found[::2], found[1::2], strict=True)
             print(path, *(f"{name} {probability:.1%}" for name, probability in pairs), sep="  ")
@@ -186,11 +169,17 @@ def predict(argv: Sequence[str]) -> int:
     return 0
 
 
-def _model(path: str) -> nn.Module:
-    from dnw_graph import load
+def _model(path: Path, programs: bool = False) -> Any:
+    """Return the model of a file that says how images come to it; the files of programs are run if they may be."""
+    from dnw_graph.loading import PROGRAMS, ModelFile, file_of
     from dnw_graph.model_card import card_of
 
-    model = load(path)
+    file = ModelFile(file_of(path))
+    if programs and file.path.suffix in PROGRAMS:
+        from dnw_graph.compaction.programs import load_program
+
+        return load_program(file.path, file.card)
+    model = file.model()
     if card_of(model) is None:
         raise InputError(f"{path} does not say how images come to its model: write it from what dnw_graph.load returns")
     return model
@@ -201,16 +190,17 @@ def _predictions(model: nn.Module, paths: list[str], top: int, bar: bool) -> lis
     import torch
     from tqdm import tqdm
 
-    from dnw_graph.training.images import load_rgb
+    from dnw_graph.data.images import load_rgb
 
     rows: list[list[Any]] = []
+    names, preprocess = model.classes, model.preprocess
     with torch.inference_mode(), tqdm(total=len(paths), disable=not bar, unit=" images", file=sys.stderr) as progress:
         for start in range(0, len(paths), BATCH):
             part = paths[start : start + BATCH]
-            images = torch.stack([model.preprocess(load_rgb(path)) for path in part])  # type: ignore[operator]
-            values, places = model(images).softmax(1).topk(top)
-            for path, probabilities, classes in zip(part, values.tolist(), places.tolist(), strict=True):
-                named = zip((model.classes[k] for k in classes), probabilities, strict=True)  # type: ignore[index]
+            images = torch.stack([preprocess(load_rgb(path)) for path in part])  # type: ignore[operator]
+            found = model(images).softmax(1).topk(min(top, len(names)))  # type: ignore[arg-type]
+            for path, *of_image in zip(part, found.values.tolist(), found.indices.tolist(), strict=True):
+                named = ((names[index], probability) for probability, index in zip(*of_image, strict=True))  # type: ignore[index]
                 rows.append([path, *(item for pair in named for item in pair)])
             progress.update(len(part))
     return rows
@@ -218,8 +208,8 @@ def _predictions(model: nn.Module, paths: list[str], top: int, bar: bool) -> lis
 
 def export_model(argv: Sequence[str]) -> int:
     """Write a model without its dead nodes to one file."""
-    parser = _parser("export")
-    parser.add_argument("model", help="folder of a run, checkpoint or compact file")
+    parser = _Parser("export")
+    parser.add_argument("model", type=Path, help=MODEL.replace(", compact file or export", " or compact file"))
     parser.add_argument("file", type=Path, help="ending in .safetensors, .pt2 or .onnx")
     parser.add_argument(
         "--with-preprocessing", action="store_true", help=".pt2 and .onnx: take images of 0 to 255 (uint8)"
@@ -231,36 +221,35 @@ def export_model(argv: Sequence[str]) -> int:
 
     check_export(given.file)
     model = _model(given.model)
-    size = model.preprocess.image_size  # type: ignore[union-attr]
-    print(export(model, given.file, torch.zeros(2, 3, size, size), given.with_preprocessing))  # type: ignore[arg-type]
+    size = model.preprocess.image_size
+    print(export(model, given.file, torch.zeros(2, 3, size, size), given.with_preprocessing))
     return 0
 
 
 def info(argv: Sequence[str]) -> int:
     """Print what a file says about its model."""
-    parser = _parser("info")
-    parser.add_argument("file", type=Path, help="folder of a run, .ckpt, .safetensors, .pt2 or .onnx file")
+    parser = _Parser("info")
+    parser.add_argument("file", type=Path, help=MODEL)
     parser.add_argument("--json", action="store_true", help="print the card as JSON, with all classes and options")
     given = parser.parse_args(argv)
-    from dnw_graph.loading import checkpoint_of, read_card
+    from dnw_graph.loading import ModelFile, file_of
 
-    file = checkpoint_of(given.file)
-    card = read_card(file)
+    file = ModelFile(file_of(given.file))
+    card = file.card
     if given.json:
         print(json.dumps(card.to_dict(), indent=2))
         return 0
     images, classes = card.preprocess, card.classes
     shown = ", ".join(classes[:5]) + (", …" if len(classes) > 5 else "")
-    numbers = {name: f"{value:.2%}" if name.startswith("top") else value for name, value in card.metrics.items()}
+    metrics = {name: f"{value:.2%}" if name.startswith("top") else value for name, value in card.metrics.items()}
+    tables = {"metrics": metrics, "options": dict(sorted(card.options.items())), "versions": card.versions}
     rows = {
-        "file": f"{file} ({os.path.getsize(file) / 1e6:,.2f} MB)",
+        "file": f"{file.path} ({os.path.getsize(file.path) / 1e6:,.2f} MB)",
         "models": card.models or "of a program of its own",
         "images": f"shorter side to {images.resize}, centre of {images.image_size} × {images.image_size}",
         "mean, std": f"{', '.join(map(str, images.mean))}; {', '.join(map(str, images.std))}",
         "classes": f"{len(classes)}: {shown}",
-        "metrics": ", ".join(f"{name} {value}" for name, value in numbers.items()) or "none",
-        "options": ", ".join(f"{name} {value}" for name, value in sorted(card.options.items())) or "none",
-        "versions": ", ".join(f"{name} {value}" for name, value in card.versions.items()) or "none",
+        **{name: ", ".join(f"{key} {x}" for key, x in table.items()) or "none" for name, table in tables.items()},
     }
     for name, value in rows.items():
         print(f"{name:12}{value}")
@@ -271,10 +260,10 @@ def compare(argv: Sequence[str]) -> int:
     """Train every rule with every seed, and show what came out."""
     from dnw_graph.training.comparison import compare as run_all
 
-    parser = _parser("compare")
+    parser = _Parser("compare")
     parser.add_argument("--rules", nargs="+", required=True, help="rules, such as dnw rigl random_graph")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (default: 0 1 2)")
-    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder (default: runs/compare)")
+    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="directory (default: runs/compare)")
     given, further = parser.parse_known_args(argv)
     stopping.goes_on()
     return run_all(given.rules, given.seeds, given.output, further, train)

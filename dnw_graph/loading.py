@@ -6,6 +6,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dnw_graph.model_card import CARD_ENTRY, CARD_FILE, ModelCard
 
 CHECKPOINTS = ("best.ckpt", "last.ckpt")
 COMPACT = ".safetensors"
+PROGRAMS = (".pt2", ".onnx")
 NUM_TRAIN_DIGITS = 1437
 
 
@@ -34,7 +36,7 @@ def load(
     Nothing in a file is executed: it names registered models, rules and functions only.
 
     Args:
-        path: The folder of a run (its ``best.ckpt``, or else its ``last.ckpt``), a checkpoint, or a compact file (of
+        path: The directory of a run (its ``best.ckpt``, or else its ``last.ckpt``), a checkpoint, or a compact file (of
             :func:`~dnw_graph.compaction.save_compact`, or of ``--export`` to ``.safetensors``).
         device: Where the tensors go.
         create: For a checkpoint of a model that no registered options make: returns it for ``(num_classes,
@@ -50,21 +52,15 @@ def load(
         InputError: If there is no such file, it is damaged, or names what is not registered in this process.
 
     """
-    file = checkpoint_of(Path(path))
-    if file.suffix == COMPACT:
-        from dnw_graph.compaction import load_compact  # not needed for --help, and takes longest
-
-        return load_compact(file, device)
-    checkpoint = read_checkpoint(file)
-    model = model_of(file, checkpoint, create)
+    model = ModelFile(file_of(Path(path))).model(create)
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise wrong("device", "a device of this machine, such as 'cpu' or 'cuda'", device) from error
 
 
-def checkpoint_of(path: Path) -> Path:
-    """Return the file that a path stands for: of a run's folder its best checkpoint, or else its last one.
+def file_of(path: Path) -> Path:
+    """Return the file that a path stands for: of a run's directory its best checkpoint, or else its last one.
 
     Raises:
         InputError: If there is none.
@@ -72,92 +68,110 @@ def checkpoint_of(path: Path) -> Path:
     if os.path.isdir(path):
         found = [path / name for name in CHECKPOINTS if (path / name).is_file()]
         if not found:
-            raise InputError(f"{path} holds no {' and no '.join(CHECKPOINTS)}: give the folder of a run, or a file")
+            raise InputError(f"{path} holds no {' and no '.join(CHECKPOINTS)}: give the directory of a run, or a file")
         return found[0]
     if not os.path.isfile(path):
-        raise InputError(f"{str(path)!r} does not exist: give a run's folder, a .ckpt or a .safetensors file")
+        raise InputError(f"{str(path)!r} does not exist: give a run's directory, a .ckpt or a .safetensors file")
     return path
 
 
-def model_of(
-    path: Path, checkpoint: dict[str, Any], create: Callable[[int, int], nn.Module] | None = None
-) -> nn.Module:
-    """Return the model of a checkpoint, described by its card.
+class ModelFile:
+    """A checkpoint, compact file or export, of which a checkpoint is read once.
 
     Args:
-        path: The file, for messages.
-        checkpoint: Its content.
-        create: See :func:`load`.
+        path: The file.
+
+    Attributes:
+        checkpoint: The content of a checkpoint; None for other files.
 
     Raises:
-        InputError: As :func:`load`.
+        InputError: If a checkpoint cannot be read.
     """
-    from dnw_graph.training.models import options_from_file
 
-    card = checkpoint_card(path, checkpoint)
-    create = create or options_from_file(str(path), card.models, card.options).create
-    with torch.random.fork_rng(devices=[]):  # the weights that are replaced draw nothing
-        model = create(len(card.classes), card.preprocess.image_size)
-    weights = model_weights(checkpoint)
-    check_weights(str(path), weights, model.state_dict(), "give a checkpoint of this model")
-    model.load_state_dict(weights)
-    card.describe(model)
-    return model.eval()
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = None if path.suffix in (COMPACT, *PROGRAMS) else read_checkpoint(path)
+
+    @cached_property
+    def card(self) -> ModelCard:
+        """What the file says about its model.
+
+        Raises:
+            InputError: If the file cannot be read, or says nothing.
+        """
+        if self.checkpoint is not None:
+            return _checkpoint_card(self.path, self.checkpoint)
+        try:
+            return ModelCard.from_dict(json.loads(_CARDS[self.path.suffix](self.path)))
+        except ImportError as error:
+            raise InputError(f"reading {self.path} needs {error.name}: install the extra dnw-graph[export]") from error
+        except Exception as error:  # a damaged file can fail anywhere in the decoder
+            raise InputError(
+                f"{self.path} has no card that can be read ({type(error).__name__}): give a checkpoint, or a file that "
+                "was written from what dnw_graph.load returns"
+            ) from error
+
+    def model(self, create: Callable[[int, int], nn.Module] | None = None) -> nn.Module:
+        """Return the model, see :func:`load`."""
+        if self.path.suffix in PROGRAMS:
+            raise InputError(
+                f"{self.path} is a program for other software, and loading a model runs none: dnw-graph predict uses "
+                "it; give load the checkpoint or .safetensors file of the same model"
+            )
+        if self.checkpoint is None:
+            from dnw_graph.compaction import load_compact  # not needed for --help, and takes longest
+
+            return load_compact(self.path)
+        from dnw_graph.recipes.models import options_from_file
+
+        card = self.card
+        create = create or options_from_file(str(self.path), card.models, card.options).create
+        with torch.random.fork_rng(devices=[]):  # the weights that are replaced draw nothing
+            model = create(len(card.classes), card.preprocess.image_size)
+        weights = model_weights(self.checkpoint)
+        check_weights(str(self.path), weights, model.state_dict(), "give a checkpoint of this model")
+        model.load_state_dict(weights)
+        card.describe(model)
+        return model.eval()
 
 
-def read_card(path: Path) -> ModelCard:
-    """Return the card of a checkpoint, a compact file or an export.
+def _compact_card(path: Path) -> str:
+    from safetensors import safe_open
 
-    Raises:
-        InputError: If the file cannot be read, or has none.
-    """
-    if path.suffix == ".ckpt":
-        return checkpoint_card(path, read_checkpoint(path))
-    try:
-        if path.suffix == COMPACT:
-            from safetensors import safe_open
-
-            with safe_open(path, "pt") as file:
-                text = (file.metadata() or {})["card"]
-        elif path.suffix == ".pt2":
-            with zipfile.ZipFile(path) as archive:
-                text = archive.read(
-                    next(name for name in archive.namelist() if name.endswith(f"/{CARD_FILE}"))
-                ).decode()
-        else:
-            import onnx
-
-            entries = onnx.load(path, load_external_data=False).metadata_props
-            text = next(entry.value for entry in entries if entry.key == CARD_ENTRY)
-        return ModelCard.from_dict(json.loads(text))
-    except ImportError as error:
-        raise InputError(f"reading {path} needs {error.name}: install the extra dnw-graph[export]") from error
-    except Exception as error:  # a damaged file can fail anywhere in the decoder
-        raise InputError(
-            f"{path} has no card that can be read ({type(error).__name__}): give a checkpoint, or a file that was "
-            "written from what dnw_graph.load returns"
-        ) from error
+    with safe_open(path, "pt") as file:
+        return str((file.metadata() or {})["card"])
 
 
-def checkpoint_card(path: Path, checkpoint: dict[str, Any]) -> ModelCard:
-    """Return the card of a checkpoint; for one that was written before there were cards, what its options tell.
+def _program_card(path: Path) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith(f"/{CARD_FILE}")))
 
-    Raises:
-        InputError: If it has none that can be read.
-    """
+
+def _onnx_card(path: Path) -> str:
+    import onnx
+
+    entries = onnx.load(path, load_external_data=False).metadata_props
+    return str(next(entry.value for entry in entries if entry.key == CARD_ENTRY))
+
+
+_CARDS: dict[str, Callable[[Path], str | bytes]] = {COMPACT: _compact_card, ".pt2": _program_card, ".onnx": _onnx_card}
+
+
+def _checkpoint_card(path: Path, checkpoint: dict[str, Any]) -> ModelCard:
+    """Return the card of a checkpoint; for one that was written before there were cards, what its options tell."""
     section = checkpoint[SECTION]
     if "card" in section:
         try:
             return ModelCard.from_dict(section["card"])
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-    from dnw_graph.training.augmentation import transforms
-    from dnw_graph.training.models import family_with
+    from dnw_graph.data.transforms import transforms
+    from dnw_graph.recipes.models import family_with
 
     options = dict(section["options"])
     classes, size = options.pop("classes", None), options.get("image_size")
     if not isinstance(classes, list) or not isinstance(size, int):
         raise InputError(f"{path} does not say its classes and image size: give a checkpoint of a run of this package")
     digits = classes == list("0123456789") and options.pop("train_images", 0) <= NUM_TRAIN_DIGITS
-    preprocess = transforms("digits" if digits else "folder", size)[1]
+    preprocess = transforms("digits" if digits else "directory", size)[1]
     return ModelCard(preprocess, classes, family_with(options), options)

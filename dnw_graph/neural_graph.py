@@ -215,13 +215,17 @@ class NeuralGraph(Ranking):
         return reaching(self.edge_index, live)
 
     @classmethod
-    def from_data(cls, data: torch_geometric.data.Data, **options: Any) -> NeuralGraph:
-        """Return a graph with the edges of a PyG graph: the inverse of :meth:`to_data`.
+    def from_data(
+        cls, data: torch_geometric.data.Data | torch_geometric.data.HeteroData, **options: Any
+    ) -> NeuralGraph:
+        """Return a graph with the edges of a PyG graph: the inverse of :meth:`to_data` and :meth:`to_hetero_data`.
 
         Args:
             data: Has ``edge_index [2, k]``, perhaps ``edge_weight [k]``, and for a static graph the ``block`` of every
                 node, ascending; for a dynamic one ``input_mask`` (the first nodes) and ``output_mask`` (the last ones).
                 Any of that may be given among the options instead: ``blocks``, or ``num_inputs`` and ``num_outputs``.
+                Of a heterogeneous graph the node types, in their order, are the blocks, and ``edge_weight`` is a matter
+                of all edge types or of none.
             options: Arguments of the class. The wiring is by default :class:`~dnw_graph.Fixed`: the edges stay. With
                 another rule training starts from them: all other candidates have the weight 0.
 
@@ -236,6 +240,8 @@ class NeuralGraph(Ranking):
             >>> bool((again.edge_index == graph.edge_index).all() and (again.edge_weight == graph.edge_weight).all())
             True
         """
+        if isinstance(data, import_pyg().data.HeteroData):
+            data = _of_one_type(data)
         if not isinstance(data, import_pyg().data.Data) or data.edge_index is None:
             raise wrong("from_data: data", "a torch_geometric.data.Data with edge_index", type(data).__name__)
         edges, weight = data.edge_index.cpu(), data.get("edge_weight")
@@ -295,6 +301,17 @@ class NeuralGraph(Ranking):
             f"candidates={self.num_candidates:,}, k={self.num_edges:,}, wiring={self.wiring!r}, "
             f"dynamics={type(self.dynamics).__name__}({self.dynamics.extra_repr()}), propagation={self.propagation!r})"
         )
+
+
+def _of_one_type(data: torch_geometric.data.HeteroData) -> torch_geometric.data.Data:
+    """Return a heterogeneous PyG graph as one whose blocks are the node types."""
+    weighted = ["edge_weight" in store for store in data.edge_stores]
+    if any(weighted) and not all(weighted):
+        lacking = data.edge_types[weighted.index(False)]
+        raise InputError(f"edges of type {lacking} have no edge_weight, and others do: give it for all or for none")
+    whole = data.to_homogeneous(add_edge_type=False)
+    whole.block = whole.node_type
+    return whole
 
 
 def _nodes_of(data: torch_geometric.data.Data, options: dict[str, Any]) -> dict[str, Any]:

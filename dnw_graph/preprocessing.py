@@ -55,18 +55,11 @@ class Preprocessing:
         Raises:
             InputError: If it is neither.
         """
-        from PIL import Image
+        return _transform(self, True)(_taken(image))
 
-        if isinstance(image, Image.Image):
-            image = rgb(image)
-        elif not (
-            isinstance(image, Tensor)
-            and image.dim() >= 3
-            and image.size(-3) == 3
-            and (image.dtype == torch.uint8 or image.is_floating_point())
-        ):
-            raise wrong("an image", "a PIL image, or a tensor [..., 3, height, width] of uint8 or of 0 to 1", image)
-        return _transform(self)(image)
+    def pixels(self, image: Image.Image | Tensor) -> Tensor:
+        """Return the same cut of 8-bit integers, not normalised: for exported files that do it themselves."""
+        return _transform(self, False)(_taken(image))
 
     def to_tensor(self) -> list[Any]:
         """Return the last steps as transforms of torchvision: from an image of the right size to a tensor."""
@@ -81,12 +74,29 @@ class Preprocessing:
 
 
 @cache
-def _transform(preprocessing: Preprocessing) -> Callable[[Any], Tensor]:
+def _transform(preprocessing: Preprocessing, normalised: bool) -> Callable[[Any], Tensor]:
     from torchvision.transforms import v2
 
     cut = [v2.Resize(preprocessing.resize), v2.CenterCrop(preprocessing.image_size)]
-    composed: Callable[[Any], Tensor] = v2.Compose([*cut, *preprocessing.to_tensor()])
+    bytes_ = [v2.ToImage(), v2.ToPureTensor(), v2.ToDtype(torch.uint8, scale=True)]
+    composed: Callable[[Any], Tensor] = v2.Compose([*cut, *(preprocessing.to_tensor() if normalised else bytes_)])
     return composed
+
+
+def _taken(image: Image.Image | Tensor) -> Image.Image | Tensor:
+    """Return an image that the transforms take."""
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return rgb(image)
+    if not (
+        isinstance(image, Tensor)
+        and image.dim() >= 3
+        and image.size(-3) == 3
+        and (image.dtype == torch.uint8 or image.is_floating_point())
+    ):
+        raise wrong("an image", "a PIL image, or a tensor [..., 3, height, width] of uint8 or of 0 to 1", image)
+    return image
 
 
 def rgb(image: Image.Image) -> Image.Image:

@@ -29,8 +29,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FAILED = 1
 # Options that say where a run starts, instead of which it goes on from its newest checkpoint.
 STARTS = ("--resume", "--init-from")
-# Set for the ranks that a main process starts: its process id, and the folder of the run.
-MAIN_PROCESS, FOLDER = "DNW_GRAPH_MAIN_PROCESS", "DNW_GRAPH_FOLDER"
+# Set for the ranks that a main process starts: its process id, and the directory of the run.
+MAIN_PROCESS, DIRECTORY = "DNW_GRAPH_MAIN_PROCESS", "DNW_GRAPH_DIRECTORY"
 # Environment variables of which each is 0, or not set, in the first process of a run.
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 

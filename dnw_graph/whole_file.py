@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from dnw_graph.errors import InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# What file systems say that cannot flush a folder.
+# What file systems say that cannot flush a directory.
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
@@ -35,7 +37,7 @@ def write_whole(path: Path, content: bytes | memoryview, option: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        _sync_directory(path.parent)
     except (OSError, ValueError) as error:  # ValueError: a null character
         raise unwritable(path, error, option) from error
     finally:
@@ -49,24 +51,24 @@ def unwritable(path: Path, error: OSError | ValueError, option: str) -> InputErr
     return InputError(f"cannot write {path} ({_cause(error)}): {room}give another {option}")
 
 
-def make_writable(folder: Path, option: str) -> None:
-    """Make a folder if needed, and see that files can be made in it.
+def make_writable(directory: Path, option: str) -> None:
+    """Make a directory if needed, and see that files can be made in it.
 
     Args:
-        folder: The folder.
+        directory: The directory.
         option: What names another place, as in :func:`write_whole`.
 
     Raises:
         InputError: If not.
     """
-    probe = folder / ".writable"
+    probe = directory / ".writable"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except (OSError, ValueError) as error:
         raise InputError(
-            f"cannot write to folder {folder} ({_cause(error)}): give another one with {option}"
+            f"cannot write to directory {directory} ({_cause(error)}): give another one with {option}"
         ) from error
 
 
@@ -74,11 +76,11 @@ def _cause(error: OSError | ValueError) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync_directory(directory: Path) -> None:
     """Have the new name of a file reach the disk."""
-    if os.name == "nt":  # folders cannot be opened
+    if os.name == "nt":  # directories cannot be opened
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -86,3 +88,14 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def file_names(names: Iterable[str]) -> list[str]:
+    """Return names for files, all different, also where letters of either case are one."""
+    found: list[str] = []
+    for name in names:
+        stem = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)[:200]
+        numbered = (stem, *(f"{stem}-{number}" for number in range(2, len(found) + 2)))
+        taken = {each.lower() for each in found}
+        found.append(next(each for each in numbered if each.lower() not in taken))
+    return found

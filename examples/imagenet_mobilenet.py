@@ -20,8 +20,8 @@ from dnw_graph import stopping
 if __name__ == "__main__":
     stopping.start()  # before the imports that take seconds
 
+from dnw_graph.recipes.models import MobileNetOptions
 from dnw_graph.training import RunOptions, main
-from dnw_graph.training.models import MobileNetOptions
 
 
 def run_example(argv: Sequence[str] | None = None) -> int:

@@ -329,3 +329,36 @@ def test_heterogeneous_data_has_the_edges_of_each_pair_of_blocks():
     assert found == dict(zip(map(tuple, graph.edge_index.T.tolist()), graph.edge_weight.tolist(), strict=True))
     assert data["block0"].input_mask.all()
     assert data["block2"].output_mask.all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"blocks": (3, 6, 4)},
+        {"num_nodes": 13, "num_inputs": 3, "num_outputs": 4, "dynamics": Discrete(steps=2)},
+    ],
+    ids=["static", "discrete"],
+)
+def test_a_graph_comes_back_from_heterogeneous_data(options):
+    graph = NeuralGraph(**options, num_edges=30)
+    again = NeuralGraph.from_data(graph.to_hetero_data(), dynamics=options.get("dynamics", "static"))
+    assert again.blocks == graph.blocks == (3, 6, 4)
+    assert torch.equal(again.edge_index, graph.edge_index)
+    assert torch.equal(again.edge_weight, graph.edge_weight)
+
+
+def test_a_graph_from_heterogeneous_data_of_other_origin():
+    from torch_geometric.data import HeteroData
+
+    data = HeteroData()
+    data["author"].x, data["paper"].num_nodes, data["venue"].num_nodes = torch.zeros(2, 7), 3, 2
+    data["paper", "in", "venue"].edge_index = torch.tensor([[2, 0], [1, 0]])
+    data["author", "writes", "paper"].edge_index = torch.tensor([[1], [2]])
+    graph = NeuralGraph.from_data(data)
+    assert graph.blocks == (2, 3, 2)
+    assert graph.edge_index.T.tolist() == [[1, 4], [2, 5], [4, 6]]
+    data["paper", "in", "venue"].edge_weight = torch.tensor([0.5, 2.0])
+    with pytest.raises(InputError, match=r"type \('author', 'writes', 'paper'\) have no edge_weight, and others do"):
+        NeuralGraph.from_data(data)
+    data["author", "writes", "paper"].edge_weight = torch.tensor([-1.0])
+    assert NeuralGraph.from_data(data).edge_weight.tolist() == [-1.0, 2.0, 0.5]

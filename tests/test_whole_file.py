@@ -94,7 +94,9 @@ def test_a_folder_that_has_become_a_file(path: Path):
     path.parent.touch()
     with pytest.raises(InputError, match=r"\(Not a directory\): give another --export"):
         write_whole(path, b"after", "--export")
-    with pytest.raises(InputError, match=r"cannot write to folder .* \((File exists|Not a directory)\): give another"):
+    with pytest.raises(
+        InputError, match=r"cannot write to directory .* \((File exists|Not a directory)\): give another"
+    ):
         make_writable(path.parent, "--export")
 
 
@@ -127,5 +129,5 @@ def test_what_cannot_be_the_name_of_a_file(name: str, tmp_path: Path, monkeypatc
 
 
 def test_what_cannot_be_the_name_of_a_folder():
-    with pytest.raises(InputError, match=r"cannot write to folder .*null byte.*: give another one with --output"):
+    with pytest.raises(InputError, match=r"cannot write to directory .*null byte.*: give another one with --output"):
         make_writable(Path("a\0b"), "--output")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dnw_graph.arguments import checked
 from dnw_graph.compaction.files import load_compact, save_compact
 from dnw_graph.compaction.model import CompactModel, compact
+from dnw_graph.compaction.programs import onnx_session
 from dnw_graph.errors import InputError
 from dnw_graph.model_card import CARD_ENTRY, CARD_FILE, ModelCard, card_of
 from dnw_graph.whole_file import make_writable, write_whole
@@ -31,7 +32,7 @@ def check_export(path: Path) -> None:
     """Refuse a file that could not be written in the end.
 
     Raises:
-        InputError: If the kind of file is unknown, a package for it is missing, or its folder cannot be written to.
+        InputError: If the kind of file is unknown, a package for it is missing, or its directory cannot be written to.
     """
     if path.suffix not in FORMATS:
         raise InputError(f"--export is {str(path)!r}: expected a file ending in {', '.join(FORMATS)}")
@@ -41,9 +42,9 @@ def check_export(path: Path) -> None:
             f"--export to {path.suffix} needs {' and '.join(missing)}: install the extra dnw-graph[export]"
         )
     if not os.path.isdir(path.parent):
-        raise InputError(f"--export is {str(path)!r}: the folder {path.parent} does not exist")
+        raise InputError(f"--export is {str(path)!r}: the directory {path.parent} does not exist")
     if os.path.isdir(path):
-        raise InputError(f"--export is {str(path)!r}: expected a file, and this is a folder")
+        raise InputError(f"--export is {str(path)!r}: expected a file, and this is a directory")
     make_writable(path.parent, "--export")
 
 
@@ -130,18 +131,8 @@ def export(model: nn.Module, path: str | os.PathLike[str], example: Tensor, with
     if card is not None:
         proto.metadata_props.add(key=CARD_ENTRY, value=card.to_json())
     write_whole(path, proto.SerializeToString(), "--export")
-    return _measured(path, _onnx_session(path), example)
-
-
-def _onnx_session(path: Path) -> Callable[[Tensor], Any] | None:
-    if importlib.util.find_spec("onnxruntime") is None:
-        return None
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda image: session.run(None, {"image": image.numpy()})
+    session = onnx_session(path) if importlib.util.find_spec("onnxruntime") else None
+    return _measured(path, session and (lambda image: session.run(None, {"image": image.numpy()})), example)
 
 
 def _measured(path: Path, function: Callable[[Tensor], Any] | None, example: Tensor) -> str:

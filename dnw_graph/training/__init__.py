@@ -4,48 +4,47 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dnw_graph.callbacks.training_cost import TrainingCost
+    from dnw_graph.callbacks.wiring_monitor import WiringMonitor
+    from dnw_graph.callbacks.wiring_recorder import WiringRecorder
+    from dnw_graph.callbacks.wiring_updates import WiringUpdates
     from dnw_graph.checkpoint import read_checkpoint
+    from dnw_graph.data.sources import ImageData, load_images
+    from dnw_graph.recipes.models import WiringOptions, register_models
+    from dnw_graph.recipes.options import ModelOptions, RunOptions, option
+    from dnw_graph.recipes.schedules import SCHEDULES, cosine, step
     from dnw_graph.stopping import Stopped
     from dnw_graph.training.checkpoints import Checkpoints
     from dnw_graph.training.classifier import Classifier
     from dnw_graph.training.command_line import main
     from dnw_graph.training.data_module import DataModule
-    from dnw_graph.training.images import ImageData, load_images
-    from dnw_graph.training.models import register_models
-    from dnw_graph.training.options import ModelOptions, RunOptions, option
     from dnw_graph.training.runs import run
-    from dnw_graph.training.schedules import SCHEDULES, cosine, step
     from dnw_graph.training.summary import Summary
-    from dnw_graph.training.training_cost import TrainingCost
-    from dnw_graph.training.wiring_monitor import WiringMonitor
-    from dnw_graph.training.wiring_options import WiringOptions
-    from dnw_graph.training.wiring_recorder import WiringRecorder
-    from dnw_graph.training.wiring_updates import WiringUpdates
 
 # Where the public names are. They are imported when they are first used: help and files need no Lightning.
 _HOMES = {
-    "SCHEDULES": "training.schedules",
     "Checkpoints": "training.checkpoints",
     "Classifier": "training.classifier",
     "DataModule": "training.data_module",
-    "ImageData": "training.images",
-    "ModelOptions": "training.options",
-    "RunOptions": "training.options",
+    "ImageData": "data.sources",
+    "ModelOptions": "recipes.options",
+    "RunOptions": "recipes.options",
+    "SCHEDULES": "recipes.schedules",
     "Stopped": "stopping",
     "Summary": "training.summary",
-    "TrainingCost": "training.training_cost",
-    "WiringMonitor": "training.wiring_monitor",
-    "WiringOptions": "training.wiring_options",
-    "WiringRecorder": "training.wiring_recorder",
-    "WiringUpdates": "training.wiring_updates",
-    "cosine": "training.schedules",
-    "load_images": "training.images",
+    "TrainingCost": "callbacks.training_cost",
+    "WiringMonitor": "callbacks.wiring_monitor",
+    "WiringOptions": "recipes.models",
+    "WiringRecorder": "callbacks.wiring_recorder",
+    "WiringUpdates": "callbacks.wiring_updates",
+    "cosine": "recipes.schedules",
+    "load_images": "data.sources",
     "main": "training.command_line",
-    "option": "training.options",
+    "option": "recipes.options",
     "read_checkpoint": "checkpoint",
-    "register_models": "training.models",
+    "register_models": "recipes.models",
     "run": "training.runs",
-    "step": "training.schedules",
+    "step": "recipes.schedules",
 }
 
 __all__ = [

@@ -1,25 +1,61 @@
-"""When checkpoints are written, and what makes a resumed run continue exactly."""
+"""When and how checkpoints are written, and what makes a resumed run continue exactly."""
 
 from __future__ import annotations
 
+import io
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from dnw_graph import stopping
 from dnw_graph.arguments import checked
-from dnw_graph.checkpoint import FORMAT, SECTION
+from dnw_graph.checkpoint import FORMAT, SECTION, read_checkpoint
+from dnw_graph.checksum import checksum
 from dnw_graph.errors import InputError
 from dnw_graph.model_card import ModelCard
 from dnw_graph.training.loggers import Table
+from dnw_graph.whole_file import write_whole
 
 # Steps between two looks at whether several GPUs are to stop, for which the host waits for its device.
 CALLS_PER_LOOK_ON_GPUS = 5
+
+
+class WholeFileIO(CheckpointIO):
+    """Writes a checkpoint whole or not at all: a run that is killed, or a disk that is full, leaves the previous one.
+
+    Args:
+        content: Content of the checkpoint that the run resumes, which is read once.
+    """
+
+    def __init__(self, content: dict[str, Any] | None = None) -> None:
+        self.content = content
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint, with the checksum of its content in the section of this package."""
+        checkpoint = {**checkpoint, SECTION: {**checkpoint[SECTION], "checksum": checksum(checkpoint)}}
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_whole(Path(path), buffer.getbuffer(), "--output")
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Return what was read, or read a checkpoint without running anything in it."""
+        content, self.content = self.content, None
+        return content or read_checkpoint(path)
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Remove a checkpoint."""
+        Path(path).unlink(missing_ok=True)
 
 
 class Checkpoints(Checkpoint):
@@ -34,7 +70,7 @@ class Checkpoints(Checkpoint):
     not finite is refused.
 
     Args:
-        folder: Folder of the checkpoints.
+        directory: Directory of the checkpoints.
         save_every: Steps between checkpoints within an epoch; 0 for none.
         identity: Options of the run, saved so that a resumed run can be compared.
         table: The run's ``metrics.csv``; a checkpoint says how many of its rows came before.
@@ -42,6 +78,7 @@ class Checkpoints(Checkpoint):
         machine: Options that a resumed run takes over and may change.
 
     Attributes:
+        first, last, best: The three files.
         best_top1: Highest top-1 accuracy so far, or None.
         best_epoch: The epoch it was reached in, counted from 1.
         seconds: Time spent in training, over all parts of a resumed run.
@@ -50,14 +87,14 @@ class Checkpoints(Checkpoint):
     @checked
     def __init__(
         self,
-        folder: Path,
+        directory: Path,
         save_every: int,
         identity: dict[str, Any],
         table: Table | None = None,
         card: ModelCard | None = None,
         machine: dict[str, Any] | None = None,
     ) -> None:
-        self.folder = folder
+        self.first, self.last, self.best = (directory / f"{name}.ckpt" for name in ("first", "last", "best"))
         self.save_every = save_every
         self.identity = identity
         self.table = table
@@ -71,21 +108,6 @@ class Checkpoints(Checkpoint):
         self._epoch_complete = True
         self._stoppable = False
         self._calls = 0
-
-    @property
-    def last(self) -> Path:
-        """The newest checkpoint."""
-        return self.folder / "last.ckpt"
-
-    @property
-    def first(self) -> Path:
-        """The checkpoint before the first step."""
-        return self.folder / "first.ckpt"
-
-    @property
-    def best(self) -> Path:
-        """The checkpoint of the best epoch."""
-        return self.folder / "best.ckpt"
 
     @property
     def seconds(self) -> float:

@@ -1,24 +1,21 @@
-"""What can be refused before a run starts, so that no work is lost."""
+"""What can be refused before a run starts: devices that are not there, and steps that could only fail."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from typing import Any
-
 import torch
+from torch import nn
 
+from dnw_graph.analysis.memory import free_memory, memory_of
 from dnw_graph.errors import InputError
-from dnw_graph.node_functions import EPS
-from dnw_graph.stopping import is_first_process
-from dnw_graph.training.image_check import check_images
-from dnw_graph.training.images import FileImages, Images
-from dnw_graph.training.options import RunOptions, flag
+from dnw_graph.recipes.options import RunOptions
 
-# Images from which on the check of the files is announced, since it takes seconds.
-MANY_IMAGES = 20_000
-# Classes that are listed.
-MANY_CLASSES = 50
+# Side of the images that are sent through the copy: enough for every model, and little work.
+SIDE = 64
+# No model keeps more than so many times its input: up to there an estimate is not worth the trial.
+MOST_PER_INPUT = 1000
+# Of a pixel: three numbers of 32 bits.
+IMAGE_BYTES = 12
+BITS = {"32-true": 32, "16-mixed": 16, "bf16-mixed": 16, "64-true": 64}
 
 
 def on_gpu(options: RunOptions) -> bool:
@@ -41,87 +38,49 @@ def check_hardware(options: RunOptions) -> None:
         raise InputError("--precision 16-mixed needs a GPU: give bf16-mixed or 32-true")
 
 
-def check_files(classes: Sequence[str], *parts: Images) -> None:
-    """Look at the files of all images that are files, and say what each class has; in the first process of a run.
+def check_step(model: nn.Module, size: int, options: RunOptions, gpu: bool) -> None:
+    """Refuse a run whose first step could only fail.
 
     Args:
-        classes: Names of the classes.
-        parts: The images.
+        model: The model; it stays as it is.
+        size: Height and width of the images.
+        options: Options of the run.
+        gpu: Whether the run is on GPUs.
 
     Raises:
-        InputError: If any of them is broken.
+        InputError: If single images are too few for the norms of the model, or a batch needs more memory than is free.
     """
-    files = [part for part in parts if isinstance(part, FileImages)]
-    if not files or not is_first_process():
+    training = options.evaluate is None
+    _check_memory(model, size, options, gpu, training)
+    if training and options.batch_size == options.devices * options.num_nodes:
+        try:
+            memory_of(model, (1, 3, size, size), training)
+        except ValueError as error:
+            raise InputError(
+                f"--batch-size {options.batch_size} leaves one image per device, too few for the norms of this model "
+                f"({error}): give a larger --batch-size or --image-size"
+            ) from error
+
+
+def _check_memory(model: nn.Module, size: int, options: RunOptions, gpu: bool, training: bool) -> None:
+    free = torch.cuda.mem_get_info()[0] if gpu else free_memory()
+    batch = options.batch_size // options.num_nodes // (options.devices if gpu else 1)
+    pixels = batch * size**2
+    if free is None or MOST_PER_INPUT * IMAGE_BYTES * pixels <= free:
         return
-    paths = [path for part in files for path in part.paths]
-    if len(paths) >= MANY_IMAGES:
-        print(f"checking {len(paths):,} image files (--no-check-images skips this)", flush=True)
-    kinds = check_images(paths)
-    labels = [int(label) for part in files for label in part.labels]
-    for line in class_lines(classes, labels, kinds, sum((part.ignored for part in files), Counter())):
-        print(line, flush=True)
-
-
-def class_lines(
-    classes: Sequence[str], labels: Sequence[int], kinds: Sequence[str], ignored: Counter[tuple[str, str]]
-) -> list[str]:
-    """Return a line per class: images, formats and modes, and other files; of many classes the first ones.
-
-    Args:
-        classes: Their names.
-        labels: Class of every image.
-        kinds: Format and mode of every image.
-        ignored: Numbers of other files by class and ending.
-    """
-    counts: dict[int, Counter[str]] = {label: Counter() for label in range(len(classes))}
-    for label, kind in zip(labels, kinds, strict=True):
-        counts[label][kind] += 1
-    lines = []
-    for label, name in enumerate(classes[:MANY_CLASSES]):
-        held = ", ".join(f"{number:,} {kind}" for kind, number in counts[label].most_common()) or "no images"
-        others = ", ".join(f"{number:,} {ending}" for (of, ending), number in sorted(ignored.items()) if of == name)
-        lines.append(f"class {label} {name[:50]!r}: {held}" + (f"; ignored: {others}" if others else ""))
-    if len(classes) > MANY_CLASSES:
-        fewest, most = (choose(each.total() for each in counts.values()) for choose in (min, max))
-        rest = f"… and {len(classes) - MANY_CLASSES:,} more classes; {fewest:,} to {most:,} images in each"
-        lines.append(rest + (f"; {ignored.total():,} other files ignored" if ignored else ""))
-    return lines
-
-
-# Options that checkpoints of older runs lack, and what they were.
-BEFORE = {"node_norm_eps": EPS}
-
-
-def check_same_run(path: str, then: dict[str, Any], now: dict[str, Any], names: list[str]) -> None:
-    """Refuse a checkpoint of another run.
-
-    Args:
-        path: The checkpoint.
-        then: Options of the run that wrote it.
-        now: Options of this run.
-        names: Options to compare.
-
-    Raises:
-        InputError: If an option differs; the message names the first one that does.
-    """
-    then = {**BEFORE, **then}
-    for name in names:
-        if name not in then:
-            raise InputError(f"{path} is a checkpoint of another program: it knows no {flag(name)}")
-        if then[name] == now[name]:
-            continue
-        given, trained = (_shown(name, value) for value in (now[name], then[name]))
-        name = "data" if name in ("classes", "train_images") else name
+    side = min(size, SIDE)
+    try:
+        two, four = (memory_of(model, (images, 3, side, side), training) for images in (2, 4))
+    except (RuntimeError, ValueError):
+        two = four = 0  # of a model that takes no smaller images; what they are themselves is known
+    per_pixel = (four - two) / (2 * side**2) * BITS[options.precision] / 32
+    needed = pixels * (IMAGE_BYTES + per_pixel)
+    if needed > free:
         raise InputError(
-            f"{flag(name)} is {given}, but {path} was trained with {trained}: "
-            "give what it was trained with, or start a new run"
+            f"--image-size {size} with --batch-size {options.batch_size} needs at least {_gigabytes(needed)} of "
+            f"memory, and {_gigabytes(free)} are free: give a smaller --image-size or --batch-size"
         )
 
 
-def _shown(name: str, value: Any) -> str:
-    if name == "classes" and isinstance(value, list) and value:
-        return f"{len(value)} classes, {str(value[0])[:50]!r} ... {str(value[-1])[:50]!r}"
-    if name == "train_images" and isinstance(value, int):
-        return f"{value:,} training images"
-    return repr(value)[:100]
+def _gigabytes(number: int | float) -> str:
+    return f"{number / 2**30:,.1f} GiB"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from dnw_graph.analysis.cost import NORMS
 from dnw_graph.arguments import checked, require
+from dnw_graph.data.order import Purpose
 from dnw_graph.ranking import wiring_penalty
-from dnw_graph.training.order import Purpose, mix
+from dnw_graph.recipes.schedules import Schedule
+from dnw_graph.seeding import mix
 from dnw_graph.updates import own_decay
 
 
@@ -26,7 +29,7 @@ class Classifier(LightningModule):
     Args:
         model: Maps images ``[B, 3, H, W]`` to scores ``[B, num_classes]``.
         num_classes: Number of classes.
-        schedule: Factor of the learning rate at a step, see :mod:`dnw_graph.training.schedules`.
+        schedule: Makes the scheduler of an optimiser, see :mod:`dnw_graph.recipes.schedules`.
         lr: Learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD.
@@ -41,7 +44,7 @@ class Classifier(LightningModule):
         self,
         model: nn.Module,
         num_classes: int,
-        schedule: Callable[[int], float],
+        schedule: Schedule,
         lr: float,
         momentum: float,
         weight_decay: float,
@@ -84,7 +87,7 @@ class Classifier(LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         # Nothing here goes from the host to the device, which the host would wait for: not a penalty of zero, and not a
         # number, of which Lightning makes a tensor there.
-        self.log("train/lr", torch.tensor(self.lr * self.schedule(self.global_step)))
+        self.log("train/lr", torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"]))
         penalty = wiring_penalty(self.model)
         if penalty.requires_grad:
             self.log("train/penalty", penalty)
@@ -113,5 +116,16 @@ class Classifier(LightningModule):
             own = [p for p in self.parameters() if decays.get(p) == decay]
             groups.append({"params": own, "weight_decay": decay})
         optimizer = torch.optim.SGD(groups, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Bring the schedule to the step of a checkpoint: a function of that alone, whatever version wrote the file."""
+        fresh = self.configure_optimizers()
+        scheduler = fresh["lr_scheduler"]["scheduler"]
+        with warnings.catch_warnings(action="ignore"):  # of steps of a schedule without one of the optimiser
+            for _ in range(checkpoint["global_step"]):
+                scheduler.step()
+        checkpoint["lr_schedulers"] = [scheduler.state_dict()]
+        groups = fresh["optimizer"].param_groups, checkpoint["optimizer_states"][0]["param_groups"]
+        for group, saved in zip(*groups, strict=True):
+            saved["lr"] = group["lr"]

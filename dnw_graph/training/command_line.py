@@ -9,20 +9,20 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentError, ArgumentParser, DefaultHelpFormatter
 
-from dnw_graph.checkpoint import SECTION, read_checkpoint
+from dnw_graph.checkpoint import SECTION
 from dnw_graph.errors import InputError
-from dnw_graph.loading import COMPACT, checkpoint_card, checkpoint_of
+from dnw_graph.loading import ModelFile, file_of
+from dnw_graph.recipes.models import family_name
+from dnw_graph.recipes.options import ModelOptions, RunOptions, flag
 from dnw_graph.stopping import Stopped
-from dnw_graph.training.models import family_name
-from dnw_graph.training.options import ModelOptions, RunOptions, flag
 from dnw_graph.wirings import WIRINGS
 
 BAD_INPUT = 2
@@ -95,7 +95,13 @@ class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of the description as they are."""
 
 
-def main(description: str, models: type[ModelOptions], defaults: RunOptions, argv: Sequence[str] | None = None) -> int:
+def main(
+    description: str,
+    models: type[ModelOptions],
+    defaults: RunOptions,
+    argv: Sequence[str] | None = None,
+    file: ModelFile | None = None,
+) -> int:
     """Run an example from its command line.
 
     With ``--resume`` and ``--evaluate`` the options are those that the file holds. What is given besides must agree
@@ -106,6 +112,7 @@ def main(description: str, models: type[ModelOptions], defaults: RunOptions, arg
         models: The options that are the example's own, and how they make a model.
         defaults: Default values of the options that all examples share.
         argv: Arguments, if not those of the process.
+        file: What they start from, if it has been read.
 
     Returns:
         The exit status: 0; 2 after one line on stderr for input that cannot be used; 130 if the run was stopped by
@@ -114,12 +121,12 @@ def main(description: str, models: type[ModelOptions], defaults: RunOptions, arg
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
     try:
-        model_options, options = read_options(description, models, defaults, argv)
+        own, options, file = read_options(description, models, defaults, argv, file)
         from dnw_graph.training.runs import run  # takes seconds, which --help need not
 
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        run(model_options.create, model_options.identity(), options, None, family_name(models))
+        run(own.create, own.identity(), options, None, family_name(models), file)
     except (InputError, ArgumentError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
@@ -129,9 +136,13 @@ def main(description: str, models: type[ModelOptions], defaults: RunOptions, arg
 
 
 def read_options(
-    description: str, models: type[ModelOptions], defaults: RunOptions, argv: Sequence[str] | None
-) -> tuple[ModelOptions, RunOptions]:
-    """Return the options of a command line: what it gives, what the file holds that it names, and defaults.
+    description: str,
+    models: type[ModelOptions],
+    defaults: RunOptions,
+    argv: Sequence[str] | None,
+    file: ModelFile | None = None,
+) -> tuple[ModelOptions, RunOptions, ModelFile | None]:
+    """Return the options of a command line, from what it gives, the file that it names and defaults; and that file.
 
     Raises:
         InputError: If an option is unknown or has a value that cannot be used.
@@ -157,11 +168,13 @@ def read_options(
             raise InputError(
                 f"{flag(name)} is {given[name]}, but {number} were started from outside: leave {flag(name)} out"
             )
-    values = {**vars(parser.get_defaults()), **_held(given), **started, **given}
+    file = file or started_from(given)
+    held = _held(given, models, file) if file else {}
+    values = {**vars(parser.get_defaults()), **held, **started, **given}
     if "warmup_epochs" not in given and type(values["epochs"]) is int:  # a default fits the epochs that are given
         values["warmup_epochs"] = max(0, min(values["warmup_epochs"], values["epochs"] - 1))
-    made = [cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in (models, RunOptions)]
-    return cast(tuple[ModelOptions, RunOptions], tuple(made))
+    own, run = (cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in (models, RunOptions))
+    return own, run, file  # type: ignore[return-value]  # of the two classes
 
 
 def launched() -> dict[str, int]:
@@ -175,20 +188,23 @@ def launched() -> dict[str, int]:
     return {}
 
 
-def _held(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options in the file that a run goes on from, or that is evaluated."""
-    path = given.get("resume") or given.get("evaluate")
-    if not isinstance(path, str) or not path or "\0" in path:
-        return {}
-    file = checkpoint_of(Path(path)) if given.get("evaluate") else Path(path)
-    if file.suffix == COMPACT:
-        return {}
-    checkpoint = read_checkpoint(file)
-    card, machine = checkpoint_card(file, checkpoint), checkpoint[SECTION].get("machine", {})
-    if given.get("evaluate"):
-        machine = {"data": machine["data"]} if "data" in machine else {}
+def started_from(given: Mapping[str, Any]) -> ModelFile | None:
+    """Return the file that a run goes on or starts from, or that is evaluated; None if options name none."""
+    paths = {name: given.get(name) for name in ("resume", "evaluate", "init_from")}
+    found = [(name, path) for name, path in paths.items() if isinstance(path, str) and path and "\0" not in path]
+    return next((ModelFile(Path(path) if name == "resume" else file_of(Path(path))) for name, path in found), None)
+
+
+def _held(given: Mapping[str, Any], models: type[ModelOptions], file: ModelFile) -> dict[str, Any]:
+    """Return the options that a file holds: all for a run that goes on, those of the model for one that starts."""
     # Whoever has a rule of a class path has to name it: a file does not say what is imported.
-    return {**{name: value for name, value in card.options.items() if name != "wiring" or value in WIRINGS}, **machine}
+    options = {name: value for name, value in file.card.options.items() if name != "wiring" or value in WIRINGS}
+    if not (given.get("resume") or given.get("evaluate")):
+        return {f.name: options[f.name] for f in fields(models) if f.name in options}
+    machine = file.checkpoint[SECTION].get("machine", {}) if file.checkpoint else {}
+    if given.get("evaluate"):
+        machine = {name: machine[name] for name in ("data",) if name in machine}
+    return {**options, **machine}
 
 
 def unknown_option(option: str, known: list[str]) -> InputError:

@@ -37,7 +37,7 @@ def compare(
     Args:
         rules: Names of the rules.
         seeds: The seeds.
-        output: Folder of all runs; each gets ``<rule>/seed<n>/``.
+        output: Directory of all runs; each gets ``<rule>/seed<n>/``.
         options: Further options of every run.
         train: Trains with options and returns a status.
 
@@ -57,11 +57,11 @@ def compare(
     rows: list[dict[str, Any]] = []
     for rule in dict.fromkeys(rules):
         for seed in dict.fromkeys(seeds):
-            folder = output / rule / f"seed{seed}"
-            last, result = folder / "last.ckpt", folder / "summary.json"
+            directory = output / rule / f"seed{seed}"
+            last, result = directory / "last.ckpt", directory / "summary.json"
             if not result.exists():
-                print(f"{rule}, seed {seed}: {folder}", flush=True)
-                words = [*options, "--wiring", rule, "--seed", str(seed), "--output", str(folder)]
+                print(f"{rule}, seed {seed}: {directory}", flush=True)
+                words = [*options, "--wiring", rule, "--seed", str(seed), "--output", str(directory)]
                 if status := train(["--resume", str(last), *words] if last.exists() else words):
                     return status
             summary = json.loads(result.read_text())

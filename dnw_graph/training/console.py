@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from dnw_graph.training.wiring_monitor import WiringMonitor
+from dnw_graph.callbacks.wiring_monitor import WiringMonitor
 
 
 class Console(TQDMProgressBar):

@@ -23,7 +23,7 @@ class Table(Logger):
     """Writes ``metrics.csv``: a row per call, on the disk when the call returns.
 
     Args:
-        folder: Folder of the run.
+        directory: Directory of the run.
         rows: Rows of the file to keep, which are those that a resumed checkpoint has seen; None for all. Others, of
             which the last may be torn, are dropped: they will come again.
 
@@ -34,29 +34,19 @@ class Table(Logger):
         InputError: If the file cannot be read or written.
     """
 
-    def __init__(self, folder: Path, rows: int | None) -> None:
+    name = version = ""  # there is one table in the directory of a run
+
+    def __init__(self, directory: Path, rows: int | None) -> None:
         super().__init__()
-        self.path = folder / "metrics.csv"
+        self.path = directory / "metrics.csv"
         self.columns: list[str] = []
         self.rows = 0
-        if is_first_process():
-            self._keep(rows)
-
-    @property
-    def name(self) -> str:
-        """No name: there is one table in the folder of a run."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """No version."""
-        return ""
-
-    def _keep(self, rows: int | None) -> None:
+        if not is_first_process():
+            return
         kept = self._read(rows)
         self.rows = len(kept)
         if kept:
-            self._rewrite(kept)
+            write_whole(self.path, self._csv(kept, header=True), "--output")
         else:
             self.columns = []
             self.path.unlink(missing_ok=True)
@@ -73,12 +63,13 @@ class Table(Logger):
             raise InputError(f"{self.path} cannot be read ({error}): move it away; its rows are lost") from error
         return kept
 
-    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+    def _csv(self, rows: list[dict[str, Any]], header: bool) -> bytes:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
-        writer.writeheader()
+        if header:
+            writer.writeheader()
         writer.writerows(rows)
-        write_whole(self.path, text.getvalue().encode(), "--output")
+        return text.getvalue().encode()
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add a row. One with new columns has the file written anew.
@@ -89,15 +80,12 @@ class Table(Logger):
         if not is_first_process():
             return
         row = {**metrics, "step": step}
-        new = set(row) - set(self.columns)
-        if new:
-            rows = self._read(self.rows)
-            self.columns = sorted({*self.columns, *new})
-            self._rewrite([*rows, row])
+        if set(row) <= set(self.columns):
+            self._append(self._csv([row], header=False))
         else:
-            text = io.StringIO(newline="")
-            csv.DictWriter(text, self.columns).writerow(row)
-            self._append(text.getvalue().encode())
+            rows = self._read(self.rows)
+            self.columns = sorted({*self.columns, *row})
+            write_whole(self.path, self._csv([*rows, row], header=True), "--output")
         self.rows += 1
 
     def _append(self, line: bytes) -> None:
@@ -117,17 +105,17 @@ class Events(TensorBoardLogger):
     """Writes ``tensorboard/``.
 
     Args:
-        folder: Folder of the run.
+        directory: Directory of the run.
         steps: Steps trained before; events after them are dropped, since they will come again.
 
     Raises:
         InputError: If a file cannot be written.
     """
 
-    def __init__(self, folder: Path, steps: int) -> None:
+    def __init__(self, directory: Path, steps: int) -> None:
         # A thread that flushed on its own would fail with a traceback of its own; save() flushes.
         never = 10**6
-        super().__init__(folder, name="tensorboard", version="", purge_step=steps or None, flush_secs=never)
+        super().__init__(directory, name="tensorboard", version="", purge_step=steps or None, flush_secs=never)
 
     @property
     def experiment(self) -> Any:

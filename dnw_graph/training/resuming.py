@@ -1,29 +1,68 @@
-"""What a checkpoint must hold for a run to use it."""
+"""What a checkpoint must hold for a run to go on or start from it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from dnw_graph.analysis.cost import neural_graphs
+from dnw_graph.callbacks.training_cost import TrainingCost
+from dnw_graph.callbacks.wiring_monitor import WiringMonitor
+from dnw_graph.callbacks.wiring_recorder import WiringRecorder, read
 from dnw_graph.checkpoint import check_weights, damaged
 from dnw_graph.errors import InputError
+from dnw_graph.loading import ModelFile
+from dnw_graph.node_functions import EPS
 from dnw_graph.ranking import rankings, rule_hash, saved_rule
+from dnw_graph.recipes.options import flag
 from dnw_graph.structure import match
 from dnw_graph.training.checkpoints import Checkpoints, loop_state
 from dnw_graph.training.classifier import Classifier
-from dnw_graph.training.training_cost import TrainingCost
-from dnw_graph.training.wiring_monitor import WiringMonitor
-from dnw_graph.training.wiring_recorder import WiringRecorder, read
 from dnw_graph.wirings import wiring_name
 
-# What optimiser and schedule cannot do without; what else they have differs between versions of PyTorch.
+# What an optimiser cannot do without; what else it has differs between versions of PyTorch.
 GROUP = ("params", "lr", "initial_lr", "momentum", "dampening", "weight_decay", "nesterov")
-SCHEDULE = ("base_lrs", "last_epoch", "_step_count", "_last_lr", "lr_lambdas")
+
+# Options that checkpoints of older runs lack, and what they were.
+BEFORE = {"node_norm_eps": EPS, "node_function": None}
+
+
+def check_same_run(path: str, then: dict[str, Any], now: dict[str, Any], names: list[str]) -> None:
+    """Refuse a checkpoint of another run.
+
+    Args:
+        path: The checkpoint.
+        then: Options of the run that wrote it.
+        now: Options of this run.
+        names: Options to compare.
+
+    Raises:
+        InputError: If an option differs; the message names the first one that does.
+    """
+    then = {**BEFORE, **then}
+    for name in names:
+        if name not in then:
+            raise InputError(f"{path} is a checkpoint of another program: it knows no {flag(name)}")
+        if then[name] == now[name]:
+            continue
+        given, trained = (_shown(name, value) for value in (now[name], then[name]))
+        name = "data" if name in ("classes", "train_images") else name
+        raise InputError(
+            f"{flag(name)} is {given}, but {path} was trained with {trained}: "
+            "give what it was trained with, or start a new run"
+        )
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "classes" and isinstance(value, list) and value:
+        return f"{len(value)} classes, {str(value[0])[:50]!r} ... {str(value[-1])[:50]!r}"
+    if name == "train_images" and isinstance(value, int):
+        return f"{value:,} training images"
+    return repr(value)[:100]
 
 
 def check_resumable(
@@ -122,12 +161,12 @@ def _check_loops(
 
 
 def _check_optimizer(checkpoint: Mapping[str, Any], module: Classifier) -> None:
-    fresh = module.configure_optimizers()
-    optimizer, scheduler = fresh["optimizer"], fresh["lr_scheduler"]["scheduler"]
+    optimizer = module.configure_optimizers()["optimizer"]
     match(checkpoint.get("optimizer_states"), [{"state": dict, "param_groups": list}], "optimizer_states")
     ((given,), state) = checkpoint["optimizer_states"], optimizer.state_dict()
     match(given["param_groups"], [dict] * len(state["param_groups"]), "optimizer_states.0.param_groups")
-    groups = [_known(*pair, GROUP) for pair in zip(given["param_groups"], state["param_groups"], strict=True)]
+    pairs = zip(given["param_groups"], state["param_groups"], strict=True)
+    groups = [{name: value for name, value in own.items() if name in (*GROUP, *saved)} for saved, own in pairs]
     match(given["param_groups"], groups, "optimizer_states.0.param_groups", exact=False)
     for number, (group, like) in enumerate(zip(given["param_groups"], groups, strict=True)):
         wrong = [name for name in GROUP if name != "lr" and group[name] != like[name]]
@@ -139,15 +178,36 @@ def _check_optimizer(checkpoint: Mapping[str, Any], module: Classifier) -> None:
     match(given["state"], known, "optimizer_states.0.state")
     if bool(known) != bool(checkpoint["global_step"] and module.momentum):
         raise InputError(f"optimizer_states.0.state has the momentum of {len(known)} parameters")
-    match(checkpoint.get("lr_schedulers"), [dict], "lr_schedulers")
-    (schedule,) = checkpoint["lr_schedulers"]
-    match(schedule, _known(schedule, scheduler.state_dict(), SCHEDULE), "lr_schedulers.0", exact=False)
-    if inner := [name for name in schedule if name in vars(scheduler).keys() - scheduler.state_dict().keys()]:
-        raise InputError(f"lr_schedulers.0 has {inner[0]!r}, which is not saved")
-    if schedule["last_epoch"] != checkpoint["global_step"]:
+    # What else is in a schedule is a function of the step, see Classifier.on_load_checkpoint.
+    match(checkpoint.get("lr_schedulers"), [{"last_epoch": int}], "lr_schedulers", exact=False)
+    if checkpoint["lr_schedulers"][0]["last_epoch"] != checkpoint["global_step"]:
         raise InputError(f"lr_schedulers.0.last_epoch is not step {checkpoint['global_step']}")
 
 
-def _known(given: Mapping[str, Any], fresh: Mapping[str, Any], needed: Sequence[str]) -> dict[str, Any]:
-    """Return the part of a fresh state that a given one must be like: what is needed, and what it has besides."""
-    return {name: value for name, value in fresh.items() if name in needed or name in given}
+def start_from(
+    model: nn.Module, create: Callable[[int, int], nn.Module], file: ModelFile, classes: Sequence[str]
+) -> None:
+    """Give a model the weights and the wiring of a trained one.
+
+    If that one was trained on other classes, the parts of the model whose size depends on their number, such as the
+    classifier, stay as they are.
+
+    Args:
+        model: The model, changed in place.
+        create: What made it, and makes the trained one: both have the same options.
+        file: The trained one: a checkpoint.
+        classes: Classes of the run.
+
+    Raises:
+        InputError: If the file cannot be read, or holds another model.
+    """
+    if file.checkpoint is None:
+        raise InputError(f"--init-from is {str(file.path)!r}: expected a checkpoint or the directory of a run")
+    weights, card = file.model(create).state_dict(), file.card
+    if card.classes != list(classes):
+        with torch.random.fork_rng(devices=[]):  # the run goes on to draw what it would have drawn
+            other = create(len(card.classes) + 1, card.preprocess.image_size).state_dict()
+        sized = {name.partition(".")[0] for name, value in weights.items() if other[name].shape != value.shape}
+        fresh = {name: value for name, value in model.state_dict().items() if name.partition(".")[0] in sized}
+        weights = {**weights, **fresh}
+    model.load_state_dict(weights)

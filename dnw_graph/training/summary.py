@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from dnw_graph.analysis.cost import cost, live_nodes, neural_graphs
+from dnw_graph.callbacks.wiring_monitor import edges_swapped, real_edges
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.sparse_layers import to_data, weight_graphs
 from dnw_graph.sparse_layers.access import sparse_weights
 from dnw_graph.sparse_layers.layers import LayerWeight
-from dnw_graph.training.folder import file_names
-from dnw_graph.training.wiring_monitor import edges_swapped, real_edges
-from dnw_graph.whole_file import make_writable, write_whole
+from dnw_graph.whole_file import file_names, make_writable, write_whole
 
 if TYPE_CHECKING:
     import torch_geometric.data
@@ -164,7 +163,7 @@ def summarize(
     )
 
 
-def write_files(summary: Summary, model: nn.Module, folder: Path) -> list[str]:
+def write_files(summary: Summary, model: nn.Module, directory: Path) -> list[str]:
     """Write ``summary.json`` and the wirings: ``wiring/<name>.pt``, of neural graphs with a picture ``<name>.png``.
 
     There is a file for every neural graph and for every sparse weight of a layer; characters other than ASCII letters,
@@ -175,17 +174,17 @@ def write_files(summary: Summary, model: nn.Module, folder: Path) -> list[str]:
     Args:
         summary: The summary.
         model: The model that it describes.
-        folder: Folder of the run.
+        directory: Directory of the run.
 
     Returns:
-        What was written, relative to ``folder``.
+        What was written, relative to ``directory``.
 
     Raises:
         InputError: If a file cannot be written.
     """
-    write_whole(folder / "summary.json", (json.dumps(asdict(summary), indent=2) + "\n").encode(), "--output")
+    write_whole(directory / "summary.json", (json.dumps(asdict(summary), indent=2) + "\n").encode(), "--output")
     graphs, weights = neural_graphs(model), sparse_weights(model)
-    files = [folder / "wiring" / name for name in file_names([*graphs, *weights])]
+    files = [directory / "wiring" / name for name in file_names([*graphs, *weights])]
     if not files:
         return ["summary.json"]
     make_writable(files[0].parent, "--output")

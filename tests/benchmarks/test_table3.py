@@ -19,7 +19,7 @@ from dnw_graph import InputError  # noqa: E402
 from dnw_graph.analysis.cost import cost  # noqa: E402
 from dnw_graph.checkpoint import FORMAT, SECTION  # noqa: E402
 from dnw_graph.models import MobileNetV1DNW, create_model  # noqa: E402
-from dnw_graph.training.checkpoint_io import WholeFileIO  # noqa: E402
+from dnw_graph.training.checkpoints import WholeFileIO  # noqa: E402
 
 PAPER = """
 MobileNetV1 (×0.25) | 0.5M | 41M | 50.6

@@ -11,7 +11,7 @@ from torchdiffeq import odeint
 
 from dnw_graph import InputError
 from dnw_graph.models.tiny import TINY_NODE_FUNCTIONS, TinyClassifier
-from dnw_graph.training.models import TinyOptions
+from dnw_graph.recipes.models import TinyOptions
 
 DYNAMICS = ["static", "discrete", "continuous"]
 BLOCKS = (32, 192, 192, 192, 192, 100)

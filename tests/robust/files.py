@@ -34,6 +34,9 @@ from torch import Tensor, nn
 from dnw_graph import InputError, NeuralGraph
 from dnw_graph.checkpoint import SECTION, read_checkpoint
 from dnw_graph.compaction import compact, load_compact, save_compact
+from dnw_graph.data.images import ArrayImages
+from dnw_graph.data.sources import digits
+from dnw_graph.recipes.second_stage import second_stage
 from dnw_graph.sparse_layers import sparsify
 from dnw_graph.training import (
     SCHEDULES,
@@ -48,11 +51,9 @@ from dnw_graph.training import (
     WiringRecorder,
     run,
 )
-from dnw_graph.training.checkpoint_io import WholeFileIO
-from dnw_graph.training.checks import check_same_run
+from dnw_graph.training.checkpoints import WholeFileIO
 from dnw_graph.training.command_line import read_options
-from dnw_graph.training.images import ArrayImages, digits
-from dnw_graph.training.second_stage import second_stage
+from dnw_graph.training.resuming import check_same_run
 
 try:
     from dnw_graph.checksum import checksum

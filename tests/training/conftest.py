@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from dnw_graph import NeuralGraph
 from dnw_graph.compaction import load_compact
+from dnw_graph.data.images import ArrayImages
+from dnw_graph.data.sources import ImageData, digits
+from dnw_graph.recipes.options import RunOptions
 from dnw_graph.training import Classifier
-from dnw_graph.training.images import ArrayImages, ImageData, digits
-from dnw_graph.training.options import RunOptions
 
 
 class TinyModel(nn.Module):
@@ -64,7 +65,7 @@ def small_digits() -> ImageData:
 def few_digits() -> Iterator[None]:
     """``--data digits`` is an eighth of them, so that a run is short: 180 images to train on and 45 to test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dnw_graph.training.images.digits", partial(first_digits, 180, 45))
+        patch.setattr("dnw_graph.data.sources.digits", partial(first_digits, 180, 45))
         yield
 
 
@@ -88,16 +89,16 @@ def options(tmp_path: Path) -> Callable[..., RunOptions]:
 
 
 @pytest.fixture
-def image_folder(tmp_path: Path) -> Path:
+def image_directory(tmp_path: Path) -> Path:
     """The first 6 digits of classes 0 and 1 as files: train/{zero,one}/ and val/{zero,one}/."""
     root = tmp_path / "images"
     whole = digits()
     for part, images in (("train", whole.train), ("val", whole.test)):
         for label, name in enumerate(("zero", "one")):
-            folder = root / part / name
-            folder.mkdir(parents=True)
+            directory = root / part / name
+            directory.mkdir(parents=True)
             for index in (images.labels == label).nonzero()[0][:6]:
-                images.load(int(index)).resize((16, 16)).save(folder / f"{index}.png")
+                images.load(int(index)).resize((16, 16)).save(directory / f"{index}.png")
     return root
 
 
@@ -116,7 +117,7 @@ def example(request: pytest.FixtureRequest) -> ModuleType:
 
 @pytest.fixture
 def start(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run the example in an empty folder."""
+    """Run the example in an empty directory."""
     monkeypatch.chdir(tmp_path)
     return lambda *argv: example.run_example(argv)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dnw_graph.training.augmentation import transforms
+from dnw_graph.data.transforms import transforms
 
 
 def gradient(size: int) -> Image.Image:
@@ -21,7 +21,7 @@ def is_flipped(x: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("data", "size", "flips"), [("digits", 16, False), ("cifar10", 32, True), ("folder", 64, True)]
+    ("data", "size", "flips"), [("digits", 16, False), ("cifar10", 32, True), ("directory", 64, True)]
 )
 def test_flips(data: str, size: int, flips: bool):
     train, test = transforms(data, size)
@@ -30,7 +30,7 @@ def test_flips(data: str, size: int, flips: bool):
     assert not is_flipped(test(gradient(size)))
 
 
-@pytest.mark.parametrize("data", ["digits", "cifar10", "folder"])
+@pytest.mark.parametrize("data", ["digits", "cifar10", "directory"])
 @pytest.mark.parametrize("size", [8, 32, 63, 64, 224])
 def test_any_image_comes_out_square_and_of_the_asked_size(data: str, size: int):
     for image in (gradient(20), gradient(300), Image.new("RGB", (31, 70))):
@@ -55,7 +55,7 @@ def test_normalisation_is_that_of_the_data():
     assert transforms("cifar10", 32)[1](grey)[:, 0, 0].tolist() == pytest.approx(
         [(0.2 - 0.491) / 0.247, (0.2 - 0.482) / 0.243, (0.2 - 0.447) / 0.262]
     )
-    assert transforms("folder", 224)[1](grey)[:, 0, 0].tolist() == pytest.approx(
+    assert transforms("directory", 224)[1](grey)[:, 0, 0].tolist() == pytest.approx(
         [(0.2 - 0.485) / 0.229, (0.2 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
     )
 
@@ -74,5 +74,5 @@ def test_large_test_images_are_the_centre_at_256_over_224():
     # A white square of 224 in an image of 256: exactly what the centre crop keeps.
     image = Image.new("RGB", (256, 256))
     image.paste((255, 255, 255), (16, 16, 240, 240))
-    x = transforms("folder", 224)[1](image)
+    x = transforms("directory", 224)[1](image)
     assert x.unique().numel() == 3  # white, in three channels

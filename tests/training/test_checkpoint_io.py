@@ -17,7 +17,7 @@ from torch import nn
 from dnw_graph import InputError
 from dnw_graph.checkpoint import FORMAT, SECTION, read_checkpoint
 from dnw_graph.checksum import checksum
-from dnw_graph.training.checkpoint_io import WholeFileIO
+from dnw_graph.training.checkpoints import WholeFileIO
 
 
 def checkpoint(value: int) -> dict[str, Any]:

@@ -20,12 +20,11 @@ from pairs import every_value, rest_is_slow
 from torch import Tensor, nn
 
 from dnw_graph import InputError
+from dnw_graph.data.sources import ImageData
+from dnw_graph.recipes.options import RunOptions
 from dnw_graph.training import Checkpoints, Stopped, Summary, read_checkpoint, run
-from dnw_graph.training.checkpoint_io import WholeFileIO
-from dnw_graph.training.checkpoints import loop_state
+from dnw_graph.training.checkpoints import WholeFileIO, loop_state
 from dnw_graph.training.classifier import Classifier
-from dnw_graph.training.images import ImageData
-from dnw_graph.training.options import RunOptions
 
 Create = Callable[[int, int], nn.Module]
 STEPS, EPOCHS = 4, 3

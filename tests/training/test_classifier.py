@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,31 +10,55 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnw_graph import L1Anneal, NeuralGraph, Schedule
+from dnw_graph.recipes.schedules import after_warmup
+from dnw_graph.recipes.schedules import step as two_steps
 from dnw_graph.training import Classifier, ImageData, RunOptions, cosine, read_checkpoint, run
 from dnw_graph.training.data_module import DataModule
-from dnw_graph.training.schedules import after_warmup
-from dnw_graph.training.schedules import step as two_steps
 
 
-def test_cosine_is_that_of_pytorch():
+def rates(schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler], steps: int) -> list[float]:
+    """The learning rate at every step, for one of 1."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
-    for step in range(41):
-        assert cosine(40)(step) == pytest.approx(reference.get_last_lr()[0], abs=1e-9)
+    scheduler, found = schedule(optimizer), []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        reference.step()
-    assert (cosine(40)(0), cosine(40)(40)) == (1, 0)
+        scheduler.step()
+    return found
+
+
+def test_cosine_falls_from_1_to_0():
+    expected = [(1 + math.cos(math.pi * step / 40)) / 2 for step in range(41)]
+    assert rates(cosine(40), 41) == pytest.approx(expected, abs=1e-9)
 
 
 def test_warm_up_rises_linearly_and_the_schedule_follows_it():
     # 2 of 6 epochs of 3 steps: 1/6, 2/6 … 1, then a cosine over 12 steps.
-    factor = after_warmup(cosine, 6, 18)
-    rise = [factor(step) for step in range(6)]
-    assert rise == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
-    assert [factor(step) for step in (6, 12, 14, 18)] == pytest.approx([1, 0.5, 0.25, 0])
-    stepped = after_warmup(two_steps, 6, 18)  # ×0.1 after half and three quarters of the 12 steps that are left
-    assert [stepped(t) for t in (5, 6, 11, 12, 14, 15, 17)] == pytest.approx([1, 1, 1, 0.1, 0.1, 0.01, 0.01])
-    assert [after_warmup(cosine, 0, 18)(t) for t in range(19)] == [cosine(18)(t) for t in range(19)]
+    found = rates(after_warmup(cosine, 6, 18), 19)
+    assert found[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
+    assert [found[step] for step in (6, 12, 14, 18)] == pytest.approx([1, 0.5, 0.25, 0])
+    stepped = rates(after_warmup(two_steps, 6, 18), 18)  # ×0.1 after half and three quarters of the 12 that are left
+    assert [stepped[t] for t in (5, 6, 11, 12, 14, 15, 17)] == pytest.approx([1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert rates(after_warmup(cosine, 0, 18), 19) == rates(cosine(18), 19)
+    assert rates(after_warmup(cosine, 1, 18), 2) == [1, 1]
+
+
+@pytest.mark.parametrize("step", [0, 3, 6, 11])
+def test_the_schedule_of_an_older_checkpoint_goes_on(step: int):
+    """Its scheduler was a LambdaLR, whose state is another."""
+    module = Classifier(nn.Linear(2, 3), 3, after_warmup(cosine, 6, 18), 1.0, 0.9, 0.0, seed=0)
+    old = {"base_lrs": [1.0], "last_epoch": step, "_step_count": step + 1, "_last_lr": [9.0], "lr_lambdas": [None]}
+    optimizers = [{"param_groups": [{"lr": 9.0}], "state": {}}]
+    checkpoint = {"global_step": step, "lr_schedulers": [old], "optimizer_states": optimizers}
+    module.on_load_checkpoint(checkpoint)
+    fresh = module.configure_optimizers()
+    optimizer, scheduler = fresh["optimizer"], fresh["lr_scheduler"]["scheduler"]
+    scheduler.load_state_dict(checkpoint["lr_schedulers"][0])
+    optimizer.param_groups[0]["lr"] = optimizers[0]["param_groups"][0]["lr"]
+    for expected in rates(module.schedule, 18)[step:]:
+        assert optimizer.param_groups[0]["lr"] == expected
+        optimizer.step()
+        scheduler.step()
 
 
 class _Norms(nn.Module):
@@ -71,7 +96,8 @@ def test_label_smoothing_is_for_training_only():
     log_p = model(x).log_softmax(1)
     # 0.8 of the label and 0.2 of an even spread over all 5 classes.
     target = torch.full((6, 5), 0.04).scatter(1, y[:, None], 0.84)
-    module._trainer = type("Trainer", (), {"global_step": 0})()
+    optimizer = module.configure_optimizers()["optimizer"]
+    module._trainer = type("Trainer", (), {"global_step": 0, "optimizers": [optimizer]})()
     torch.testing.assert_close(module.training_step((x, y), 0), -(target * log_p).sum(1).mean())
     module.validation_step((x, y), 0)
     torch.testing.assert_close(module.loss.compute(), -log_p.gather(1, y[:, None]).mean())
@@ -95,7 +121,8 @@ class _Copies(TorchDispatchMode):
 def test_a_step_brings_nothing_to_the_device(rule: str | L1Anneal):
     model = nn.Sequential(NeuralGraph((3, 4, 5), 9, wiring=rule), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     module = Classifier(model, 5, cosine(1), 0.1, 0.9, 0.0, seed=0)
-    module._trainer = type("Trainer", (), {"global_step": 0})()
+    optimizer = module.configure_optimizers()["optimizer"]
+    module._trainer = type("Trainer", (), {"global_step": 0, "optimizers": [optimizer]})()
     logged: dict[str, Any] = {}
     module.log = lambda name, value, **options: logged.update({name: value})
     x, y = torch.randn(6, 3, 4, 4), torch.tensor([0, 1, 2, 3, 4, 0])
@@ -133,10 +160,10 @@ def test_a_run_is_sgd_over_the_same_batches(
     torch.manual_seed(chosen.seed)
     model = without_dropout(10, 8)
     data = DataModule(small_digits, chosen)
-    from dnw_graph.training.images import TrainSamples
-    from dnw_graph.training.order import TrainOrder
+    from dnw_graph.data.order import TrainOrder
+    from dnw_graph.data.samples import Samples
 
-    samples = TrainSamples(small_digits.train, data.train_transform, chosen.seed)
+    samples = Samples(small_digits.train, data.train_transform, chosen.seed)
     momentum = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for step in range(8):
         keys = next(iter(TrainOrder(70, 16, chosen.seed, lambda: step)))  # noqa: B023

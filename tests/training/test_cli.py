@@ -21,8 +21,8 @@ from dnw_graph import InputError, load
 from dnw_graph.cli import main
 from dnw_graph.compaction import compact, save_compact
 from dnw_graph.model_card import ModelCard
+from dnw_graph.recipes.models import MobileNetOptions, TinyOptions
 from dnw_graph.training.comparison import table
-from dnw_graph.training.models import MobileNetOptions, TinyOptions
 
 
 @pytest.fixture(autouse=True)
@@ -43,16 +43,16 @@ def card() -> ModelCard:
 
 @pytest.fixture
 def trained(tmp_path: Path, model: nn.Module, card: ModelCard) -> Path:
-    """A run's folder, and beside it a compact file and images, one of which is no image."""
+    """A run's directory, and beside it a compact file and images, one of which is no image."""
     (tmp_path / "run").mkdir()
     write(tmp_path / "run" / "best.ckpt", model, card=card.to_dict())
     save_compact(compact(load(tmp_path / "run")), tmp_path / "x.safetensors")
-    folder = tmp_path / "images" / "deep"
-    folder.mkdir(parents=True)
+    directory = tmp_path / "images" / "deep"
+    directory.mkdir(parents=True)
     for number in range(3):
         pixels = np.random.default_rng(number).integers(0, 256, (30, 24, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    (folder / "note.txt").touch()
+        Image.fromarray(pixels).save(directory / f"{number}.png")
+    (directory / "note.txt").touch()
     return tmp_path
 
 
@@ -61,8 +61,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the command would run: model, its options, the run's options and the name of the models."""
     seen: list[Any] = []
 
-    def run(create: Any, model: dict[str, Any], options: Any, images: object, models: str | None) -> None:
-        seen.append((create.__self__, model, options, models))
+    def run(create: Any, model: dict[str, Any], options: Any, images: object, models: str | None, file: object) -> None:
+        seen.append((create.__self__, model, options, models, file))
 
     monkeypatch.setattr("dnw_graph.training.runs.run", run)
     return seen
@@ -116,7 +116,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]):
         (["predict", "run", "images", "--top", "0"], "--top is 0"),
         (["export", "run", "x.txt"], "expected a file ending in"),
         (["export", "run", "x.safetensors", "--with-preprocessing"], "preprocessing goes into .pt2 and .onnx"),
-        (["info", "images/deep/0.png"], "has no card that can be read"),
+        (["info", "images/deep/0.png"], "0.png cannot be read"),
         (["compare", "--rules", "rigel"], "unknown wiring 'rigel': did you mean 'rigl'"),
         (["compare", "--rules", "dnw", "--wiring", "set"], "--wiring is set for every run"),
     ],
@@ -139,7 +139,7 @@ def test_train_knows_the_models_by_name_configuration_and_checkpoint(runs: list[
     assert main(["train", "--config", "resnet50_sparse_0.1"]) == 0
     assert main(["evaluate", "x.safetensors", "--data", "digits"]) == 0
     assert main(["evaluate", "run", "--workers", "0"]) == 0
-    assert [models for *_, models in runs] == [
+    assert [models for *_, models, _ in runs] == [
         *("mobilenet", "resnet", "tiny", "tiny", "resnet", "mobilenet", "mobilenet")
     ]
     assert runs[1][0].density == 0.2
@@ -167,8 +167,58 @@ def test_predict_gives_classes_and_probabilities(
     assert capsys.readouterr().out == f"{path}  {first} {p:.1%}  {second} {q:.1%}\n"
 
 
+@pytest.mark.parametrize("baked", [(), ("--with-preprocessing",)], ids=["", "with preprocessing"])
+@pytest.mark.parametrize("ending", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_predict_runs_exports(
+    ending: str,
+    baked: tuple[str, ...],
+    trained: Path,
+    model: nn.Module,
+    capsys: pytest.CaptureFixture[str],
+    unchecked: None,
+):
+    file = f"x.{ending}"
+    assert main(["export", "run", file, *baked]) == 0
+    capsys.readouterr()
+    assert main(["predict", file, "images", "--top", "2"]) == 0
+    for path, *found in list(csv.reader(capsys.readouterr().out.splitlines()))[1:]:
+        names, probabilities = zip(*expected(model, trained / path)[:2], strict=True)
+        assert tuple(found[::2]) == names
+        assert [float(x) for x in found[1::2]] == pytest.approx(probabilities, abs=2e-3)
+    with pytest.raises(InputError, match=f"x.{ending} is a program for other software, .* dnw-graph predict uses it"):
+        load(file)
+
+
+def test_programs_that_cannot_be_run_are_told(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unchecked: None
+):
+    from dnw_graph.compaction import programs
+
+    card = load("run").card
+    Path("torn.pt2").write_bytes(b"PK torn")
+    for name, message in (("torn.pt2", "torn.pt2 cannot be run"), ("x.onnx", "install the extra dnw-graph")):
+        monkeypatch.setattr(programs.importlib.util, "find_spec", lambda package: None)
+        with pytest.raises(InputError, match=message):
+            programs.load_program(Path(name), card)
+    assert main(["predict", "torn.pt2", "images"]) == 2
+    assert "torn.pt2 has no card that can be read" in capsys.readouterr().err
+
+
+def test_a_command_reads_its_checkpoint_once(runs: list[Any], trained: Path, monkeypatch: pytest.MonkeyPatch):
+    from dnw_graph import checkpoint, loading
+
+    read: list[Path] = []
+    reader = checkpoint.read_checkpoint
+    monkeypatch.setattr(loading, "read_checkpoint", lambda path: read.append(path) or reader(path))
+    for option in ("--resume", "--evaluate", "--init-from"):
+        assert main(["train", option, "run/best.ckpt"]) == 0
+    assert read == [Path("run/best.ckpt")] * 3
+    assert [file.path for *_, file in runs] == read
+    assert [options["width"] for _, options, *_ in runs] == [0.1] * 3  # of the file, as it was trained
+
+
 @pytest.mark.parametrize("output", [(), ("--output", "x.csv")])
-def test_predict_gives_csv_for_a_folder(
+def test_predict_gives_csv_for_a_directory(
     output: tuple[str, ...], trained: Path, model: nn.Module, capsys: pytest.CaptureFixture[str]
 ):
     assert main(["predict", "run", "images", *output]) == 0
@@ -207,10 +257,10 @@ def test_compare_trains_what_is_missing_and_makes_a_table(
         done.append(argv)
         if len(done) == 3:
             return 130
-        folder = Path(argv[argv.index("--output") + 1])
-        folder.mkdir(parents=True, exist_ok=True)
+        directory = Path(argv[argv.index("--output") + 1])
+        directory.mkdir(parents=True, exist_ok=True)
         names = ("top1", "top5", "best_top1", "parameters", "multiply_adds", "training_multiply_adds", "seconds")
-        (folder / "summary.json").write_text(json.dumps(dict.fromkeys(names, 0.5)))
+        (directory / "summary.json").write_text(json.dumps(dict.fromkeys(names, 0.5)))
         return 0
 
     monkeypatch.setattr("dnw_graph.cli.train", train)

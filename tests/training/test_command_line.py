@@ -69,14 +69,14 @@ def test_options_come_from_defaults_then_file_then_command_line(tmp_path: Path, 
         (["--batch-size", "2000"], "has 1437 training images, fewer than a batch of 2000"),
         (["--size", "0"], "--size is 0.0: expected"),
         (["--precision", "8"], "unknown precision '8'"),
-        (["--data", "nowhere"], "data folder 'nowhere' does not exist"),
+        (["--data", "nowhere"], "data directory 'nowhere' does not exist"),
         (["--resume", "nothing.ckpt"], "'nothing.ckpt' is not a file"),
         (["--evaluate", "torn.ckpt"], "torn.ckpt cannot be read"),
         (["--config", "nothing.yaml"], "nothing.yaml"),
         (["--config", "unknown.yaml"], "unknown option --colour"),
         (["--config", "broken.yaml"], "Problems parsing config"),
         (["--config", "torn.ckpt"], "UnicodeDecodeError"),
-        (["--output", "torn.ckpt/run"], "cannot write to folder torn.ckpt/run"),
+        (["--output", "torn.ckpt/run"], "cannot write to directory torn.ckpt/run"),
         (["--config", "null.yaml"], "--data must be a string; got None"),
         (["--config", "loop.yaml"], "Unexpected config"),
         (["--config", "."], "--config is '.': expected a YAML file"),
@@ -221,28 +221,30 @@ def test_a_configuration_is_written_when_a_run_starts(tmp_path: Path, monkeypatc
     assert seen[0][1:] == seen[1][1:]
 
 
-def test_an_evaluation_needs_no_training_images(tmp_path: Path, capsys: pytest.CaptureFixture[str], image_folder: Path):
+def test_an_evaluation_needs_no_training_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], image_directory: Path
+):
     import shutil
 
-    options = ("--data", str(image_folder), "--batch-size", "4", "--workers", "0")
+    options = ("--data", str(image_directory), "--batch-size", "4", "--workers", "0")
     assert start(*options, "--output", "run") == 0
     trained = capsys.readouterr().out
-    shutil.rmtree(image_folder / "train")
-    shutil.rmtree(image_folder / "val" / "zero")  # nor all classes
+    shutil.rmtree(image_directory / "train")
+    shutil.rmtree(image_directory / "val" / "zero")  # nor all classes
     assert start("--evaluate", "run/last.ckpt", "--workers", "0") == 0
     assert "top-1" in trained
     assert "top-1" in capsys.readouterr().out
 
 
-def test_a_run_starts_from_a_model_of_other_classes(tmp_path: Path, image_folder: Path):
+def test_a_run_starts_from_a_model_of_other_classes(tmp_path: Path, image_directory: Path):
     import torch
 
     from dnw_graph.training import read_checkpoint
 
-    assert start("--data", str(image_folder), "--batch-size", "4", "--workers", "0", "--output", "a") == 0
-    (image_folder / "train" / "one").rename(image_folder / "train" / "two")
-    (image_folder / "val" / "one").rename(image_folder / "val" / "two")
-    options = ("--data", str(image_folder), "--batch-size", "4", "--workers", "0", "--init-from", "a")
+    assert start("--data", str(image_directory), "--batch-size", "4", "--workers", "0", "--output", "a") == 0
+    (image_directory / "train" / "one").rename(image_directory / "train" / "two")
+    (image_directory / "val" / "one").rename(image_directory / "val" / "two")
+    options = ("--data", str(image_directory), "--batch-size", "4", "--workers", "0", "--init-from", "a")
     assert start(*options, "--output", "b") == 0
     before = read_checkpoint("a/best.ckpt")["state_dict"]
     after = read_checkpoint("b/first.ckpt")["state_dict"]

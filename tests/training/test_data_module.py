@@ -10,9 +10,9 @@ import pytest
 from torch.utils.data import Dataset
 
 from dnw_graph import InputError
+from dnw_graph.data.workers import Loader, leave_the_group
 from dnw_graph.stopping import SIGNALS
 from dnw_graph.training import DataModule, ImageData, RunOptions, load_images
-from dnw_graph.training.data_module import _leave_the_group, _Loader
 
 
 def test_defaults_follow_the_data(small_digits: ImageData):
@@ -20,8 +20,8 @@ def test_defaults_follow_the_data(small_digits: ImageData):
     assert (data.image_size, data.workers, data.steps_per_epoch) == (16, 0, 4)
 
 
-def test_folder_defaults(image_folder):
-    data = DataModule(load_images(str(image_folder)), RunOptions(batch_size=4))
+def test_directory_defaults(image_directory):
+    data = DataModule(load_images(str(image_directory)), RunOptions(batch_size=4))
     assert data.image_size == 224
     assert data.workers >= 1
 
@@ -46,7 +46,7 @@ class Pids(Dataset[int]):
 
 
 def test_workers_get_no_signals_of_the_group_and_end_when_their_parent_says_so():
-    loader = _Loader(Pids(), batch_size=1, num_workers=2, worker_init_fn=_leave_the_group)
+    loader = Loader(Pids(), batch_size=1, num_workers=2)
     batches = iter(loader)
     workers = {int(next(batches)) for _ in range(20)}
     assert len(workers) == 2
@@ -66,7 +66,7 @@ def test_a_signal_before_a_worker_has_left_the_group_is_dropped(number: signal.S
     if child == 0:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         os.kill(os.getpid(), number)
-        _leave_the_group(0)
+        leave_the_group(0)
         os._exit(7)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
@@ -77,7 +77,7 @@ def test_a_worker_prints_no_traceback_where_its_parent_is_gone(
 ):
     child = os.fork()
     if child == 0:
-        _leave_the_group(0)
+        leave_the_group(0)
         sys.excepthook(type(error), error, None)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0

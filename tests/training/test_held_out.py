@@ -12,8 +12,9 @@ import pytest
 from torch import nn
 
 from dnw_graph import InputError
+from dnw_graph.data.images import ArrayImages, FileImages, Images
+from dnw_graph.data.sources import hold_out
 from dnw_graph.training import ImageData, RunOptions, load_images, read_checkpoint, run
-from dnw_graph.training.images import ArrayImages, FileImages, Images, hold_out
 
 Create = Callable[[int, int], nn.Module]
 
@@ -25,8 +26,8 @@ def content(images: Images) -> list[tuple[bytes, int]]:
 
 @pytest.mark.parametrize("kind", ["array", "files"])
 @pytest.mark.parametrize("count", [1, 5, 11])
-def test_the_parts_are_disjoint_and_complete(kind: str, count: int, image_folder: Path, small_digits: ImageData):
-    images = load_images(str(image_folder)) if kind == "files" else small_digits
+def test_the_parts_are_disjoint_and_complete(kind: str, count: int, image_directory: Path, small_digits: ImageData):
+    images = load_images(str(image_directory)) if kind == "files" else small_digits
     assert isinstance(images.train, FileImages if kind == "files" else ArrayImages)
     whole = content(images.train)
     split = hold_out(images, count)
@@ -40,8 +41,8 @@ def test_the_parts_are_disjoint_and_complete(kind: str, count: int, image_folder
     assert content(images.train) == whole  # the images given stay as they were
 
 
-def test_files_keep_their_labels(image_folder: Path):
-    images = load_images(str(image_folder))
+def test_files_keep_their_labels(image_directory: Path):
+    images = load_images(str(image_directory))
     split = hold_out(images, 5)
     for part in (split.train, split.test):
         assert isinstance(part, FileImages)
@@ -128,19 +129,19 @@ def test_a_resumed_run_must_hold_out_as_many(
 
 @pytest.mark.parametrize("held", [True, False])
 def test_a_broken_file_is_found_wherever_it_went(
-    held: bool, create: Create, options: Callable[..., RunOptions], image_folder: Path
+    held: bool, create: Create, options: Callable[..., RunOptions], image_directory: Path
 ):
-    split = hold_out(load_images(str(image_folder)), 5)
+    split = hold_out(load_images(str(image_directory)), 5)
     part = split.test if held else split.train
     assert isinstance(part, FileImages)
     broken = Path(part.paths[2])
     broken.write_bytes(broken.read_bytes()[:60])
     with pytest.raises(InputError, match=f"1 of 12 image files cannot be read: {broken}"):
-        run(create, {}, options(held_out=5, batch_size=4), load_images(str(image_folder)))
+        run(create, {}, options(held_out=5, batch_size=4), load_images(str(image_directory)))
 
 
-def test_test_images_take_no_part(create: Create, options: Callable[..., RunOptions], image_folder: Path):
-    for path in (image_folder / "val" / "one").iterdir():
+def test_test_images_take_no_part(create: Create, options: Callable[..., RunOptions], image_directory: Path):
+    for path in (image_directory / "val" / "one").iterdir():
         path.write_bytes(b"broken")
-    summary = run(create, {}, options(held_out=5, batch_size=4, epochs=1), load_images(str(image_folder)))
+    summary = run(create, {}, options(held_out=5, batch_size=4, epochs=1), load_images(str(image_directory)))
     assert 0 <= summary.top1 <= 1

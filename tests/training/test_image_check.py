@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dnw_graph import InputError
-from dnw_graph.training.image_check import check_images, inspect
+from dnw_graph.data.checks import check_images, inspect
 
 
 @pytest.fixture(params=["jpg", "png", "bmp", "webp"])
@@ -42,8 +42,8 @@ def test_other_files_are_found(tmp_path: Path, content: bytes):
     assert inspect(str(path))[1] == "not an image"
 
 
-def test_message_names_the_first_files_and_their_number(image_folder: Path):
-    paths = sorted(str(path) for path in image_folder.rglob("*.png"))
+def test_message_names_the_first_files_and_their_number(image_directory: Path):
+    paths = sorted(str(path) for path in image_directory.rglob("*.png"))
     check_images(paths)
     for path in paths[2:7]:
         Path(path).write_bytes(b"broken")

@@ -16,10 +16,10 @@ from pairs import rest_is_slow
 from torch import Tensor, nn
 
 from dnw_graph import InputError
+from dnw_graph.data.sources import digits
+from dnw_graph.data.transforms import transforms
 from dnw_graph.training import read_checkpoint
-from dnw_graph.training.augmentation import transforms
-from dnw_graph.training.checks import check_same_run
-from dnw_graph.training.images import digits
+from dnw_graph.training.resuming import check_same_run
 
 EXAMPLE = "imagenet_mobilenet"
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -76,9 +76,9 @@ def test_training_resume_and_evaluation(
 @pytest.fixture(scope="module")
 def trained(example: ModuleType, few_digits: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The last checkpoint of a short run."""
-    folder = tmp_path_factory.mktemp("trained")
-    assert example.run_example((*SHORT, "--output", str(folder))) == 0
-    return folder / "last.ckpt"
+    directory = tmp_path_factory.mktemp("trained")
+    assert example.run_example((*SHORT, "--output", str(directory))) == 0
+    return directory / "last.ckpt"
 
 
 @pytest.mark.parametrize("ending", rest_is_slow(["safetensors", "pt2", "onnx"]))
@@ -118,7 +118,7 @@ def test_compact_evaluation_and_export(
         (("--compact",), "--compact and --export go with --evaluate"),
         (("--export", "w.onnx"), "--compact and --export go with --evaluate"),
         (("--evaluate", "CKPT", "--export", "w.onx"), "expected a file ending in .safetensors, .pt2, .onnx"),
-        (("--evaluate", "CKPT", "--export", "nowhere/w.onnx"), "the folder nowhere does not exist"),
+        (("--evaluate", "CKPT", "--export", "nowhere/w.onnx"), "the directory nowhere does not exist"),
         (("--evaluate", "CKPT", "--export", ""), "--export must be a path; got ''"),
     ],
 )
@@ -177,7 +177,7 @@ def test_configurations_are_those_of_the_paper(
         **further,
     }
     assert start("--config", str(config)) == 2
-    assert "data folder 'imagenet' does not exist" in capsys.readouterr().err
+    assert "data directory 'imagenet' does not exist" in capsys.readouterr().err
 
     seen = []
     monkeypatch.setattr("dnw_graph.training.runs.run", lambda *args: seen.append(args))

@@ -12,10 +12,11 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 
 from dnw_graph import InputError
+from dnw_graph.data.checks import check_files, class_lines
+from dnw_graph.data.images import ArrayImages, FileImages
+from dnw_graph.data.samples import Samples
+from dnw_graph.data.transforms import transforms
 from dnw_graph.training import load_images
-from dnw_graph.training.augmentation import transforms
-from dnw_graph.training.checks import check_files, class_lines
-from dnw_graph.training.images import ArrayImages, FileImages, TrainSamples
 
 
 def test_digits_are_split_at_the_last_360_and_keep_their_values():
@@ -30,32 +31,34 @@ def test_digits_are_split_at_the_last_360_and_keep_their_values():
     np.testing.assert_allclose(image[..., 0].ravel() * (16 / 255), pixels[1437 + 7], atol=0.04)
 
 
-def test_folder_gives_each_image_the_label_of_its_folder(image_folder: Path):
-    data = load_images(str(image_folder))
+def test_directory_gives_each_image_the_label_of_its_directory(image_directory: Path):
+    data = load_images(str(image_directory))
     assert data.classes == ["one", "zero"]
     assert data.train.labels.tolist() == [0] * 6 + [1] * 6
     assert data.test.labels.tolist() == [0] * 6 + [1] * 6
     assert data.train.load(0).mode == "RGB"
-    first = min((image_folder / "train" / "one").iterdir())
+    first = min((image_directory / "train" / "one").iterdir())
     assert np.array_equal(np.asarray(data.train.load(0)), np.asarray(Image.open(first)))
 
 
-def test_test_folder_may_be_called_test(image_folder: Path):
-    (image_folder / "val").rename(image_folder / "test")
-    assert len(load_images(str(image_folder)).test) == 12
+def test_test_directory_may_be_called_test(image_directory: Path):
+    (image_directory / "val").rename(image_directory / "test")
+    assert len(load_images(str(image_directory)).test) == 12
 
 
-def test_a_class_may_be_absent_from_the_test_images(image_folder: Path):
-    for file in (image_folder / "val" / "one").iterdir():
+def test_a_class_may_be_absent_from_the_test_images(image_directory: Path):
+    for file in (image_directory / "val" / "one").iterdir():
         file.unlink()
-    (image_folder / "val" / "one").rmdir()
-    assert load_images(str(image_folder)).test.labels.tolist() == [1] * 6
+    (image_directory / "val" / "one").rmdir()
+    assert load_images(str(image_directory)).test.labels.tolist() == [1] * 6
 
 
-def test_other_modes_become_rgb(image_folder: Path):
+def test_other_modes_become_rgb(image_directory: Path):
     for index, mode in enumerate(("L", "RGBA", "P", "CMYK", "1")):
-        Image.new(mode, (9, 9)).save(image_folder / "train" / "one" / f"aa{index}.{'jpg' if mode == 'CMYK' else 'png'}")
-    data = load_images(str(image_folder))
+        Image.new(mode, (9, 9)).save(
+            image_directory / "train" / "one" / f"aa{index}.{'jpg' if mode == 'CMYK' else 'png'}"
+        )
+    data = load_images(str(image_directory))
     assert {data.train.load(index).mode for index in range(5)} == {"RGB"}
 
 
@@ -71,13 +74,13 @@ def test_other_modes_become_rgb(image_folder: Path):
         ),
         (lambda root: (root / "train" / "two").mkdir(), "two holds no image"),
         (lambda root: [f.unlink() for f in (root / "val" / "zero").iterdir()], "zero holds no image"),
-        (lambda root: (root / "train").rename(root / "val" / "x") and (root / "train").mkdir(), "no class folders"),
+        (lambda root: (root / "train").rename(root / "val" / "x") and (root / "train").mkdir(), "no class directories"),
     ],
 )
-def test_unusable_folders_are_refused(image_folder: Path, change, message: str):
-    change(image_folder)
+def test_unusable_directories_are_refused(image_directory: Path, change, message: str):
+    change(image_directory)
     with pytest.raises(InputError, match=message) as error:
-        load_images(str(image_folder))
+        load_images(str(image_directory))
     assert "\n" not in str(error.value)
 
 
@@ -94,7 +97,7 @@ def test_cifar10_that_cannot_be_downloaded_is_refused(tmp_path: Path, monkeypatc
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
     data = load_images("digits")
     train, _ = transforms("digits", 16)
-    samples = TrainSamples(data.train, train, seed=3)
+    samples = Samples(data.train, train, seed=3)
     before = torch.get_rng_state()
     first = samples[0, 5][0]
     assert torch.equal(torch.get_rng_state(), before)
@@ -102,38 +105,38 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
     _ = samples[0, 6]
     assert torch.equal(samples[0, 5][0], first)
     assert any(not torch.equal(samples[epoch, 5][0], first) for epoch in range(1, 5))
-    other = TrainSamples(data.train, train, seed=4)
+    other = Samples(data.train, train, seed=4)
     assert any(not torch.equal(other[e, 5][0], samples[e, 5][0]) for e in range(5))
 
 
 def test_equal_images_are_augmented_differently():
     one = load_images("digits").train.load(0)
     images = ArrayImages(np.stack([np.asarray(one)] * 8), [0] * 8)
-    samples = TrainSamples(images, transforms("digits", 16)[0], seed=0)
+    samples = Samples(images, transforms("digits", 16)[0], seed=0)
     assert len({samples[0, index][0].sum().item() for index in range(8)}) > 1
 
 
-def test_a_link_back_ends_and_no_image_comes_twice(image_folder: Path):
-    zero = image_folder / "train" / "zero"
-    paths = load_images(str(image_folder)).train.paths
+def test_a_link_back_ends_and_no_image_comes_twice(image_directory: Path):
+    zero = image_directory / "train" / "zero"
+    paths = load_images(str(image_directory)).train.paths
     (zero / "again").symlink_to(zero)
-    assert load_images(str(image_folder)).train.paths == paths
+    assert load_images(str(image_directory)).train.paths == paths
 
 
-def test_images_come_in_the_order_of_torchvision(image_folder: Path):
+def test_images_come_in_the_order_of_torchvision(image_directory: Path):
     for name in ("b", "a-b", "a", "a/b"):
-        folder = image_folder / "train" / "zero" / name
-        folder.mkdir(parents=True, exist_ok=True)
+        directory = image_directory / "train" / "zero" / name
+        directory.mkdir(parents=True, exist_ok=True)
         for file in ("2.png", "1.JPG", "note.txt"):
-            (folder / file).touch()
-    expected = [path for path, _ in ImageFolder(image_folder / "train").samples]
-    assert load_images(str(image_folder)).train.paths == expected
+            (directory / file).touch()
+    expected = [path for path, _ in ImageFolder(image_directory / "train").samples]
+    assert load_images(str(image_directory)).train.paths == expected
 
 
-def test_names_with_odd_bytes_are_escaped(image_folder: Path):
+def test_names_with_odd_bytes_are_escaped(image_directory: Path):
     for name in (b"x\ny.png", b"\xff.png"):
-        (image_folder / "train" / "zero" / os.fsdecode(name)).write_bytes(b"no image")
-    data = load_images(str(image_folder))
+        (image_directory / "train" / "zero" / os.fsdecode(name)).write_bytes(b"no image")
+    data = load_images(str(image_directory))
     for index, path in enumerate(data.train.paths):
         if Path(path).read_bytes() == b"no image":
             with pytest.raises(InputError, match=r"zero/(x\\ny|\\udcff)\.png .* replace or remove it$") as error:
@@ -141,45 +144,45 @@ def test_names_with_odd_bytes_are_escaped(image_folder: Path):
             str(error.value).encode()
 
 
-def test_a_pipe_is_not_waited_for(image_folder: Path):
-    os.mkfifo(image_folder / "train" / "one" / "0.png")
+def test_a_pipe_is_not_waited_for(image_directory: Path):
+    os.mkfifo(image_directory / "train" / "one" / "0.png")
     with pytest.raises(InputError, match="not a regular file"):
-        load_images(str(image_folder)).train.load(0)
+        load_images(str(image_directory)).train.load(0)
 
 
-def test_folders_of_systems_and_links_back_are_no_classes(image_folder: Path):
-    train = image_folder / "train"
+def test_directories_of_systems_and_links_back_are_no_classes(image_directory: Path):
+    train = image_directory / "train"
     for name in (".cache", "__MACOSX", "@eaDir"):
         (train / name).mkdir()
         (train / "one" / name).mkdir()
         (train / "one" / name / "x.png").touch()
     (train / "loop").symlink_to(train)
-    (train / "up").symlink_to(image_folder)
-    data = load_images(str(image_folder))
+    (train / "up").symlink_to(image_directory)
+    data = load_images(str(image_directory))
     assert data.classes == ["one", "zero"]
     assert len(data.train) == 12
 
 
-def test_images_without_an_ending_are_known_by_what_they_hold(image_folder: Path):
-    one = image_folder / "train" / "one"
+def test_images_without_an_ending_are_known_by_what_they_hold(image_directory: Path):
+    one = image_directory / "train" / "one"
     image = Image.new("RGB", (9, 9))
     image.save(one / "a.jfif", "JPEG")
     image.save(one / "b", "PNG")
     (one / "README").write_text("no image")
     (one / "note.txt").touch()
     (one / ".hidden.png").touch()
-    train = load_images(str(image_folder)).train
+    train = load_images(str(image_directory)).train
     assert isinstance(train, FileImages)
     assert {Path(path).name for path in train.paths} >= {"a.jfif", "b"}
     assert len(train) == 14
     assert train.ignored == {("one", "no suffix"): 1, ("one", ".txt"): 1, ("one", ".png"): 1}
 
 
-def test_there_is_a_line_per_class(image_folder: Path, capsys: pytest.CaptureFixture[str]):
-    one = image_folder / "train" / "one"
+def test_there_is_a_line_per_class(image_directory: Path, capsys: pytest.CaptureFixture[str]):
+    one = image_directory / "train" / "one"
     Image.new("L", (9, 9)).save(one / "grey.jpg")
     (one / "note.txt").touch()
-    data = load_images(str(image_folder))
+    data = load_images(str(image_directory))
     check_files(data.classes, data.train, data.test)
     assert capsys.readouterr().out.splitlines() == [
         "class 0 'one': 12 PNG RGB, 1 JPEG L; ignored: 1 .txt",

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from dnw_graph.data.images import Images
+from dnw_graph.data.samples import KeptSamples, Samples, keep
+from dnw_graph.data.sources import ImageData
+from dnw_graph.data.transforms import is_flipped, transforms
 from dnw_graph.training import RunOptions
-from dnw_graph.training.augmentation import is_flipped, transforms
 from dnw_graph.training.data_module import DataModule
-from dnw_graph.training.images import EvaluationSamples, ImageData, Images, TrainSamples
-from dnw_graph.training.kept_images import KeptSamples, keep
 
 SIZES = ((32, 32), (45, 32), (20, 37), (64, 50))
 
@@ -35,7 +36,7 @@ class Noise(Images):
         raise NotImplementedError
 
 
-@pytest.mark.parametrize(("data", "size"), [("folder", 32), ("cifar10", 24), ("digits", 16)])
+@pytest.mark.parametrize(("data", "size"), [("directory", 32), ("cifar10", 24), ("digits", 16)])
 def test_the_numbers_are_those_of_one_by_one(data: str, size: int):
     images = Noise()
     train, test = transforms(data, size)
@@ -45,7 +46,7 @@ def test_the_numbers_are_those_of_one_by_one(data: str, size: int):
     before = torch.get_rng_state()
     keys = list(product(range(8), range(4)))
     samples = KeptSamples(pixels, images, test, True, is_flipped(data), seed=5)
-    singly = TrainSamples(images, train, seed=5)
+    singly = Samples(images, train, seed=5)
     for (x, label), key in zip(samples.__getitems__(keys), keys, strict=True):
         assert torch.equal(x, singly[key][0])
         assert label == key[1]
@@ -54,7 +55,7 @@ def test_the_numbers_are_those_of_one_by_one(data: str, size: int):
     assert torch.equal(torch.get_rng_state(), before)
     evaluated = KeptSamples(pixels, images, test).__getitems__([3, 0, 1, 2])
     for (x, label), index in zip(evaluated, [3, 0, 1, 2], strict=True):
-        assert torch.equal(x, EvaluationSamples(images, test)[index][0])
+        assert torch.equal(x, Samples(images, test)[index][0])
         assert label == index
     assert torch.equal(pixels, keep(images, size))  # which augmentation leaves alone
 
@@ -63,10 +64,10 @@ def test_the_numbers_are_those_of_one_by_one(data: str, size: int):
     ("size", "room", "times"), [(32, 2**28, 1), (32, 1000, 3), (64, 2**28, 3)], ids=["kept", "too many", "large"]
 )
 def test_small_images_are_decoded_once(monkeypatch: pytest.MonkeyPatch, size: int, room: int, times: int):
-    monkeypatch.setattr("dnw_graph.training.kept_images.KEPT_BYTES", room)
+    monkeypatch.setattr("dnw_graph.data.samples.KEPT_BYTES", room)
     images = Noise()
-    options = RunOptions(data="folder", image_size=size, batch_size=2, workers=0, accelerator="cpu")
-    data = DataModule(ImageData("folder", images, images, ["0", "1", "2", "3"]), options)
+    options = RunOptions(data="directory", image_size=size, batch_size=2, workers=0, accelerator="cpu")
+    data = DataModule(ImageData("directory", images, images, ["0", "1", "2", "3"]), options)
 
     class Trainer:
         global_step, global_rank, world_size = 0, 0, 1

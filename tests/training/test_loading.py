@@ -24,12 +24,12 @@ import dnw_graph
 from dnw_graph import InputError, load
 from dnw_graph.checkpoint import FORMAT, SECTION
 from dnw_graph.compaction import compact, export, save_compact
+from dnw_graph.data.samples import Samples
 from dnw_graph.model_card import ModelCard, card_of
 from dnw_graph.preprocessing import Preprocessing, rgb
+from dnw_graph.recipes.models import FAMILIES, MobileNetOptions
 from dnw_graph.training import ImageData, RunOptions, run
-from dnw_graph.training.checkpoint_io import WholeFileIO
-from dnw_graph.training.images import EvaluationSamples
-from dnw_graph.training.models import FAMILIES, MobileNetOptions
+from dnw_graph.training.checkpoints import WholeFileIO
 
 CLASSES = ["cat", "dog", "fish"]
 PREPROCESS = Preprocessing(16, 20, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
@@ -58,8 +58,8 @@ def card() -> ModelCard:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, model: nn.Module, card: ModelCard) -> Path:
-    """A run's folder with its best checkpoint and a compact file."""
+def directory(tmp_path: Path, model: nn.Module, card: ModelCard) -> Path:
+    """A run's directory with its best checkpoint and a compact file."""
     write(tmp_path / "best.ckpt", model, card=card.to_dict())
     save_compact(compact(load(tmp_path)), tmp_path / "small.safetensors")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)).save(tmp_path / "x.png")
@@ -80,14 +80,14 @@ print([name for name in ("lightning", "jsonargparse", "torchmetrics") if name in
 
 
 @pytest.mark.slow
-def test_all_three_kinds_work_in_a_new_process(folder: Path, model: nn.Module):
-    program = [sys.executable, "-c", PROGRAM, str(folder)]
+def test_all_three_kinds_work_in_a_new_process(directory: Path, model: nn.Module):
+    program = [sys.executable, "-c", PROGRAM, str(directory)]
     result = subprocess.run(
         program, capture_output=True, text=True, check=True, cwd=Path(dnw_graph.__file__).parents[1]
     )
     *said, packages = result.stdout.splitlines()
     # By hand: the shorter side to 20, the centre of 16, and the normalisation.
-    pixels = np.asarray(Image.open(folder / "x.png").resize((20, 26), Image.Resampling.BILINEAR), np.float32)
+    pixels = np.asarray(Image.open(directory / "x.png").resize((20, 26), Image.Resampling.BILINEAR), np.float32)
     pixels = pixels[5:21, 2:18] / 255
     image = (pixels - np.array(PREPROCESS.mean, np.float32)) / np.array(PREPROCESS.std, np.float32)
     expected = model(torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0))
@@ -99,22 +99,22 @@ def test_all_three_kinds_work_in_a_new_process(folder: Path, model: nn.Module):
     assert packages == "[]"
 
 
-def test_a_folder_stands_for_its_best_checkpoint_then_the_last(folder: Path, model: nn.Module, card: ModelCard):
+def test_a_directory_stands_for_its_best_checkpoint_then_the_last(directory: Path, model: nn.Module, card: ModelCard):
     other = replace(card, classes=["a", "b", "c"])
-    write(folder / "last.ckpt", model, card=other.to_dict())
-    assert load(folder).classes == CLASSES
-    (folder / "best.ckpt").unlink()
-    assert load(folder).classes == ["a", "b", "c"]
-    (folder / "last.ckpt").unlink()
+    write(directory / "last.ckpt", model, card=other.to_dict())
+    assert load(directory).classes == CLASSES
+    (directory / "best.ckpt").unlink()
+    assert load(directory).classes == ["a", "b", "c"]
+    (directory / "last.ckpt").unlink()
     with pytest.raises(InputError, match=r"holds no best.ckpt and no last.ckpt"):
-        load(folder)
-    with pytest.raises(InputError, match="does not exist: give a run's folder"):
-        load(folder / "nothing")
+        load(directory)
+    with pytest.raises(InputError, match="does not exist: give a run's directory"):
+        load(directory / "nothing")
 
 
-def test_loading_draws_no_random_numbers(folder: Path):
+def test_loading_draws_no_random_numbers(directory: Path):
     before = torch.get_rng_state()
-    load(folder)
+    load(directory)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -126,7 +126,7 @@ def test_what_a_run_writes_is_loaded(
     with pytest.raises(InputError, match=r"trained with a program of its own: register them with .*register_models"):
         load(str(chosen.output))
     model = load(str(chosen.output), create=create_tiny)
-    samples = EvaluationSamples(small_digits.test, model.preprocess)
+    samples = Samples(small_digits.test, model.preprocess)
     scores = model(torch.stack([samples[index][0] for index in range(30)]))
     top1 = (scores.argmax(1) == torch.from_numpy(small_digits.test.labels)).float().mean().item()
     assert top1 == pytest.approx(summary.top1)
@@ -182,7 +182,7 @@ def test_models_of_ones_own_are_loaded_by_their_name(tmp_path: Path, card: Model
 
     from dnw_graph.training import register_models
 
-    monkeypatch.setattr("dnw_graph.training.models.FAMILIES", dict(FAMILIES))
+    monkeypatch.setattr("dnw_graph.recipes.models.FAMILIES", dict(FAMILIES))
     register_models("mine", TinyOptions)
     with pytest.raises(InputError, match="'mine' are made by TinyOptions already"):
         register_models("mine", MobileNetOptions)
@@ -229,17 +229,17 @@ def test_tensors_are_prepared_like_images():
 # Exports.
 
 
-def test_a_compact_file_carries_the_card_and_nothing_else_changes(folder: Path, card: ModelCard):
-    small = load(folder / "small.safetensors")
+def test_a_compact_file_carries_the_card_and_nothing_else_changes(directory: Path, card: ModelCard):
+    small = load(directory / "small.safetensors")
     assert card_of(small) == card
-    with safe_open(folder / "small.safetensors", "pt") as file:
+    with safe_open(directory / "small.safetensors", "pt") as file:
         assert json.loads(file.metadata()["card"]) == card.to_dict()
 
 
 @pytest.mark.parametrize("with_preprocessing", [False, True])
-def test_a_program_carries_the_card(with_preprocessing: bool, folder: Path, card: ModelCard, unchecked: None):
-    model = load(folder)
-    path = folder / "x.pt2"
+def test_a_program_carries_the_card(with_preprocessing: bool, directory: Path, card: ModelCard, unchecked: None):
+    model = load(directory)
+    path = directory / "x.pt2"
     said = export(model, path, torch.zeros(2, 3, 16, 16), with_preprocessing)
     assert said.startswith(f"written to {path}: ")
     assert " ms for one image (median of 15" in said
@@ -260,14 +260,14 @@ def test_a_program_carries_the_card(with_preprocessing: bool, folder: Path, card
 
 @pytest.mark.slow
 @pytest.mark.parametrize("with_preprocessing", [False, True])
-def test_onnx_carries_the_card(with_preprocessing: bool, folder: Path, card: ModelCard, unchecked: None):
+def test_onnx_carries_the_card(with_preprocessing: bool, directory: Path, card: ModelCard, unchecked: None):
     import onnxruntime
 
-    model = load(folder)
-    export(model, folder / "x.onnx", torch.zeros(2, 3, 16, 16), with_preprocessing)
-    (entry,) = (each for each in onnx.load(folder / "x.onnx").metadata_props if each.key == "dnw_graph.card")
+    model = load(directory)
+    export(model, directory / "x.onnx", torch.zeros(2, 3, 16, 16), with_preprocessing)
+    (entry,) = (each for each in onnx.load(directory / "x.onnx").metadata_props if each.key == "dnw_graph.card")
     assert json.loads(entry.value) == card.to_dict()
-    session = onnxruntime.InferenceSession(folder / "x.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(directory / "x.onnx", providers=["CPUExecutionProvider"])
     assert [each.name for each in (*session.get_inputs(), *session.get_outputs())] == ["image", "logits"]
     pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     normalised = (pixels / 255 - torch.tensor(PREPROCESS.mean).view(3, 1, 1)) / torch.tensor(PREPROCESS.std).view(
@@ -278,7 +278,7 @@ def test_onnx_carries_the_card(with_preprocessing: bool, folder: Path, card: Mod
     torch.testing.assert_close(torch.from_numpy(logits), model(normalised), rtol=1e-3, atol=1e-4)
 
 
-def test_preprocessing_that_is_not_known_is_not_baked_in(folder: Path, model: nn.Module):
-    for source, name in ((model, "x.pt2"), (load(folder), "x.safetensors")):
+def test_preprocessing_that_is_not_known_is_not_baked_in(directory: Path, model: nn.Module):
+    for source, name in ((model, "x.pt2"), (load(directory), "x.safetensors")):
         with pytest.raises(InputError, match=r"preprocessing goes into .pt2 and .onnx files of models that say theirs"):
-            export(source, folder / name, torch.zeros(2, 3, 16, 16), with_preprocessing=True)
+            export(source, directory / name, torch.zeros(2, 3, 16, 16), with_preprocessing=True)

@@ -12,8 +12,8 @@ from dnw_graph import InputError
 from dnw_graph.training.loggers import Events, Table
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "metrics.csv", newline="") as file:
+def rows(directory: Path) -> list[dict[str, str]]:
+    with open(directory / "metrics.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -99,7 +99,7 @@ def test_a_file_that_is_no_table_is_refused(content: bytes, tmp_path: Path):
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_that_is_gone(written: Table, tmp_path: Path):
+def test_a_directory_that_is_gone(written: Table, tmp_path: Path):
     written.path.unlink()
     tmp_path.rmdir()
     with pytest.raises(InputError, match=r"cannot write .*metrics.csv \(No such file or directory\): give another"):

@@ -4,7 +4,8 @@ from itertools import product
 
 import pytest
 
-from dnw_graph.training.order import EvaluationOrder, Purpose, TrainOrder, mix
+from dnw_graph.data.order import EvaluationOrder, Purpose, TrainOrder
+from dnw_graph.seeding import mix
 
 
 def epoch_of(steps: int, rank: int = 0, world_size: int = 1, seed: int = 0) -> list[list[tuple[int, int]]]:

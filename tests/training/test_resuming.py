@@ -28,7 +28,7 @@ from dnw_graph.training import (
     read_checkpoint,
     run,
 )
-from dnw_graph.training.checkpoint_io import WholeFileIO
+from dnw_graph.training.checkpoints import WholeFileIO
 from dnw_graph.training.resuming import check_resumable, check_weights
 from dnw_graph.wirings import WIRINGS
 
@@ -36,35 +36,35 @@ STEPS = 4  # of an epoch
 IDENTITY = {"wiring": "dnw"}
 
 
-def options(folder: Path, **changes: Any) -> RunOptions:
+def options(directory: Path, **changes: Any) -> RunOptions:
     values = {"image_size": 8, "batch_size": 16, "epochs": 2, "lr": 0.3, "accelerator": "cpu", "workers": 0}
-    return RunOptions(**{**values, "output": str(folder), "save_every": 3, **changes})
+    return RunOptions(**{**values, "output": str(directory), "save_every": 3, **changes})
 
 
 @pytest.fixture(scope="module")
-def folder(small_digits: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(small_digits: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
-    folder = tmp_path_factory.mktemp("run")
-    run(create_tiny, IDENTITY, options(folder), small_digits)
-    return folder
+    directory = tmp_path_factory.mktemp("run")
+    run(create_tiny, IDENTITY, options(directory), small_digits)
+    return directory
 
 
 Check = Callable[[dict[str, Any]], None]
 
 
 @pytest.fixture
-def check(folder: Path) -> Check:
+def check(directory: Path) -> Check:
     """What a run like it checks before it goes on."""
     model = create_tiny(10, 8)
     module = Classifier(model, 10, SCHEDULES["cosine"](2 * STEPS), 0.3, 0.9, 5e-5, 0)
-    callbacks = [WiringMonitor(model), WiringRecorder(model=model), TrainingCost(model), Checkpoints(folder, 3, {})]
+    callbacks = [WiringMonitor(model), WiringRecorder(model=model), TrainingCost(model), Checkpoints(directory, 3, {})]
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=callbacks, enable_progress_bar=False)
     return lambda checkpoint: check_resumable("last.ckpt", checkpoint, trainer, callbacks, module, STEPS)
 
 
 @pytest.mark.parametrize("name", ["first.ckpt", "best.ckpt", "last.ckpt"])
-def test_every_checkpoint_of_a_run_will_do(folder: Path, check: Check, name: str):
-    check(read_checkpoint(folder / name))
+def test_every_checkpoint_of_a_run_will_do(directory: Path, check: Check, name: str):
+    check(read_checkpoint(directory / name))
 
 
 def test_so_does_one_within_an_epoch(small_digits: ImageData, tmp_path: Path, check: Check):
@@ -108,7 +108,7 @@ NEEDED = [
     "optimizer_states/0/param_groups/0/params/3",
     "optimizer_states",
     "lr_schedulers/0",
-    *(f"lr_schedulers/0/{name}" for name in ("base_lrs", "last_epoch", "_last_lr")),
+    "lr_schedulers/0/last_epoch",
     "callbacks",
     *(f"callbacks/{name}" for name in ("WiringMonitor", "TrainingCost", "Checkpoints")),
     "callbacks/WiringRecorder/recording",
@@ -122,8 +122,8 @@ NEEDED = [
 
 
 @pytest.mark.parametrize("way", NEEDED)
-def test_nothing_may_be_missing_or_of_another_kind(folder: Path, check: Check, way: str):
-    whole = read_checkpoint(folder / "last.ckpt")
+def test_nothing_may_be_missing_or_of_another_kind(directory: Path, check: Check, way: str):
+    whole = read_checkpoint(directory / "last.ckpt")
     for wrong in (None, "x", [], {"a": 1}, math.nan, math.inf, True, torch.zeros(3, 7)):
         checkpoint = copy.deepcopy(whole)
         container, key = at(checkpoint, way)
@@ -171,15 +171,15 @@ def refused(check: Check, checkpoint: dict[str, Any]) -> None:
         ("loops/fit_loop/epoch_loop.batch_progress/is_last_batch", lambda value: not value),
     ],
 )
-def test_values_that_cannot_be(folder: Path, check: Check, way: str, change: Callable[[Any], Any]):
-    checkpoint = read_checkpoint(folder / "last.ckpt")
+def test_values_that_cannot_be(directory: Path, check: Check, way: str, change: Callable[[Any], Any]):
+    checkpoint = read_checkpoint(directory / "last.ckpt")
     container, key = at(checkpoint, way)
     container[key] = change(container[key])
     refused(check, checkpoint)
 
 
-def test_what_a_version_of_pytorch_adds_or_drops_is_no_matter(folder: Path, check: Check):
-    checkpoint = read_checkpoint(folder / "last.ckpt")
+def test_what_a_version_of_pytorch_adds_or_drops_is_no_matter(directory: Path, check: Check):
+    checkpoint = read_checkpoint(directory / "last.ckpt")
     del checkpoint["optimizer_states"][0]["param_groups"][0]["foreach"]
     checkpoint["optimizer_states"][0]["param_groups"][0]["new"] = None
     checkpoint["lr_schedulers"][0]["verbose"] = False
@@ -196,8 +196,10 @@ def create_own(classes: int, image_size: int) -> torch.nn.Module:
     return model
 
 
-def test_a_rule_of_ones_own_is_registered_or_named_again(folder: Path, check: Check, monkeypatch: pytest.MonkeyPatch):
-    checkpoint = read_checkpoint(folder / "last.ckpt")
+def test_a_rule_of_ones_own_is_registered_or_named_again(
+    directory: Path, check: Check, monkeypatch: pytest.MonkeyPatch
+):
+    checkpoint = read_checkpoint(directory / "last.ckpt")
     checkpoint["state_dict"]["model.graph.rule"] = torch.tensor(rule_hash(Own))
     with pytest.raises(InputError, match=r"tiny was trained with a rule that is not registered here .*with 'dnw'"):
         check(checkpoint)
@@ -216,8 +218,8 @@ def test_a_run_with_a_rule_of_ones_own_goes_on_with_it(small_digits: ImageData, 
     assert run(create_own, {}, resume, small_digits).top1 == summary.top1
 
 
-def test_an_older_file_without_rule_and_number_of_edges_keeps_those_of_the_model(folder: Path, check: Check):
-    checkpoint = read_checkpoint(folder / "last.ckpt")
+def test_an_older_file_without_rule_and_number_of_edges_keeps_those_of_the_model(directory: Path, check: Check):
+    checkpoint = read_checkpoint(directory / "last.ckpt")
     for name in ("num_edges", "rule"):
         del checkpoint["state_dict"][f"model.graph.{name}"]
     check(checkpoint)
@@ -232,37 +234,37 @@ def test_an_older_file_without_rule_and_number_of_edges_keeps_those_of_the_model
     assert model.graph.num_edges == 40
 
 
-def test_an_older_file_without_a_recording_will_do(folder: Path, check: Check):
-    checkpoint = read_checkpoint(folder / "last.ckpt")
+def test_an_older_file_without_a_recording_will_do(directory: Path, check: Check):
+    checkpoint = read_checkpoint(directory / "last.ckpt")
     del checkpoint["callbacks"]["WiringRecorder"]
     check(checkpoint)
 
 
-def test_a_run_refuses_before_anything_is_written(folder: Path, small_digits: ImageData):
-    checkpoint = read_checkpoint(folder / "last.ckpt")
-    path = folder / "damaged.ckpt"
-    before = (folder / "last.ckpt").read_bytes()
+def test_a_run_refuses_before_anything_is_written(directory: Path, small_digits: ImageData):
+    checkpoint = read_checkpoint(directory / "last.ckpt")
+    path = directory / "damaged.ckpt"
+    before = (directory / "last.ckpt").read_bytes()
     for way in (MOMENTUM, "callbacks/WiringMonitor", "loops/fit_loop/epoch_progress/total"):
         changed = copy.deepcopy(checkpoint)
         container, key = at(changed, way)
         del container[key]
         WholeFileIO().save_checkpoint(changed, path)
         with pytest.raises(InputError, match="cannot be continued from"):
-            run(create_tiny, IDENTITY, options(folder, resume=str(path)), small_digits)
-        assert (folder / "last.ckpt").read_bytes() == before
+            run(create_tiny, IDENTITY, options(directory, resume=str(path)), small_digits)
+        assert (directory / "last.ckpt").read_bytes() == before
 
 
-def test_an_evaluation_wants_the_weights_alone(folder: Path, small_digits: ImageData):
-    checkpoint = read_checkpoint(folder / "last.ckpt")
-    path = folder / "weights.ckpt"
+def test_an_evaluation_wants_the_weights_alone(directory: Path, small_digits: ImageData):
+    checkpoint = read_checkpoint(directory / "last.ckpt")
+    path = directory / "weights.ckpt"
     for part in ("callbacks", "optimizer_states", "lr_schedulers"):
         del checkpoint[part]
     WholeFileIO().save_checkpoint(checkpoint, path)
-    run(create_tiny, IDENTITY, options(folder, output=None, evaluate=str(path)), small_digits)
+    run(create_tiny, IDENTITY, options(directory, output=None, evaluate=str(path)), small_digits)
     checkpoint["state_dict"]["model.graph.candidates.weight"][0] = torch.inf
     WholeFileIO().save_checkpoint(checkpoint, path)
     with pytest.raises(InputError, match=r"do not fit the model.*candidates\.weight has values that are NaN"):
-        run(create_tiny, IDENTITY, options(folder, output=None, evaluate=str(path)), small_digits)
+        run(create_tiny, IDENTITY, options(directory, output=None, evaluate=str(path)), small_digits)
 
 
 def test_weights_of_another_precision_will_do():

@@ -15,8 +15,8 @@ from pairs import rest_is_slow
 from torch import nn
 
 from dnw_graph import InputError
+from dnw_graph.data.images import ArrayImages
 from dnw_graph.training import Classifier, ImageData, RunOptions, load_images, run
-from dnw_graph.training.images import ArrayImages
 
 Create = Callable[[int, int], nn.Module]
 MODEL = {"model": "tiny", "width": 1.0}
@@ -57,7 +57,7 @@ def test_resume_with_another_option_is_refused(
 
 @pytest.mark.parametrize("evaluate", [False, True])
 def test_another_model_or_data_is_refused(
-    evaluate: bool, trained: RunOptions, create: Create, small_digits: ImageData, image_folder: Path
+    evaluate: bool, trained: RunOptions, create: Create, small_digits: ImageData, image_directory: Path
 ):
     if evaluate:
         trained = replace(trained, resume=None, evaluate=trained.resume, output=None)
@@ -66,8 +66,8 @@ def test_another_model_or_data_is_refused(
     with pytest.raises(InputError, match="is a checkpoint of another program: it knows no --wiring"):
         run(create, {**MODEL, "wiring": "dnw"}, trained, small_digits)
     with pytest.raises(InputError, match=r"--data is 2 classes, 'one' ... 'zero', but .* 10 classes, '0' ... '9'"):
-        run(create, MODEL, replace(trained, batch_size=4), load_images(str(image_folder))) if evaluate else run(
-            create, MODEL, trained, replace(load_images(str(image_folder)), train=small_digits.train, name="digits")
+        run(create, MODEL, replace(trained, batch_size=4), load_images(str(image_directory))) if evaluate else run(
+            create, MODEL, trained, replace(load_images(str(image_directory)), train=small_digits.train, name="digits")
         )
 
 
@@ -103,11 +103,11 @@ def test_a_run_is_not_overwritten(trained: RunOptions, create: Create, small_dig
         run(create, MODEL, replace(trained, resume=None), small_digits)
 
 
-def test_output_that_cannot_be_a_folder_is_refused(
+def test_output_that_cannot_be_a_directory_is_refused(
     tmp_path: Path, create: Create, small_digits: ImageData, options: Callable[..., RunOptions]
 ):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"cannot write to folder .*give another one with --output"):
+    with pytest.raises(InputError, match=r"cannot write to directory .*give another one with --output"):
         run(create, MODEL, options(output=str(tmp_path / "file" / "run")), small_digits)
 
 
@@ -125,7 +125,9 @@ def test_runs_are_numbered(
     assert sorted(p.parent.as_posix() for p in Path("runs").glob("*/last.ckpt")) == ["runs/1", "runs/2"]
 
 
-def test_resume_may_go_to_another_folder(trained: RunOptions, create: Create, small_digits: ImageData, tmp_path: Path):
+def test_resume_may_go_to_another_directory(
+    trained: RunOptions, create: Create, small_digits: ImageData, tmp_path: Path
+):
     run(create, MODEL, replace(trained, output=str(tmp_path / "other")), small_digits)
     assert (tmp_path / "other" / "summary.json").exists()
 
@@ -144,13 +146,13 @@ def test_a_gpu_that_is_not_there_is_refused(
 
 
 def test_a_broken_image_is_found_before_training(
-    create: Create, options: Callable[..., RunOptions], image_folder: Path
+    create: Create, options: Callable[..., RunOptions], image_directory: Path
 ):
-    broken = sorted((image_folder / "val" / "one").iterdir())[2]
+    broken = sorted((image_directory / "val" / "one").iterdir())[2]
     broken.write_bytes(broken.read_bytes()[:60])
     with pytest.raises(InputError, match=f"1 of 24 image files cannot be read: {broken}"):
-        run(create, MODEL, options(batch_size=4), load_images(str(image_folder)))
-    assert not list(image_folder.parent.glob("run/*.ckpt"))
+        run(create, MODEL, options(batch_size=4), load_images(str(image_directory)))
+    assert not list(image_directory.parent.glob("run/*.ckpt"))
 
 
 @pytest.mark.parametrize("workers", rest_is_slow([0, 1]))
@@ -158,20 +160,22 @@ def test_an_image_that_breaks_later_stops_the_run_with_its_steps_saved(
     workers: int,
     create: Create,
     options: Callable[..., RunOptions],
-    image_folder: Path,
+    image_directory: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("dnw_graph.training.kept_images.KEPT_BYTES", 0)  # read in every epoch, as large images are
-    whole = sorted((image_folder / "val" / "one").iterdir())[2]
+    monkeypatch.setattr("dnw_graph.data.samples.KEPT_BYTES", 0)  # read in every epoch, as large images are
+    whole = sorted((image_directory / "val" / "one").iterdir())[2]
     content = whole.read_bytes()
     whole.write_bytes(content[:60])
     chosen = options(batch_size=4, workers=workers, check_images=False)
     with pytest.raises(InputError, match=f"cannot read image {whole}"):
-        run(create, MODEL, chosen, load_images(str(image_folder)))
+        run(create, MODEL, chosen, load_images(str(image_directory)))
     whole.write_bytes(content)
-    resumed = run(create, MODEL, replace(chosen, resume=f"{chosen.output}/last.ckpt"), load_images(str(image_folder)))
+    resumed = run(
+        create, MODEL, replace(chosen, resume=f"{chosen.output}/last.ckpt"), load_images(str(image_directory))
+    )
     shutil.rmtree(chosen.output or "")
-    assert replace(run(create, MODEL, chosen, load_images(str(image_folder))), seconds=None) == replace(
+    assert replace(run(create, MODEL, chosen, load_images(str(image_directory))), seconds=None) == replace(
         resumed, seconds=None
     )
 
@@ -207,7 +211,7 @@ def test_a_checkpoint_is_read_once_whatever_its_ending(
     copy, read, module = tmp_path / "copy.pt", [], sys.modules["dnw_graph.training.runs"]
     copy.write_bytes(Path(trained.resume).read_bytes())
     reader = module.read_checkpoint
-    for name in ("dnw_graph.training.runs", "dnw_graph.loading"):
+    for name in ("dnw_graph.training.runs", "dnw_graph.training.checkpoints", "dnw_graph.loading"):
         monkeypatch.setattr(sys.modules[name], "read_checkpoint", lambda path: read.append(path) or reader(path))
     run(create, MODEL, replace(trained, resume=None, evaluate=str(copy), output=None), small_digits)
     assert read == [copy]
@@ -226,13 +230,15 @@ def test_what_differs_on_a_gpu(
 ):
     module = sys.modules["dnw_graph.training.runs"]  # the package gives its name to the function
     seen = []
-    compact, trainer = module.compact, module.Trainer
-    monkeypatch.setattr(module, "on_gpu", lambda options: gpu)
+    training = sys.modules["dnw_graph.training.trainer"]
+    compact, trainer = module.compact, training.Trainer
+    for each in (module, training):
+        monkeypatch.setattr(each, "on_gpu", lambda options: gpu)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
     monkeypatch.setattr(
         module, "compact", lambda *args, **given: seen.append(given["products"]) or compact(*args, **given)
     )
-    monkeypatch.setattr(module, "Trainer", lambda **given: seen.append(given["callbacks"][0]) or trainer(**given))
+    monkeypatch.setattr(training, "Trainer", lambda **given: seen.append(given["callbacks"][0]) or trainer(**given))
     run(create, MODEL, replace(trained, resume=None, evaluate=trained.resume, compact=True, output=None), small_digits)
     assert seen[0] == products
     assert seen[1].refresh_rate == steps

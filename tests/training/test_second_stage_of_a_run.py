@@ -1,4 +1,4 @@
-"""Lottery Ticket and Fine Tune from the folder of a finished run."""
+"""Lottery Ticket and Fine Tune from the directory of a finished run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from conftest import TinyModel
 from torch import Tensor, nn
 
 from dnw_graph import InputError
+from dnw_graph.recipes.second_stage import second_stage
 from dnw_graph.training import ImageData, RunOptions, read_checkpoint, run
-from dnw_graph.training.second_stage import second_stage
 from dnw_graph.wirings import Wiring, create_wiring
 
 K = 40
@@ -46,17 +46,17 @@ def stopping(model: nn.Module, step: int) -> nn.Module:
     return model
 
 
-def run_options(folder: Path, **changes: Any) -> RunOptions:
+def run_options(directory: Path, **changes: Any) -> RunOptions:
     values = {"image_size": 8, "batch_size": 16, "epochs": 2, "lr": 0.3, "accelerator": "cpu", "workers": 0}
-    return RunOptions(**{**values, "output": str(folder), **changes})
+    return RunOptions(**{**values, "output": str(directory), **changes})
 
 
 @pytest.fixture(scope="module")
 def first_stage(small_digits: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a finished run of a complete graph."""
-    folder = tmp_path_factory.mktemp("complete") / "run"
-    run(lambda *_: tiny(), COMPLETE, run_options(folder), small_digits)
-    return folder
+    """Directory of a finished run of a complete graph."""
+    directory = tmp_path_factory.mktemp("complete") / "run"
+    run(lambda *_: tiny(), COMPLETE, run_options(directory), small_digits)
+    return directory
 
 
 def model_state(path: Path) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ def test_stopped_and_resumed_without_the_first_stage(
     chosen = run_options(tmp_path / "run", save_every=1)
     with pytest.raises(StoppedError):
         run(lambda *_: stopping(create(), 5), {}, chosen, small_digits)
-    # The first stage is not needed any more, and the folder may be gone.
+    # The first stage is not needed any more, and the directory may be gone.
     last = str(tmp_path / "run" / "last.ckpt")
     resumed = run(lambda *_: tiny(create_wiring(rule)), {}, replace(chosen, resume=last), small_digits)
     assert replace(resumed, seconds=None) == replace(unbroken, seconds=None)
@@ -139,14 +139,14 @@ def test_rules_without_a_second_stage_are_refused(rule: str, first_stage: Path):
 
 @pytest.mark.slow
 def test_an_unfinished_run_is_refused_until_it_is_finished(small_digits: ImageData, tmp_path: Path):
-    folder = tmp_path / "run"
-    chosen = run_options(folder, save_every=1)
+    directory = tmp_path / "run"
+    chosen = run_options(directory, save_every=1)
     with pytest.raises(StoppedError):
         run(lambda *_: stopping(tiny(), 6), COMPLETE, chosen, small_digits)
     with pytest.raises(InputError, match=r"last.ckpt stands at epoch 1 of 2: finish the run first, with --resume"):
-        second_stage("fine_tune", folder, tiny(), SHARED)
-    run(lambda *_: tiny(), COMPLETE, replace(chosen, resume=str(folder / "last.ckpt")), small_digits)
-    assert_starts_from(second_stage("lottery_ticket", folder, tiny(), SHARED), folder / "first.ckpt")
+        second_stage("fine_tune", directory, tiny(), SHARED)
+    run(lambda *_: tiny(), COMPLETE, replace(chosen, resume=str(directory / "last.ckpt")), small_digits)
+    assert_starts_from(second_stage("lottery_ticket", directory, tiny(), SHARED), directory / "first.ckpt")
 
 
 def test_a_run_stopped_before_its_last_evaluation_is_unfinished(small_digits: ImageData, tmp_path: Path):
@@ -177,8 +177,8 @@ def test_images_of_another_size_are_refused(first_stage: Path):
         second_stage("fine_tune", first_stage, tiny(), {"image_size": 16})
 
 
-@pytest.mark.parametrize("change", [lambda folder: folder / "gone", lambda folder: folder.parent])
-def test_a_folder_without_a_run_is_refused(change: Callable[[Path], Path], first_stage: Path):
+@pytest.mark.parametrize("change", [lambda directory: directory / "gone", lambda directory: directory.parent])
+def test_a_directory_without_a_run_is_refused(change: Callable[[Path], Path], first_stage: Path):
     with pytest.raises(InputError, match=r"last.ckpt' is not a file: give a .ckpt file"):
         second_stage("fine_tune", change(first_stage), tiny(), SHARED)
 
@@ -192,12 +192,12 @@ def test_another_model_is_refused(rule: str, first_stage: Path):
 
 
 def test_a_lottery_ticket_needs_the_start_of_the_run(first_stage: Path, tmp_path: Path):
-    folder = tmp_path / "copied"
-    folder.mkdir()
-    shutil.copy(first_stage / "last.ckpt", folder)
+    directory = tmp_path / "copied"
+    directory.mkdir()
+    shutil.copy(first_stage / "last.ckpt", directory)
     with pytest.raises(InputError, match=r"first.ckpt' is not a file"):
-        second_stage("lottery_ticket", folder, tiny(), SHARED)
-    assert_starts_from(second_stage("fine_tune", folder, tiny(), SHARED), first_stage / "last.ckpt")
+        second_stage("lottery_ticket", directory, tiny(), SHARED)
+    assert_starts_from(second_stage("fine_tune", directory, tiny(), SHARED), first_stage / "last.ckpt")
 
 
 @pytest.mark.slow

@@ -26,14 +26,14 @@ def test_what_a_run_leaves(
     capsys,
 ):
     chosen = options(epochs=1)
-    folder = Path(chosen.output or "")
+    directory = Path(chosen.output or "")
     summary = run(create, {"model": "tiny"}, chosen, small_digits)
     model = create(10, 8)
-    weights = read_checkpoint(folder / "last.ckpt")["state_dict"]
+    weights = read_checkpoint(directory / "last.ckpt")["state_dict"]
     model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
     model.eval()
 
-    written = json.loads((folder / "summary.json").read_text())
+    written = json.loads((directory / "summary.json").read_text())
     assert written["top1"] == summary.top1
     assert written["parameters"] == cost(model, (3, 8, 8)).parameters
     assert written["multiply_adds"] == cost(model, (3, 8, 8)).multiply_adds
@@ -41,11 +41,11 @@ def test_what_a_run_leaves(
     assert written["options"]["model"] == "tiny"
     assert written["options"]["lr"] == 1.0
 
-    data = Data.from_dict(torch.load(folder / "wiring" / "tiny.pt", weights_only=True))
+    data = Data.from_dict(torch.load(directory / "wiring" / "tiny.pt", weights_only=True))
     assert data.num_nodes == 22
     assert torch.equal(data.edge_index, model.graph.edge_index)
     assert torch.equal(data.edge_weight, model.graph.edge_weight)
-    with Image.open(folder / "wiring" / "tiny.png") as picture:
+    with Image.open(directory / "wiring" / "tiny.png") as picture:
         assert min(picture.size) > 300
         assert len(set(picture.convert("RGB").resize((64, 64)).getdata())) > 10
 
@@ -61,11 +61,11 @@ def test_what_a_run_leaves(
         "wall time",
     ):
         assert f"\n{name} " in printed
-    assert f"written to {folder}" in printed
+    assert f"written to {directory}" in printed
     for name in ("last.ckpt", "best.ckpt", "metrics.csv", "summary.json"):
         assert name in printed
-        assert (folder / name).is_file()
-    assert list((folder / "tensorboard").iterdir())
+        assert (directory / name).is_file()
+    assert list((directory / "tensorboard").iterdir())
 
 
 SUMMARY = Summary(0.5, 1.0, None, None, 1, 1, None, None, {}, {}, {})
@@ -76,11 +76,11 @@ def test_file_names_are_safe_and_differ(tmp_path: Path):
     model = nn.ModuleDict(layers)
     sparsify(model, 0.5)
     model["graph"] = NeuralGraph(blocks=(2, 3), num_edges=4, name="../a_b.weight")
-    folder = tmp_path / "run"
-    folder.mkdir()
-    assert write_files(SUMMARY, model, folder) == ["summary.json", "wiring/*.png", "wiring/*.pt"]
+    directory = tmp_path / "run"
+    directory.mkdir()
+    assert write_files(SUMMARY, model, directory) == ["summary.json", "wiring/*.png", "wiring/*.pt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
-    files = list((folder / "wiring").glob("*.pt"))
+    files = list((directory / "wiring").glob("*.pt"))
     assert len({path.name.lower() for path in files}) == len(files) == 5
     assert all(path.name.isascii() and len(path.name) < 256 for path in files)
     written = [Data.from_dict(torch.load(path, weights_only=True)) for path in files]

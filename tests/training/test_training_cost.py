@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dnw_graph import Continuous, Discrete, L1Anneal, NeuralGraph, Schedule, TargetedDropout, Wiring
+from dnw_graph.data.sources import ImageData
 from dnw_graph.dynamics import Dynamics
 from dnw_graph.node_functions import NormReluConv
 from dnw_graph.sparse_layers import sparsify
 from dnw_graph.training import Classifier, DataModule, RunOptions, TrainingCost, WiringUpdates, read_checkpoint, run
-from dnw_graph.training.images import ImageData
 
 IMAGES, BATCH = 70, 16
 CHANNELS, NODES, OUTPUTS, PLACES = 4, 12, 3, 16

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
+from dnw_graph.callbacks.wiring_monitor import edges_swapped, real_edges
 from dnw_graph.training import ImageData, RunOptions, run
-from dnw_graph.training.wiring_monitor import edges_swapped, real_edges
 
 
 def test_edges_swapped_counts_new_edges():

@@ -67,7 +67,7 @@ def test_both_second_stages_from_a_complete_run(capsys: pytest.CaptureFixture[st
     for rule, begin in zip(SECOND, ("first", "last"), strict=True):
         assert start("--wiring", rule, "--complete", "complete", "--lr", "0.01", "--output", rule) == 0
         first, last, expected = (
-            model_state(f"{folder}.ckpt") for folder in (f"{rule}/first", f"{rule}/last", f"complete/{begin}")
+            model_state(f"{directory}.ckpt") for directory in (f"{rule}/first", f"{rule}/last", f"complete/{begin}")
         )
         assert all(torch.equal(value, first[key]) for key, value in expected.items() if not key.endswith("rule"))
         assert first["graph.wiring.index"].tolist() == last["graph.wiring.index"].tolist() == edges
@@ -159,11 +159,11 @@ def test_a_first_stage_of_another_kind_is_refused(capsys: pytest.CaptureFixture[
     assert start("--wiring", "complete", "--output", "complete") == 0
     assert start("--wiring", "dnw", "--output", "dnw") == 0
     capsys.readouterr()
-    for folder, changes, message in (
+    for directory, changes, message in (
         ("dnw", [], "needs a run with wiring 'complete', but dnw/last.ckpt was trained with 'dnw'"),
         ("complete", ["--image-size", "16"], "needs a run with image_size 16, but complete/last.ckpt"),
     ):
-        assert start("--wiring", "fine_tune", "--complete", folder, "--output", "x", *changes) == 2
+        assert start("--wiring", "fine_tune", "--complete", directory, "--output", "x", *changes) == 2
         assert message in capsys.readouterr().err
 
 
@@ -218,7 +218,7 @@ def test_a_resumed_run_gives_the_numbers_of_an_unbroken_one(
     one, other = read_checkpoint(last), read_checkpoint(tmp_path / "unbroken" / "last.ckpt")
     assert one["state_dict"].keys() == other["state_dict"].keys()
     assert all(torch.equal(value, other["state_dict"][key]) for key, value in one["state_dict"].items())
-    rows = [(folder / "metrics.csv").read_text() for folder in (Path(last).parent, tmp_path / "unbroken")]
+    rows = [(directory / "metrics.csv").read_text() for directory in (Path(last).parent, tmp_path / "unbroken")]
     assert rows[0] == rows[1]
 
 

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dnw_graph import InputError, NeuralGraph, sparsify
 from dnw_graph.training import ImageData, RunOptions, WiringRecorder, run
-from dnw_graph.training.pictures import draw_pictures, log_pictures, write_pictures
 from dnw_graph.visualize import Recording
+from dnw_graph.visualize.pictures import draw_pictures, log_pictures, write_pictures
 
 
 class Module(LightningModule):
@@ -166,8 +166,8 @@ def test_a_run_writes_pictures_when_asked(
 ):
     chosen = options(epochs=1, pictures=True)
     run(create, {}, chosen, small_digits)
-    folder = Path(chosen.output or "")
+    directory = Path(chosen.output or "")
     expected = {"page.html", "training.png", "tiny-wiring.png", "tiny-evolution.png", "tiny.gif"}
-    assert {path.name for path in (folder / "pictures").iterdir()} == expected
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert {path.name for path in (directory / "pictures").iterdir()} == expected
+    events = EventAccumulator(str(directory / "tensorboard")).Reload()
     assert "wiring/tiny" in events.Tags()["images"]

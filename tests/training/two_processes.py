@@ -16,12 +16,19 @@ def create(num_classes: int, image_size: int) -> TinyModel:
     return models[-1]
 
 
-folder = Path(sys.argv[1])
+directory = Path(sys.argv[1])
 options = RunOptions(
-    image_size=8, batch_size=16, epochs=2, lr=1.0, accelerator="cpu", devices=2, workers=0, output=str(folder / "run")
+    image_size=8,
+    batch_size=16,
+    epochs=2,
+    lr=1.0,
+    accelerator="cpu",
+    devices=2,
+    workers=0,
+    output=str(directory / "run"),
 )
 summary = run(create, {}, options, first_digits())
 model = models[0]
 rank = torch.distributed.get_rank()
 state = {"real_index": model.graph.real_index, "state_dict": model.state_dict(), "top1": summary.top1}
-torch.save({**state, "loss_steps": options.epochs * 4}, folder / f"rank{rank}.pt")
+torch.save({**state, "loss_steps": options.epochs * 4}, directory / f"rank{rank}.pt")

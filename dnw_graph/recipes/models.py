@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,16 +16,47 @@ from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.models import TINY_DYNAMICS, TINY_NODE_FUNCTIONS, create_model
 from dnw_graph.node_functions import EPS, NODE_FUNCTIONS, NormReluConv
+from dnw_graph.recipes.options import ModelOptions, RunOptions, option
+from dnw_graph.recipes.second_stage import second_stage
 from dnw_graph.sparse_layers import sparsify
 from dnw_graph.sparse_layers.budget import DISTRIBUTIONS
-from dnw_graph.training.options import ModelOptions, RunOptions, option
-from dnw_graph.training.wiring_options import WiringOptions
 from dnw_graph.wirings import WIRINGS, Wiring, create_wiring
 
 LARGE_IMAGE = 64
 MOBILENETS = ("mobilenet_v1_dnw", "mobilenet_v1")
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 TINY = "tiny_classifier"
+
+
+@dataclass(frozen=True)
+class WiringOptions(ModelOptions):
+    """Which rule chooses the real edges. An example adds its model's own options and :meth:`with_wiring`."""
+
+    wiring: str = option("dnw", f"rule that chooses the real edges: one of {', '.join(sorted(WIRINGS))}")
+    wiring_options: dict[str, Any] = option(  # noqa: RUF009  # a field with a factory
+        {}, "options of the rule, such as --wiring-options.rho 0.9 for targeted_dropout; in a YAML file a mapping"
+    )
+    complete: str | None = option(
+        None, "lottery_ticket and fine_tune: directory of the finished run with --wiring complete that they start from"
+    )
+
+    @abstractmethod
+    def with_wiring(self, wiring: Wiring, num_classes: int, image_size: int) -> nn.Module:
+        """Return the model with a wiring for all of its graphs."""
+
+    def create(self, num_classes: int, image_size: int) -> nn.Module:
+        """Return the model; the second stage of a trained complete one, if ``complete`` names it."""
+        wiring = create_wiring(self.wiring, **self.wiring_options)
+        if self.complete is None:
+            return self.with_wiring(wiring, num_classes, image_size)
+        if self.complete == "":
+            raise InputError("--complete is '': expected the directory of a run")
+        complete = self.with_wiring(create_wiring("complete"), num_classes, image_size)
+        return second_stage(self.wiring, Path(self.complete), complete, {"image_size": image_size})
+
+    def identity(self) -> dict[str, Any]:
+        """Return all options but the directory of the first stage, which a resumed run does not need."""
+        return {name: value for name, value in super().identity().items() if name != "complete"}
 
 
 @dataclass(frozen=True)

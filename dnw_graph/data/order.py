@@ -8,7 +8,7 @@ from enum import IntEnum
 import torch
 from torch.utils.data import Sampler
 
-from dnw_graph import seeding
+from dnw_graph.seeding import mix
 
 
 class Purpose(IntEnum):
@@ -17,11 +17,6 @@ class Purpose(IntEnum):
     ORDER = 0
     AUGMENTATION = 1
     STEP = 2
-
-
-def mix(seed: int, purpose: Purpose, *position: int) -> int:
-    """Return a 64-bit seed for one purpose at one position, such as (epoch, sample index)."""
-    return seeding.mix(seed, purpose, *position)
 
 
 class TrainOrder(Sampler[list[tuple[int, int]]]):

@@ -1,4 +1,4 @@
-"""Pictures of a run: into its folder, and into the logs of TensorBoard and W&B."""
+"""Pictures of a run: into its directory, and into the logs of TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
-from dnw_graph.training.folder import file_names
 from dnw_graph.visualize.evolution import gif, plot_evolution
 from dnw_graph.visualize.graphs import plot
 from dnw_graph.visualize.page import page
 from dnw_graph.visualize.recording import Recording
 from dnw_graph.visualize.training_curves import plot_training
-from dnw_graph.whole_file import make_writable, write_whole
+from dnw_graph.whole_file import file_names, make_writable, write_whole
 
 # So many graphs, the first ones, have pictures of their own: a model with many sparse layers would have hundreds.
 MOST_GRAPHS = 8
@@ -44,15 +43,15 @@ def draw_pictures(recording: Recording, metrics: Path | None = None) -> dict[str
     return pictures
 
 
-def write_pictures(pictures: dict[str, bytes], folder: Path) -> None:
-    """Write pictures into a folder, which is made if needed.
+def write_pictures(pictures: dict[str, bytes], directory: Path) -> None:
+    """Write pictures into a directory, which is made if needed.
 
     Raises:
         InputError: If a file cannot be written.
     """
-    make_writable(folder, "--output")
+    make_writable(directory, "--output")
     for name, content in pictures.items():
-        write_whole(folder / name, content, "--output")
+        write_whole(directory / name, content, "--output")
 
 
 def log_pictures(pictures: dict[str, bytes], loggers: Iterable[Logger], step: int) -> None:

@@ -1,4 +1,4 @@
-"""A folder belongs to one run at a time."""
+"""A directory belongs to one run at a time."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import pytest
 from dnw_graph import InputError
 from dnw_graph.stopping import MAIN_PROCESS
 from dnw_graph.training import RunOptions
-from dnw_graph.training.folder import run_folder
+from dnw_graph.training.run_directory import run_directory
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
 
 HOLD = """
 import sys, time
 from dnw_graph.training import RunOptions
-from dnw_graph.training.folder import run_folder
-with run_folder(RunOptions(output=sys.argv[1] or None)) as folder:
-    print(folder, flush=True)
+from dnw_graph.training.run_directory import run_directory
+with run_directory(RunOptions(output=sys.argv[1] or None)) as directory:
+    print(directory, flush=True)
     if sys.argv[2] == "fork":
         import os
         if os.fork() == 0:
@@ -35,10 +35,10 @@ with run_folder(RunOptions(output=sys.argv[1] or None)) as folder:
 
 
 @contextmanager
-def held(folder: Path | str, *, fork: bool = False, cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
-    """Another process that uses a folder."""
+def held(directory: Path | str, *, fork: bool = False, cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """Another process that uses a directory."""
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", HOLD, str(folder), "fork" if fork else ""],
+        [sys.executable, "-W", "ignore", "-c", HOLD, str(directory), "fork" if fork else ""],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -61,35 +61,35 @@ def test_a_second_run_is_refused_until_the_first_one_is_gone(tmp_path: Path, opt
     with held(str(chosen.output), fork=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline().strip() == chosen.output
-        with pytest.raises(InputError) as error, run_folder(chosen):
+        with pytest.raises(InputError) as error, run_directory(chosen):
             pass
         assert str(error.value) == (
             f"another run (process {other.pid}) uses {chosen.output}: wait for its end, or give another --output"
         )
         other.kill()
         other.wait()
-        with run_folder(chosen) as folder:
-            assert str(folder) == chosen.output
+        with run_directory(chosen) as directory:
+            assert str(directory) == chosen.output
 
 
 @pytest.mark.slow
-def test_ranks_share_the_folder_of_their_run(
+def test_ranks_share_the_directory_of_their_run(
     tmp_path: Path, options: Callable[..., RunOptions], monkeypatch: pytest.MonkeyPatch
 ):
     with held(tmp_path / "runs" / "7") as main:
         assert main.stdout is not None
-        folder = main.stdout.readline().strip()
-        for name, value in {"LOCAL_RANK": "1", MAIN_PROCESS: str(main.pid), "DNW_GRAPH_FOLDER": folder}.items():
+        directory = main.stdout.readline().strip()
+        for name, value in {"LOCAL_RANK": "1", MAIN_PROCESS: str(main.pid), "DNW_GRAPH_DIRECTORY": directory}.items():
             monkeypatch.setenv(name, value)
-        with run_folder(options(output=None)) as shared:
-            assert str(shared) == folder
+        with run_directory(options(output=None)) as shared:
+            assert str(shared) == directory
 
 
 @pytest.mark.slow
-def test_runs_that_start_at_the_same_time_get_folders_of_their_own(tmp_path: Path):
+def test_runs_that_start_at_the_same_time_get_directories_of_their_own(tmp_path: Path):
     with held("", cwd=tmp_path) as a, held("", cwd=tmp_path) as b, held("", cwd=tmp_path) as c:
-        folders = {process.stdout.readline().strip() for process in (a, b, c) if process.stdout}
-    assert folders == {"runs/1", "runs/2", "runs/3"}
+        directories = {process.stdout.readline().strip() for process in (a, b, c) if process.stdout}
+    assert directories == {"runs/1", "runs/2", "runs/3"}
 
 
 def test_a_number_that_another_run_takes_first_is_passed_over(
@@ -104,12 +104,12 @@ def test_a_number_that_another_run_takes_first_is_passed_over(
         make(self, *args, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Path, "mkdir", slow)
-    with run_folder(options(output=None)) as folder:
-        assert folder == Path("runs/2")
+    with run_directory(options(output=None)) as directory:
+        assert directory == Path("runs/2")
 
 
 @pytest.mark.parametrize("kind", ["a file", "a link to nothing"])
-def test_runs_that_is_no_folder_is_refused(
+def test_runs_that_is_no_directory_is_refused(
     kind: str, tmp_path: Path, options: Callable[..., RunOptions], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -117,7 +117,7 @@ def test_runs_that_is_no_folder_is_refused(
         Path("runs").touch()
     else:
         Path("runs").symlink_to("nothing")
-    with pytest.raises(InputError, match="cannot write to folder runs"), run_folder(options(output=None)):
+    with pytest.raises(InputError, match="cannot write to directory runs"), run_directory(options(output=None)):
         pass
 
 
@@ -131,5 +131,5 @@ def test_a_file_system_without_locks_is_used_without(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with run_folder(options()) as folder:
-        assert folder.is_dir()
+    with run_directory(options()) as directory:
+        assert directory.is_dir()

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from dnw_graph.arguments import checked, require
 from dnw_graph.ranking import rankings
-from dnw_graph.training.loggers import Table
-from dnw_graph.training.pictures import draw_pictures, log_pictures, write_pictures
+from dnw_graph.visualize.pictures import draw_pictures, log_pictures, write_pictures
 from dnw_graph.visualize.recording import Recording
 
 
@@ -26,8 +25,9 @@ class WiringRecorder(Callback):
         path: File that the recording is written to after every epoch; None for none.
         every_n_steps: Also record after so many optimiser steps; 0 for the ends of epochs alone.
         model: The model to record, as it is within the LightningModule. Default: all of that.
-        pictures: Folder for pictures at the end of training: curves, an animation of each graph and a page. Loggers for
-            TensorBoard and W&B get them too. None for none.
+        pictures: Directory for pictures at the end of training: curves, an animation of each graph and a page. Loggers
+            for TensorBoard and W&B get them too. None for none.
+        metrics: The table of the run, ``metrics.csv``, that the curves are drawn from; None for no curves.
 
     Attributes:
         recording: The recording; None before training, and of a model without a graph or sparse layer.
@@ -46,12 +46,14 @@ class WiringRecorder(Callback):
         every_n_steps: int = 0,
         model: nn.Module | None = None,
         pictures: str | Path | None = None,
+        metrics: str | Path | None = None,
     ) -> None:
         require(every_n_steps >= 0, "WiringRecorder: every_n_steps", "an integer from 0 up", every_n_steps)
         self.path = None if path is None else Path(path)
         self.every_n_steps = every_n_steps
         self.model = model
         self.pictures = None if pictures is None else Path(pictures)
+        self.metrics = None if metrics is None else Path(metrics)
         self.recording: Recording | None = None
         self._saved: Tensor | None = None
 
@@ -79,8 +81,7 @@ class WiringRecorder(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw what was recorded."""
         if self.recording is not None and self.pictures is not None and trainer.is_global_zero:
-            table = next((logger.path for logger in trainer.loggers if isinstance(logger, Table)), None)
-            pictures = draw_pictures(self.recording, table)
+            pictures = draw_pictures(self.recording, self.metrics)
             write_pictures(pictures, self.pictures)
             log_pictures(pictures, trainer.loggers, trainer.global_step - 1)
 

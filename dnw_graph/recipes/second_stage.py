@@ -15,38 +15,38 @@ FIRST, LAST = "first.ckpt", "last.ckpt"
 RULES = ("lottery_ticket", "fine_tune")
 
 
-def second_stage(rule: str, folder: Path, complete: nn.Module, expected: dict[str, Any]) -> nn.Module:
+def second_stage(rule: str, directory: Path, complete: nn.Module, expected: dict[str, Any]) -> nn.Module:
     """Return the model that a second stage starts from.
 
     Args:
         rule: One of ``RULES``.
-        folder: Folder of a finished run with ``--wiring complete``.
+        directory: Directory of a finished run with ``--wiring complete``.
         complete: A model like the one that was trained, whose graphs know k.
         expected: Options that the run must share, such as the size of the images.
 
     Raises:
-        InputError: If the folder holds no finished run of such a complete model.
+        InputError: If the directory holds no finished run of such a complete model.
     """
     if rule not in RULES:
         raise InputError(f"--complete is for --wiring {' or '.join(RULES)}; got --wiring {rule}")
-    checkpoint = read_checkpoint(folder / LAST)
+    checkpoint = read_checkpoint(directory / LAST)
     options = checkpoint[SECTION]["options"]
     for name, value in {"wiring": "complete", **expected}.items():
         if options.get(name) != value:
             raise InputError(
-                f"--complete needs a run with {name} {value!r}, but {folder / LAST} was trained with "
+                f"--complete needs a run with {name} {value!r}, but {directory / LAST} was trained with "
                 f"{options.get(name)!r}: train the complete graph first, with --wiring complete"
             )
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
     if epochs != options.get("epochs"):
         raise InputError(
-            f"{folder / LAST} stands at epoch {epochs} of {options.get('epochs')!r:.20}: finish the run first, "
+            f"{directory / LAST} stands at epoch {epochs} of {options.get('epochs')!r:.20}: finish the run first, "
             "with --resume"
         )
-    complete.load_state_dict(_weights(folder / LAST, checkpoint, complete))
+    complete.load_state_dict(_weights(directory / LAST, checkpoint, complete))
     if rule == "fine_tune":
         return fine_tune(complete)
-    return lottery_ticket(complete, _weights(folder / FIRST, read_checkpoint(folder / FIRST), complete))
+    return lottery_ticket(complete, _weights(directory / FIRST, read_checkpoint(directory / FIRST), complete))
 
 
 def _weights(path: Path, checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def transforms(data: str, size: int) -> tuple[v2.Compose, Preprocessing]:
     - Digits are never flipped and never cropped to a part: they get the random crop after padding at every size.
 
     Args:
-        data: ``digits``, ``cifar10`` or ``folder``.
+        data: ``digits``, ``cifar10`` or ``directory``.
         size: Height and width of the result.
     """
     small = is_small(data, size)

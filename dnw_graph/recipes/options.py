@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch import nn
 
 from dnw_graph.arguments import check_fields, require
 from dnw_graph.errors import InputError, unknown_name
-from dnw_graph.training.schedules import SCHEDULES
+from dnw_graph.recipes.schedules import SCHEDULES
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true")
-ACCELERATORS = ("auto", "cpu", "gpu")
+# Options that take one of some names.
+NAMES = {"schedule": SCHEDULES, "precision": PRECISIONS, "accelerator": ("auto", "cpu", "gpu")}
 # What one command does, and with which files.
 ACTIONS = {"output", "resume", "init_from", "evaluate", "compact", "export", "with_preprocessing"}
 
@@ -36,10 +38,6 @@ def option(default: Any, description: str, *, fixed: bool = False) -> Any:
 def flag(name: str) -> str:
     """Return the command-line flag of a field: ``batch_size`` gives ``--batch-size``."""
     return "--" + name.replace("_", "-")
-
-
-def _require(holds: bool, name: str, value: object, expected: str) -> None:
-    require(holds, flag(name), expected, value)
 
 
 @dataclass(frozen=True)
@@ -72,17 +70,17 @@ class RunOptions:
     data: str = option(
         "digits",
         "'digits' (scikit-learn's 8x8 digits, the last 360 of 1,797 are the test images), 'cifar10' (downloaded "
-        "by torchvision into ./data), or a folder with train/<class>/ and val/<class>/ or test/<class>/",
+        "by torchvision into ./data), or a directory with train/<class>/ and val/<class>/ or test/<class>/",
     )
     image_size: int | None = option(
         None,
         "height and width in pixels. From 64 up images get the ImageNet augmentation, below 64 the CIFAR one. "
-        "Default: 16 for digits, 32 for cifar10, 224 for a folder",
+        "Default: 16 for digits, 32 for cifar10, 224 for a directory",
         fixed=True,
     )
     check_images: bool = option(
         True,
-        "before training, open every image file of a folder and look for broken ones, so that none stops the run "
+        "before training, open every image file of a directory and look for broken ones, so that none stops the run "
         "later. ImageNet's 1.33 million files take 2 to 4 minutes on a local disk",
     )
     held_out: int = option(
@@ -126,8 +124,8 @@ class RunOptions:
     )
     output: str | None = option(
         None,
-        "folder for checkpoints, logs and the summary. Default: a new numbered folder under ./runs, or the "
-        "checkpoint's folder with --resume",
+        "directory for checkpoints, logs and the summary. Default: a new numbered directory under ./runs, or the "
+        "checkpoint's directory with --resume",
     )
     save_every: int = option(
         0, "also write last.ckpt every so many steps; 0: at the end of every epoch only, and when interrupted"
@@ -145,8 +143,8 @@ class RunOptions:
     )
     init_from: str | None = option(
         None,
-        "trained model to start from: a checkpoint or the folder of a run. Its classifier is left out if its classes "
-        "are others",
+        "trained model to start from: a checkpoint or the directory of a run. Its classifier is left out if its "
+        "classes are others",
     )
     evaluate: str | None = option(
         None, "model to evaluate, with the options that it holds; nothing is trained, and no train/ is needed"
@@ -166,27 +164,24 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_fields(self, flag)
-        for name in ("epochs", "batch_size", "devices", "num_nodes"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("weight_decay", "save_every", "record_every", "held_out", "warmup_epochs"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "a number from 0 to below 2^63")
-        for name in ("data", "output", "resume", "init_from", "evaluate", "export"):
-            path = getattr(self, name)
-            _require(path is None or (path != "" and "\0" not in path), name, path, "a path")
-        _require(self.lr > 0, "lr", self.lr, "a number above 0")
-        for name in ("momentum", "label_smoothing"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number from 0 to below 1")
         below = f"fewer than the {self.epochs} epochs of the run: give more --epochs"
-        _require(self.warmup_epochs < self.epochs, "warmup_epochs", self.warmup_epochs, below)
-        _require(self.image_size is None or self.image_size >= 8, "image_size", self.image_size, "8 or more")
-        _require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
-        if self.schedule not in SCHEDULES:
-            raise unknown_name("schedule", self.schedule, SCHEDULES)
-        if self.precision not in PRECISIONS:
-            raise unknown_name("precision", self.precision, PRECISIONS)
-        if self.accelerator not in ACCELERATORS:
-            raise unknown_name("accelerator", self.accelerator, ACCELERATORS)
+        ranges: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+            ("epochs batch_size devices num_nodes", "1 or more", lambda x: x >= 1),
+            ("weight_decay save_every record_every held_out warmup_epochs workers", "0 or more", lambda x: x >= 0),
+            ("seed", "a number from 0 to below 2^63", lambda x: 0 <= x < 2**63),
+            ("data output resume init_from evaluate export", "a path", lambda x: x != "" and "\0" not in x),
+            ("lr", "a number above 0", lambda x: x > 0),
+            ("momentum label_smoothing", "a number from 0 to below 1", lambda x: 0 <= x < 1),
+            ("warmup_epochs", below, lambda x: x < self.epochs),
+            ("image_size", "8 or more", lambda x: x >= 8),
+        )
+        for names, expected, holds in ranges:
+            for name in names.split():
+                value = getattr(self, name)
+                require(value is None or holds(value), flag(name), expected, value)
+        for name, known in NAMES.items():
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
         processes = self.devices * self.num_nodes
         if self.batch_size % processes:
             raise InputError(
