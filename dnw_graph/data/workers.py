@@ -1,0 +1,66 @@
+"""Processes that load images, and leave stopping to their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dnw_graph import stopping
+from dnw_graph.errors import InputError
+
+
+class Loader(DataLoader[tuple[Tensor, int]]):
+    """Has workers that leave stopping to their parent.
+
+    Ctrl-C, and often SIGTERM, reach the whole process group. If a worker ended of it, the step in progress, which is to
+    be finished and saved, would fail too.
+    """
+
+    def __init__(self, samples: Dataset[tuple[Tensor, int]], **options: Any) -> None:
+        super().__init__(samples, worker_init_fn=leave_the_group, **options)
+
+    def __iter__(self) -> Any:
+        if not self.num_workers:
+            return super().__iter__()
+        with stopping.held():
+            return super().__iter__()
+
+
+def leave_the_group(worker: int) -> None:
+    """Have a worker end when its parent says so, and of no signal to the group."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    for number in stopping.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # drops what came before
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # that of the parent
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping.SIGNALS)
+    sys.excepthook = _except_losses
+
+
+def _except_losses(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Print no traceback where the parent is gone in the middle of an exchange; PyTorch ends the worker then."""
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, traceback)
+
+
+@contextmanager
+def lost_workers_told() -> Iterator[None]:
+    """Say in one line that a worker was killed, of which PyTorch tells in a traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise InputError(
+            "a process that loads images was killed, as happens where memory runs out: give fewer --workers; "
+            f"{stopping.how_to_continue()}"
+        ) from error
