@@ -1,5 +1,6 @@
 """Files that a hosting service reads: they parse, and name what exists."""
 
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -39,3 +40,27 @@ def test_one_version_everywhere():
     assert __version__ == version
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert re.search(rf"^## {re.escape(version)} ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+@pytest.fixture
+def for_index():
+    spec = importlib.util.spec_from_file_location("dnw_graph_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.for_index
+
+
+def test_links_of_the_readme_hold_on_an_index(for_index):
+    text = (ROOT / "README.md").read_text()
+    for site in ("", "https://example.org/dnw/"):
+        links = re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", for_index(text, site))
+        pages = ["".join(pair) for pair in links]
+        assert all(page.startswith("https://") for page in pages)
+        assert bool(site) == any(page.startswith(site or "no site") for page in pages)
+        for page in pages if site else ():
+            if page.startswith(site):
+                path = re.sub(r"[.]html(#.*)?$", ".md", page.removeprefix(site))
+                assert (ROOT / "docs" / path).is_file(), page
+    plain = for_index(text, "")
+    assert "The gallery has more." in plain
+    assert "docs/" not in re.sub(r"```.*?```", "", plain, flags=re.DOTALL).replace("The pages are in docs/;", "")
