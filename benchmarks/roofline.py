@@ -15,7 +15,7 @@ and the candidate weights. The groups of a graph are:
   on to read I and write ∂L/∂I. Batch norm: two sums over the batch come first, so one pass reads I and writes ∂L/∂Z,
   another reads both and writes ∂L/∂I. The depthwise convolution costs twice the operations of its forward pass.
 - *candidate gradient*: a dense product of 2 · targets · sources · batch · places operations that reads ∂L/∂I and Z and
-  writes the gradient; of a rule that leaves hallucinated edges alone, operations and gradient of the real edges only.
+  writes the gradient; of a rule that trains some candidates, operations and gradient of these only.
 - *selection*: reads the candidate weights.
 - *solver* of a continuous graph: reads the states that it combines and writes one, in both passes.
 
@@ -168,6 +168,8 @@ class _Counter:
         self.graph, self.batch, self.map = graph, batch, batch * dtype.itemsize
         self.two_passes = any(isinstance(module, nn.BatchNorm2d) for module in graph.modules())
         self.source, self.target = graph.edge_index.cpu()
+        learning = graph.learning_edges(graph.real_index, graph.tensors())
+        self.learning = None if learning is None else graph.candidates.pairs(learning).cpu()
         self.kernel = next(module.weight for module in graph.modules() if isinstance(module, NodeConv))
 
     def static(self, before: int, places: int) -> Iterator[Group]:
@@ -207,7 +209,9 @@ class _Counter:
         edges = self.edges(sources, targets)
         moved = self.map * places * (len(sources) + len(targets))
         yield self.group("product", edges * places, moved + EDGE * edges)
-        pairs = len(sources) * len(targets) if self.graph.wiring.gradient is None else edges
+        pairs = len(sources) * len(targets)
+        if self.learning is not None:
+            pairs = edges_between(self.learning[0], self.learning[1], sources, targets)
         yield self.group("candidate gradient", pairs * places, moved + PARAMETER * pairs)
 
     def node_function(self, nodes: int, before: int, places: int, read_again: bool) -> Iterator[Group]:

@@ -242,9 +242,10 @@ def _weight(layer: nn.Module) -> tuple[Tensor, Fraction, Fraction]:
     sparse = layer.get_submodule("parametrizations.weight.0")
     if not isinstance(sparse, RealWeights) or sparse.mask is None:
         return weight, Fraction(1), Fraction(1)
-    real = Fraction(int(sparse.mask.count_nonzero()), weight.numel())
-    dense = sparse.learning is not sparse.mask or sparse.probe is not None
-    return weight, real, Fraction(1) if dense else real
+    learning = None if sparse.probe is not None else sparse.learning
+    masks = (sparse.mask, learning)
+    real, updated = (Fraction(weight.numel() if m is None else int(m.count_nonzero()), weight.numel()) for m in masks)
+    return weight, real, updated
 
 
 def _passes(weight: Tensor, to_source: bool) -> tuple[int, int]:
@@ -282,11 +283,12 @@ class GraphStep:
         self.through_edges += products * through
 
     def multiply_adds(self) -> float:
-        """Return the multiply-adds of the step for its real edges, and all candidates where those get a gradient."""
-        if self.edges is None:
+        """Return the multiply-adds of the step for its real edges, and for the candidates that get a gradient."""
+        edges = self.edges
+        if edges is None:
             return 0
-        real = self.edges.index.numel() / self.edges.candidates.num_candidates
-        return real * self.through_edges + (1 if self.edges.dense else real) * self.to_weights
+        passes = edges.index.numel() * self.through_edges + edges.num_learning * self.to_weights
+        return passes / edges.candidates.num_candidates
 
 
 class _CountedStep(Propagate):

@@ -126,6 +126,14 @@ def sampled(pieces: Sequence[Tensor], rowptr: Tensor, columns: Tensor, received:
     return torch.cat([(received[v] * z[u]).sum(1) for v, u in parts])
 
 
+def sampled_matrix(received: Tensor, z: Tensor, targets: Tensor, sources: Tensor) -> Tensor:
+    """Return a matrix (targets × sources) of ⟨received_v, z_u⟩ for edges sorted by target, and zero elsewhere."""
+    rowptr = torch.searchsorted(targets, torch.arange(len(received) + 1, device=targets.device))
+    matrix = z.new_zeros(len(received), len(z))
+    matrix[targets, sources] = sampled([z], rowptr, sources, received)
+    return matrix
+
+
 def by_source(rowptr: Tensor, columns: Tensor, sources: int) -> tuple[Tensor, Tensor]:
     """Return where the edges of each source start in the order of Aᵀ, and that order of the edges of A."""
     if columns.device.type == "cpu":

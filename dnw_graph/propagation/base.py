@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from dnw_graph.candidates import Block, CandidateEdges
 from dnw_graph.ops.layout import transformed
 
+SAMPLED = 1 / 8
+"""Largest share of the candidates whose gradients are computed edge by edge; a dense product of all is faster above."""
+
 
 def channels_last(x: Tensor) -> Tensor:
     """Return maps with the nodes last in memory, which suits dense products and convolutions; other tensors as is."""
@@ -47,22 +50,38 @@ class RealEdges:
     learning: Int[Tensor, " learning"] | None = None
     probe: Float[Tensor, " candidates"] | None = None
 
-    @property
-    def dense(self) -> bool:
-        """Whether the gradient of hallucinated candidates is needed."""
-        return self.learning is not self.index or self.probe is not None
+    @cached_property
+    def sampled(self) -> Int[Tensor, " learning"] | None:
+        """Flat indices of the candidates whose gradients are computed edge by edge; None for a dense product."""
+        few = self.learning is not None and self.learning.numel() <= SAMPLED * self.candidates.num_candidates
+        return self.learning if few and self.probe is None else None
 
     @property
     def complete(self) -> bool:
         """Whether all candidates are real."""
         return self.index.numel() == self.candidates.num_candidates
 
+    @property
+    def num_learning(self) -> int:
+        """Number of candidates whose gradient somebody asks for."""
+        some = self.learning is not None and self.probe is None
+        return self.learning.numel() if some and self.learning is not None else self.candidates.num_candidates
+
     @cached_property
     def local(self) -> list[Int[Tensor, " part"]]:
         """The real edges of each block, counted from the block's first candidate."""
+        return self._by_block(self.index)
+
+    @cached_property
+    def local_sampled(self) -> list[Int[Tensor, " part"]]:
+        """The same of the candidates in ``sampled``."""
+        assert self.sampled is not None
+        return self.local if self.sampled is self.index else self._by_block(self.sampled)
+
+    def _by_block(self, index: Tensor) -> list[Tensor]:
         blocks = self.candidates.blocks
-        starts = torch.tensor([block.offset for block in blocks], device=self.index.device)
-        parts = self.index.tensor_split(torch.searchsorted(self.index, starts[1:]).tolist())
+        starts = torch.tensor([block.offset for block in blocks], device=index.device)
+        parts = index.tensor_split(torch.searchsorted(index, starts[1:]).tolist())
         return [part - block.offset for part, block in zip(parts, blocks, strict=True)]
 
     def restrict(self, gradient: Float[Tensor, " candidates"]) -> Float[Tensor, " candidates"]:

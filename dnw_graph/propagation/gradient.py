@@ -32,6 +32,11 @@ def candidate_weights(edges: RealEdges) -> Float[Tensor, " candidates"]:
     return _ToCandidates.apply(edges.weight, edges.probe, edges, False)
 
 
+def unrestricted_weights(edges: RealEdges) -> Float[Tensor, " candidates"]:
+    """Return what :func:`candidate_weights` returns, for products that compute no gradient but of ``edges.sampled``."""
+    return candidate_weights(edges) if edges.sampled is None else edges.weight
+
+
 def real_weights(edges: RealEdges) -> Float[Tensor, " candidates"]:
     """Return the values of real edges and zero for all others, with the gradient of :func:`candidate_weights`."""
     return _ToCandidates.apply(edges.weight, edges.probe, edges, True)
@@ -41,7 +46,7 @@ def transformable(edges: RealEdges) -> Float[Tensor, " candidates"]:
     """Return what :func:`real_weights` returns, by operators that ``torch.func`` transforms; no probe."""
     weight = edges.weight
     real = torch.zeros_like(weight).index_copy(0, edges.index, weight[edges.index])
-    if not edges.dense:
+    if edges.learning is edges.index:
         return real
     if edges.learning is not None:
         weight = weight.detach().index_copy(0, edges.learning, weight[edges.learning])

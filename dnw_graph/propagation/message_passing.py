@@ -15,9 +15,9 @@ from dnw_graph.arguments import checked, require
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.ops.checks import first_order
 from dnw_graph.ops.layout import detach_view, transformed
-from dnw_graph.ops.sparse import by_source
+from dnw_graph.ops.sparse import by_source, sampled_matrix
 from dnw_graph.propagation.base import Propagate, Propagation, RealEdges, channels_last
-from dnw_graph.propagation.gradient import candidate_weights
+from dnw_graph.propagation.gradient import unrestricted_weights
 
 if TYPE_CHECKING:
     from dnw_graph.propagation.weighted_sum import WeightedSum
@@ -110,7 +110,7 @@ class _Messages(Propagate):
     """Messages over the edges of a block."""
 
     def __init__(self, propagation: MessagePassingPropagation, edges: RealEdges) -> None:
-        super().__init__(edges, edges.split(candidate_weights(edges)))
+        super().__init__(edges, edges.split(unrestricted_weights(edges)))
         self.propagation = propagation
 
     def product(self, number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -122,26 +122,33 @@ class _Messages(Propagate):
         received = self.propagation.send(features, targets, sources, values, weight.size(0))
         # [targets, batch · space] back to [batch, targets, *space]
         received = received.view(weight.size(0), z.size(0), *z.shape[2:]).transpose(0, 1)
-        return _CandidateGradient.apply(channels_last(received), z.detach(), weight)
+        sampled = None
+        if self.edges.sampled is not None:
+            sampled = self.blocks[number].within(self.edges.local_sampled[number], rows, columns)
+        return _CandidateGradient.apply(channels_last(received), z.detach(), weight, sampled)
 
 
 class _CandidateGradient(torch.autograd.Function):
-    """The identity on I; in the backward pass every candidate of the block gets its gradient."""
+    """The identity on I; in the backward pass every candidate of the block, or some of them, get their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, received: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, received: Tensor, z: Tensor, weight: Tensor, sampled: tuple[Tensor, Tensor] | None) -> Tensor:
+        ctx.sampled = sampled
         ctx.save_for_backward(z)
         return detach_view(received)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
         (z,) = ctx.saved_tensors
         weight_grad = None
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[2] and ctx.sampled is None:
             # Nodes last: no copy for channels-last maps.
             weight_grad = grads[0].movedim(1, -1).flatten(0, -2).t() @ z.movedim(1, -1).flatten(0, -2)
-        return grads[0], None, weight_grad
+        elif ctx.needs_input_grad[2]:
+            received_grad, states = (each.transpose(0, 1).flatten(1).contiguous() for each in (grads[0], z))
+            weight_grad = sampled_matrix(received_grad, states, *ctx.sampled)
+        return grads[0], None, weight_grad, None
 
 
 class _SparseProduct(torch.autograd.Function):

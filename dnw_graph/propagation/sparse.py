@@ -16,9 +16,9 @@ from dnw_graph.errors import InputError
 from dnw_graph.ops.checks import first_order
 from dnw_graph.ops.dense import product_with_transpose
 from dnw_graph.ops.layout import batch_last, detach_view, kernels_take, traced
-from dnw_graph.ops.sparse import by_source, product_of_pieces, sampled
+from dnw_graph.ops.sparse import by_source, product_of_pieces, sampled, sampled_matrix
 from dnw_graph.propagation.base import Propagate, Propagation, RealEdges, States, autocast_dtype
-from dnw_graph.propagation.gradient import candidate_weights
+from dnw_graph.propagation.gradient import unrestricted_weights
 
 
 class SparsePropagation(Propagation):
@@ -26,8 +26,9 @@ class SparsePropagation(Propagation):
 
     States lie node-major with the images last, ``[nodes, *space, batch]`` in memory. A product over the edges then adds
     up long rows, in tiles that stay in cache, the gradient of a block's candidates is one dense product per block of
-    sources, without a copy, and the node functions of this package run as one compiled pass. Where hallucinated
-    candidates get no gradient (:class:`~dnw_graph.RandomGraph`, …) there is no dense product at all.
+    sources, without a copy, and the node functions of this package run as one compiled pass. Where few candidates get
+    a gradient (:class:`~dnw_graph.RandomGraph`, :class:`~dnw_graph.TopKAST`, …; up to an eighth of all), theirs alone
+    are computed.
 
     Raises:
         InputError: In the forward pass, if the states are not float32 or float64 on a CPU, or it is traced or
@@ -48,7 +49,7 @@ class SparsePropagation(Propagation):
                 f"propagation='sparse' takes float32 or float64 on a CPU; got states of {x.dtype} on {x.device}"
                 f"{autocast}: use propagation='auto'"
             )
-        return _Sparse(edges, edges.split(_weights(edges)))
+        return _Sparse(edges, edges.split(unrestricted_weights(edges)))
 
 
 class _Sparse(Propagate):
@@ -56,13 +57,13 @@ class _Sparse(Propagate):
 
     def __init__(self, edges: RealEdges, weights: list[Tensor]) -> None:
         super().__init__(edges, weights)
-        self.parts: dict[tuple[int, int, int, int, int], _Adjacency] = {}
+        self.parts: dict[tuple[int, int, int, int, int], _Part] = {}
 
     def product(self, number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
         key = (number, rows.start, rows.stop, columns.start, columns.stop)
         if key not in self.parts:
             self.parts[key] = _part(self.edges, number, rows, columns)
-        return _Product.apply(batch_last(z), self.weights[number][rows, columns], self.parts[key], self.edges.dense)
+        return _Product.apply(batch_last(z), self.weights[number][rows, columns], *self.parts[key])
 
     def arrange(self, x: Tensor) -> Tensor:
         return batch_last(x)
@@ -92,9 +93,7 @@ class _Adjacency:
         return torch.repeat_interleave(self.rowptr.diff(), output_size=len(self.columns))
 
 
-def _weights(edges: RealEdges) -> Tensor:
-    """Return what gets the gradient: where only real edges do, the products compute no other."""
-    return candidate_weights(edges) if edges.dense else edges.weight
+_Part = tuple[_Adjacency, tuple[Tensor, Tensor] | None]
 
 
 def _adjacency(targets: Tensor, sources: Tensor, values: Tensor, shape: tuple[int, int]) -> _Adjacency:
@@ -103,20 +102,24 @@ def _adjacency(targets: Tensor, sources: Tensor, values: Tensor, shape: tuple[in
     return _Adjacency(rowptr, sources, values, shape[1])
 
 
-def _part(edges: RealEdges, number: int, rows: slice, columns: slice) -> _Adjacency:
-    """Return the edges of a part of a block, counted from the part's corner."""
+def _part(edges: RealEdges, number: int, rows: slice, columns: slice) -> _Part:
+    """Return the edges of a part of a block, and the candidates in ``sampled``, counted from the part's corner."""
     block: Block = edges.candidates.blocks[number]
     targets, sources = block.within(edges.local[number], rows, columns)
     weight = edges.candidates.block_weight(block, edges.weight.detach())[rows, columns]
-    return _adjacency(targets, sources, weight[targets, sources], (weight.size(0), weight.size(1)))
+    adjacency = _adjacency(targets, sources, weight[targets, sources], (weight.size(0), weight.size(1)))
+    sampled = None if edges.sampled is None else block.within(edges.local_sampled[number], rows, columns)
+    return adjacency, sampled
 
 
 class _Product(torch.autograd.Function):
-    """I = A Z, with the gradient of the states, and that of every candidate or of every real edge."""
+    """I = A Z, with the gradient of the states, and that of every candidate or of some of them."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, weight: Tensor, adjacency: _Adjacency, dense: bool) -> Tensor:
-        ctx.adjacency, ctx.dense = adjacency, dense
+    def forward(
+        ctx: Any, z: Tensor, weight: Tensor, adjacency: _Adjacency, sampled: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        ctx.adjacency, ctx.sampled = adjacency, sampled
         ctx.save_for_backward(z)
         received = product_of_pieces([_rows(z)], adjacency.rowptr, adjacency.columns, adjacency.values)
         return detach_view(_maps(received, z))
@@ -131,12 +134,10 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             starts, targets, values, _ = adjacency.by_source
             z_grad = _maps(product_of_pieces([received_grad], starts, targets, values), z)
-        if ctx.needs_input_grad[1] and ctx.dense:
+        if ctx.needs_input_grad[1] and ctx.sampled is None:
             weight_grad = product_with_transpose(received_grad, _rows(z))
         elif ctx.needs_input_grad[1]:
-            weight_grad = z.new_zeros(len(received_grad), z.size(1))
-            gradient = sampled([_rows(z)], adjacency.rowptr, adjacency.columns, received_grad)
-            weight_grad[adjacency.targets, adjacency.columns] = gradient
+            weight_grad = sampled_matrix(received_grad, _rows(z), *ctx.sampled)
         return z_grad, weight_grad, None, None
 
 
@@ -149,7 +150,7 @@ class _States(States):
 
     def __init__(self, common: _Pass) -> None:
         self.common = common
-        self.chain: Tensor = _weights(common.edges)
+        self.chain: Tensor = unrestricted_weights(common.edges)
 
     def receive(self, number: int, z: Tensor) -> Tensor:
         """Return what the next block receives from all blocks that feed it."""
@@ -164,18 +165,29 @@ class _Pass:
         self.edges, self.feeding = edges, feeding
         blocks = edges.candidates.blocks
         self.starts = [0, *(block.targets.start for block in blocks), blocks[-1].targets.stop]
-        targets, sources = [], []
-        for local, block in zip(edges.local, blocks, strict=True):
-            rows, columns = block.within(local, slice(0, block.shape[0]), slice(0, block.shape[1]))
-            targets.append(rows + block.targets.start)
-            sources.append(columns + block.sources.start)
-        values = edges.weight.detach()[edges.index]
-        # Nodes are counted over the whole graph; a block's targets follow on those of the block before it.
-        size = (self.starts[-1], self.starts[-1])
-        self.adjacency = _adjacency(torch.cat(targets), torch.cat(sources), values, size)
+        self.adjacency = self.of_all_blocks(edges.index, edges.local)
         self.z: list[Tensor] = []
         self.received_grads: dict[int, Tensor | None] = {}
         self.weight_grad: Tensor | None = None
+
+    @cached_property
+    def sampled(self) -> _Adjacency:
+        """The candidates in ``sampled``."""
+        index = self.edges.sampled
+        assert index is not None
+        same = index is self.edges.index
+        return self.adjacency if same else self.of_all_blocks(index, self.edges.local_sampled)
+
+    def of_all_blocks(self, index: Tensor, local: Sequence[Tensor]) -> _Adjacency:
+        """Return candidates of all blocks, whose nodes are counted over the whole graph."""
+        targets, sources = [], []
+        for part, block in zip(local, self.edges.candidates.blocks, strict=True):
+            rows, columns = block.within(part, slice(0, block.shape[0]), slice(0, block.shape[1]))
+            targets.append(rows + block.targets.start)
+            sources.append(columns + block.sources.start)
+        # A block's targets follow on those of the block before it.
+        size = (self.starts[-1], self.starts[-1])
+        return _adjacency(torch.cat(targets), torch.cat(sources), self.edges.weight.detach()[index], size)
 
     def edges_of(self, rowptr: Tensor, block: int) -> tuple[Tensor, slice]:
         """Return the row pointers of a block's nodes, counted from their first edge, and their edges."""
@@ -210,17 +222,17 @@ class _Pass:
 
     def gradient_of_weights(self, number: int, z: Tensor) -> None:
         """Write the gradient of all candidates that lead from a block's nodes."""
-        weight = self.edges.weight
+        weight, index = self.edges.weight, self.edges.sampled
         if self.weight_grad is None:
             # A backward pass from the outputs writes to all candidates, one from states within to some of them.
-            complete = number == len(self.feeding) - 1 and self.edges.dense
+            complete = number == len(self.feeding) - 1 and index is None
             self.weight_grad = torch.empty_like(weight) if complete else torch.zeros_like(weight)
-        if not self.edges.dense:
-            starts, targets, _, order = self.adjacency.by_source
+        if index is not None:
+            starts, targets, _, order = self.sampled.by_source
             rowptr, own = self.edges_of(starts, number)
             pieces = self.gradients_after(number, z)
             gradient = sampled(pieces, rowptr, targets[own] - self.starts[number + 1], _rows(z))
-            self.weight_grad[self.edges.index[order[own]]] = gradient
+            self.weight_grad[index[order[own]]] = gradient
             return
         for later in range(number, len(self.feeding)):
             block = self.edges.candidates.blocks[later]

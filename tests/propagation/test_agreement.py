@@ -5,12 +5,13 @@ from itertools import combinations
 
 import pytest
 import torch
+from pairs import rest_is_slow
 from reference import candidate_gradient, plain_forward, relative_error, static_pairs
 from torch import nn
 from torch.func import functional_call
 
 from dnw_graph import Discrete, InputError, NeuralGraph, Wiring
-from dnw_graph.propagation import MessagePassingPropagation
+from dnw_graph.propagation import MessagePassingPropagation, base
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 WAYS = [
@@ -34,15 +35,20 @@ EDGES = {
 
 
 class Fixed(Wiring):
-    """Given edges; all candidates get a gradient, or the real ones only."""
+    """Given edges; all candidates get a gradient, the real ones only, or these and every third one."""
 
-    def __init__(self, index, updates_hallucinated=True):
+    needs_steps = False
+
+    def __init__(self, index, learning="all"):
         super().__init__()
-        self.gradient = None if updates_hallucinated else "real"
+        self.trained = learning
         self.index = torch.tensor(index, dtype=torch.long)
 
     def choose(self, view):
         return self.index
+
+    def trained_edges(self, view):
+        return torch.tensor(sorted({*self.index.tolist(), *range(0, view.num_candidates, 3)}))
 
 
 def propagation(way):
@@ -75,13 +81,18 @@ def assert_agree(tensors, reference):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("edges", EDGES)
-@pytest.mark.parametrize("hallucinated", [True, False])
-def test_equals_a_plain_loop(way, dtype, edges, hallucinated):
+@pytest.mark.parametrize(
+    ("learning", "sampled"), [("all", 0), ("real", 1), *rest_is_slow([("own", 1), ("own", 0), ("real", 0)])]
+)
+def test_equals_a_plain_loop(way, dtype, edges, learning, sampled, monkeypatch):
+    """Whether gradients of some candidates are computed edge by edge, or those of all in one product."""
+    monkeypatch.setattr(base, "SAMPLED", sampled)
     index = EDGES[edges]
+    learn = {"all": PAIRS, "real": index, "own": {*index, *range(0, len(PAIRS), 3)}}[learning]
     graph = NeuralGraph(
         SIZES,
         max(1, len(index)),
-        wiring=Fixed(index, hallucinated),
+        wiring=Fixed(index, learning),
         node_function=nn.Identity(),
         propagation=propagation(way),
     ).to(dtype)
@@ -94,7 +105,7 @@ def test_equals_a_plain_loop(way, dtype, edges, hallucinated):
         out = torch.stack(states[-SIZES[-1] :], dim=1)
         weigh(out).backward()
         gradient = [
-            candidate_gradient(states, offsets, u, v) if hallucinated or i in index else 0.0
+            candidate_gradient(states, offsets, u, v) if learning == "all" or i in learn else 0.0
             for i, (u, v) in enumerate(PAIRS)
         ]
         loop = {

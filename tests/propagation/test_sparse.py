@@ -11,9 +11,10 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from dnw_graph import CandidateEdges, InputError, NeuralGraph, RandomGraph
-from dnw_graph.propagation import SparsePropagation
+from dnw_graph import DNW, CandidateEdges, Discrete, InputError, NeuralGraph, RandomGraph, TopKAST
+from dnw_graph.propagation import MessagePassingPropagation, SparsePropagation, base
 
 SIZES = (3, 4, 5, 2)
 
@@ -43,6 +44,12 @@ def gradients(graph, x, times=1):
     return {name: grad for (name, _), grad in zip(named, found, strict=True)}
 
 
+@pytest.fixture(autouse=True)
+def some(monkeypatch):
+    """Gradients of some candidates are computed edge by edge, however many they are."""
+    monkeypatch.setattr(base, "SAMPLED", 1.0)
+
+
 def pair(**options):
     """The same graph by sparse and by dense products."""
     graphs = []
@@ -68,13 +75,24 @@ X = torch.randn(6, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().man
         {},
         {"wiring": RandomGraph()},
         {"wiring": RandomGraph(), "node_function": nn.Tanh()},
+        {"wiring": TopKAST(extra=15, strength=0.0)},
         {"node_function": "norm_relu_conv_norm_relu", "output_function": True, "stride": 2},
         {"input_function": False},
         {"node_function": cut_in_the_middle()},
         {"candidates": CandidateEdges.adjacent(SIZES)},
         {"candidates": CandidateEdges([(range(3), range(3, 7)), (range(3), range(7, 12)), (range(12), range(12, 14))])},
     ],
-    ids=["plain", "random", "random, tanh", "two norms", "bare inputs", "a cut gradient", "layers", "a block left out"],
+    ids=[
+        "plain",
+        "random",
+        "random, tanh",
+        "some",
+        "two norms",
+        "bare inputs",
+        "a cut gradient",
+        "layers",
+        "a block left out",
+    ],
 )
 def test_gradients_are_those_of_dense_products(options):
     sparse, block = pair(**options)
@@ -232,3 +250,23 @@ def test_gradients_against_differences(node_function):
 
     inputs = (X[:3, :, :3, :2].clone().requires_grad_(), weight[real].clone().requires_grad_())
     assert torch.autograd.gradcheck(run, inputs, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["sparse", "csr", "edge_index"])
+@pytest.mark.parametrize("steps", [None, 2], ids=["static", "discrete"])
+def test_gradients_that_nobody_asks_for_are_not_computed(way, steps):
+    """Top-KAST asks for some, DNW for all: dense products, which PyTorch's counter sees."""
+    shape = {"blocks": SIZES} if steps is None else {"num_nodes": 14, "num_inputs": 3, "num_outputs": 2}
+    performed = {}
+    for rule in (DNW(), TopKAST(extra=10, strength=0.0)):
+        dynamics = "static" if steps is None else Discrete(steps)
+        propagation = SparsePropagation() if way == "sparse" else MessagePassingPropagation(way)
+        graph = NeuralGraph(
+            num_edges=20, wiring=rule, node_function=nn.Tanh(), dynamics=dynamics, propagation=propagation, **shape
+        ).double()
+        loss = graph(X).square().sum()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        performed[type(rule)] = counter.get_total_flops()
+    assert performed[DNW] > 0
+    assert performed[TopKAST] == 0
