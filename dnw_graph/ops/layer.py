@@ -138,8 +138,8 @@ _sparse_linear = torch.library.custom_op(
 
 
 @_sparse_linear.register_fake
-def _(x: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    return x.new_empty(_check_linear(x, rowptr, columns, values, bias))
+def _(x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(_check_linear(x, *others[:-1]))
 
 
 def _convolution(
@@ -184,18 +184,8 @@ _sparse_convolution = torch.library.custom_op(
 
 
 @_sparse_convolution.register_fake
-def _(
-    x: Tensor,
-    rowptr: Tensor,
-    columns: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    add: Tensor | None,
-    window: Sequence[int],
-    groups: int,
-    relu: bool,
-) -> Tensor:
-    return x.new_empty(_check_convolution(x, rowptr, columns, values, bias, add, window, groups))
+def _(x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(_check_convolution(x, *others[:-1]))
 
 
 def dense_weight(rowptr: Tensor, columns: Tensor, values: Tensor, sources: int) -> Tensor:
@@ -305,9 +295,10 @@ def _linear_grad(
 
 
 @_linear_grad.register_fake
-def _(
-    grad: Tensor, x: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor, of_x: bool, of_values: bool
+def _sizes_of_grads(
+    grad: Tensor, x: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor]:
+    of_x, of_values = others[-2:]
     return x.new_empty(x.shape if of_x else 0), x.new_empty(values.shape if of_values else 0)
 
 
@@ -341,19 +332,7 @@ def _convolution_grad(
     return x_grad if of_x else empty, empty if values_grad is None else values_grad
 
 
-@_convolution_grad.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    rowptr: Tensor,
-    columns: Tensor,
-    values: Tensor,
-    window: Sequence[int],
-    groups: int,
-    of_x: bool,
-    of_values: bool,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if of_x else 0), x.new_empty(values.shape if of_values else 0)
+_convolution_grad.register_fake(_sizes_of_grads)
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

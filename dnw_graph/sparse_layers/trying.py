@@ -15,53 +15,19 @@ from dnw_graph.sparse_layers.layers import LayerWeight, registered
 from dnw_graph.usual import keeps_methods
 
 PRODUCTS = frozenset(
-    [
-        "mm",
-        "addmm",
-        "bmm",
-        "baddbmm",
-        "mv",
-        "addmv",
-        "linear",
-        "matmul",
-        "convolution",
-        "_convolution",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "mkldnn_convolution",
-        "_conv_depthwise2d",
-        "_native_multi_head_attention",
-    ]
+    (
+        *("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear", "matmul", "_native_multi_head_attention"),
+        *("convolution", "_convolution", "conv1d", "conv2d", "conv3d", "mkldnn_convolution", "_conv_depthwise2d"),
+        *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    )
 )
 """Operators of PyTorch in which each weight meets the inputs of its own connection."""
 REARRANGED = frozenset(
-    [
-        "t",
-        "transpose",
-        "permute",
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "as_strided",
-        "clone",
-        "_to_copy",
-        "detach",
-        "alias",
-        "slice",
-        "select",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "unbind",
-        "cat",
-    ]
+    (
+        *("t", "transpose", "permute", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "expand"),
+        *("as_strided", "clone", "_to_copy", "detach", "alias", "slice", "select", "split", "split_with_sizes"),
+        *("chunk", "unbind", "cat"),
+    )
 )
 """Those that return the same values in another order, shape or type."""
 SCALED = frozenset(("mul", "div"))
