@@ -10,6 +10,7 @@ from math import floor
 from dnw_graph.arguments import require
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.sparse_layers.layers import LayerWeight
+from dnw_graph.wirings.proportion import allot
 
 DISTRIBUTIONS = ("uniform", "erdos_renyi", "erdos_renyi_kernel", "global")
 
@@ -62,7 +63,9 @@ def edges_per_weight(
         return [kept(size, density) for size in sizes]
     sides = [weight.shape if distribution == "erdos_renyi_kernel" else weight.shape[:2] for weight in weights]
     shares = [size * sum(side) / side.numel() for size, side in zip(sizes, sides, strict=True)]
-    return _in_proportion(sizes, shares, kept(sum(sizes), density))
+    if (total := kept(sum(sizes), density)) < len(sizes):
+        raise InputError(f"the density leaves {total} weights for {len(sizes)} layers: give a larger one")
+    return allot(total, shares, [(1, size) for size in sizes])
 
 
 def _by_pattern(weights: Sequence[LayerWeight], density: float, densities: Mapping[str, float]) -> list[int]:
@@ -81,27 +84,3 @@ def _by_pattern(weights: Sequence[LayerWeight], density: float, densities: Mappi
         )
         for weight in weights
     ]
-
-
-def _in_proportion(sizes: Sequence[int], shares: Sequence[float], total: int) -> list[int]:
-    """Return counts in proportion to shares, each in 1 … its size, that add up to a total."""
-    if total < len(sizes):
-        raise InputError(f"the density leaves {total} weights for {len(sizes)} layers: give a larger one")
-
-    def at(scale: float) -> list[float]:
-        return [min(float(size), max(1.0, scale * share)) for size, share in zip(sizes, shares, strict=True)]
-
-    low, high = 0.0, max(size / share for size, share in zip(sizes, shares, strict=True))
-    if sum(at(high)) <= total:
-        return list(sizes)
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(at(middle)) <= total else (low, middle)
-    exact = at(low)
-    counts = [floor(count) for count in exact]
-    # What rounding down has left goes to the largest remainders.
-    room = [i for i in range(len(sizes)) if counts[i] < sizes[i]]
-    room.sort(key=lambda i: counts[i] - exact[i])
-    for i in room[: total - sum(counts)]:
-        counts[i] += 1
-    return counts

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from dnw_graph.arguments import checked, require
 from dnw_graph.wirings.schedule import moment
 from dnw_graph.wirings.stored_edges import ChangingEdges
@@ -43,10 +41,6 @@ class ACDC(ChangingEdges):
         require(ascending, "switches", "an odd number of ascending moments", switches)
         self.switches = tuple(switches)
 
-    def setup(self, view: View) -> None:
-        """Start with the complete graph."""
-        self.store(view, torch.arange(view.num_candidates, device=view.weight.device))
-
     def after_step(self, view: View) -> None:
         """Begin a phase if it is time."""
         compressed = sum(moment(view, switch) <= view.step for switch in self.switches) % 2
@@ -58,7 +52,3 @@ class ACDC(ChangingEdges):
             view.weight.mul_(self.real)
         else:
             view.reset_momentum()
-
-    def extra_repr(self) -> str:
-        """Options, for ``repr``."""
-        return f"switches={self.switches}"

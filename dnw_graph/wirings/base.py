@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -237,6 +238,12 @@ class Wiring(nn.Module):
                 setattr(self, name, int(state_dict[key]))
             elif strict:
                 missing_keys.append(key)
+
+    def extra_repr(self) -> str:
+        """Options, for ``repr``: arguments of the constructor that are kept by their names."""
+        names = (name for name in inspect.signature(type(self)).parameters if name in vars(self))
+        options = [(name, vars(self)[name]) for name in names if not isinstance(vars(self)[name], Tensor)]
+        return ", ".join(f"{name}={repr(value) if isinstance(value, str) else value}" for name, value in options)
 
     def __getstate__(self) -> dict[str, Any]:
         self.raise_non_finite()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from dnw_graph.arguments import checked, require
 from dnw_graph.wirings.schedule import Schedule, moment
 from dnw_graph.wirings.stored_edges import ChangingEdges
@@ -40,23 +38,15 @@ class GMP(ChangingEdges):
         super().__init__()
         require(every >= 1, "every", "an integer from 1 up", every)
         self.removal = Schedule(0.0, 1.0, begin, until, "cubic")
-        self.every = every
-
-    def setup(self, view: View) -> None:
-        """Start with the complete graph."""
-        self.store(view, torch.arange(view.num_candidates, device=view.weight.device))
+        self.begin, self.until, self.every = begin, until, every
 
     def after_step(self, view: View) -> None:
         """Remove edges if it is time."""
-        since = view.step - moment(view, self.removal.begin)
-        if since < 0 or (since % self.every and view.step < moment(view, self.removal.until)):
+        since = view.step - moment(view, self.begin)
+        if since < 0 or (since % self.every and view.step < moment(view, self.until)):
             return
         keep = round(view.num_candidates - (view.num_candidates - view.k) * self.removal.at(view, after=True))
         edges = self.choose(view)
         if keep < edges.numel():
             self.store(view, self.largest(view, keep, among=edges))
             view.clear(~self.mask)
-
-    def extra_repr(self) -> str:
-        """Options, for ``repr``."""
-        return f"removal={self.removal}, every={self.every}"

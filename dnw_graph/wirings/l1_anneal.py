@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dnw_graph._compat import not_compiled
 from dnw_graph.arguments import checked, require
-from dnw_graph.wirings.schedule import Schedule, as_schedule
+from dnw_graph.wirings.schedule import Changing, Schedule, as_schedule
 from dnw_graph.wirings.stored_edges import ChangingEdges
 from dnw_graph.wirings.view import View
+
+REMOVAL = Schedule(0.0, 1.0, 0.0, 0.25, "cubic")
 
 
 class L1Anneal(ChangingEdges):
@@ -43,8 +44,8 @@ class L1Anneal(ChangingEdges):
     @checked
     def __init__(
         self,
-        strength: float | Schedule | Mapping[str, int | float | str] = 1e-6,
-        removal: Schedule | Mapping[str, int | float | str] = Schedule(0.0, 1.0, 0.0, 0.25, "cubic"),  # noqa: B008
+        strength: Changing = 1e-6,
+        removal: Schedule | Mapping[str, int | float | str] = REMOVAL,
     ) -> None:
         super().__init__()
         self.strength = as_schedule("strength", strength)
@@ -57,10 +58,6 @@ class L1Anneal(ChangingEdges):
     def needs_steps(self) -> bool:
         """Whether a schedule moves."""
         return not (self.strength.constant and self.removal.constant)
-
-    def setup(self, view: View) -> None:
-        """Start with the complete graph."""
-        self.store(view, torch.arange(view.num_candidates, device=view.weight.device))
 
     @not_compiled  # would be compiled anew for every step
     def choose_to_train(self, view: View) -> Tensor:
@@ -77,7 +74,3 @@ class L1Anneal(ChangingEdges):
     def penalty(self, view: View) -> Float[Tensor, ""]:
         """Return λ Σ |w| over the edges that are left."""
         return self.strength.at(view) * (view.weight.abs() * self.real).sum()
-
-    def extra_repr(self) -> str:
-        """Options, for ``repr``."""
-        return f"strength={self.strength}, removal={self.removal}"

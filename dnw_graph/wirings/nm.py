@@ -42,11 +42,8 @@ class NM(Wiring):
 
     def own_num_edges(self, view: View) -> int:
         """Return the number of edges, which follows from the groups."""
-        counts = []
-        for block, places in zip(view.candidates.blocks, view.candidates.places, strict=True):
-            groups, rest = divmod(block.shape[1] // places, self.m)
-            counts.append(block.shape[0] * places * (groups * self.n + min(self.n, rest)))
-        return sum(counts)
+        blocks = ((*block.shape, p) for block, p in zip(view.candidates.blocks, view.candidates.places, strict=True))
+        return sum(rows * p * sum(min(self.n, c // p - at) for at in range(0, c // p, self.m)) for rows, c, p in blocks)
 
     def setup(self, view: View) -> None:
         """Refuse another k."""
@@ -79,7 +76,3 @@ class NM(Wiring):
         if not self.strength:
             return None
         return self.strength / 2 * (view.weight.square() * ~self._real(view)).sum()
-
-    def extra_repr(self) -> str:
-        """Options, for ``repr``."""
-        return f"n={self.n}, m={self.m}, strength={self.strength}"

@@ -36,7 +36,3 @@ class RandomGraph(ConstantEdges):
         """Draw the edges of a graph."""
         scores = torch.rand_like(view.weight) if self.separate_scores else view.weight
         self.store(select_top_k(scores, view.k, view.name))
-
-    def extra_repr(self) -> str:
-        """Options, for ``repr``."""
-        return "separate_scores=True" if self.separate_scores else ""

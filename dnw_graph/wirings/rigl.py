@@ -69,7 +69,3 @@ class RigL(PruneAndGrow):
     def skips_update(self, view: View) -> bool:
         """On a round's step, unless ``skip_update`` is off."""
         return self.skip_update and self.needs_gradient(view)
-
-    def extra_repr(self) -> str:
-        """Options, for ``repr``."""
-        return f"alpha={self.alpha}, every={self.every}, until={self.until}, skip_update={self.skip_update}"

@@ -103,8 +103,28 @@ def moment(view: View, value: int | float) -> int:
     return round(value * view.num_steps) if isinstance(value, float) else value
 
 
-def as_schedule(what: str, value: float | Schedule | Mapping[str, int | float | str]) -> Schedule:
-    """Return a schedule from one, from its arguments by name (as in a YAML file), or from a constant.
+Changing = float | Schedule | Mapping[str, int | float | str]
+"""A number, a schedule, or the arguments of one by name, as in a YAML file."""
+
+
+def share_over_time(what: str, value: Changing) -> Schedule:
+    """Return a schedule within 0 … 1.
+
+    Raises:
+        InputError: If it is none.
+    """
+    schedule = as_schedule(what, value)
+    require(
+        0 <= min(schedule.start, schedule.end) <= max(schedule.start, schedule.end) <= 1,
+        what,
+        "a share within 0 … 1",
+        value,
+    )
+    return schedule
+
+
+def as_schedule(what: str, value: Changing) -> Schedule:
+    """Return a schedule from one, from its arguments, or from a constant.
 
     Args:
         what: What the value is, for messages.

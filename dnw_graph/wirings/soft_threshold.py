@@ -56,7 +56,3 @@ class STR(Wiring):
     def values(self, weight: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """Return what edges compute with."""
         return weight.sign() * (weight.abs() - self.threshold.sigmoid()).relu()
-
-    def extra_repr(self) -> str:
-        """Options, for ``repr``."""
-        return f"start={self.start}, weight_decay={self.weight_decay}"

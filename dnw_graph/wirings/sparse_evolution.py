@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from dnw_graph.arguments import checked, require
+from dnw_graph.arguments import checked
 from dnw_graph.wirings.prune_and_grow import PruneAndGrow
-from dnw_graph.wirings.schedule import Schedule, as_schedule
+from dnw_graph.wirings.schedule import Changing, share_over_time
 from dnw_graph.wirings.view import View
 
 
@@ -38,13 +36,9 @@ class SET(PruneAndGrow):
     regrown_are_new = True
 
     @checked
-    def __init__(
-        self, fraction: float | Schedule | Mapping[str, int | float | str] = 0.3, every: int | None = None
-    ) -> None:
+    def __init__(self, fraction: Changing = 0.3, every: int | None = None) -> None:
         super().__init__(every)
-        self.fraction = as_schedule("fraction", fraction)
-        possible = all(0 <= each <= 1 for each in (self.fraction.start, self.fraction.end))
-        require(possible, "fraction", "a share of the real edges, within 0 … 1", fraction)
+        self.fraction = share_over_time("fraction", fraction)
 
     def share(self, view: View, step: int) -> float:
         """Return ζ."""
@@ -58,7 +52,3 @@ class SET(PruneAndGrow):
         """Return random numbers."""
         like = view.weight
         return torch.rand(len(like), generator=view.generator(), dtype=like.dtype, device=like.device)
-
-    def extra_repr(self) -> str:
-        """Options, for ``repr``."""
-        return f"fraction={self.fraction}, every={self.every}"

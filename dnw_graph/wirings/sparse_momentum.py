@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dnw_graph.arguments import checked, require
+from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
+from dnw_graph.wirings.proportion import allot
 from dnw_graph.wirings.prune_and_grow import PruneAndGrow, top
-from dnw_graph.wirings.schedule import Schedule, as_schedule
+from dnw_graph.wirings.schedule import Changing, Schedule, share_over_time
 from dnw_graph.wirings.view import View
+
+COSINE = Schedule(0.5, 0.0, shape="cosine")
 
 
 class SparseMomentum(PruneAndGrow):
@@ -60,15 +62,9 @@ class SparseMomentum(PruneAndGrow):
     needs_momentum = True
 
     @checked
-    def __init__(
-        self,
-        prune_rate: float | Schedule | Mapping[str, int | float | str] = Schedule(0.5, 0.0, shape="cosine"),  # noqa: B008
-        every: int | None = None,
-    ) -> None:
+    def __init__(self, prune_rate: Changing = COSINE, every: int | None = None) -> None:
         super().__init__(every)
-        self.prune_rate = as_schedule("prune_rate", prune_rate)
-        possible = all(0 <= rate <= 1 for rate in (self.prune_rate.start, self.prune_rate.end))
-        require(possible, "prune_rate", "a share of the real weights, within 0 … 1", prune_rate)
+        self.prune_rate = share_over_time("prune_rate", prune_rate)
 
     def num_edges(self, k: int) -> int:
         """Return the number of edges that the rounds have left here."""
@@ -88,7 +84,8 @@ class SparseMomentum(PruneAndGrow):
         means = [_mean(view, momentum[rule.mask]) for (rule, view), momentum in zip(due, momenta, strict=True)]
         pruned = [rule.prune(view) for rule, view in due]
         room = [int((~rule.mask).sum()) for rule, _ in due]
-        for (rule, view), momentum, number in zip(due, momenta, allot(sum(pruned), means, room), strict=True):
+        grown = allot(sum(pruned), means, [(0, each) for each in room])
+        for (rule, view), momentum, number in zip(due, momenta, grown, strict=True):
             rule.grow(view, momentum, number)
 
     def prune(self, view: View) -> int:
@@ -105,10 +102,6 @@ class SparseMomentum(PruneAndGrow):
         self.store(view, torch.cat([self.choose(view), grown]))
         view.weight.mul_(self.real)
 
-    def extra_repr(self) -> str:
-        """Options, for ``repr``."""
-        return f"prune_rate={self.prune_rate}"
-
 
 def _momentum(view: View) -> Float[Tensor, " candidates"]:
     if "exp_avg_sq" in view.state:
@@ -121,36 +114,3 @@ def _mean(view: View, momentum: Float[Tensor, " real"]) -> float:
     if not math.isfinite(mean):
         raise InputError(f"{view.name}: the momentum is NaN or infinite; lower the learning rate")
     return mean
-
-
-def allot(total: int, shares: Sequence[float], room: Sequence[int]) -> list[int]:
-    """Return integers in proportion to shares, each at most its room, that add up to a total.
-
-    A layer whose share is more than its room is filled; what is beyond goes to the others in proportion to their
-    shares. Fractions go to the largest remainders, ties to the earlier layer. Where no share is left, all are equal.
-
-    Args:
-        total: The sum; at most that of ``room``.
-        shares: Shares, 0 or more.
-        room: Largest number for each.
-    """
-    numbers = [0] * len(room)
-    rest, open_layers = total, list(range(len(room)))
-    while True:
-        parts = {i: Fraction(shares[i]) for i in open_layers}
-        if not any(parts.values()):
-            parts = dict.fromkeys(open_layers, Fraction(1))
-        exact = {i: rest * part / sum(parts.values()) for i, part in parts.items()}
-        full = [i for i in open_layers if exact[i] >= room[i]]
-        if not full:
-            break
-        for i in full:
-            numbers[i] = room[i]
-            rest -= room[i]
-        open_layers = [i for i in open_layers if i not in full]
-    for i in open_layers:
-        numbers[i] = math.floor(exact[i])
-    remainders = sorted(open_layers, key=lambda i: numbers[i] - exact[i])
-    for i in remainders[: rest - sum(numbers[i] for i in open_layers)]:
-        numbers[i] += 1
-    return numbers

@@ -91,6 +91,10 @@ class ChangingEdges(Wiring):
         self.register_buffer("checksum", torch.tensor(0))
         self._found: tuple[Tensor, tuple[int, bool], Tensor] | None = None  # ``real``, as it was, and its edges
 
+    def setup(self, view: View) -> None:
+        """Start with the complete graph."""
+        self.store(view, torch.arange(view.num_candidates, device=view.weight.device))
+
     @property
     def mask(self) -> Bool[Tensor, " candidates"]:
         """Which candidates are stored as real."""

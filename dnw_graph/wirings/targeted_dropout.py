@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -14,7 +13,7 @@ from dnw_graph.arguments import checked
 from dnw_graph.candidates import Block
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.wirings.base import Wiring
-from dnw_graph.wirings.schedule import Schedule, as_schedule
+from dnw_graph.wirings.schedule import Changing, Schedule, share_over_time
 from dnw_graph.wirings.view import View
 
 VARIANTS = ("unconstrained", "regular")
@@ -50,17 +49,11 @@ class TargetedDropout(Wiring):
     counts_steps = True
 
     @checked
-    def __init__(
-        self,
-        rho: float | str | Schedule | Mapping[str, int | float | str] = 0.95,
-        variant: str = "unconstrained",
-    ) -> None:
+    def __init__(self, rho: str | Changing = 0.95, variant: str = "unconstrained") -> None:
         super().__init__()
         if isinstance(rho, str) and rho != "gamma":
             raise InputError(f"rho must be a number in 0 … 1, 'gamma' or a schedule; got {rho!r}")
-        self.rho = None if isinstance(rho, str) else as_schedule("rho", rho)
-        if self.rho is not None and not (0 <= self.rho.start <= 1 and 0 <= self.rho.end <= 1):
-            raise InputError(f"rho is a probability, 0 … 1; got {rho!r}")
+        self.rho = rho if isinstance(rho, str) else share_over_time("rho", rho)
         if variant not in VARIANTS:
             raise unknown_name("variant of targeted dropout", variant, VARIANTS)
         self.variant = variant
@@ -68,7 +61,7 @@ class TargetedDropout(Wiring):
     @property
     def needs_steps(self) -> bool:
         """Whether ρ moves."""
-        return self.rho is not None and not self.rho.constant
+        return isinstance(self.rho, Schedule) and not self.rho.constant
 
     def setup(self, view: View) -> None:
         """Group the candidates by target."""
@@ -86,7 +79,7 @@ class TargetedDropout(Wiring):
     @not_compiled  # would be compiled anew for every step
     def choose_to_train(self, view: View) -> Tensor:
         """Return what stays in this step: the strongest, and those targets that are not dropped."""
-        rho = 1 - view.k / view.num_candidates if self.rho is None else self.rho.at(view)
+        rho = self.rho.at(view) if isinstance(self.rho, Schedule) else 1 - view.k / view.num_candidates
         stays = torch.rand(view.num_candidates, generator=view.generator(), device=view.weight.device) >= rho
         stays[self.choose(view)] = True
         if not self.needs_steps and view.graph.updates is None:
@@ -107,10 +100,6 @@ class TargetedDropout(Wiring):
             for block, part in zip(blocks, kept.split([block.shape[1] for block in blocks], dim=1), strict=True):
                 stays[block.flat] = part.flatten()
         return torch.nonzero(stays).flatten()
-
-    def extra_repr(self) -> str:
-        """Options, for ``repr``."""
-        return f"rho={'gamma' if self.rho is None else self.rho}, variant={self.variant!r}"
 
 
 def _by_target(blocks: tuple[Block, ...]) -> dict[range, list[Block]]:

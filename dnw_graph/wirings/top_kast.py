@@ -51,7 +51,3 @@ class TopKAST(DNW):
         squares = view.weight.square()
         real, both = (squares[index].sum() for index in (self.choose(view), self.trained_edges(view)))
         return self.strength / 2 * (real + (both - real) * view.num_candidates / view.k)
-
-    def extra_repr(self) -> str:
-        """Options, for ``repr``."""
-        return f"extra={self.extra}, strength={self.strength}"

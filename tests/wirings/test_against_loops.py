@@ -290,7 +290,7 @@ def test_another_density_than_that_of_nm_is_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SET(1.5), "fraction must be a share of the real edges"),
+        (lambda: SET(1.5), "fraction must be a share within"),
         (lambda: RigL(alpha=-0.1), "alpha must be a share of the real edges"),
         (lambda: RigL(every=0), "every must be an integer from 1 up"),
         (lambda: RigL(until=1.5), "until must be a step"),

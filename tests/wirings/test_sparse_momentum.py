@@ -10,7 +10,7 @@ from waits import Waits
 
 from dnw_graph import InputError, NeuralGraph, Schedule, SparseMomentum, attach
 from dnw_graph.sparse_layers import dense_state_dict, sparsify, weight_graphs
-from dnw_graph.wirings.sparse_momentum import allot
+from dnw_graph.wirings.proportion import allot
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 0.01
 STEPS, EVERY = 24, 4
@@ -278,7 +278,7 @@ def test_first_weights_are_random_and_keep_their_values():
     ],
 )
 def test_what_is_pruned_goes_to_layers_in_proportion(total, shares, room, expected):
-    assert allot(total, shares, room) == expected
+    assert allot(total, shares, [(0, each) for each in room]) == expected
 
 
 def test_a_layer_never_loses_its_last_weight():

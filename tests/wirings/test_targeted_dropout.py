@@ -331,9 +331,9 @@ def test_regular_refuses_targets_that_overlap_in_part(overlap):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rho": 1.5}, "rho is a probability, 0 … 1; got 1.5"),
-        ({"rho": -0.1}, "rho is a probability, 0 … 1; got -0.1"),
-        ({"rho": Schedule(0.5, 1.1)}, "rho is a probability, 0 … 1; got Schedule"),
+        ({"rho": 1.5}, "rho must be a share within 0 … 1; got 1.5"),
+        ({"rho": -0.1}, "rho must be a share within 0 … 1; got -0.1"),
+        ({"rho": Schedule(0.5, 1.1)}, "rho must be a share within 0 … 1; got Schedule"),
         ({"rho": "gama"}, "rho must be a number in 0 … 1, 'gamma' or a schedule; got 'gama'"),
         ({"rho": float("nan")}, "rho must be a finite number"),
         ({"variant": "unconstraint"}, "unknown variant of targeted dropout 'unconstraint': did you mean 'unconst"),
