@@ -49,7 +49,7 @@ class TargetedDropout(Wiring):
     counts_steps = True
 
     @checked
-    def __init__(self, rho: str | Changing = 0.95, variant: str = "unconstrained") -> None:
+    def __init__(self, rho: Changing | str = 0.95, variant: str = "unconstrained") -> None:
         super().__init__()
         if isinstance(rho, str) and rho != "gamma":
             raise InputError(f"rho must be a number in 0 … 1, 'gamma' or a schedule; got {rho!r}")
