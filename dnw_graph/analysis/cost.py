@@ -17,6 +17,7 @@ from dnw_graph.analysis.live_channels import classifier_columns, live_channels
 from dnw_graph.analysis.multiply_adds import MultiplyAdds
 from dnw_graph.arguments import checked, require
 from dnw_graph.candidates import CandidateEdges
+from dnw_graph.columns import in_columns
 from dnw_graph.errors import InputError
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.sparse_layers.access import sparse_parameters
@@ -76,8 +77,7 @@ class Cost:
         total = CostRow("total", self.parameters, self.multiply_adds)
         cells = [("part", "parameters", "multiply-adds")]
         cells += [(row.name, f"{row.parameters:,}", f"{row.multiply_adds:,}") for row in (*self.rows, total)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join(f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in cells)
+        return in_columns(cells, left=(0,))
 
 
 @checked

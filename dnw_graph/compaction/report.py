@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from dnw_graph.columns import in_columns
+
 
 @dataclass
 class Size:
@@ -81,17 +83,13 @@ class Report:
             total.nodes += size.nodes
             total.edges += size.edges
 
-    def _layer_lines(self) -> list[str]:
+    def _layer_table(self) -> str:
         cells = [("layer", "weights", "kept", "form", "bytes", "multiply-adds", "")]
         for row in self.layers:
             count = "" if row.multiply_adds is None else f"{row.multiply_adds:,}"
             numbers = (f"{row.weights:,}", f"{row.kept:,}", row.form, f"{row.bytes:,}", count)
             cells.append((row.name, *numbers, row.why_dense))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return [
-            "  ".join(f"{cell:{'<' if n in (0, 3, 6) else '>'}{widths[n]}}" for n, cell in enumerate(line)).rstrip()
-            for line in cells
-        ]
+        return in_columns(cells, left=(0, 3, 6))
 
     def __str__(self) -> str:
         lines = [f"{'':14}{'before':>14}{'after':>14}"]
@@ -102,7 +100,7 @@ class Report:
         for name, (old, new) in self.graphs.items():
             lines.append(f"{name}: {old.nodes:,} → {new.nodes:,} nodes, {old.edges:,} → {new.edges:,} edges")
         if any(row.kept < row.weights for row in self.layers):
-            lines += self._layer_lines()
+            lines.append(self._layer_table())
         lines += [f"kept whole: {what}" for what in self.kept]
         if self.difference is not None:
             lines.append(f"outputs differ by {self.difference:.1e}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dnw_graph.columns import in_columns
+
 
 @dataclass(frozen=True)
 class SparsityRow:
@@ -56,9 +58,4 @@ class SparsityTable:
             shape = "×".join(map(str, row.shape))
             note = f"dense: {row.dense_because}" if row.dense_because else ""
             cells.append((row.name, shape, f"{row.weights:,}", f"{row.kept:,}", f"{row.kept / row.weights:.2%}", note))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = (
-            f"{name:{widths[0]}}  {shape:{widths[1]}}  {n:>{widths[2]}}  {k:>{widths[3]}}  {share:>{widths[4]}}  {note}"
-            for name, shape, n, k, share, note in cells
-        )
-        return "\n".join(line.rstrip() for line in lines)
+        return in_columns(cells, left=(0, 1, 5))
