@@ -65,6 +65,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/selection.py --rounds 3
 	$(BIN)/python benchmarks/inference.py --rounds 5
 	$(BIN)/python benchmarks/sparse_layers.py --rounds 5
+	$(BIN)/python benchmarks/recorder.py --rounds 3 --batch 64
 	$(BIN)/python benchmarks/memory.py
 
 test-ext: $(EXT)/.built

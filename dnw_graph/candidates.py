@@ -197,21 +197,22 @@ class CandidateEdges(nn.Module):
         Raises:
             InputError: If an index lies outside ``0 … num_candidates - 1``.
         """
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.num_candidates:
+        if (index[1:] < index[:-1]).any():
+            order = index.argsort()
+            pairs: Tensor = self.pairs(index[order])
+            return pairs[:, order.argsort()]
+        if index.numel() and not 0 <= int(index[0]) <= int(index[-1]) < self.num_candidates:
             raise InputError(
-                f"flat indices must lie in 0 … {self.num_candidates - 1}; got {int(index.min())} … {int(index.max())}"
+                f"flat indices must lie in 0 … {self.num_candidates - 1}; got {int(index[0])} … {int(index[-1])}"
             )
-        bounds = torch.tensor([block.offset for block in self.blocks[1:]], device=index.device)
-        which = torch.bucketize(index, bounds, right=True)
-        offset, source, target, width = (
-            torch.tensor(values, device=index.device)[which]
-            for values in zip(
-                *((b.offset, b.sources.start, b.targets.start, len(b.sources)) for b in self.blocks),
-                strict=True,
-            )
-        )
-        local = index - offset
-        return torch.stack([source + local % width, target + local // width])
+        ends = torch.tensor([block.flat.stop for block in self.blocks], device=index.device)
+        counts = torch.searchsorted(index.contiguous(), ends).diff(prepend=ends.new_zeros(1)).tolist()
+        found = index.new_empty((2, len(index)), dtype=torch.long)
+        for block, part, into in zip(self.blocks, index.split(counts), found.split(counts, dim=1), strict=True):
+            row = (part - block.offset) // len(block.sources)
+            into[0] = part + (block.sources.start - block.offset) - row * len(block.sources)
+            into[1] = row + block.targets.start
+        return found
 
     @checked
     def flat_index(self, edge_index: Int[Tensor, "2 edges"]) -> Int[Tensor, " edges"]:

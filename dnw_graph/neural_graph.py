@@ -204,15 +204,20 @@ class NeuralGraph(Ranking):
         self.set_up_anew()
 
     @checked
-    def live_nodes(self, live_outputs: Bool[Tensor, " outputs"] | None = None) -> Bool[Tensor, " nodes"]:
+    def live_nodes(
+        self, live_outputs: Bool[Tensor, " outputs"] | None = None, real_index: Int[Tensor, " edges"] | None = None
+    ) -> Bool[Tensor, " nodes"]:
         """Return which nodes reach an output over real edges; the others are dead.
 
         Args:
             live_outputs: Which outputs count, for a graph whose outputs feed another one. Default: all.
+            real_index: The real edges, as :attr:`real_index` has them, so that they are not chosen again. Default:
+                those of now.
         """
-        live = torch.zeros(self.num_nodes, dtype=torch.bool, device=self.candidates.weight.device)
+        index = self.real_index if real_index is None else real_index
+        live = torch.zeros(self.num_nodes, dtype=torch.bool, device=index.device)
         live[-self.num_outputs :] = True if live_outputs is None else live_outputs
-        return reaching(self.edge_index, live)
+        return reaching(self.candidates.pairs(index), live)
 
     @classmethod
     def from_data(
@@ -280,13 +285,13 @@ class NeuralGraph(Ranking):
         blocks, 4]``: first source, end of the sources, first target, end of the targets), and has the ``name`` of the
         graph, its ``rule`` and its ``dynamics``. All on the CPU.
         """
-        blocks = self.candidates.blocks
+        blocks, index = self.candidates.blocks, self.real_index
         return import_pyg().data.Data(
-            edge_index=self.edge_index.cpu(),
-            edge_weight=self.edge_weight.cpu(),
+            edge_index=self.candidates.pairs(index).cpu(),
+            edge_weight=self.wiring.values(self.view().weight)[index].detach().cpu(),
             num_nodes=self.num_nodes,
             **self.nodes.attributes(),
-            live_mask=self.live_nodes().cpu(),
+            live_mask=self.live_nodes(real_index=index).cpu(),
             candidate_blocks=torch.tensor(
                 [[(b.sources.start, b.sources.stop, b.targets.start, b.targets.stop) for b in blocks]]
             ),

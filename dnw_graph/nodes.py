@@ -23,15 +23,19 @@ def reaching(
     Args:
         edge_index: The edges, row 0 the sources, row 1 the targets.
         wanted: The nodes to reach.
-        widen: Adds, in place, nodes that are needed with others.
+        widen: Adds, in place, nodes that are needed with others; it is given a tensor on the CPU.
     """
-    live, (source, target), count = wanted.clone(), edge_index, -1
+    # NumPy looks up masks several times faster than PyTorch, and a device would wait for the host in every round.
+    found, count = wanted.to("cpu", copy=True), -1
+    live, (source, target) = found.numpy(), edge_index.cpu().numpy()
     while (now := int(live.sum())) != count:
         count = now
         live[source[live[target]]] = True
         if widen is not None:
-            widen(live)
-    return live
+            widen(found)
+        rest = ~live[source]
+        source, target = source[rest], target[rest]
+    return found.to(wanted.device)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ def assert_round_trip(candidates, expected):
     pairs = candidates.pairs(index)
     assert list(zip(*pairs.tolist(), strict=True)) == expected
     assert torch.equal(candidates.flat_index(pairs), index)
+    mixed = torch.randperm(len(expected), generator=torch.Generator().manual_seed(0)).repeat(2)
+    assert torch.equal(candidates.pairs(mixed), pairs[:, mixed])
 
 
 @given(SIZES)

@@ -50,12 +50,7 @@ def parts(module: nn.Module) -> list[nn.Module] | None:
 
 def reading_graphs(model: nn.Module) -> dict[nn.Module, NeuralGraph]:
     """Return, for graphs and layers whose output channels are the inputs of a graph and go nowhere else, that graph."""
-    uses = Counter(
-        child
-        for parent in model.modules()
-        for name, child in parent.named_modules(remove_duplicate=False)
-        if name and "." not in name
-    )
+    uses = _uses(model)
     found: dict[nn.Module, NeuralGraph] = {}
 
     def walk(module: nn.Module, reader: NeuralGraph | None) -> NeuralGraph | None:
@@ -77,6 +72,13 @@ def reading_graphs(model: nn.Module) -> dict[nn.Module, NeuralGraph]:
     for module in model.modules():
         walk(module, None)
     return found
+
+
+def _uses(model: nn.Module) -> Counter[nn.Module]:
+    """Return in how many places each module lies; one in a shared module lies in one place."""
+    paths = dict(model.named_modules(remove_duplicate=False))
+    ends = ((path.rpartition("."), module) for path, module in paths.items() if path)
+    return Counter({(paths[parent], name): module for (parent, _, name), module in ends}.values())
 
 
 def _runs_as(module: nn.Module, kind: type[M]) -> TypeGuard[M]:

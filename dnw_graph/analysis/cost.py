@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -92,7 +92,9 @@ def neural_graphs(model: nn.Module) -> dict[str, NeuralGraph]:
 
 
 @checked
-def live_nodes(model: nn.Module) -> dict[str, Bool[Tensor, " nodes"]]:
+def live_nodes(
+    model: nn.Module, real_index: Mapping[str, Int[Tensor, " edges"]] | None = None
+) -> dict[str, Bool[Tensor, " nodes"]]:
     """Return, by graph name, which nodes reach an output of the model over real edges; the others are dead.
 
     In an ``nn.Sequential``, nested ones too, and in the models of this package, the outputs of a graph that count are
@@ -100,7 +102,14 @@ def live_nodes(model: nn.Module) -> dict[str, Bool[Tensor, " nodes"]]:
     itself: norms over batches, activations, pooling, dropout, convolutions of single channels. Any other module in
     which graphs feed one another says so in a method ``live_nodes_by_graph()``, which returns masks like these by
     graph. Elsewhere all outputs of a graph count.
+
+    Args:
+        model: The model.
+        real_index: The real edges of graphs by name, where they are known, so that they are not chosen again. Default:
+            those of now.
     """
+    graphs = neural_graphs(model)
+    known = {graphs[name]: index for name, index in (real_index or {}).items() if name in graphs}
     masks: dict[NeuralGraph, Tensor] = {}
     for module in model.modules():
         by_graph = getattr(module, "live_nodes_by_graph", None)
@@ -111,10 +120,11 @@ def live_nodes(model: nn.Module) -> dict[str, Bool[Tensor, " nodes"]]:
     def live(graph: NeuralGraph) -> Tensor:
         if graph not in masks:
             reader = read_by.get(graph)
-            masks[graph] = graph.live_nodes(None if reader is None else live(reader)[: reader.num_inputs])
+            wanted = None if reader is None else live(reader)[: reader.num_inputs]
+            masks[graph] = graph.live_nodes(wanted, known.get(graph))
         return masks[graph]
 
-    return {name: live(graph) for name, graph in neural_graphs(model).items()}
+    return {name: live(graph) for name, graph in graphs.items()}
 
 
 @checked

@@ -143,7 +143,7 @@ class RecordedGraph:
             at, edges = -1, np.empty(0, np.int64)
         for number in range(at + 1, moment + 1):
             born, gone = self._parts(number)[:2]
-            edges = np.union1d(np.setdiff1d(edges, gone, assume_unique=True), born)
+            edges = _differences(gone, np.sort(np.concatenate([edges, born]), kind="stable"))[0]
         self._last = moment, edges
         return edges
 
@@ -216,14 +216,13 @@ class RecordedGraph:
 
     def _change_to(self, now: np.ndarray, weight: np.ndarray, live: np.ndarray | None) -> _Change:
         before = self.edges(-1) if self._changes else now[:0]
-        born, gone = (np.setdiff1d(*pair, assume_unique=True) for pair in ((now, before), (before, now)))
+        born, gone = _differences(before, now)
         content = _planes(_steps(born)) + _planes(_steps(gone))
         if live is not None:
             content += np.packbits(live).tobytes()
         if len(now) <= MOST_WEIGHTS:
             content += _planes(weight.astype("<f2"))
-        quantiles = np.quantile(np.abs(weight), QUANTILES) if len(weight) else np.zeros(len(QUANTILES))
-        magnitudes = tuple(float(f"{each:.4g}") for each in quantiles)
+        magnitudes = tuple(float(f"{each:.4g}") for each in _quantiles(np.sort(np.abs(weight))))
         return _Change(len(born), len(gone), magnitudes, zlib.compress(content))
 
 
@@ -301,16 +300,20 @@ class Recording:
     def _add(self, moment: Moment) -> None:
         if self.model is None:
             raise InputError("this recording was loaded without a model: Recording.load(path, model) goes on with one")
-        live = live_nodes(unwrapped(self.model))
+        graphs = _graphs_of(self.model)
+        real = {name: graph.real_index for name, graph in graphs.items()}
+        live = live_nodes(unwrapped(self.model), real)
         changes = []
-        for name, graph in _graphs_of(self.model).items():
-            index = graph.real_index
-            weight = graph.wiring.values(graph.view().weight)[index].float().cpu().numpy()
+        for name, graph in graphs.items():
+            weight = graph.wiring.values(graph.view().weight)[real[name]].float().cpu().numpy()
             nodes = live[name].cpu().numpy() if name in live else None
-            changes.append(self.graphs[name]._change_to(index.cpu().numpy(), weight, nodes))
+            now = real[name].cpu().numpy()
+            changes.append((self.graphs[name], self.graphs[name]._change_to(now, weight, nodes), now))
+        # Only now: nothing is recorded where one of them fails.
         self.moments.append(moment)
-        for recorded, change in zip(self.graphs.values(), changes, strict=True):
+        for recorded, change, now in changes:
             recorded._changes.append(change)
+            recorded._last = len(recorded) - 1, now
 
     @checked
     def save(self, path: str | Path) -> None:
@@ -432,6 +435,22 @@ def _check_same(recording: Recording, model: nn.Module, name: str) -> None:
                 raise InputError(f"{name} is of another model: {attribute} is {other!r} there, {own!r} in the model")
     if len(given) != len(recording.graphs):
         raise InputError(f"{name} has {len(recording.graphs)} graphs, the model {len(given)}")
+
+
+def _differences(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return what is in the second of two ascending lists alone, and what is in the first alone."""
+    # The lowest bit tells the lists apart. A stable sort merges two ascending parts in linear time.
+    both = np.sort(np.concatenate([2 * before, 2 * now + 1]), kind="stable")
+    twice = np.diff(both >> 1) == 0
+    alone = both[~(np.append(twice, False) | np.append(False, twice))]
+    return alone[alone & 1 == 1] >> 1, alone[alone & 1 == 0] >> 1
+
+
+def _quantiles(ascending: np.ndarray) -> np.ndarray:
+    """Return ``QUANTILES``, as ``np.quantile`` does, of what is in order already."""
+    if not len(ascending):
+        return np.zeros(len(QUANTILES))
+    return np.interp(np.multiply(QUANTILES, len(ascending) - 1), np.arange(len(ascending)), ascending)
 
 
 def _in_order(lists: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -124,6 +124,21 @@ def test_live_nodes_are_those_that_reach_a_logit_through_all_stages(small, width
     assert any(len(nodes) < stage.num_nodes for nodes, stage in zip(expected, model.stages, strict=True))
 
 
+def test_live_nodes_of_edges_that_are_known_already():
+    model = MobileNetV1DNW(width=0.05, num_classes=7)
+    known = {name: graph.real_index[::2] for name, graph in neural_graphs(model).items()}
+    live = live_nodes(model, known)
+    wanted = None
+    for name, graph in reversed(neural_graphs(model).items()):
+        network = nx.DiGraph(zip(*graph.candidates.pairs(known[name]).tolist(), strict=True))
+        outputs = torch.arange(graph.num_nodes)[-graph.num_outputs :]
+        ends = set((outputs if wanted is None else outputs[wanted]).tolist())
+        expected = ends.union(*(nx.ancestors(network, end) for end in ends & set(network)))
+        assert set(live[name].nonzero().flatten().tolist()) == expected
+        wanted = live[name][: graph.num_inputs]
+    assert any((live[name] != mask).any() for name, mask in live_nodes(model).items())
+
+
 def chain_with_a_dead_end():
     """Blocks (2, 2, 2, 1): 0 → 2 → 4 → 6 is live; 1 → 3 → 5 and 0 → 3 end at 5, which has no output edge."""
     graph = NeuralGraph((2, 2, 2, 1), 6)

@@ -18,7 +18,7 @@ from dnw_graph import Continuous, Discrete, NeuralGraph
 from dnw_graph.models import MobileNetV1DNW, TinyClassifier
 from dnw_graph.node_functions import NormReluConv
 
-SCRIPTS = ("reference_formulation", "roofline", "growth", "train_step", "memory", "inference")
+SCRIPTS = ("reference_formulation", "roofline", "growth", "train_step", "memory", "inference", "recorder")
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,18 @@ def test_a_step_is_timed_beside_the_reference_and_the_floor(
         assert row["reference / this"] == pytest.approx(rows["reference formulation"]["ms"] / row["ms"])
         assert row["share of the floor reached"] == pytest.approx(row["floor, ms"] / row["ms"])
     assert "candidate gradient" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_recorder_is_timed_beside_the_steps(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    saved = run(scripts["recorder"], monkeypatch, tmp_path / "recorder.json", "--every", "1", "2")
+    assert [row["n"] for row in saved["rows"]] == [1, 2]
+    for row in saved["rows"]:
+        expected = row["moment, ms"] / (row["n"] * row["step, ms"])
+        assert float(row["share"].rstrip("%")) / 100 == pytest.approx(expected, abs=1e-4)
+        assert row["born and gone, last"] > 0
 
 
 @pytest.mark.slow

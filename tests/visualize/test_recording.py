@@ -94,6 +94,27 @@ def test_born_gone_and_life_spans_against_sets():
         assert found == sorted(zip(spans, ended, strict=True))
 
 
+def test_a_moment_chooses_the_edges_of_every_graph_once(monkeypatch):
+    model, recording, _ = recorded(2)
+    shake(model, 7)
+    chosen, choose = [], DNW.choose
+    monkeypatch.setattr(DNW, "choose", lambda rule, view: (chosen.append(view.name), choose(rule, view))[1])
+    recording.add(9)
+    assert sorted(chosen) == sorted(graph.name for graph in graphs(model).values())
+
+
+def test_a_moment_that_fails_leaves_the_recording_as_it_was():
+    model, recording, seen = recorded(3)
+    before = recording.to_bytes()
+    shake(model, 7)
+    with torch.no_grad():
+        model.body[1].candidates.weight[0] = torch.nan
+    with pytest.raises(InputError, match=r"second: 1 of .* candidate weights are NaN"):
+        recording.add(3)
+    assert recording.to_bytes() == before
+    assert recording["first"].edges(-1).tolist() == seen[-1][0]["first"]
+
+
 def test_a_moment_is_the_graph_as_pyg_has_it():
     model, recording, _ = recorded()
     now, then = model.body[0].to_data(), recording["first"].to_data()
