@@ -25,8 +25,6 @@ from dnw_graph.visualize import (
     plot_evolution,
     plot_layers,
     save_page,
-    style,
-    to_networkx,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -90,18 +88,6 @@ def after(graph: RecordedGraph, moment: int = -1) -> Any:
     return graph.to_data(moment)
 
 
-def draw_strongest(graph: NeuralGraph) -> None:
-    """Draw the 30 strongest edges in a layout of networkx, as the page on looking at wirings does."""
-    network = to_networkx(graph)
-    edges = sorted(network.edges(data="edge_weight"), key=lambda edge: -abs(edge[2]))
-    part = network.edge_subgraph(edge[:2] for edge in edges[:30])
-    signs = [style.POSITIVE if w > 0 else style.NEGATIVE for *_, w in part.edges(data="edge_weight")]
-    ax = style.new_axes(8, 6)
-    places = nx.multipartite_layout(part, subset_key="block")
-    nx.draw_networkx(part, places, ax=ax, node_color="white", edgecolors="black", edge_color=signs)
-    save(ax, "networkx")
-
-
 def static() -> str:
     """Draw a static graph."""
     torch.manual_seed(0)
@@ -113,7 +99,8 @@ def static() -> str:
     save(plot_change(after(graph, 0), after(graph)), "change")
     save(plot_evolution(graph), "evolution")
     save_page(graph, FOLDER / "page.html")
-    draw_strongest(model.body)
+    by_block = partial(nx.multipartite_layout, subset_key="block")
+    save(plot(after(graph), top=30, layout=by_block), "networkx")
     born, dead = int(graph.swaps()[:, 0].sum()), int((~graph.live(-1)).sum())
     return f"""## A static graph
 
@@ -129,6 +116,8 @@ epochs. {born} edges are born on the way; {dead} nodes are dead at the end.
 ![Edges kept, born and gone between the first and the last epoch](images/gallery/change.png)
 
 ![How the wiring changed, as six curves](images/gallery/evolution.png)
+
+![The 30 strongest edges, by block in a layout of networkx](images/gallery/networkx.png)
 """
 
 
@@ -142,12 +131,18 @@ def cycles() -> str:
     recording, accuracy = train(large, 12, lr=0.03)
     save(plot(after(recording["cycles"])), "cycles")
     small = Reader(6, NeuralGraph(num_nodes=28, num_inputs=6, num_edges=80, name="small cycles", **options))
-    save(plot(after(train(small, 8, lr=0.03)[0]["small cycles"])), "small-cycles")
+    learned = after(train(small, 8, lr=0.03)[0]["small cycles"])
+    save(plot(learned), "small-cycles")
+    save(plot(learned, layout=nx.kamada_kawai_layout), "small-cycles-networkx")
     return f"""## Graphs with cycles
 
 Columns are distances from the inputs; feedback is dashed.
 
 ![A small graph with cycles](images/gallery/small-cycles.png)
+
+The same graph in a layout of networkx, `plot(graph, layout=nx.kamada_kawai_layout)`:
+
+![A small graph with cycles, laid out by networkx](images/gallery/small-cycles-networkx.png)
 
 A larger one is an ordered matrix: forward edges lie below the diagonal blocks, feedback on and above them. This graph
 of 80 nodes, five steps in discrete time, reads {accuracy:.1%} of the test images after 12 epochs.
@@ -191,7 +186,7 @@ def layers() -> str:
     )
     sparsify(model, 0.1, RigL(every=10), skip="0", distribution="erdos_renyi_kernel")
     recording, accuracy = train(model, 12)
-    save(plot_layers(model), "layers")
+    save(plot_layers(model, epoch=12), "layers")
     save(plot_evolution(recording["7.weight"]), "layer-evolution")
     return f"""## Sparse layers
 

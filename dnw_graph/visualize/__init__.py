@@ -4,10 +4,12 @@ matplotlib and networkx come with the extra ``dnw-graph[train]`` and are importe
 """
 
 from dnw_graph.visualize.evolution import animate, plot_evolution
-from dnw_graph.visualize.graphs import plot, plot_change, to_networkx
+from dnw_graph.visualize.graphs import plot, plot_change
+from dnw_graph.visualize.layouts import to_networkx
 from dnw_graph.visualize.matrices import plot_adjacency, plot_layers
 from dnw_graph.visualize.page import save_page
-from dnw_graph.visualize.recording import QUANTILES, Moment, RecordedGraph, Recording
+from dnw_graph.visualize.recorded_graph import QUANTILES, Moment, RecordedGraph
+from dnw_graph.visualize.recording import Recording
 from dnw_graph.visualize.training_curves import plot_training
 
 __all__ = [

@@ -10,9 +10,9 @@ import numpy as np
 
 from dnw_graph.arguments import checked, require
 from dnw_graph.visualize import style
-from dnw_graph.visualize.graphs import curves, draw_nodes, sign_colours
+from dnw_graph.visualize.graphs import curves, draw_nodes
 from dnw_graph.visualize.matrices import Cells, arrange, draw_groups
-from dnw_graph.visualize.recording import QUANTILES, RecordedGraph
+from dnw_graph.visualize.recorded_graph import QUANTILES, RecordedGraph
 from dnw_graph.whole_file import write_whole
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ class _Film:
         before = self.graph.edges(self.moments[number - 1]) if number else now
         after = self.graph.edges(self.moments[number + 1]) if number + 1 < len(self.moments) else now
         order = data.edge_weight.abs().argsort()
-        colours, opacity = sign_colours(data, order)
+        colours, opacity = style.sign_colours(data, order)
         opacity = (
             opacity * _SHADES
         ).ceil() / _SHADES  # what hardly changes is the same in the next frame: a small file

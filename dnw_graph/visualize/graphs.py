@@ -1,4 +1,4 @@
-"""Wirings as nodes and edges, and the way to networkx."""
+"""Wirings as nodes and edges."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dnw_graph._compat import import_pyg
 from dnw_graph.arguments import checked, require
 from dnw_graph.errors import InputError
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.visualize import style
+from dnw_graph.visualize.layouts import Layout, plot_layout
 from dnw_graph.visualize.matrices import arrange, plot_adjacency
 from dnw_graph.visualize.style import Data
 
@@ -31,7 +31,13 @@ _STEPS = 24
 
 
 @checked
-def plot(graph: NeuralGraph | Data, top: int = 400, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
+def plot(
+    graph: NeuralGraph | Data,
+    top: int = 400,
+    ax: matplotlib.axes.Axes | None = None,
+    epoch: float | None = None,
+    layout: Layout | None = None,
+) -> matplotlib.axes.Axes:
     """Draw a wiring: nodes in columns from inputs to outputs, and the real edges between them.
 
     Blue edges have a positive weight, orange ones a negative one. The opacity of an edge is √(|w| / max |w|). Dead
@@ -45,40 +51,44 @@ def plot(graph: NeuralGraph | Data, top: int = 400, ax: matplotlib.axes.Axes | N
     within a column. Of such a graph, and of a sparse layer, :func:`plot_adjacency` draws the matrix instead where there
     are more than 200 edges.
 
+    With a ``layout`` of networkx, nodes lie where it puts them, and edges are arrows: ``nx.kamada_kawai_layout`` shows
+    which nodes of a small graph with cycles belong together, ``partial(nx.multipartite_layout, subset_key="block")``
+    the strongest edges of a large one by their blocks. Drawn are the ``top`` edges of largest |w| and their nodes.
+
     Args:
         graph: A graph, or what its :meth:`~dnw_graph.NeuralGraph.to_data` returned. For a graph within a model, set
-            ``data.live_mask`` to its entry of :func:`dnw_graph.analysis.cost.live_nodes` to see what is dead there;
-            for a title with the epoch, set ``data.epoch``.
-        top: How many edges to draw at most, but one between any two blocks that have one.
+            ``data.live_mask`` to its entry of :func:`dnw_graph.analysis.cost.live_nodes` to see what is dead there.
+        top: How many edges to draw at most; without a layout at least one between any two blocks that have one.
         ax: Where to draw. Default: a new figure of a size that fits the graph.
+        epoch: Epochs done, for the title. Default: what the data says, as that of a recording does.
+        layout: A layout of networkx, or any function that returns a place ``(x, y)`` for every node of the
+            ``networkx.DiGraph`` it is given.
 
     Returns:
         The axes; ``ax.figure.savefig("wiring.png")`` writes the picture.
 
     Raises:
-        InputError: If ``top`` is less than 1 or matplotlib is not installed.
+        InputError: If ``top`` is less than 1, the layout lacks a node, or matplotlib or networkx is not installed.
     """
     style.check_axes(ax)
     _check_top(top)
-    data = style.to_data(graph)
+    data = style.to_data(graph, epoch)
+    if layout is not None:
+        return plot_layout(data, layout, top, ax)
     if (style.is_dynamic(data) or data.get("dynamics") == "layers") and data.num_edges > _FEW_EDGES:
         return plot_adjacency(data, ax)
     data, names, back = _in_columns(data)
     edges = _strongest(data, torch.arange(data.num_edges), top)
     ax = _new_axes(data) if ax is None else ax
-    draw_edges(ax, data, edges, *sign_colours(data, edges), dashed=back)
+    draw_edges(ax, data, edges, *style.sign_colours(data, edges), dashed=back)
     draw_nodes(ax, data, names)
-    positive = int((data.edge_weight > 0).sum()) if data.get("edge_weight") is not None else None
-    lines = [(style.KEPT, f"edges: {data.num_edges:,}", "-")]
-    if positive is not None:
-        lines = [(style.POSITIVE, f"edges with w > 0: {positive:,}", "-")]
-        lines += [(style.NEGATIVE, f"edges with w < 0: {data.num_edges - positive:,}", "-")]
+    lines = style.sign_lines(data)
     if back.any():
         lines += [
             (style.LIVE, f"forward: {int((~back).sum()):,}", "-"),
             (style.LIVE, f"feedback: {int(back.sum()):,}", "--"),
         ]
-    _draw_legend(ax, lines)
+    style.legend_beside(ax, lines)
     shown = f"\ndrawn: the strongest {style.share(top / data.num_edges)} of the edges between any two blocks"
     ax.set_title(style.title(data) + (shown if top < data.num_edges else ""), fontsize="medium")
     return ax
@@ -126,7 +136,7 @@ def plot_change(
         draw_edges(ax, data, edges, [colour] * len(edges), opacity, dashed)
     draw_nodes(ax, after, style.block_names(after))
     counts = [int(mask.sum()) for *_, mask in kinds]
-    _draw_legend(
+    style.legend_beside(
         ax,
         [
             (colour, f"edges {name}: {count:,}", "--" if name == "gone" else "-")
@@ -139,26 +149,6 @@ def plot_change(
     shown = f"\ndrawn: the strongest {', '.join(drawn)} of them between any two blocks" if max(counts) > top else ""
     ax.set_title(style.title(after, when) + shown, fontsize="medium")
     return ax
-
-
-@checked
-def to_networkx(graph: NeuralGraph | Data) -> Any:
-    """Return a wiring as a ``networkx.DiGraph``, by way of PyG's ``to_networkx``.
-
-    Every edge carries its ``edge_weight``; every node its ``block``, ``pos``, ``input_mask``, ``output_mask`` and
-    ``live_mask``, as in :meth:`~dnw_graph.NeuralGraph.to_data`. Nodes without an edge are included.
-
-    Args:
-        graph: A graph, or what its ``to_data`` returned.
-
-    Raises:
-        InputError: If networkx is not installed.
-    """
-    node_attrs = ["block", "pos", "input_mask", "output_mask", "live_mask"]
-    try:
-        return import_pyg().utils.to_networkx(style.to_data(graph), node_attrs=node_attrs, edge_attrs=["edge_weight"])
-    except ModuleNotFoundError as error:
-        raise InputError("networkx is not installed: pip install 'dnw-graph[train]'") from error
 
 
 def _check_top(top: int) -> None:
@@ -204,15 +194,6 @@ def _in_columns(data: Data) -> tuple[Data, list[str], Tensor]:
 def _new_axes(data: Data) -> matplotlib.axes.Axes:
     sizes = data.block.bincount()
     return style.new_axes(min(max(8.0, 2.0 * len(sizes)), 14.0), min(max(3.5, 0.13 * int(sizes.max())), 8.0))
-
-
-def sign_colours(data: Data, edges: Int[Tensor, " edges"]) -> tuple[list[str], Tensor]:
-    """Return colours that say the signs of weights, and opacities that say their magnitudes."""
-    if data.get("edge_weight") is None:
-        return [style.LIVE] * len(edges), torch.full((len(edges),), 0.3)
-    weight = data.edge_weight[edges]
-    opacity = (weight.abs() / data.edge_weight.abs().max().clamp(min=1e-12)).sqrt()
-    return [style.POSITIVE if w > 0 else style.NEGATIVE for w in weight.tolist()], opacity
 
 
 def draw_edges(
@@ -305,19 +286,10 @@ def draw_nodes(ax: matplotlib.axes.Axes, data: Data, names: Sequence[str]) -> No
             look = {"s": 100, "marker": "_", "color": edge, "linewidths": pitch}
         x, y = data.pos[mask].T.numpy()
         ax.scatter(x, y, label=f"{name} nodes: {int(mask.sum()):,}", zorder=2, **look)
-    labels = [f"{name}\n{size:,} nodes" for name, size in zip(names, sizes, strict=True)]
+    labels = [f"{name}\n{size:,} node{'s' * (size != 1)}" for name, size in zip(names, sizes, strict=True)]
     ax.set_xticks(data.pos[:, 0].unique().tolist(), labels)
     ax.set_yticks([])
     ax.set_ylim(1.01, -0.01)
     ax.margins(x=0.03)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-
-
-def _draw_legend(ax: matplotlib.axes.Axes, lines: Sequence[tuple[str, str, Any]]) -> None:
-    """Put a legend to the right of the axes: colour, label and dashes of lines, then the nodes."""
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], color=colour, label=label, linestyle=dashes) for colour, label, dashes in lines]
-    nodes, _ = ax.get_legend_handles_labels()
-    ax.legend(handles=[*handles, *nodes], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

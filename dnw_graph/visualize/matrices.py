@@ -74,7 +74,9 @@ def arrange(data: Data) -> Arrangement:
 
 
 @checked
-def plot_adjacency(graph: NeuralGraph | Data, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
+def plot_adjacency(
+    graph: NeuralGraph | Data, ax: matplotlib.axes.Axes | None = None, epoch: float | None = None
+) -> matplotlib.axes.Axes:
     """Draw the adjacency matrix: targets downwards, sources across, lines between the blocks.
 
     In a graph of at most 400 nodes a cell is a pair of nodes: white if no edge is real, blue for a positive and orange
@@ -90,6 +92,7 @@ def plot_adjacency(graph: NeuralGraph | Data, ax: matplotlib.axes.Axes | None = 
         graph: A graph, or what its :meth:`~dnw_graph.NeuralGraph.to_data` returned, that of a layer or of a moment of a
             recording.
         ax: Where to draw. Default: a new figure.
+        epoch: Epochs done, for the title. Default: what the data says, as that of a recording does.
 
     Returns:
         The axes.
@@ -98,7 +101,7 @@ def plot_adjacency(graph: NeuralGraph | Data, ax: matplotlib.axes.Axes | None = 
         InputError: If it is no graph, or matplotlib is not installed.
     """
     style.check_axes(ax)
-    data = style.to_data(graph)
+    data = style.to_data(graph, epoch)
     if style.candidate_blocks(data) is None:
         raise InputError("the data does not say which pairs are candidates: give the graph, or what to_data() returned")
     ax = style.new_axes(8.0, 7.0) if ax is None else ax
@@ -273,7 +276,9 @@ def draw_groups(ax: matplotlib.axes.Axes, data: Data, arrangement: Arrangement, 
 
 
 @checked
-def plot_layers(module: nn.Module, names: Sequence[str] | None = None) -> matplotlib.figure.Figure:
+def plot_layers(
+    module: nn.Module, names: Sequence[str] | None = None, epoch: float | None = None
+) -> matplotlib.figure.Figure:
     """Draw the sparse layers of a module, one block each: output channels downwards, input channels across.
 
     A cell is a rectangle of pairs of channels, the darker the larger the share of its weights that is real. All blocks
@@ -282,6 +287,7 @@ def plot_layers(module: nn.Module, names: Sequence[str] | None = None) -> matplo
     Args:
         module: A module with sparse weights, see :func:`dnw_graph.sparsify`.
         names: Which weights. Default: all.
+        epoch: Epochs done, for the title.
 
     Returns:
         The figure; ``figure.savefig("layers.png")`` writes it.
@@ -292,7 +298,7 @@ def plot_layers(module: nn.Module, names: Sequence[str] | None = None) -> matplo
     found = sparse_weights(module)
     if not found:
         raise InputError(f"{type(module).__name__} has no sparse layer to draw: call sparsify first")
-    datas = [layer_data(module, name) for name in (found if names is None else names)]
+    datas = [style.to_data(layer_data(module, name), epoch) for name in (found if names is None else names)]
     columns = min(4, len(datas))
     rows = math.ceil(len(datas) / columns)
     figure = style.figure(3.2 * columns + 0.8, 3.0 * rows + 0.4)
@@ -324,5 +330,8 @@ def plot_layers(module: nn.Module, names: Sequence[str] | None = None) -> matplo
         format=lambda value, _: style.share(value),
     )
     kept = sum(data.num_edges for data in datas)
-    figure.suptitle(f"{datas[0].rule}, k = {kept:,} in {len(datas)} layers", fontsize="medium")
+    of = sum(found[data.name][0].numel for data in datas)
+    edges = f"k = {kept:,} of {of:,} weights ({style.share(kept / of)}) in {len(datas)} layers"
+    title = ", ".join(filter(None, (datas[0].rule, edges, style.moment(datas[0]))))
+    figure.suptitle(f"{type(module).__name__}: {title}", fontsize="medium")
     return figure

@@ -14,7 +14,8 @@ import torch
 from dnw_graph.arguments import checked
 from dnw_graph.visualize import style
 from dnw_graph.visualize.matrices import Cells, arrange
-from dnw_graph.visualize.recording import RecordedGraph, Recording
+from dnw_graph.visualize.recorded_graph import RecordedGraph
+from dnw_graph.visualize.recording import Recording
 from dnw_graph.whole_file import write_whole
 
 

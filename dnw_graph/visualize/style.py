@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -32,9 +33,14 @@ IMPOSSIBLE, FEEDBACK = "#DDDDDD", "#F6F1D5"
 DENSITY = ("#FFFFFF", "#D0D0D0", "#7A7A7A", "#303030", "#000000")
 
 
-def to_data(graph: NeuralGraph | Data) -> Data:
-    """Return a wiring as a PyG graph."""
-    return graph.to_data() if isinstance(graph, NeuralGraph) else graph
+def to_data(graph: NeuralGraph | Data, epoch: float | None = None) -> Data:
+    """Return a wiring as a PyG graph, at an epoch where one is given."""
+    data = graph.to_data() if isinstance(graph, NeuralGraph) else graph
+    if epoch is None:
+        return data
+    data = copy.copy(data)
+    data.epoch = epoch
+    return data
 
 
 def is_dynamic(data: Data) -> bool:
@@ -157,3 +163,32 @@ def depths(data: Data) -> Int[Tensor, " nodes"]:
             break
         depth[new] = now + 1
     return depth
+
+
+def legend_beside(ax: matplotlib.axes.Axes, lines: Sequence[tuple[str, str, Any]]) -> None:
+    """Put a legend to the right of the axes: colour, label and dashes of lines, then the nodes."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colour, label=label, linestyle=dashes) for colour, label, dashes in lines]
+    nodes, _ = ax.get_legend_handles_labels()
+    ax.legend(handles=[*handles, *nodes], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def sign_colours(data: Data, edges: Int[Tensor, " edges"]) -> tuple[list[str], Tensor]:
+    """Return colours that say the signs of weights, and opacities that say their magnitudes."""
+    if data.get("edge_weight") is None:
+        return [LIVE] * len(edges), torch.full((len(edges),), 0.3)
+    weight = data.edge_weight[edges]
+    opacity = (weight.abs() / data.edge_weight.abs().max().clamp(min=1e-12)).sqrt()
+    return [POSITIVE if w > 0 else NEGATIVE for w in weight.tolist()], opacity
+
+
+def sign_lines(data: Data) -> list[tuple[str, str, Any]]:
+    """Return what a legend says of the edges: colour, label and dashes."""
+    if data.get("edge_weight") is None:
+        return [(KEPT, f"edges: {data.num_edges:,}", "-")]
+    positive = int((data.edge_weight > 0).sum())
+    return [
+        (POSITIVE, f"edges with w > 0: {positive:,}", "-"),
+        (NEGATIVE, f"edges with w < 0: {data.num_edges - positive:,}", "-"),
+    ]

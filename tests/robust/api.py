@@ -66,7 +66,19 @@ from dnw_graph.sparse_layers import (
     weight_graphs,
 )
 from dnw_graph.training import Classifier, RunOptions, TrainingCost, WiringMonitor, WiringUpdates, cosine, step
-from dnw_graph.visualize import plot, plot_adjacency, plot_change, to_networkx
+from dnw_graph.visualize import (
+    RecordedGraph,
+    Recording,
+    animate,
+    plot,
+    plot_adjacency,
+    plot_change,
+    plot_evolution,
+    plot_layers,
+    plot_training,
+    save_page,
+    to_networkx,
+)
 from dnw_graph.wirings import WIRINGS
 from dnw_graph.wirings.two_stage import fine_tune, lottery_ticket
 
@@ -248,6 +260,33 @@ def saved() -> Path:
     return Path("a.safetensors")
 
 
+def recording() -> Recording:
+    model = graph()
+    found = Recording(model)
+    with torch.no_grad():
+        model.candidates.weight.neg_()[:3] += 1
+    found.add(1, 0.5)
+    return found
+
+
+def recorded() -> RecordedGraph:
+    return recording()["graph"]
+
+
+def recording_file() -> Path:
+    recording().save("a.recording")
+    return Path("a.recording")
+
+
+def table() -> Path:
+    Path("metrics.csv").write_text("step,train/loss,val/top1\n1,2.5,\n2,1.5,0.25\n")
+    return Path("metrics.csv")
+
+
+def middle(network: Any) -> dict[int, tuple[int, int]]:
+    return dict.fromkeys(network, (0, 0))
+
+
 def in_figure(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> None:
@@ -281,6 +320,10 @@ wiring_data = (lambda: graph().to_data(), a(NeuralGraph, Data))
 data = (lambda: graph().to_data(), a(Data))
 top = (lambda: 5, integer())
 axes = (lambda: None, nothing)
+epoch = (lambda: 1.5, optional(number()))
+moments = (lambda: recorded(), a(RecordedGraph))
+picture = (lambda: "a.gif", a(str, Path))
+seconds = (lambda: 1.0, number(1e-300))
 
 
 def moment(least: float = 0) -> Possible:
@@ -392,7 +435,14 @@ def doors() -> list[tuple[int, str, Door]]:
             {"x": (images, tensor), "times": (lambda: [0.5, 1.0], optional(either(sequence(number()), tensor)))},
         ),
         (4, method(graph, "rewire"), {"wiring": rule, "num_edges": (lambda: 3, integer())}),
-        (2, method(graph, "live_nodes"), {"live_outputs": (lambda: torch.ones(2).bool(), optional(tensor))}),
+        (
+            2,
+            method(graph, "live_nodes"),
+            {
+                "live_outputs": (lambda: torch.ones(2).bool(), optional(tensor)),
+                "real_index": (lambda: torch.arange(4), optional(tensor)),
+            },
+        ),
         (
             2,
             CandidateEdges,
@@ -545,7 +595,7 @@ def doors() -> list[tuple[int, str, Door]]:
         (1, fine_tune, {"complete": (complete, module)}),
         (1, lottery_ticket, {"complete": (complete, module), "initial": (lambda: complete().state_dict(), a(dict))}),
         (1, neural_graphs, {"model": model}),
-        (1, live_nodes, {"model": model}),
+        (1, live_nodes, {"model": model, "real_index": (lambda: None, optional(a(dict)))}),
         (1, wiring_penalty, {"model": model}),
         (3, cost, {"model": model, "input_size": (lambda: (3, 4, 4), sequence(integer(), 1)), "paper": on}),
         (3, compact, {"model": model, "products": (lambda: "dense", text), "example": (images, optional(tensor))}),
@@ -558,9 +608,29 @@ def doors() -> list[tuple[int, str, Door]]:
         (1, equivalence.mlp_to_discrete, {"mlp": (perceptron, module)}),
         (1, equivalence.static_to_discrete, {"graph": model}),
         (1, equivalence.lstm_to_discrete, {"lstm": (lambda: nn.LSTM(3, 4), module)}),
-        (1, in_figure(plot), {"graph": wiring_data, "top": top, "ax": axes}),
+        (1, in_figure(plot), {"graph": wiring_data, "top": top, "ax": axes, "epoch": epoch}),
+        (1, in_figure(plot), {"graph": wiring_data, "top": top, "layout": (lambda: middle, callable)}),
         (1, in_figure(plot_change), {"before": data, "after": data, "top": top, "ax": axes}),
-        (1, in_figure(plot_adjacency), {"graph": wiring_data, "ax": axes}),
+        (1, in_figure(plot_adjacency), {"graph": wiring_data, "ax": axes, "epoch": epoch}),
+        (
+            1,
+            plot_layers,
+            {"module": (sparse, module), "names": (lambda: ["0.weight"], optional(sequence(text))), "epoch": epoch},
+        ),
+        (1, plot_evolution, {"graph": moments}),
+        (1, plot_training, {"path": (table, a(str, Path))}),
+        (1, animate, {"graph": moments, "path": picture, "frames": (lambda: 2, integer()), "seconds": seconds}),
+        (1, save_page, {"recording": (recording, a(Recording, RecordedGraph)), "path": picture}),
+        (2, Recording, {"model": model, "every": (lambda: 1, integer()), "step": (lambda: 0, integer(0))}),
+        (2, method(recording, "add"), {"step": (lambda: 2, integer(2)), "epoch": epoch}),
+        (1, method(recording, "save"), {"path": picture}),
+        (2, Recording.load, {"path": (recording_file, a(str, Path)), "model": (graph, optional(module))}),
+        (1, Recording.from_bytes, {"content": (lambda: recording().to_bytes(), a(bytes))}),
+        *(
+            (1, method(recorded, name), {"moment": (lambda: 1, integer(-2, 2))})
+            for name in ("born", "gone", "live", "weights", "edges", "to_data")
+        ),
+        (1, method(recorded, "pairs"), {"index": (lambda: np.array([0, 3]), a(np.ndarray))}),
         (1, to_networkx, {"graph": wiring_data}),
         (2, sparse_product, csr),
         (2, static_graph, static),

@@ -15,6 +15,7 @@ import torch
 import torch_geometric.transforms as T
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_rgb
+from matplotlib.patches import FancyArrowPatch
 from torch_geometric.data import Data
 from torch_geometric.utils import contains_isolated_nodes, from_networkx, to_dense_adj
 from torch_geometric.visualization import visualize_graph
@@ -264,6 +265,42 @@ def test_pyg_draws_the_wiring_by_magnitude(graph, tmp_path):
     visualize_graph(data.edge_index, data.edge_weight.abs(), path=str(path), backend="networkx")
     picture = plt.imread(path)
     assert picture[..., :3].min() < 0.1 < 0.9 < picture[..., :3].max()
+
+
+def test_a_layout_says_where_the_nodes_of_the_strongest_edges_lie(graph):
+    data = graph.to_data()
+    strongest = data.edge_weight.abs().argsort(descending=True)[:7]
+    pairs = {
+        (u, v): data.edge_weight[n]
+        for n, (u, v) in zip(strongest, data.edge_index[:, strongest].T.tolist(), strict=True)
+    }
+    given = []
+
+    def layout(network):
+        given.append(network)
+        return {node: (node, node**2) for node in network}
+
+    ax = plot(graph, top=7, layout=layout, epoch=3)
+    assert set(given[0].edges) == set(pairs)
+    assert set(given[0].nodes) == {node for pair in pairs for node in pair}
+    arrows = [patch for patch in ax.patches if isinstance(patch, FancyArrowPatch)]
+    assert len(arrows) == 7
+    ends = [tuple(round(float(end[0])) for end in arrow._posA_posB) for arrow in arrows]
+    for (u, v), arrow in zip(ends, arrows, strict=True):
+        assert to_rgb(arrow.get_edgecolor()) == to_rgb(POSITIVE if pairs.pop((u, v)) > 0 else NEGATIVE)
+    assert not pairs
+    spots = {tuple(spot) for dots in ax.collections if len(dots.get_offsets()) for spot in dots.get_offsets().tolist()}
+    assert spots == {(node, node**2) for node in given[0]}
+    assert "epoch 3\ndrawn: the 7 strongest edges" in ax.get_title()
+    assert "drawn" not in plot(graph, layout=nx.kamada_kawai_layout).get_title()
+
+
+@pytest.mark.parametrize("places", [None, {}, dict.fromkeys(range(13), (0, 0, 0)), dict.fromkeys(range(13), ("a", 0))])
+def test_a_layout_without_places_is_refused(graph, places):
+    with pytest.raises(
+        InputError, match=r"layout must be a function that returns a place \(x, y\) for every node; got"
+    ):
+        plot(graph, layout=lambda network: places)
 
 
 @pytest.mark.parametrize("draw", [plot, lambda graph, top: plot_change(graph.to_data(), graph.to_data(), top)])

@@ -130,10 +130,20 @@ def test_a_moment_of_a_large_graph_has_no_weights_and_is_shown_by_shares():
     assert "epoch 0" in ax.get_title()
 
 
+def test_the_title_has_the_epoch_that_is_given():
+    graph = NeuralGraph((3, 4, 2), 9)
+    assert plot_adjacency(graph).get_title() == "graph: dnw, k = 9 of 26 candidates (35%)"
+    data = graph.to_data()
+    assert plot_adjacency(data, epoch=2.5).get_title() == "graph: dnw, k = 9 of 26 candidates (35%), epoch 2.5"
+    assert "epoch" not in data
+
+
 def test_layers_are_blocks_with_their_shares():
     model = nn.Sequential(nn.Conv2d(8, 12, 3, groups=4), nn.ReLU(), nn.Conv2d(12, 16, 1), nn.Linear(500, 40))
     sparsify(model, 0.2)
-    figure = plot_layers(model)
+    figure = plot_layers(model, epoch=4)
+    kept = sum(to_data(model, name).num_edges for name in ("0.weight", "2.weight", "3.weight"))
+    assert figure.get_suptitle() == f"Sequential: dnw, k = {kept:,} of 20,408 weights (20%) in 3 layers, epoch 4"
     axes = [ax for ax in figure.axes if ax.get_title()]
     assert [ax.get_title() for ax in axes] == [
         "0.weight\n12×2×3×3, 20% kept",

@@ -1,8 +1,12 @@
 """A recording gives back what the wirings were, of any model, and goes on where it was left."""
 
+import hashlib
 import io
+import json
 import pickletools
 import zipfile
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from dnw_graph import DNW, Discrete, InputError, NeuralGraph, sparsify
 from dnw_graph.analysis.cost import live_nodes
 from dnw_graph.sparse_layers import weight_graphs
 from dnw_graph.visualize import QUANTILES, Recording
+from dnw_graph.visualize.recording import MAGIC
 
 
 class Model(nn.Module):
@@ -214,6 +219,55 @@ def test_damage_is_told(tmp_path, place):
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(InputError, match=r"is damaged: its checksum|is no recording"):
         Recording.load(tmp_path / "a")
+
+
+def sealed(head, content):
+    """A file with another head, or other content, whose checksum is right."""
+    head = json.dumps(head).encode()
+    rest = len(head).to_bytes(8, "little") + head + content
+    return MAGIC + hashlib.blake2b(rest, digest_size=16).digest() + rest
+
+
+WRONG = {
+    "no graphs": lambda head: head.pop("graphs"),
+    "a number as moments": lambda head: head.update(moments=3),
+    "no moment": lambda head: head.update(moments=[]),
+    "a moment twice": lambda head: head["moments"].__setitem__(1, head["moments"][0]),
+    "moments too many": lambda head: head["moments"].append([99, 1.0]),
+    "a graph twice": lambda head: head["graphs"].append(head["graphs"][0]),
+    "a graph fewer": lambda head: head["graphs"].pop(),
+    "overlapping blocks": lambda head: head["graphs"][0].update(candidate_blocks=[[0, 3, 3, 8], [0, 3, 3, 8]]),
+    "a block of three": lambda head: head["graphs"][0].update(candidate_blocks=[[0, 3, 3]]),
+    "nodes that are none": lambda head: head["graphs"][0]["nodes"].__setitem__(0, [2.5]),
+    "a change of text": lambda head: head["graphs"][0]["changes"][0].__setitem__(0, "9"),
+    "more born than there are": lambda head: head["graphs"][0]["changes"][0].__setitem__(0, 2**40),
+    "a negative length": lambda head: head["graphs"][0]["changes"][0].__setitem__(2, -1),
+    "a longer change": lambda head: head["graphs"][0]["changes"][0].__setitem__(2, 10**9),
+    "no number": lambda head: head["graphs"][0]["changes"][0].__setitem__(4, float("nan")),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_head_that_cannot_be_is_refused(wrong):
+    content = recorded(2)[1].to_bytes()
+    at = len(MAGIC) + 16
+    end = at + 8 + int.from_bytes(content[at : at + 8], "little")
+    head = json.loads(content[at + 8 : end])
+    assert Recording.from_bytes(sealed(head, content[end:])).to_bytes()
+    WRONG[wrong](head)
+    with pytest.raises(InputError, match="the recording"):
+        Recording.from_bytes(sealed(head, content[end:]))
+
+
+@pytest.mark.parametrize("bad", [b"", b"no zlib", zlib.compress(b"12"), zlib.compress(bytes(10**7))])
+def test_a_moment_that_cannot_be_is_refused(bad):
+    recording = recorded(2)[1]
+    graph = recording["first"]
+    graph.changes[1] = replace(graph.changes[1], content=bad)
+    graph = Recording.from_bytes(recording.to_bytes())["first"]
+    assert len(graph.edges(0)) == 20
+    with pytest.raises(InputError, match="first: moment 1 of the recording is damaged"):
+        graph.edges(1)
 
 
 def test_what_cannot_be_is_refused(tmp_path):
