@@ -63,8 +63,8 @@ def _on_cpu(loss_of: Callable[[], Tensor]) -> tuple[int, int]:
         loss = loss_of()
         with record_function(BACKWARD):
             loss.backward()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     start = next(event["ts"] for event in events if event["name"] == BACKWARD)

@@ -113,8 +113,8 @@ def network_rows(rounds: int, size: int) -> list[dict[str, Any]]:
     """Time ResNet-50."""
     image = torch.randn(1, 3, size, size)
     model = torchvision.models.resnet50().eval()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.onnx")
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "model.onnx")
         torch.onnx.export(model, (image,), path, dynamo=True, verbose=False)
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = settings.inter_op_num_threads = 1

@@ -87,7 +87,7 @@ def test_a_published_version_stands_beside_the_others(tmp_path):
 
 def test_the_method_is_drawn_from_a_step_that_swaps_one_edge(tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(draw_method, "FOLDER", tmp_path)
+    monkeypatch.setattr(draw_method, "DIRECTORY", tmp_path)
     monkeypatch.setattr(
         draw_method, "between", lambda ax, ends, **looks: drawn.setdefault(ax, []).append(looks["color"])
     )

@@ -20,8 +20,8 @@ from pygments.lexers import PythonLexer
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "site"
-FOLDERS = ("dnw_graph", "tests", "examples", "benchmarks")
-LINK = re.compile(rf'href="(?:\.\./)*((?:{"|".join(FOLDERS)})/[\w./-]+)\.py(?:#([\w.]+))?"')
+DIRECTORIES = ("dnw_graph", "tests", "examples", "benchmarks")
+LINK = re.compile(rf'href="(?:\.\./)*((?:{"|".join(DIRECTORIES)})/[\w./-]+)\.py(?:#([\w.]+))?"')
 SOURCE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -51,8 +51,8 @@ def write_sources() -> None:
     """Write a page for every Python file of the repository, with an anchor per line."""
     formatter = HtmlFormatter(linenos="inline", anchorlinenos=True, lineanchors="L")
     style = formatter.get_style_defs()
-    for folder in FOLDERS:
-        for path in (ROOT / folder).rglob("*.py"):
+    for directory in DIRECTORIES:
+        for path in (ROOT / directory).rglob("*.py"):
             name = path.relative_to(ROOT)
             page = SITE / "source" / name.with_suffix(".html")
             page.parent.mkdir(parents=True, exist_ok=True)
@@ -93,20 +93,22 @@ def write_notebooks() -> None:
         (SITE / "tutorials" / f"{page.stem}.ipynb").write_text(json.dumps(notebook(page.read_text()), indent=1))
 
 
-def publish(site: Path, folder: Path, version: str) -> None:
+def publish(site: Path, directory: Path, version: str) -> None:
     """Put a site beside those of other versions, list it for the menu of versions, and lead to it from the root."""
-    listed = folder / "versions.json"
+    listed = directory / "versions.json"
     versions = json.loads(listed.read_text()) if listed.exists() else []
     others = [entry | {"aliases": []} for entry in versions if entry["version"] != version]
-    shutil.copytree(site, folder / version, dirs_exist_ok=True)
+    shutil.copytree(site, directory / version, dirs_exist_ok=True)
     listed.write_text(json.dumps([{"version": version, "title": version, "aliases": ["latest"]}, *others]))
-    (folder / "index.html").write_text(f'<!DOCTYPE html><meta http-equiv="refresh" content="0; url={version}/">')
+    (directory / "index.html").write_text(f'<!DOCTYPE html><meta http-equiv="refresh" content="0; url={version}/">')
 
 
 def main() -> None:
     """Build the site into ``site/``; the sitemap names its pages by the environment variable ``SITE_URL``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--publish", type=Path, metavar="FOLDER", help="copy the site beside those of other versions")
+    parser.add_argument(
+        "--publish", type=Path, metavar="DIRECTORY", help="copy the site beside those of other versions"
+    )
     options = parser.parse_args()
     if importlib.util.find_spec("zensical") is None:
         sys.exit("Zensical is not installed: make docs installs it, as does pip install -e '.[dev]'")

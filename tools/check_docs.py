@@ -1,6 +1,6 @@
 """Looks at the built site in a headless Chromium and lists what a reader would stumble over.
 
-``python tools/check_docs.py [--site FOLDER] [--screenshots FOLDER]`` prints one line for everything that
+``python tools/check_docs.py [--site DIRECTORY] [--screenshots DIRECTORY]`` prints one line for everything that
 is cut off, every empty cell of a table, and every docstring or formula that was left as it is written.
 """
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dnw_graph import CandidateEdges, NeuralGraph
 
-FOLDER = Path(__file__).parent.parent / "docs" / "images"
+DIRECTORY = Path(__file__).parent.parent / "docs" / "images"
 REAL, HALLUCINATED, GRADIENT, NEW = "#37474f", "#b0bec5", "#e65100", "#2e7d32"
 BLOCKS = (3, 3, 2)
 PLACES = [(column, row - size / 2) for column, size in enumerate(BLOCKS) for row in range(size)]
@@ -49,7 +49,7 @@ def finish(ax: Axes, name: str, *lines: tuple[str, str]) -> None:
     ax.scatter(x, y, s=170, color="white", edgecolor=REAL, linewidth=1.5, zorder=3)
     for number, (text, color) in enumerate(lines):
         ax.text(1, -1.95 - 0.27 * number, text, color=color, ha="center", fontsize=10)
-    plt.savefig(FOLDER / f"method-{name}.svg", metadata={"Date": None})
+    plt.savefig(DIRECTORY / f"method-{name}.svg", metadata={"Date": None})
     plt.close()
 
 

@@ -28,7 +28,7 @@ from dnw_graph.visualize import (
 )
 
 ROOT = Path(__file__).parent.parent
-FOLDER = ROOT / "docs" / "images" / "gallery"
+DIRECTORY = ROOT / "docs" / "images" / "gallery"
 TRAIN = 1437
 
 
@@ -80,7 +80,7 @@ def train(model: nn.Module, epochs: int, size: int = 8, lr: float = 0.1, every: 
 
 def save(picture: Any, name: str) -> None:
     """Write a figure, or that of axes."""
-    getattr(picture, "figure", picture).savefig(FOLDER / f"{name}.png", dpi=100)
+    getattr(picture, "figure", picture).savefig(DIRECTORY / f"{name}.png", dpi=100)
 
 
 def after(graph: RecordedGraph, moment: int = -1) -> Any:
@@ -98,7 +98,7 @@ def static() -> str:
     save(plot(after(graph)), "static")
     save(plot_change(after(graph, 0), after(graph)), "change")
     save(plot_evolution(graph), "evolution")
-    save_page(graph, FOLDER / "page.html")
+    save_page(graph, DIRECTORY / "page.html")
     by_block = partial(nx.multipartite_layout, subset_key="block")
     save(plot(after(graph), top=30, layout=by_block), "networkx")
     born, dead = int(graph.swaps()[:, 0].sum()), int((~graph.live(-1)).sum())
@@ -201,7 +201,7 @@ layer is a block.
 
 def main() -> None:
     """Draw everything."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    DIRECTORY.mkdir(parents=True, exist_ok=True)
     parts = [static(), cycles(), stages(), layers()]
     head = """# Gallery
 

@@ -62,7 +62,7 @@ def _git(*command: str) -> str:
 
 
 def record(
-    table: Table, row: Row, seed: int, data: str, options: dict[str, Any], starts: list[dict[str, Any]], folder: Path
+    table: Table, row: Row, seed: int, data: str, options: dict[str, Any], starts: list[dict[str, Any]], directory: Path
 ) -> dict[str, Any]:
     """Return the record of a finished run.
 
@@ -73,16 +73,16 @@ def record(
         data: Name of the data, which stands in place of their path.
         options: The options that were asked for.
         starts: Where the run was started, and gone on with: see :func:`here`.
-        folder: Folder of the run.
+        directory: Directory of the run.
     """
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((directory / "summary.json").read_text())
     kept = {name: value for name, value in options.items() if name not in MACHINE} | {"data": data}
     summary["options"]["data"] = data
     asked, had = _values(kept), _values(summary["options"])
     for name in sorted(asked.keys() & had.keys()):
         if asked[name] != had[name]:
             raise InputError(
-                f"{folder} holds a run with {name} {had[name]!r}, not {asked[name]!r}: give the same options"
+                f"{directory} holds a run with {name} {had[name]!r}, not {asked[name]!r}: give the same options"
             )
     result = {"table": table.name, "row": row.key, "seed": seed, "data": data, "options": kept}
     changed = {**changed_options(table, row, result), **({} if data in table.data else {"data": data})}
@@ -92,7 +92,7 @@ def record(
         **result,
         "starts": starts,
         "summary": summary,
-        "top1_per_epoch": top1_per_epoch(folder / "metrics.csv"),
+        "top1_per_epoch": top1_per_epoch(directory / "metrics.csv"),
     }
 
 
@@ -102,17 +102,17 @@ def top1_per_epoch(path: Path) -> list[float]:
         return [round(float(row["val/top1"]), 5) for row in csv.DictReader(file) if row.get("val/top1")]
 
 
-def keep(result: dict[str, Any], folder: Path) -> Path:
-    """Write a record into the folder of all records, and return its path."""
-    path = folder / result["table"] / f"{result['name']}.json"
+def keep(result: dict[str, Any], directory: Path) -> Path:
+    """Write a record into the directory of all records, and return its path."""
+    path = directory / result["table"] / f"{result['name']}.json"
     make_writable(path.parent, "--results")
     write(path, result)
     return path
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """Return all records of a folder, by table and name."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
+def read(directory: Path) -> list[dict[str, Any]]:
+    """Return all records of a directory, by table and name."""
+    return [json.loads(path.read_text()) for path in sorted(directory.glob("*/*.json"))]
 
 
 def as_configured(table: Table, row: Row, result: dict[str, Any]) -> bool:

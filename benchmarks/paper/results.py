@@ -69,7 +69,7 @@ def page(results: Sequence[dict[str, Any]], notes: Path = RESULTS) -> str:
 
     Args:
         results: The records.
-        notes: Folder of the notes about tables.
+        notes: Directory of the notes about tables.
     """
     lines = [OPENING]
     if results:

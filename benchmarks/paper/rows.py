@@ -25,7 +25,7 @@ class Data:
     test_images: int
 
 
-# What --data-name takes. Whoever trains on a folder says what is in it; nobody could tell from its path.
+# What --data-name takes. Whoever trains on a directory says what is in it; nobody could tell from its path.
 DATA = {
     "digits": Data("scikit-learn's digits", 360),
     "cifar10": Data("CIFAR-10", 10_000),
@@ -46,7 +46,7 @@ class Row:
         paper: Accuracy in the paper, in percent, as "mean ± standard deviation"; empty if it has none.
         options: Options of the run that differ from the file.
         first_stage: The ``config`` of the row whose run this one starts from, if any.
-        name: Name of the row's folder, if not made of ``config`` and ``options``.
+        name: Name of the row's directory, if not made of ``config`` and ``options``.
     """
 
     label: str
@@ -58,7 +58,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Name of the row's folder."""
+        """Name of the row's directory."""
         return self.name or "-".join([self.config, *(f"{name}-{value}" for name, value in self.options.items())])
 
 
@@ -74,7 +74,7 @@ class Table:
         quick: Options of every run with ``--quick``.
         data: Names of the data that its rows are about.
         options: Options of every run that differ from the files.
-        configs: Folder of the configurations.
+        configs: Directory of the configurations.
         seeds: Number of seeds of a complete row.
         margins: Pairs of rows, of which the first should be the better one.
         top5: Whether top-5 accuracy is told beside top-1.

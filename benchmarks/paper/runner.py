@@ -43,7 +43,7 @@ class Run:
         row: The row.
         seed: The seed.
         data: Name of the data, see ``rows.DATA``; their path if they have none.
-        folder: Where everything of the run is.
+        directory: Where everything of the run is.
         options: All options in their own words: those of the configuration and what was given beside it.
         command: The call of the example, but for ``--resume``.
     """
@@ -52,31 +52,31 @@ class Run:
     row: Row
     seed: int
     data: str
-    folder: Path
+    directory: Path
     options: dict[str, Any]
     command: list[str]
 
     @property
     def result(self) -> Path:
         """The run's JSON file, written when it is complete."""
-        return self.folder / "result.json"
+        return self.directory / "result.json"
 
     def check(self) -> None:
-        """Refuse a folder that holds a run with other options.
+        """Refuse a directory that holds a run with other options.
 
         Raises:
             InputError: If it does.
         """
-        asked = self.folder / "options.json"
+        asked = self.directory / "options.json"
         if asked.exists():
             before = json.loads(asked.read_text())
             for name in sorted({*before, *self.options} - MACHINE):
                 if before.get(name) != self.options.get(name):
                     raise InputError(
-                        f"{self.folder} holds a run with {name} {before.get(name)!r}, not {self.options.get(name)!r}: "
-                        "give another --output, or remove the folder"
+                        f"{self.directory} holds a run with {name} {before.get(name)!r}, not "
+                        f"{self.options.get(name)!r}: give another --output, or remove the directory"
                     )
-        make_writable(self.folder, "--output")
+        make_writable(self.directory, "--output")
         write(asked, self.options)
 
     def execute(self, threads: int) -> dict[str, Any] | None:
@@ -84,16 +84,16 @@ class Run:
         if (result := self.finished()) is not None:
             return result
         command = self.command
-        if (last := self.folder / "last.ckpt").exists():
+        if (last := self.directory / "last.ckpt").exists():
             command = [*command, "--resume", str(last)]
-        write(self.folder / "starts.json", [*self._starts(), here(threads)])
+        write(self.directory / "starts.json", [*self._starts(), here(threads)])
         start = time.monotonic()
-        with open(self.folder / "log.txt", "a") as log:
+        with open(self.directory / "log.txt", "a") as log:
             status = subprocess.run(
                 command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False
             ).returncode
         if status:
-            print(f"{self.row.label}, seed {self.seed}: status {status}, see {self.folder / 'log.txt'}", flush=True)
+            print(f"{self.row.label}, seed {self.seed}: status {status}, see {self.directory / 'log.txt'}", flush=True)
             return None
         result = self.finished()
         assert result is not None
@@ -105,17 +105,17 @@ class Run:
         return result
 
     def finished(self) -> dict[str, Any] | None:
-        """Return the record of the run if it is finished, and write it into its folder."""
+        """Return the record of the run if it is finished, and write it into its directory."""
         if self.result.exists():
             return dict(json.loads(self.result.read_text()))
-        if not (self.folder / "summary.json").exists():
+        if not (self.directory / "summary.json").exists():
             return None
-        result = record(self.table, self.row, self.seed, self.data, self.options, self._starts(), self.folder)
+        result = record(self.table, self.row, self.seed, self.data, self.options, self._starts(), self.directory)
         write(self.result, result)
         return result
 
     def _starts(self) -> list[dict[str, Any]]:
-        path = self.folder / "starts.json"
+        path = self.directory / "starts.json"
         return list(json.loads(path.read_text())) if path.exists() else []
 
 
@@ -170,16 +170,16 @@ def _parser(table: Table, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", metavar="CONFIG", help="rows to run, by the names of their configurations")
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds (default: those of a whole row; quick: 0)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
-    parser.add_argument("--configs", type=Path, default=table.configs, help="folder of the configurations")
+    parser.add_argument("--configs", type=Path, default=table.configs, help="directory of the configurations")
     parser.add_argument(
         "--data-name",
-        help=f"what a folder of images holds: one of {', '.join(DATA)}; without it no row stands beside the paper's",
+        help=f"what a directory of images holds: one of {', '.join(DATA)}; without it no row stands beside the paper's",
     )
     parser.add_argument("--finished", action="store_true", help="run nothing: tell of the runs that are finished")
     parser.add_argument(
         "--results", type=Path, help="also write the record of each finished run here, as benchmarks/results has them"
     )
-    parser.add_argument("--output", type=Path, help="folder of all runs (default: runs/paper, quick: runs/quick)")
+    parser.add_argument("--output", type=Path, help="directory of all runs (default: runs/paper, quick: runs/quick)")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     return parser
 
@@ -228,9 +228,9 @@ def _runs(table: Table, rows: list[Row], options: argparse.Namespace, given: dic
         if not config.is_file():
             raise InputError(f"{config} does not exist: --configs needs a file for every row")
         for seed in seeds:
-            folder = options.output / row.key / f"seed{seed}"
+            directory = options.output / row.key / f"seed{seed}"
             changed = {**shared, **row.options, "seed": str(seed)}
-            command = [sys.executable, str(ROOT / table.example), "--config", str(config), "--output", str(folder)]
+            command = [sys.executable, str(ROOT / table.example), "--config", str(config), "--output", str(directory)]
             for name, value in changed.items():
                 flag = name.replace("_", "-")
                 if isinstance(value, bool):
@@ -241,7 +241,7 @@ def _runs(table: Table, rows: list[Row], options: argparse.Namespace, given: dic
                 command += ["--complete", str(options.output / row.first_stage / f"seed{seed}")]
             values = {**yaml.safe_load(config.read_text()), **changed}
             data = options.data_name or str(values["data"])
-            runs.append(Run(table, row, seed, data, folder, values, command))
+            runs.append(Run(table, row, seed, data, directory, values, command))
     return runs
 
 

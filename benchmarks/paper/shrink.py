@@ -1,4 +1,4 @@
-"""Bring all images of a folder to 80 pixels on the shorter side, once: bicubic, saved as JPEG of quality 95.
+"""Bring all images of a directory to 80 pixels on the shorter side, once: bicubic, saved as JPEG of quality 95.
 
 python benchmarks/paper/shrink.py imagenette imagenette80
 """
@@ -27,7 +27,7 @@ def shrink(source: Path, target: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder of images of the kind .JPEG, at any depth")
-    parser.add_argument("target", type=Path, help="folder to be made")
+    parser.add_argument("source", type=Path, help="directory of images of the kind .JPEG, at any depth")
+    parser.add_argument("target", type=Path, help="directory to be made")
     options = parser.parse_args()
     shrink(options.source, options.target)

@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         checkpoints = _checkpoints(options.checkpoint)
         if options.json is not None and not options.json.parent.is_dir():
-            raise InputError(f"--json: there is no folder {options.json.parent}")
+            raise InputError(f"--json: there is no directory {options.json.parent}")
         results = [(row, count(row, checkpoints.get(row.name or ""))) for row in ROWS]
         print("\n".join([TITLE, "", *lines(results)]))
         if options.json is not None:

@@ -1,6 +1,6 @@
 """Table 6 of the paper: variants of targeted weight dropout, on CIFAR-10.
 
-All rows, 5 seeds each, with the paper's schedule of 160 epochs; runs of Table 2 in the same folder are not done again:
+All rows, 5 seeds each, with the schedule of the paper, 160 epochs; runs of Table 2 in the same directory are kept:
 
     python benchmarks/paper/table6.py --data cifar10 --jobs 4
 

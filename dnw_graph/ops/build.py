@@ -26,7 +26,7 @@ def kernels() -> ctypes.CDLL | None:
 
     They are compiled by the first call that needs them, with ``$CXX`` or else ``c++``, ``g++`` or ``clang++``, which
     takes seconds, and kept in ``$XDG_CACHE_HOME/dnw_graph`` (default ``~/.cache/dnw_graph``) under a name that says for
-    which source, compiler and processor, and what the file contains. Only files of the user's own, in a folder that
+    which source, compiler and processor, and what the file contains. Only files of the user's own, in a directory that
     nobody else can write to, are loaded. Whatever goes wrong, a warning says so once.
 
     In the environment, ``DNW_GRAPH_KERNELS=0`` switches the kernels off, and ``DNW_GRAPH_CXXFLAGS`` holds further flags
@@ -70,8 +70,8 @@ def _built() -> ctypes.CDLL:
     with open_cache() as cache:
         path = cache.find(f"kernels-{key}")
         if path is None:
-            with cache.workplace() as folder:
-                compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
+            with cache.workplace() as directory:
+                compiled, linked = Path(directory, "kernels.o"), Path(directory, "kernels.so")
                 _output([*compiler, *flags, "-c", str(SOURCES / "kernels.cpp"), "-o", str(compiled)])
                 # Linked without OpenMP: its functions are those that PyTorch has loaded, so that there is one thread
                 # pool.

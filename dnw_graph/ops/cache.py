@@ -1,4 +1,4 @@
-"""The folder where compiled code is kept from run to run; what others may have written is not loaded from it."""
+"""The directory where compiled code is kept from run to run; what others may have written is not loaded from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_TEMPORARY = "tmp"  # What the names of unfinished folders begin with.
+_TEMPORARY = "tmp"  # What the names of unfinished directories begin with.
 
 
 class Cache:
@@ -21,38 +21,38 @@ class Cache:
     A file carries its checksum in its name, so that a damaged one is noticed before it is loaded.
     """
 
-    def __init__(self, path: Path, folder: int) -> None:
-        self._path, self._folder = path, folder
+    def __init__(self, path: Path, directory: int) -> None:
+        self._path, self._directory = path, directory
 
     def find(self, stem: str) -> Path | None:
         """Return where to load a file from, or None. Damaged and foreign files of that name are removed."""
-        for name in sorted(os.listdir(self._folder)):
+        for name in sorted(os.listdir(self._directory)):
             if name.startswith(f"{stem}-"):
                 if self._checksum(name) == Path(name).stem.removeprefix(f"{stem}-"):
                     return self._place(name)
                 with suppress(OSError):
-                    os.unlink(name, dir_fd=self._folder)
+                    os.unlink(name, dir_fd=self._directory)
         return None
 
     def keep(self, made: Path, stem: str) -> Path:
         """Move a file from a :meth:`workplace` to its place, whole or not at all, and return where to load it from."""
         source = f"{made.parent.name}/{made.name}"
-        file = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folder)
+        file = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
         try:
             os.fchmod(file, 0o600)
             os.fsync(file)
         finally:
             os.close(file)
         name = f"{stem}-{self._checksum(source)}{made.suffix}"
-        os.rename(source, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
-        os.fsync(self._folder)
+        os.rename(source, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        os.fsync(self._directory)
         return self._place(name)
 
     @contextmanager
     def workplace(self) -> Iterator[Path]:
-        """Make a folder to work in, and remove it in the end."""
+        """Make a directory to work in, and remove it in the end."""
         with suppress(OSError):  # Some network file systems have no locks.
-            fcntl.flock(self._folder, fcntl.LOCK_SH)
+            fcntl.flock(self._directory, fcntl.LOCK_SH)
         made = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self._path))
         try:
             yield made
@@ -61,19 +61,19 @@ class Cache:
 
     def clean(self) -> None:
         """Remove what killed processes have left, unless somebody is at work."""
-        left = [name for name in os.listdir(self._folder) if name.startswith(_TEMPORARY)]
+        left = [name for name in os.listdir(self._directory) if name.startswith(_TEMPORARY)]
         if left:
             with suppress(OSError):
-                fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 for name in left:
-                    shutil.rmtree(name, ignore_errors=True, dir_fd=self._folder)
-                fcntl.flock(self._folder, fcntl.LOCK_UN)
+                    shutil.rmtree(name, ignore_errors=True, dir_fd=self._directory)
+                fcntl.flock(self._directory, fcntl.LOCK_UN)
 
     def _checksum(self, name: str) -> str | None:
         """Return the checksum of a file, or None if others could have written it."""
         try:
             # Not blocking: a pipe without a writer would be waited for.
-            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._folder)
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._directory)
         except OSError:
             return None
         with open(file, "rb") as content:
@@ -82,9 +82,9 @@ class Cache:
             return hashlib.sha256(content.read()).hexdigest()[:16] if own else None
 
     def _place(self, name: str) -> Path:
-        # By way of the open folder, where the system has one: its path may lead elsewhere by now.
-        folder = Path(f"/proc/self/fd/{self._folder}")
-        return (folder if folder.exists() else self._path) / name
+        # By way of the open directory, where the system has one: its path may lead elsewhere by now.
+        directory = Path(f"/proc/self/fd/{self._directory}")
+        return (directory if directory.exists() else self._path) / name
 
 
 @contextmanager
@@ -98,24 +98,24 @@ def open_cache() -> Iterator[Cache]:
     try:
         path = (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "dnw_graph"
     except RuntimeError as error:
-        raise OSError("there is no home directory; set XDG_CACHE_HOME to a folder of your own") from error
+        raise OSError("there is no home directory; set XDG_CACHE_HOME to a directory of your own") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        if os.fstat(folder).st_uid == os.geteuid():
+        if os.fstat(directory).st_uid == os.geteuid():
             with suppress(PermissionError):  # Some file systems have no modes.
-                os.fchmod(folder, 0o700)
-        if _open_to_others(os.fstat(folder)):
-            raise OSError(f"others can write to {path}; set XDG_CACHE_HOME to a folder of your own")
-        cache = Cache(path, folder)
+                os.fchmod(directory, 0o700)
+        if _open_to_others(os.fstat(directory)):
+            raise OSError(f"others can write to {path}; set XDG_CACHE_HOME to a directory of your own")
+        cache = Cache(path, directory)
         cache.clean()
         yield cache
     finally:
-        os.close(folder)
+        os.close(directory)
 
 
 def _open_to_others(found: os.stat_result) -> bool:
-    """Return whether somebody but the user and root can write to a file or folder."""
+    """Return whether somebody but the user and root can write to a file or directory."""
     return found.st_uid not in (0, os.geteuid()) or bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))

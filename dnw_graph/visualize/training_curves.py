@@ -29,7 +29,7 @@ def plot_training(path: str | Path) -> matplotlib.figure.Figure:
     """Draw the curves of a run over its steps: losses, accuracies, learning rate, edges born and live nodes.
 
     Args:
-        path: The folder of a run, or its ``metrics.csv``.
+        path: The directory of a run, or its ``metrics.csv``.
 
     Returns:
         The figure; ``figure.savefig("training.png")`` writes it. What was not logged is left out.
@@ -43,7 +43,7 @@ def plot_training(path: str | Path) -> matplotlib.figure.Figure:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read ({error}): give the folder of a run") from error
+        raise InputError(f"{path} cannot be read ({error}): give the directory of a run") from error
     found: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for column, value in row.items():

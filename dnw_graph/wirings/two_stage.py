@@ -77,7 +77,7 @@ class SecondStage(ConstantEdges):
         if not self.known:
             raise InputError(
                 f"{view.name}: {type(self).__name__} needs a trained complete graph: train one with wiring 'complete', "
-                "then use dnw_graph.wirings.two_stage or, in the examples, --complete FOLDER; or load a checkpoint"
+                "then use dnw_graph.wirings.two_stage or, in the examples, --complete DIRECTORY; or load a checkpoint"
             )
 
     def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:

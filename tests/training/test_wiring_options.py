@@ -136,7 +136,7 @@ def test_schedules_come_from_a_file_and_the_number_of_steps_from_the_run(tmp_pat
         (["--wiring", "targeted_dropout", "--wiring-options.roh", "1"], "did you mean 'rho'"),
         (["--wiring", "targeted_dropout", "--wiring-options.rho", "1.5"], "rho must be a share within 0 … 1; got 1.5"),
         (["--wiring", "fine_tune"], "needs a trained complete graph: train one with wiring 'complete'"),
-        (["--wiring", "lottery_ticket"], "or, in the examples, --complete FOLDER"),
+        (["--wiring", "lottery_ticket"], "or, in the examples, --complete DIRECTORY"),
         (["--wiring", "fine_tune", "--wiring-options.trained", "a.ckpt"], "trained must be a tensor"),
         (["--wiring", "fine_tune", "--complete", "gone"], "'gone/last.ckpt' is not a file"),
         (["--wiring", "fine_tune", "--complete", ""], "--complete is ''"),
