@@ -1,7 +1,7 @@
-"""What other packages do not promise to keep: the private interfaces in use, each with its reason.
+"""Private interfaces of other packages that this package uses, each with the reason.
 
-No other module names one (``tests/test_private_interfaces.py``), and ``tests/test_compat.py`` says in one line what has
-gone when a new version takes one away. Nothing here is part of the public interface of this package.
+No other module may use one (``tests/test_private_interfaces.py``). If a new version removes one,
+``tests/test_compat.py`` says in one line which. Nothing here is part of this package's public interface.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-# Makes ``torch.compiler.disable`` wait for the first call. The public one imports the compiler at once: 2 s of CPU.
+# Delays ``torch.compiler.disable`` until the first call. The public function imports the compiler at once: 2 s of CPU.
 from torch._compile import _disable_dynamo
 
-# PyTorch's documentation tells users to subclass it from there; no public module has it.
+# PyTorch's documentation tells users to subclass TorchDispatchMode; no public module has it.
 from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
 
 # ``torch.utils.pytree`` is public in recent versions only.
@@ -50,7 +50,7 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Operators of PyTorch that multiply and that its FLOP counter has no formula for.
+# Operators that multiply but for which PyTorch's FLOP counter has no formula.
 OPERATORS_WITHOUT_FORMULA = frozenset(
     {
         "_addmm_activation",
@@ -69,34 +69,34 @@ OPERATORS_WITHOUT_FORMULA = frozenset(
 
 
 def in_backward_pass() -> bool:
-    """Return whether a backward pass is at work, so that a forward pass is a recomputation of an earlier one.
+    """Return whether a backward pass is running, so that a forward pass now is a recomputation.
 
-    Activation checkpointing calls modules again in the backward pass and does not tell them; no public function does.
+    Activation checkpointing calls modules again in the backward pass without telling them. No public function says so.
     """
     return backward_pass() is not None
 
 
 def backward_pass() -> int | None:
-    """Return a number that stands for the backward pass at work, or None if there is none."""
+    """Return the number of the running backward pass, or None if none is running."""
     number = torch._C._current_graph_task_id()
     return None if number == -1 else number
 
 
 def functorch_active() -> bool:
-    """Return whether a transform of ``torch.func`` is at work; ``torch.func`` has no public question for it."""
+    """Return whether a transform of ``torch.func`` is active; no public function says so."""
     return torch._C._are_functorch_transforms_active()
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Return whether a tensor stands for several, as in ``torch.func.vmap`` and with ``is_grads_batched``.
+    """Return whether a tensor is batched by ``torch.func.vmap`` or ``is_grads_batched``.
 
-    Such a tensor has the shape of one, and nothing public tells.
+    It has the shape of a single one, and no public function tells them apart.
     """
     return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def as_plain_tensors() -> AbstractContextManager[None]:
-    """Return a context in which operators see plain tensors in those of a subclass, and return such.
+    """Return a context in which operators treat tensors of subclasses as plain ones, and return plain ones.
 
     PyTorch's notes on extending it name this class; no public module has it.
     """
@@ -104,31 +104,31 @@ def as_plain_tensors() -> AbstractContextManager[None]:
 
 
 def version(tensor: Tensor) -> int:
-    """Return how often a tensor was changed in place, or −1 if it does not count that (inference tensors).
+    """Return how often a tensor was changed in place, or −1 for inference tensors, which have no such counter.
 
-    Autograd checks saved tensors by this counter; it has no public name.
+    Autograd uses the counter to check saved tensors; it has no public name.
     """
     return -1 if tensor.is_inference() else tensor._version
 
 
 def not_compiled(function: F) -> F:
-    """Have ``torch.compile`` leave a function as it is: ``torch.compiler.disable`` that costs no import."""
+    """Exclude a function from ``torch.compile``, like ``torch.compiler.disable``, without its import."""
     return cast(F, _disable_dynamo(function))
 
 
 def one_dnn_linear() -> Callable[..., Tensor] | None:
     """Return oneDNN's product ``linear(a, b, None, "none", [], "") = a bᵀ``, or None where this build has none.
 
-    An operator that PyTorch has for its compiler. ``torch.mm`` goes to another library, which is half as fast on some
-    processors; no public function goes to oneDNN.
+    PyTorch has this operator for its compiler. ``torch.mm`` uses another library, which is half as fast on some
+    processors; no public function uses oneDNN.
     """
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model within wrappers for data-parallel training, averages and compiled code.
+    """Return the model inside wrappers for data-parallel training, averaging and compilation.
 
-    Compiled modules keep theirs in a private field; the others call it ``module``.
+    Compiled modules have it in a private field, the others as ``module``.
     """
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
     while True:
@@ -141,12 +141,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def unwrapped_name(name: str) -> str:
-    """Return the name of a module without the parts that compiled modules around it add."""
+    """Return the name of a module without the parts that compiled wrappers add."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def is_replica(module: nn.Module) -> bool:
-    """Return whether ``nn.DataParallel`` has made a module for one forward pass; it leaves no public mark."""
+    """Return whether a module is a replica that ``nn.DataParallel`` made for one forward pass; no public mark says."""
     return getattr(module, "_is_replica", False)
 
 
@@ -154,40 +154,40 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether somebody listens to the calls of a module; PyTorch lists hooks in private fields only."""
+    """Return whether a module has hooks, global ones included; PyTorch lists hooks in private fields only."""
     return has_own_hooks(module) or bool(nn.modules.module._has_any_global_hook())
 
 
 def has_own_hooks(module: nn.Module) -> bool:
-    """Return whether somebody listens to the calls of this module, not of all."""
+    """Return whether a module has hooks of its own, global ones not included."""
     return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def remove_hooks(module: nn.Module, belongs: Callable[[Any], bool]) -> None:
-    """Remove the hooks of a forward pass and of loading for which ``belongs(hook)`` is true.
+    """Remove the forward, state-dict and loading hooks for which ``belongs(hook)`` is true.
 
-    Handles would remove them in public, but a copy of a module has hooks and no handles of its own.
+    The public way is a hook's handle, but a copied module has hooks without handles.
     """
     for hooks in (module._forward_pre_hooks, module._forward_hooks, module._state_dict_pre_hooks):
         for key in [key for key, hook in hooks.items() if belongs(hook)]:
             del hooks[key]
             module._forward_hooks_always_called.pop(key, None)
     loading = module._load_state_dict_pre_hooks
-    # PyTorch wraps these.
+    # PyTorch wraps these hooks.
     for key in [key for key, hook in loading.items() if belongs(getattr(hook, "hook", None))]:
         del loading[key]
 
 
 def leave_signals_alone(trainer: Any) -> None:
-    """Have a trainer of Lightning install no signal handlers; no option of it says so.
+    """Keep a Lightning trainer from installing signal handlers; it has no option for that.
 
-    Its automatic requeue under SLURM is off with them, which docs/training.md says.
+    This also turns off its automatic requeue under SLURM; docs/training.md says so.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None
 
 
 def solver_names() -> Iterable[str]:
-    """Return the names of torchdiffeq's solvers, which it lists nowhere else."""
+    """Return the names of torchdiffeq's solvers; no public module lists them."""
     from torchdiffeq._impl.odeint import SOLVERS
 
     return SOLVERS
@@ -196,8 +196,7 @@ def solver_names() -> Iterable[str]:
 def import_pyg() -> ModuleType:
     """Import PyTorch Geometric and return it.
 
-    Its modules decorate functions with ``torch.jit.script``, of which newer versions of PyTorch warn whoever imports
-    them.
+    Its modules use ``torch.jit.script`` at import, for which newer versions of PyTorch show a warning; it is hidden.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)

@@ -1,4 +1,4 @@
-"""attach: has the rules of a model act after every step of its optimiser."""
+"""Calls the rules of a model after every step of its optimiser."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Updates:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Keep what the step must not change: weights and optimiser state of what is not trained."""
+        """Save what the step must not change: weights and optimiser state of untrained candidates."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise InputError(
                 "a step in a CUDA graph calls no rule when it is replayed: leave the step out of the graph"
@@ -71,13 +71,13 @@ class Updates:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *call: Any) -> None:
-        """Restore that, count the step and let the rules act."""
-        if not self._in_step:  # of an optimiser whose ``step`` calls that of its base class, which was hooked as well
+        """Restore untrained candidates, count the step and call the rules."""
+        if not self._in_step:  # The optimiser's ``step`` called that of its base class, whose hooks ran first.
             return
         self._in_step = False
         before, self._before = self._before, {}
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not found_inf.item():  # else a GradScaler has a fused optimiser skip the step
+        if found_inf is None or not found_inf.item():  # Otherwise a GradScaler made a fused optimiser skip the step.
             views = self._views(optimizer)
             for name, kept in before.items():
                 kept.restore(views[name])
@@ -88,7 +88,7 @@ class Updates:
             for view in views.values():
                 if _has_had_gradient(view, optimizer):
                     if view.wiring.needs_momentum and view.step == 1:
-                        _ = view.momentum  # some optimisers have the option, and no such state
+                        _ = view.momentum  # Raises an error: some optimisers take the option but keep no momentum.
                     by_rule.setdefault(type(view.wiring), []).append(view)
             for rule, together in by_rule.items():
                 rule.after_steps(together)  # type: ignore[attr-defined]
@@ -98,7 +98,7 @@ class Updates:
         self._set_probes()
 
     def _set_probes(self) -> None:
-        """Have the next backward passes gather the gradients that the rules will need, and no others."""
+        """Collect, in the next backward passes, the gradients that the rules will need, and no others."""
         self._remove_probes()
         for graph in self.graphs.values():
             if graph.wiring.needs_gradient(graph.view()):
@@ -128,14 +128,14 @@ class Updates:
 
 @dataclass
 class _Before:
-    """Weights and optimiser state before a step, and the candidates that may have moved in it."""
+    """Weights and optimiser state before a step, and the candidates that the step may move."""
 
     trained: Tensor
     weight: Tensor
     state: dict[str, Tensor]
 
     def restore(self, view: View) -> None:
-        """Set what is not trained back; state that the step has made is zero there."""
+        """Restore untrained candidates; optimiser state that the step created is zeroed there."""
         for name, now in {"": view.weight, **view.state}.items():
             before = self.state.get(name) if name else self.weight
             restored = torch.zeros_like(now) if before is None else before
@@ -143,12 +143,14 @@ class _Before:
 
 
 def _new_probe(parameter: Tensor) -> tuple[Tensor, list[RemovableHandle]]:
-    """Return a leaf of zeros that gathers a gradient, and begins anew after ``zero_grad``, to None or to zeros.
+    """Return a leaf of zeros that accumulates a gradient, and the handles of its hooks.
 
-    So what a GradScaler has a step skip does not stay in it.
+    The gradient is reset when that of the parameter was, by ``zero_grad`` to None or to zeros. So the gradient of a
+    step that a GradScaler skipped is not added to that of the next one.
     """
     probe = parameter.new_zeros(()).expand(parameter.shape).requires_grad_()
-    fresh = last = gathered = None  # the backward passes that came first after that, and last; the version of ``.grad``
+    # The first backward pass after a reset, the last backward pass, and the version of the parameter's ``.grad``.
+    fresh = last = gathered = None
 
     def begins() -> bool:
         grad = parameter.grad
@@ -186,24 +188,23 @@ def _has_had_gradient(view: View, optimizer: Optimizer) -> bool:
 def attach(
     model: nn.Module, optimizer: Optimizer, num_steps: int | None = None, *, steps_per_epoch: int | None = None
 ) -> Updates:
-    """Have the rules of a model act after every step of its optimiser; nothing is called in the training loop.
+    """Call the rules of a model after every step of its optimiser, by hooks; the training loop stays as it is.
 
-    Rules that need it: those that exchange or remove edges between steps (``"set"``, ``"rigl"``, …), that freeze
-    candidates, and all schedules. Call it once the optimiser is made, before a learning-rate schedule and before a
-    checkpoint is loaded into either. Steps that a ``torch.amp.GradScaler`` skips do not count, nor do passes without a
-    step. A copy of the optimiser has no hooks: attach it too.
+    Needed for rules that exchange or remove edges between steps (``"set"``, ``"rigl"``, …), for rules that freeze
+    candidates, and for all schedules. Call it after making the optimiser, before making a learning-rate schedule, and
+    before loading a checkpoint into either. Steps that a ``torch.amp.GradScaler`` skips do not count, nor do passes
+    without a step. A copy of the optimiser has no hooks: attach it too.
 
-    Parameters that a rule owns, such as the threshold of ``"str"``, get a group of the optimiser with their own weight
-    decay.
+    Parameters of a rule, such as the threshold of ``"str"``, get a parameter group with their own weight decay.
 
     Args:
-        model: The model, wrapped for data-parallel training or compiled or not.
+        model: The model, or a wrapper of it (data-parallel, compiled, averaged).
         optimizer: Its optimiser.
         num_steps: Steps of the whole training, for schedules in fractions of it.
         steps_per_epoch: Steps of an epoch, for rules that act once per epoch.
 
     Returns:
-        The attachment. It need not be kept; :meth:`Updates.remove` undoes it.
+        A handle, which need not be kept; :meth:`Updates.remove` takes the hooks off.
 
     Raises:
         InputError: If the optimiser cannot be followed, or lacks a parameter or the momentum that a rule needs.
@@ -240,7 +241,7 @@ def attach(
 
 
 def own_decay(model: nn.Module) -> dict[Tensor, float]:
-    """Return the parameters that the rules of a model own, each with its weight decay."""
+    """Return the parameters of a model's rules, each with its weight decay."""
     wirings = [module for module in model.modules() if isinstance(module, Wiring)]
     return {parameter: wiring.weight_decay for wiring in wirings for parameter in wiring.parameters()}
 
@@ -250,7 +251,7 @@ def _num_ranks() -> int:
 
 
 def _common_seed() -> int:
-    """Return a seed that all ranks have."""
+    """Return one seed for all ranks."""
     seed = [new_seed()]
     if _num_ranks() > 1:
         dist.broadcast_object_list(seed)
@@ -291,7 +292,7 @@ def _refuse_parameters(name: str, graph: Ranking, optimizer: Optimizer) -> None:
 
 
 def _give_own_decay(optimizer: Optimizer, decays: Mapping[Tensor, float]) -> None:
-    """Have parameters in groups with a decay of their own, like those that they were in otherwise."""
+    """Move parameters into groups with their own weight decay; all other options stay."""
     for group in list(optimizer.param_groups):
         own = [each for each in group["params"] if each in decays and decays[each] != group["weight_decay"]]
         options = {key: value for key, value in group.items() if key not in ("params", "param_names")}

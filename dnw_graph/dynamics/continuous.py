@@ -22,17 +22,17 @@ from dnw_graph.propagation import Propagate
 from dnw_graph.propagation.base import autocast_dtype
 
 EXPLICIT = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams")
-"""Solvers of fixed steps, none of which depends on a tolerance, and so on the states of all nodes."""
+"""Solvers with fixed steps that need no tolerance, so that a node's result does not depend on unrelated nodes."""
 FIXED_STEPS = (*EXPLICIT, "implicit_adams", "fixed_adams")
-"""These, and those that solve for each step up to a tolerance."""
+"""All solvers with fixed steps, those included that solve an equation in every step up to a tolerance."""
 
 
 class Continuous(Recurrent):
     r"""The solution of :math:`\dot Z(t) = f_\theta(A Z(t), t)`, Equation 13 of the paper.
 
     Solved with torchdiffeq (arXiv 1806.07366). With fewer inputs than nodes this is an Augmented Neural ODE (Dupont et
-    al. 2019): the other nodes start at zero. The edges are chosen once per forward pass, not per evaluation. Under
-    autocast the solver computes in float32, and the field as autocast says. A compiler leaves the solver as it is.
+    al. 2019): the other nodes start at zero. Edges are chosen once per forward pass, not per evaluation. Under autocast
+    the solver computes in float32, and f_θ in the type of autocast. ``torch.compile`` does not compile the solver.
 
     Args:
         method: Name of a torchdiffeq solver.
@@ -40,9 +40,9 @@ class Continuous(Recurrent):
         atol: Absolute tolerance of an adaptive solver, above 0: states that are zero have no relative error.
         options: Further options of the solver, such as ``{"step_size": 0.1}``.
         t_span: Start and end of time.
-        adjoint: Solve the adjoint equation backwards instead of backpropagating through the solver: memory does not
-            grow with the number of steps, but the gradient is that of the exact solution, which differs much from
-            that of the computed one where the node function is not smooth (norm → ReLU).
+        adjoint: Solve the adjoint equation backwards instead of backpropagating through the solver. Memory does not
+            grow with the number of steps, but the result is the gradient of the exact solution. Where the node
+            function is not smooth (norm → ReLU), it differs much from the gradient of the computed solution.
         adjoint_options: Further arguments of ``torchdiffeq.odeint_adjoint``, such as ``{"adjoint_rtol": 1e-6}``.
 
     Attributes:
@@ -54,8 +54,8 @@ class Continuous(Recurrent):
         - output: ``[batch, outputs, *space]``; with ``times=…``, ``[batch, times, outputs, *space]``
 
     Raises:
-        InputError: If the solver is unknown, a tolerance or the span is none, or the solver cannot give a gradient that
-            is asked for; if the inputs are not finite, or the solution leaves the finite numbers.
+        InputError: If the solver is unknown, a tolerance or the time span is invalid, or the solver yields no gradient
+            in training; if the inputs or the solution are not finite.
     """
 
     @checked
@@ -86,7 +86,7 @@ class Continuous(Recurrent):
         self.num_evaluations = 0
         self.num_backward_evaluations = 0
 
-    # Most of a solver is Python that decides by values: compiled, it would be many small graphs and the breaks between.
+    # A solver is mostly Python that branches on values: compiled, it would be many small graphs with graph breaks.
     @not_compiled
     def forward(
         self, x: Tensor, propagate: Propagate, *, times: Sequence[float] | Tensor | None = None, **options: Any
@@ -96,8 +96,8 @@ class Continuous(Recurrent):
         Args:
             x: Inputs at the start, ``t_span[0]``.
             propagate: The product of this forward pass.
-            times: Times at which outputs are asked for, increasing (or decreasing) from the start.
-            options: None are known.
+            times: Times at which to return outputs, increasing (or decreasing) from the start.
+            options: Refused; there are none.
         """
         if options:
             raise InputError(f"{self.name}: unknown options {', '.join(options)}; known is times")
@@ -120,13 +120,13 @@ class Continuous(Recurrent):
         if x.dtype in (torch.float16, torch.bfloat16) and self.method not in FIXED_STEPS:
             raise InputError(
                 f"{self.name}: {self.method} chooses its steps by errors that {x.dtype} cannot tell from rounding: "
-                "keep the graph in float32 (under torch.autocast to bfloat16 its node function runs in that), or take "
-                "a solver of fixed steps, such as 'rk4'"
+                "keep the graph in float32 (torch.autocast still runs its node function in bfloat16), or use a solver "
+                "with fixed steps, such as 'rk4'"
             )
         grid = torch.tensor([self.t_span[0], *ends], dtype=torch.float64, device=x.device).to(x.dtype)
         z = F.pad(x, (*[0, 0] * (x.dim() - 2), 0, self.nodes.num_nodes - x.size(1)))
-        # The solver's own arithmetic makes tensors in the usual layout: it gets the states as they lie in memory,
-        # unless a norm of the user's own is to see them.
+        # The solver's arithmetic makes tensors in the default layout. So it gets the states with their dimensions in
+        # memory order, unless a norm of the user's is to see them.
         own_norm = "norm" in self.options or "norm" in self.adjoint_options.get("adjoint_options", {})
         order = list(range(z.dim())) if own_norm else _memory_order(propagate.arrange(z))
         states = self._solve(_Field(self, propagate, order), z.permute(order).contiguous(), grid)
@@ -135,21 +135,21 @@ class Continuous(Recurrent):
         return outputs[0] if times is None else outputs.transpose(0, 1)
 
     def _solve(self, field: _Field, z: Tensor, grid: Tensor) -> Tensor:
-        """Return the states of all nodes, as they lie in memory, at the times of the grid but the first."""
+        """Return the states of all nodes, in memory order, at all times of the grid but the first."""
         from torchdiffeq import odeint, odeint_adjoint
 
         solver: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": self.options}
         self.num_evaluations = self.num_backward_evaluations = 0
         try:
             if self.adjoint and torch.is_grad_enabled():
-                # torchdiffeq gives no gradient to tensors that the field merely closes over: name them all.
+                # torchdiffeq computes gradients of the tensors named here alone, not of those in the field's closure.
                 params = (*field.propagate.weights, *self.node_function.parameters())
                 solver |= {"adjoint_params": tuple(p for p in params if p.requires_grad), **self.adjoint_options}
                 states = odeint_adjoint(field, z, grid, **solver)[1:]
             else:
                 states = odeint(field, z, grid, **solver)[1:]
         except AssertionError as error:
-            # torchdiffeq asserts, among others, that its step stays above zero and its state finite.
+            # torchdiffeq asserts, among other things, that its step stays above zero and its state finite.
             self._refuse_start(z)
             raise InputError(self._diverged(field.time, str(error).split(":")[0])) from error
         finally:
@@ -161,9 +161,9 @@ class Continuous(Recurrent):
         return states
 
     def _refuse_start(self, z: Tensor) -> None:
-        """Say so if a solver failed because of what it was given."""
+        """Raise an error if a solver failed because of its inputs."""
         if not z.numel():
-            raise InputError(f"{self.name}: the batch is empty, from which {self.method} cannot tell its steps")
+            raise InputError(f"{self.name}: the batch is empty, so that {self.method} cannot choose its steps")
         if not torch.isfinite(z).all():
             raise InputError(
                 f"{self.name}: the inputs of the graph are NaN or infinite; check images and earlier layers"
@@ -186,18 +186,18 @@ class _Field(torch.nn.Module):
     Args:
         dynamics: The dynamics that solves.
         propagate: The product of this forward pass.
-        order: The dimensions of Z in the order in which the solver's states have them.
+        order: The order of the dimensions of Z in the solver's states.
     """
 
     dynamics: Continuous
 
     def __init__(self, dynamics: Continuous, propagate: Propagate, order: Sequence[int]) -> None:
         super().__init__()
-        # Kept out of the submodules: the adjoint's parameters are named one by one.
+        # Not a submodule: the adjoint's parameters are passed explicitly.
         object.__setattr__(self, "dynamics", dynamics)
         self.propagate = propagate
         self.order = order
-        # The last may be NaN, which is what an adaptive solver makes of a state that is no number.
+        # The last may be NaN: an adaptive solver computes such a step from a state that is not finite.
         self._times: deque[Tensor] = deque(maxlen=2)
         self.forward_done = False
 
@@ -206,25 +206,25 @@ class _Field(torch.nn.Module):
         self._times.append(t.detach())
         if self.forward_done:
             dynamics.num_backward_evaluations += 1
-            # The adjoint solves again from the end; nothing else looks at what it finds on its way.
+            # The adjoint solves again, from the end; no other check sees the states on its way.
             if not torch.isfinite(z).all():
                 raise InputError(dynamics._diverged(self.time, "the state is not finite, solved backwards"))
         else:
             dynamics.num_evaluations += 1
         z = z.permute(*(self.order.index(dim) for dim in range(z.dim())))
-        # Running statistics are those of the forward pass: the adjoint meets the same states once more.
+        # The adjoint meets the same states again: running statistics must not be updated twice.
         with FrozenBuffers(dynamics.node_function, later=False) if self.forward_done else nullcontext():
             change = dynamics.step(self.propagate, dynamics.node_function, z, t)
         return change.permute(*self.order).to(z.dtype)
 
     @property
     def time(self) -> float:
-        """The time of the last evaluation; read when it is asked for, since the host has to wait for it."""
+        """The time of the last evaluation; reading it synchronises with the device."""
         times = [float(time) for time in self._times]
         return next((time for time in reversed(times) if not math.isnan(time)), self.dynamics.t_span[0])
 
 
 def _memory_order(z: Tensor) -> list[int]:
-    """Return the dimensions of a tensor from the one with the longest stride to the one with the shortest."""
+    """Return the dimensions of a tensor, those of longest stride first."""
     strides = z.stride()
     return sorted(range(z.dim()), key=lambda dim: -strides[dim])

@@ -1,4 +1,4 @@
-"""Node functions that are computed again in the backward pass instead of keeping what they computed."""
+"""Recomputes node functions in the backward pass (activation checkpointing) instead of storing their results."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dnw_graph.ops.layout import transformed
 
 
 def recomputed(module: nn.Module, call: Callable[..., Tensor], *arguments: Any, **keywords: Any) -> Tensor:
-    """Return ``call(*arguments, **keywords)``, of which only the arguments are kept for the backward pass.
+    """Return ``call(*arguments, **keywords)``, and keep only the arguments for the backward pass.
 
-    The call is made again there and gives what it gave, bit for bit: random numbers are drawn again, and buffers, such
-    as the running statistics of a norm, have the values of then. They are copies, so that the module's own are updated
-    once. The transforms of ``torch.func`` know no such thing: within them the call is made once.
+    The backward pass repeats the call, with the same result bit for bit: it restores the state of random numbers, and
+    gives the module copies of its buffers, such as a norm's running statistics, as they were; so its own are updated
+    once. Transforms of ``torch.func`` do not support this: within them the call is made once.
 
     Args:
         module: The module that computes.
@@ -32,13 +32,13 @@ def recomputed(module: nn.Module, call: Callable[..., Tensor], *arguments: Any, 
 
 
 class FrozenBuffers:
-    """The buffers of a module and of those within it as they are now.
+    """Buffers of a module and its submodules at one moment, as a context.
 
-    While entered, the module works on copies of them: what is computed again does not move its own a second time.
+    Inside the context the module works on copies, so that a recomputation does not update its own buffers twice.
 
     Args:
         module: The module.
-        later: Whether its own may have moved by the time that this is entered, so that they have to be copied now.
+        later: Whether the buffers may change before the context is entered, so that they must be copied now.
     """
 
     def __init__(self, module: nn.Module, *, later: bool) -> None:

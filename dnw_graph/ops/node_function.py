@@ -1,4 +1,4 @@
-"""Normalisation → ReLU → 3×3 single-channel convolution in one compiled pass over the maps, with its gradients."""
+"""Normalisation → ReLU → 3×3 depthwise convolution in one compiled pass over the maps, with gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dnw_graph.ops.signatures import BATCH, CONSTANT, INSTANCE, NO_NORM
 from dnw_graph.usual import keeps_methods
 
 _CONVOLUTION = {"kernel_size": (3, 3), "padding": (1, 1), "dilation": (1, 1), "padding_mode": "zeros", "bias": None}
-# The exact types: a subclass, such as a norm that is synchronised over devices, computes something else.
+# The exact types only: a subclass, such as a norm synchronised over devices, may compute something else.
 _FORWARD: dict[type[nn.Module], Callable[..., Tensor]] = {
     kind: kind.forward for kind in (nn.BatchNorm2d, nn.InstanceNorm2d, nn.Conv2d)
 }
@@ -33,12 +33,12 @@ def fusible(convolution: _Module) -> _Module:
 
 
 def computes_as_usual(module: nn.Module | None) -> bool:
-    """Return whether a norm or a convolution computes what its class does, and nobody listens to its calls."""
+    """Return whether a norm or a convolution computes what its class does and has no hooks."""
     return module is None or (keeps_forward(module) and not has_hooks(module))
 
 
 def keeps_forward(module: nn.Module) -> bool:
-    """Return whether a norm or a convolution has the ``forward`` of its class, without parametrizations and such."""
+    """Return whether a norm or a convolution has the ``forward`` of its class, without parametrizations."""
     forward: Any = module.forward
     return (
         type(module) in _FORWARD
@@ -50,18 +50,18 @@ def keeps_forward(module: nn.Module) -> bool:
 def fused_node_function(
     z: Tensor, norm: nn.Module | None, relu: bool, conv: nn.Conv2d | None, nodes: range | None = None
 ) -> Tensor | None:
-    """Apply norm, ReLU and convolution in one pass, or return None where PyTorch's operations have to do it.
+    """Apply norm, ReLU and convolution in one pass, or return None if the kernel cannot do it.
 
-    The kernel takes maps on the CPU in float32 or float64 that lie as :func:`~dnw_graph.ops.layout.batch_last` makes
-    them, and parameters and running statistics of the same type and of the right shapes. It does not call the modules,
-    so that modules with hooks are not fused. Its gradients cannot be differentiated again.
+    The kernel takes float32 or float64 maps on the CPU in the layout of :func:`~dnw_graph.ops.layout.batch_last`, with
+    parameters and running statistics of the same type. It does not call the modules, so modules with hooks are not
+    fused. Its gradients cannot be differentiated again.
 
     Args:
         z: Maps ``[batch, nodes, height, width]``.
         norm: Batch norm or instance norm, or None.
         relu: Whether a ReLU follows.
         conv: A 3×3 convolution of stride 1 or 2 with one kernel for every node, or None.
-        nodes: The nodes that z holds, if not all that the modules are for.
+        nodes: The nodes in z. Default: all nodes of the modules.
     """
     if not plain_eager() or kernels() is None or not kernels_take(z):
         return None
@@ -70,7 +70,7 @@ def fused_node_function(
     if torch.is_autocast_enabled("cpu") or not _usual(z, norm, conv, nodes):
         return None
     kind, eps = NO_NORM, 0.0
-    statistics: list[Tensor | None] = []  # The running ones.
+    statistics: list[Tensor | None] = []  # Running mean and variance.
     if isinstance(norm, nn.InstanceNorm2d):
         kind, eps = INSTANCE, norm.eps
     elif isinstance(norm, nn.BatchNorm2d):
@@ -94,7 +94,7 @@ def fused_node_function(
 
 
 def _usual(z: Tensor, norm: nn.Module | None, conv: nn.Conv2d | None, nodes: range | None) -> bool:
-    """Return whether the kernel computes what these modules do."""
+    """Return whether the kernel computes the same as these modules."""
     if not computes_as_usual(norm) or not computes_as_usual(conv):
         return False
     if not all(module is None or keeps_methods(module) for module in (norm, conv)):
@@ -103,7 +103,7 @@ def _usual(z: Tensor, norm: nn.Module | None, conv: nn.Conv2d | None, nodes: ran
         return False
     if isinstance(norm, nn.InstanceNorm2d) and (norm.track_running_stats or z.size(2) * z.size(3) == 1):
         return False
-    # Of some nodes, the modules are for more than z holds.
+    # With ``nodes``, the modules have more channels than z.
     if isinstance(norm, nn.InstanceNorm2d) and nodes is None and norm.num_features != z.size(1):
         return False
     if conv is None:
@@ -114,14 +114,14 @@ def _usual(z: Tensor, norm: nn.Module | None, conv: nn.Conv2d | None, nodes: ran
 
 
 def _follows(statistic: Tensor | None, z: Tensor) -> bool:
-    """Return whether a running statistic is one that the batch norm of z would update."""
+    """Return whether the kernel can update a running statistic of the batch norm of z."""
     if statistic is None or statistic.dtype != z.dtype or statistic.shape != z.shape[1:2]:
         return False
     return readable(statistic) and statistic.is_contiguous()
 
 
 def _follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
-    """Update the running statistics of a batch norm as it would itself."""
+    """Update the running statistics of a batch norm as the module itself would."""
     if not norm.track_running_stats:
         return
     momentum = 0.0 if norm.momentum is None else norm.momentum
@@ -131,13 +131,13 @@ def _follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) ->
             momentum = 1 / float(norm.num_batches_tracked)
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    # By aliases that leave the version as it is, as PyTorch's norm does: its own calls before may have saved these.
+    # ``.data`` leaves the version counter as it is, as PyTorch's norm does: earlier calls may have saved these tensors.
     norm.running_mean.data.lerp_(mean, momentum)
     norm.running_var.data.lerp_(variance * (count / (count - 1)), momentum)
 
 
 def _memory(z: Tensor) -> Tensor:
-    """Return maps in the order in which they lie in memory, ``[nodes, height, width, batch]``."""
+    """Return maps in memory order, ``[nodes, height, width, batch]``."""
     return z.movedim(0, -1)
 
 
@@ -147,9 +147,9 @@ def _numbers(z: Tensor, options: _Options) -> tuple[int | float, ...]:
 
 
 class _NodeFunction(torch.autograd.Function):
-    """The kernel; with a batch norm in training it returns mean and variance (biased) of every node as well.
+    """The kernel; for a batch norm in training it also returns mean and (biased) variance of every node.
 
-    Where a tensor is not what the kernel takes, it returns None in place of all.
+    If the kernel does not take a tensor, all results are None.
     """
 
     @staticmethod
@@ -183,7 +183,7 @@ class _NodeFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Hooks of saved tensors may have given them another layout.
+        # Hooks on saved tensors may have changed their layout.
         z, *constants = ctx.saved_tensors
         z = batch_last(z)
         constants = [None if each is None else each.contiguous() for each in constants]
@@ -195,5 +195,5 @@ class _NodeFunction(torch.autograd.Function):
         assert grads[0] is not None
         out_grad = _memory(batch_last(grads[0]))
         if not run("node_function_grad", _numbers(z, ctx.options), _memory(z), *constants, out_grad, z_grad, *own):
-            raise InputError("a node function's kernel takes gradients that are dense tensors; use propagation='block'")
+            raise InputError("the kernel of a node function takes dense gradients only; use propagation='block'")
         return None if z_grad is None else z_grad.movedim(-1, 0), *own, None, None, None

@@ -1,4 +1,4 @@
-"""The sparse weights of a module: found, and looked at."""
+"""Finds and reads the sparse weights of a module."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def sparse_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, RealWeights]]:
     """Yield every sparse parameter: the path of its layer, the layer, its name there, and its parametrization.
 
-    A layer that the module holds under two paths comes twice.
+    A layer with two paths in the module is yielded twice.
     """
     for path, layer in module.named_modules(remove_duplicate=False):
         if parametrize.is_parametrized(layer):
@@ -35,7 +35,7 @@ def sparse_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, 
 
 
 def sparse_chain(layer: nn.Module, name: str) -> Any:
-    """Return the parametrizations of a layer's parameter if it is sparse; the first of them makes it so."""
+    """Return the parametrizations of a layer's parameter if the first one makes it sparse, else None."""
     if not parametrize.is_parametrized(layer, name):
         return None
     chain: Any = layer.get_submodule(f"parametrizations.{name}")
@@ -43,9 +43,9 @@ def sparse_chain(layer: nn.Module, name: str) -> Any:
 
 
 def sparse_weights(module: nn.Module) -> dict[str, tuple[LayerWeight, WeightGraph]]:
-    """Return every sparse weight with its graph, by its name in this module, which may be a part of a larger one.
+    """Return every sparse weight and its graph by the weight's name in this module, which may be part of a larger one.
 
-    A layer that the module holds under two paths has two names.
+    A layer with two paths in the module has two names.
     """
     return {
         weight_name(f"{path}.{name}" if path else name, weight.third): (weight, graph)
@@ -58,9 +58,9 @@ def sparse_weights(module: nn.Module) -> dict[str, tuple[LayerWeight, WeightGrap
 def weight_graphs(module: nn.Module) -> dict[str, WeightGraph]:
     """Return the graphs of a module's sparse weights by name: one per weight, or a single one with ``"global"``.
 
-    The graph of one weight goes by every name that the weight has in this module, one per path to its layer. That of
-    several is ``"all layers"``; where ``sparsify`` was called for several parts, each ``"global"``, a further one goes
-    by the name of its first weight.
+    The graph of a single weight is listed under every name of the weight in this module, one per path to its layer. The
+    graph of all layers is ``"all layers"``. If several parts were sparsified, each with ``"global"``, further ones have
+    the name of their first weight.
     """
     graphs: dict[str, WeightGraph] = {}
     for name, (_, graph) in sparse_weights(module).items():
@@ -75,14 +75,14 @@ def weight_graphs(module: nn.Module) -> dict[str, WeightGraph]:
 def to_data(module: nn.Module, name: str) -> torch_geometric.data.Data:
     """Return the real weights of one layer as a bipartite PyG graph.
 
-    Nodes are channels: first the input channels, then the output channels. Each real weight is an edge, so that a
-    convolution can have parallel edges, one per position in its kernel.
+    Nodes are channels: first the input channels, then the output channels. Each real weight is an edge; a convolution
+    can have parallel edges, one per position in its kernel.
 
     The :class:`~torch_geometric.data.Data` holds ``edge_index [2, k]``, ``edge_weight [k]``, ``kernel_position
     [k, dims]`` (the position in the kernel; no dims for a matrix), and for every node ``block`` (0 input, 1 output),
-    ``pos [nodes, 2]``, ``input_mask``, ``output_mask`` and ``live_mask`` (an output, or an input with an edge). As of a
-    neural graph, ``candidate_blocks``, ``name``, ``rule`` and ``dynamics`` are there for pictures, and ``places``, the
-    number of positions in the kernel. All on the CPU.
+    ``pos [nodes, 2]``, ``input_mask``, ``output_mask`` and ``live_mask`` (an output, or an input with an edge). For
+    pictures it also holds ``candidate_blocks``, ``name``, ``rule`` and ``dynamics``, as for a neural graph, and
+    ``places``, the number of positions in the kernel. All tensors are on the CPU.
 
     Args:
         module: A module with sparse weights.

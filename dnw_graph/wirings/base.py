@@ -20,27 +20,27 @@ COUNTERS = ("step", "num_steps", "seed")
 class Wiring(nn.Module):
     r"""The rule that chooses the real edges of a graph, and says which candidates are trained.
 
-    A subclass overrides :meth:`choose`, and what else it needs. All methods get a :class:`~dnw_graph.wirings.View`:
-    flat vectors in the order of the candidates. State that must survive a checkpoint is a persistent buffer, which the
-    graph's ``state_dict`` holds under ``wiring.``. Parameters of a rule are trained with the others;
-    ``weight_decay`` is their own.
+    A subclass overrides :meth:`choose`, and other methods as needed. All methods get a
+    :class:`~dnw_graph.wirings.View`: flat vectors in the order of the candidates. Keep state that must survive a
+    checkpoint in persistent buffers; the graph's ``state_dict`` has them under ``wiring.``. Parameters of a rule are
+    trained with the others, with weight decay ``weight_decay``.
 
-    Three sets of candidates may differ: the real edges E, which the forward pass computes with; those whose gradient
-    :math:`\langle Z_u, \partial L/\partial I_v \rangle` (line 10 of the paper's Algorithm 1) enters ``.grad``; and
-    those that the optimiser may move. No gradient ever flows *through* a hallucinated edge.
+    A rule decides on three sets of candidates, which may differ: the real edges E, used by the forward pass; those
+    whose gradient :math:`\langle Z_u, \partial L/\partial I_v \rangle` (line 10 of the paper's Algorithm 1) is added
+    to ``.grad``; and those that the optimiser may change. No gradient ever flows *through* a hallucinated edge.
 
     Attributes:
-        trained: The candidates that the optimiser may move: ``"all"``, ``"real"``, or ``"own"`` for those that
+        trained: The candidates that the optimiser may change: ``"all"``, ``"real"``, or ``"own"`` for those that
             :meth:`trained_edges` returns. All others keep weight and optimiser state bit for bit.
-        gradient: The candidates whose gradient enters ``.grad``. Default: ``trained``. The others have a gradient
-            of zero there, so that momentum and weight decay alone move those that are trained.
-        ignores_k: Whether k has no part in what the rule does, so that a state with another one may be loaded.
-        decides_k: Whether k follows from the rule, so that models do not ask for their own.
+        gradient: The candidates whose gradient is added to ``.grad``. Default: ``trained``. The gradient of the others
+            is zero; those of them that are trained still move by momentum and weight decay.
+        ignores_k: Whether the rule does not depend on k, so that a state with another k may be loaded.
+        decides_k: Whether the rule itself determines k, so that models leave it out.
         needs_momentum: Whether the rule needs an optimiser with momentum.
         weight_decay: Weight decay of the rule's own parameters.
-        step: Steps of the optimiser that are done; counted by :func:`dnw_graph.attach` for rules that need it.
-        num_steps: Steps of the whole training; 0 as long as it is not known.
-        steps_per_epoch: Steps of an epoch; 0 as long as it is not known.
+        step: Number of optimiser steps so far; counted by :func:`dnw_graph.attach` for rules that need it.
+        num_steps: Number of steps of the whole training; 0 if unknown.
+        steps_per_epoch: Number of steps per epoch; 0 if unknown.
         seed: Seed of the rule's random numbers; 0 before ``attach``.
 
     Examples:
@@ -68,44 +68,44 @@ class Wiring(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._selector = Selector()
-        # A buffer: it goes where the graph goes, and is a place that CUDA graphs may write to.
+        # A buffer, so that it moves with the graph, and so that CUDA graphs can write to it.
         self.register_buffer("_flag", new_flag(), persistent=False)
         self.register_state_dict_pre_hook(_read_flag)
 
     def setup(self, view: View) -> None:
-        """Prepare state for a graph, and weights: called when the graph takes the rule or draws its weights anew."""
+        """Initialise the rule's state, and weights if needed; called for a new rule and after weights are redrawn."""
 
     def choose(self, view: View) -> Int[Tensor, " edges"]:
-        """Return the flat indices of the real edges, ascending; a look, which changes no state.
+        """Return the flat indices of the real edges, ascending. Must not change state.
 
-        Called in evaluation when the weights have changed, and whenever somebody asks for the wiring. A rule may choose
-        another number of edges than k, for example more of them early in training.
+        Called in evaluation after the weights changed, and whenever the wiring is read. The number of edges may differ
+        from k, for example be larger early in training.
         """
         raise NotImplementedError
 
     def choose_to_train(self, view: View) -> Int[Tensor, " edges"]:
-        """Return the flat indices of the real edges of a training step, ascending; may change state.
+        """Return the flat indices of the real edges of a training step, ascending. May change state.
 
-        Called once per forward pass in training; by default it is :meth:`choose`. A recomputation in the backward pass
-        takes the edges of the last forward pass, so a rule that chooses anew without a change of the weights must not
-        be checkpointed over several forward passes.
+        Called once per forward pass in training; calls :meth:`choose` by default. Activation checkpointing reuses the
+        edges of the last forward pass. So if a rule chooses randomly, do not checkpoint a graph that is called several
+        times before the backward pass.
         """
         return self.choose(view)
 
     def values(self, weight: Float[Tensor, ...]) -> Float[Tensor, ...]:
-        """Return what real edges compute with, elementwise and differentiable; by default their weights."""
+        """Return the values used for real edges, an elementwise differentiable function of the weights."""
         return weight
 
     def trained_edges(self, view: View) -> Int[Tensor, " trained"]:
-        """Return the flat indices of the candidates that are trained, for ``trained = "own"``; changes no state."""
+        """Return the flat indices of the trained candidates, for ``trained = "own"``. Must not change state."""
         raise NotImplementedError
 
     def penalty(self, view: View) -> Float[Tensor, ""] | None:
-        """Return what the rule adds to the loss, or None; see :func:`dnw_graph.wiring_penalty`."""
+        """Return the rule's penalty term of the loss, or None; see :func:`dnw_graph.wiring_penalty`."""
         return None
 
     def needs_gradient(self, view: View) -> bool:
-        """Return whether :meth:`after_step` of the next step needs the gradient of candidates that have none."""
+        """Return whether the next :meth:`after_step` needs gradients of candidates that get none otherwise."""
         return False
 
     def leave(self, stay: Bool[Tensor, " candidates"]) -> None:

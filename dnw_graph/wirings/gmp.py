@@ -9,15 +9,16 @@ from dnw_graph.wirings.view import View
 
 
 class GMP(ChangingEdges):
-    r"""Starts complete and removes the weakest edges for good, fast at first (Zhu and Gupta 2017).
+    r"""Starts with all candidates and removes the weakest edges for good, fast at first (Zhu and Gupta 2017).
 
-    arXiv 1710.01878. From step t₀ to t₁, every ΔT steps, the number of real edges falls to
+    arXiv 1710.01878. From step t₀ to t₁, every ΔT steps, the edges of smallest |w| are removed, until the number of
+    real edges is
 
     .. math:: n - (n - k) \left(1 - \left(1 - \frac{t - t_0}{t_1 - t_0}\right)^3\right),
 
-    rounded to the nearest, by |w|. What is removed never comes back; its weight and optimiser state are zero, and it is
-    not trained. (In STR's code, whose baseline this is, weight decay and momentum can bring it back.) One ranking per
-    graph, or of all layers with ``distribution="global"``.
+    rounded to the nearest integer. Removed edges stay removed: their weight and optimiser state are zero, and they are
+    not trained. (In the code of STR, which has GMP as a baseline, weight decay and momentum can revive them.) Edges are
+    ranked per graph, or over all layers with ``distribution="global"``.
 
     Args:
         begin: t₀, a step or a fraction of training.
@@ -28,7 +29,7 @@ class GMP(ChangingEdges):
         - ``real``: ``[num_candidates]``, uint8
 
     Raises:
-        InputError: If a moment is none, or ``every`` no integer from 1 up.
+        InputError: If ``begin`` or ``until`` is neither a step nor a fraction, or ``every`` is below 1.
     """
 
     trained = "real"

@@ -15,12 +15,12 @@ from dnw_graph.wirings.view import View
 
 
 class NM(Wiring):
-    r"""Of every m consecutive inputs of a target the n of largest |w| are real (Zhou et al. 2021, SR-STE).
+    r"""Keeps, of every m consecutive inputs of a target, the n of largest |w| (Zhou et al. 2021, SR-STE).
 
-    arXiv 2102.04010 and aojunzz/NM-sparsity. Groups are made of input channels at the same position of the kernel; a
-    shorter last group keeps min(n, its size). k follows: another one is refused. Every candidate gets a gradient,
-    hallucinated ones λw besides: add :func:`dnw_graph.wiring_penalty` to the loss, which is
-    :math:`\tfrac{\lambda}{2} \sum w^2` over them. With λ = 0 it is ``"dnw"`` group by group.
+    arXiv 2102.04010 and aojunzz/NM-sparsity. A group consists of input channels at one position of the kernel; a
+    shorter last group keeps min(n, its size). This determines k; any other k is refused. Every candidate gets a
+    gradient. Hallucinated ones also get λw, the gradient of :math:`\tfrac{\lambda}{2} \sum w^2` over them: add
+    :func:`dnw_graph.wiring_penalty` to the loss. With λ = 0 this is ``"dnw"`` within every group.
 
     Args:
         n: Real edges of a group.
@@ -49,13 +49,13 @@ class NM(Wiring):
         """Refuse another k."""
         if view.k != self.own_num_edges(view):
             raise InputError(
-                f"{view.name}: {self.n} of every {self.m} are {self.own_num_edges(view):,} edges of "
+                f"{view.name}: keeping {self.n} of every {self.m} makes {self.own_num_edges(view):,} edges of "
                 f"{view.num_candidates:,}; got num_edges = {view.k:,}: leave num_edges or density out"
             )
 
     def choose(self, view: View) -> Tensor:
         """Return the n strongest of every group, ties to the lower index."""
-        self.largest(view, 1)  # refuses weights that are not finite
+        self.largest(view, 1)  # Refuses weights that are not finite.
         return torch.nonzero(self._real(view)).flatten()
 
     def _real(self, view: View) -> Tensor:

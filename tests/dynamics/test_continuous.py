@@ -423,7 +423,7 @@ def test_a_loss_that_is_no_number_is_reported_with_the_time_at_which_the_adjoint
 
 def test_no_images_give_nothing_or_are_named_as_the_cause(x):
     assert make_graph(Continuous("rk4"))(x[:0]).shape == (0, OUTPUTS)
-    with pytest.raises(InputError, match=r"^ode: the batch is empty, from which dopri5 cannot tell its steps"):
+    with pytest.raises(InputError, match=r"^ode: the batch is empty, so that dopri5 cannot choose its steps"):
         make_graph(Continuous(), name="ode")(x[:0])
 
 
