@@ -39,8 +39,8 @@ if TYPE_CHECKING:
         register_wiring,
     )
 
-# Where the public names are. They are imported when they are first used, so that a program can prepare for Ctrl-C (see
-# dnw_graph.stopping) before the seconds that PyTorch takes to load.
+# The modules of the public names. Each is imported on first use, so that a program can handle Ctrl-C (see
+# dnw_graph.stopping) before the seconds in which PyTorch is imported.
 _HOMES = {
     "CandidateEdges": "candidates",
     "Continuous": "dynamics",

@@ -1,4 +1,4 @@
-"""Reading what ``torch.save`` wrote, without running anything in it and without more memory than the file takes."""
+"""Reads files of ``torch.save`` without running code in them or taking more memory than the file's size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dnw_graph.errors import InputError
 
-# All that plain content refers to; ``weights_only`` allows more, such as a bytearray of any size.
+# The only names that plain content may use; ``weights_only`` allows more, such as a bytearray of any size.
 NAMES = re.compile(r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch \w+Storage")
 
 
@@ -26,7 +26,7 @@ def read_archive(path: Path) -> Any:
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        # torch.save compresses nothing. What is compressed may be a thousand times as large.
+        # torch.save never compresses. A compressed entry may expand a thousandfold.
         if any(each.compress_type != zipfile.ZIP_STORED for each in entries):
             raise InputError("an entry is compressed")
         if sum(each.file_size for each in entries) > size:
@@ -35,7 +35,7 @@ def read_archive(path: Path) -> Any:
         for operation, argument, _ in pickletools.genops(archive.read(program)):
             if operation.name == "STACK_GLOBAL" or (operation.name == "GLOBAL" and not NAMES.fullmatch(str(argument))):
                 raise InputError(f"the file refers to {argument}")
-    # Mapped, a tensor that claims to be larger than the file takes no memory, and reads none that is not the file's.
+    # With mmap, a tensor that claims to be larger than the file takes no memory, and reads none outside the file.
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return _Copier(size).copied(content)
 
@@ -44,7 +44,7 @@ class _Copier:
     """Copies tensors out of a mapped file, each storage once.
 
     Args:
-        size: Size of the file in bytes: no more can be in it, of tensors or of anything else.
+        size: Size of the file in bytes, an upper bound for all content.
     """
 
     def __init__(self, size: int) -> None:
@@ -53,16 +53,16 @@ class _Copier:
         self.storages: dict[tuple[int, int], torch.UntypedStorage] = {}
 
     def copied(self, content: Any) -> Any:
-        """Return the content; dicts and lists are changed in place."""
+        """Return the content with copied tensors; dicts and lists are changed in place."""
         self.visited += 1
-        if self.visited > self.size:  # lists that hold one another a million times
+        if self.visited > self.size:  # Lists that contain one another a million times.
             raise InputError("the content is larger than the file")
         if isinstance(content, Tensor):
             return self._tensor(content)
         if isinstance(content, dict):
             for key, value in content.items():
                 content[key] = self.copied(value)
-            if own := getattr(content, "__dict__", None):  # of a state dict: the versions of its modules
+            if own := getattr(content, "__dict__", None):  # A state dict has the versions of its modules there.
                 self.copied(own)
         elif isinstance(content, list):
             content[:] = map(self.copied, content)
@@ -73,7 +73,7 @@ class _Copier:
     def _tensor(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if tensor.nbytes > storage.nbytes():
-            raise InputError("a tensor is larger than what is in the file of it")
+            raise InputError("a tensor is larger than its part of the file")
         place = storage.data_ptr(), storage.nbytes()
         if place not in self.storages:
             self.copied_bytes += storage.nbytes()

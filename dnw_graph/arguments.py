@@ -1,4 +1,4 @@
-"""Types of arguments, checked once at the public doors from the hints in their signatures."""
+"""Checks the types of arguments of public functions against their type hints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dnw_graph.errors import InputError, unknown_name
 F = TypeVar("F", bound=Callable[..., Any])
 
 _LONGEST = 80
-# Beyond, no size, count, step or seed can be.
+# No size, count, step or seed can be larger.
 _LARGEST = 2**63 - 1
 
 
@@ -33,25 +33,26 @@ class _MismatchError(Exception):
 
 
 def checked(function: F) -> F:
-    """Have a function, or an ``__init__``, refuse arguments that do not have the types of its signature.
+    """Make a function or an ``__init__`` refuse arguments that do not match its type hints.
 
-    The hints are read at the first call. Their meaning here:
+    The hints are read at the first call. They mean:
 
-    - ``int``: an integer, of NumPy too (whatever has ``__index__``), that fits into 64 bits; never a bool or a float;
-    - ``float``: a finite number, of NumPy too; never a bool;
-    - ``bool``: True or False, of NumPy too;
-    - ``Sequence``, ``Iterable``, ``Mapping``, ``tuple``: with every item; a string is not one, a NumPy vector is;
-    - arrays of jaxtyping: with type and shape;
-    - classes, unions, ``Literal``, ``Callable``, ``type[…]``: as they say; anything else passes.
+    - ``int``: an integer of 64 bits, also NumPy's (anything with ``__index__``); not a bool or a float;
+    - ``float``: a finite number, also NumPy's; not a bool;
+    - ``bool``: True or False, also NumPy's;
+    - ``Sequence``, ``Iterable``, ``Mapping``, ``tuple``: every item is checked; a NumPy vector counts, a string does
+      not;
+    - jaxtyping arrays: dtype and shape;
+    - classes, unions, ``Literal``, ``Callable``, ``type[…]``: as usual. Any other hint accepts everything.
 
-    The function gets what the hint says: an ``int`` for an integer of NumPy, a ``float`` for 1.
+    Values are converted to the hint's type: an integer of NumPy to an ``int``, 1 to a ``float``.
 
     Args:
         function: The function.
 
     Raises:
-        InputError: At a call, in one line that names the argument, what was expected and what was given. For a name
-            that is no argument, the names that come near.
+        InputError: At a call; one line names the argument, what was expected and what was given. For an unknown
+            argument it names similar ones.
     """
     hints: dict[str, Any] = {}
     signature: inspect.Signature | None = None
@@ -59,7 +60,7 @@ def checked(function: F) -> F:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal hints, signature
-        if torch.compiler.is_compiling():  # which looks into what is called, and cannot look into signatures
+        if torch.compiler.is_compiling():  # The compiler traces into calls and cannot trace ``inspect``.
             return function(*args, **kwargs)
         if signature is None:
             hints, signature = _hints(function), inspect.signature(function)
@@ -67,10 +68,10 @@ def checked(function: F) -> F:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
-            if unknown := kwargs.keys() - signature.parameters.keys():  # of a function that takes no others
+            if unknown := kwargs.keys() - signature.parameters.keys():  # The function has no ``**kwargs``.
                 known = [name for name in signature.parameters if name != "self"]
                 raise _unknown_argument(where, sorted(unknown)[0], known) from None
-            return function(*args, **kwargs)  # Python says best what is missing
+            return function(*args, **kwargs)  # Python's own error says what is missing.
         for name, value in bound.arguments.items():
             if name in hints:
                 bound.arguments[name] = check(f"{where}: {name}", value, hints[name])
@@ -86,11 +87,11 @@ def _unknown_argument(where: str, name: str, known: list[str]) -> InputError:
 
 
 def check_fields(instance: Any, label: Callable[[str], str] = "{}".format) -> None:
-    """Do for the fields of a dataclass, from its ``__post_init__``, what :func:`checked` does for arguments.
+    """Check and convert the fields of a dataclass, in its ``__post_init__``, as :func:`checked` does arguments.
 
     Args:
         instance: The dataclass.
-        label: Returns what messages call a field.
+        label: Returns the name of a field for messages.
 
     Raises:
         InputError: If a value does not have the type of its field.
@@ -102,7 +103,7 @@ def check_fields(instance: Any, label: Callable[[str], str] = "{}".format) -> No
 
 
 def check(what: str, value: object, hint: Any) -> Any:
-    """Return a value as a type hint says, see :func:`checked`.
+    """Return a value converted to the type of a hint, see :func:`checked`.
 
     Args:
         what: What the value is, for the message.
@@ -112,7 +113,7 @@ def check(what: str, value: object, hint: Any) -> Any:
     Raises:
         InputError: If it has another type.
     """
-    if torch.compiler.is_compiling():  # as in checked
+    if torch.compiler.is_compiling():  # As in ``checked``.
         return value
     try:
         return _convert(value, hint)
@@ -137,7 +138,7 @@ def require(holds: bool, what: str, expected: str, value: object) -> None:
 
 
 def fits(x: object, like: Tensor) -> TypeGuard[Tensor]:
-    """Return whether something is a tensor on the device of a parameter, in its type or one that autocast converts.
+    """Return whether ``x`` is a tensor on a parameter's device, of its type or of one that autocast converts.
 
     Cheap and traceable, for forward passes.
     """
@@ -155,7 +156,7 @@ def wrong(what: str, expected: str, value: object) -> InputError:
 
 
 def shown(value: object) -> str:
-    """Return a value for a message: tensors by type and shape, modules and classes by name, others by a short repr."""
+    """Return a value as text for messages: tensors by type and shape, modules and classes by name, others by repr."""
     if isinstance(value, Tensor | np.ndarray):
         kind = "tensor" if isinstance(value, Tensor) else "NumPy array"
         device = f" on {value.device}" if isinstance(value, Tensor) and not value.is_cpu else ""
@@ -166,7 +167,7 @@ def shown(value: object) -> str:
         return f"the class {value.__name__}"
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # a repr of the user's, or an integer of thousands of digits
+    except Exception:  # The value has a broken repr, or is an integer of thousands of digits.
         return f"an object of type {type(value).__name__}"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({type(value).__name__})"
 
@@ -181,7 +182,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 def _evaluated(hint: Any, names: dict[str, Any]) -> Any:
     try:
         return eval(hint, names) if isinstance(hint, str) else hint
-    except (NameError, AttributeError):  # imported for type checkers alone
+    except (NameError, AttributeError):  # Imported for type checkers only.
         return Any
 
 
@@ -201,7 +202,7 @@ def _convert(value: Any, hint: Any) -> Any:
         return _if(isinstance(value, type) and issubclass(value, arguments), value)
     if origin is None and isinstance(hint, type):
         if issubclass(hint, AbstractArray):
-            with jaxtyped("context"):  # names of dimensions stand for themselves, whatever they are in a caller
+            with jaxtyped("context"):  # Names of dimensions do not refer to those of a caller.
                 return _if(isinstance(value, hint), value)
         return _if(isinstance(value, hint), value)
     if isinstance(origin, type) and issubclass(origin, Mapping):
@@ -258,7 +259,7 @@ def _integer(value: Any) -> int:
         raise _MismatchError
     try:
         number = operator.index(value)
-    except (TypeError, RuntimeError):  # of a tensor on the meta device, say
+    except (TypeError, RuntimeError):  # For example of a tensor on the meta device.
         raise _MismatchError from None
     return _if(-_LARGEST <= number <= _LARGEST, number)
 
@@ -285,7 +286,7 @@ _NUMBERS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
 
 
 def _expected(hint: Any, plural: bool = False) -> str:
-    """Return a hint in words."""
+    """Describe a hint in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is None or hint is type(None):
         return "None"

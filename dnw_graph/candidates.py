@@ -19,7 +19,7 @@ from dnw_graph.nodes import Nodes
 
 @dataclass(frozen=True)
 class Block:
-    """All pairs of a range of source nodes and a range of target nodes: a dense (targets × sources) matrix.
+    """All pairs of a range of source nodes and a range of target nodes, a dense (targets × sources) matrix.
 
     Attributes:
         sources: The source nodes, consecutive.
@@ -63,22 +63,23 @@ class Block:
 class CandidateEdges(nn.Module):
     """The candidate edges of one graph and their weights.
 
-    The weights are one flat parameter in the order block, target, source, so that selection ranks one vector, the
-    optimiser sees one parameter per graph, and every block is a view. The flat index of a pair (u, v) and the pair of
-    a flat index are arithmetic on the blocks' bounds; no table of pairs is ever built.
+    The weights are one flat parameter, ordered by block, target and source. So selection ranks one vector, the
+    optimiser has one parameter per graph, and every block is a view. Flat indices are computed from pairs (u, v), and
+    pairs from flat indices, by arithmetic on the blocks' bounds; there is no table of pairs.
 
-    Every weight starts i.i.d. uniform in ±1/√S, where S is the number of nodes that can be a source (line 2 of the
-    paper's Algorithm 1): the bound is one for the whole graph because the ranking compares weights across blocks.
+    Weights are initialised i.i.d. uniformly in ±1/√S, where S is the number of nodes that can be a source (line 2 of
+    the paper's Algorithm 1). The bound is the same in the whole graph, since the ranking compares weights across
+    blocks.
 
     Args:
         blocks: Pairs ``(sources, targets)`` of node ranges. No pair of nodes may occur twice.
-        num_nodes: Number of nodes of the graph. Default: one more than the largest node named.
+        num_nodes: Number of nodes of the graph. Default: one more than the largest node in ``blocks``.
 
     Shapes:
         - ``weight``: ``[num_candidates]``
 
     Raises:
-        InputError: If there is no candidate, a range is empty, has a step, leaves the nodes, or two blocks overlap.
+        InputError: If there is no candidate, a range is empty, has a step or exceeds the nodes, or two blocks overlap.
 
     Examples:
         >>> from dnw_graph import CandidateEdges
@@ -107,8 +108,8 @@ class CandidateEdges(nn.Module):
         offsets = [0, *accumulate(sizes)]
         self.blocks = tuple(Block(s, t, offset) for (s, t), offset in zip(ranges, offsets, strict=False))
         self.num_candidates = offsets[-1]
-        self.places = (1,) * len(self.blocks)  # positions of a kernel that the sources of a block stand for
-        self.probe: Tensor | None = None  # see dnw_graph.propagation.gradient
+        self.places = (1,) * len(self.blocks)  # Number of kernel positions per source, by block.
+        self.probe: Tensor | None = None  # See dnw_graph.propagation.gradient.
         self.weight = nn.Parameter(torch.empty(self.num_candidates))
         self.reset_parameters()
 
@@ -148,18 +149,18 @@ class CandidateEdges(nn.Module):
         return sum(len(nodes) for nodes in _union(block.sources for block in self.blocks))
 
     def reset_parameters(self) -> None:
-        """Draw every weight anew from the uniform distribution on ±1/√num_sources."""
+        """Redraw every weight from the uniform distribution on ±1/√num_sources."""
         bound = 1 / math.sqrt(self.num_sources)
         nn.init.uniform_(self.weight, -bound, bound)
 
     @property
     def parameter(self) -> Tensor:
-        """The weights: these and what follows make them the one slot of a graph, see ``dnw_graph.wirings.view``."""
+        """The weights. From here on, the interface of ``dnw_graph.wirings.view.RankedWeight``."""
         return self.weight
 
     @property
     def holder(self) -> nn.Module:
-        """The module itself, which has the probe."""
+        """The module that has the probe: itself."""
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""Checkpoints, read without running anything that is in them."""
+"""Reads checkpoints without running code in them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dnw_graph.errors import InputError
 from dnw_graph.ranking import NUMBERS
 from dnw_graph.structure import match
 
-# Where a checkpoint says that it is ours, of which run, and what the checksum of all the rest is.
+# The section that identifies a checkpoint of this package and its run, and has the checksum of all the rest.
 SECTION = "dnw_graph"
 FORMAT = 2
-# What every use of a checkpoint looks at.
+# What every use of a checkpoint needs.
 CONTENT = {
     SECTION: {"options": dict},
     "global_step": int,
@@ -32,7 +32,7 @@ CONTENT = {
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the content of a checkpoint that a run of this package wrote, with all tensors on the CPU.
 
-    Nothing in the file is run, and nothing is returned unless it is, bit for bit, what was written.
+    No code in the file is run. The content is returned only if it is, bit for bit, what was written.
 
     Raises:
         InputError: If the file is missing, torn, damaged, not such a checkpoint, or of another version.
@@ -42,7 +42,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"checkpoint {str(path)!r} is not a file: give a .ckpt file, such as runs/.../last.ckpt")
     try:
         checkpoint = read_archive(path)
-    except Exception as error:  # a damaged file can fail anywhere in the decoder
+    except Exception as error:  # A damaged file can fail anywhere in the decoder.
         raise damaged(path, f"cannot be read ({type(error).__name__})") from error
     section = checkpoint.get(SECTION) if isinstance(checkpoint, dict) else None
     if not isinstance(section, dict) or section.get("format") != FORMAT:
@@ -53,7 +53,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     found = section.pop("checksum", None)
     try:
         intact = checksum(checkpoint) == found
-    except Exception as error:  # what torch.load returns need not be what checkpoints are made of
+    except Exception as error:  # The file may hold other things than checkpoints do.
         raise damaged(path, f"holds what no checkpoint does ({type(error).__name__})") from error
     if not intact:
         raise damaged(path, "does not hold what was written (its checksum differs)")

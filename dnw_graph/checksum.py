@@ -1,4 +1,4 @@
-"""A checksum over what a file says, whatever wrote it down."""
+"""A checksum of nested content, independent of the file format."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dnw_graph.errors import InputError
 def checksum(content: Any) -> str:
     """Return the BLAKE2b sum of nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
 
-    Kinds, names, the order of sequences, types, shapes and every bit of a tensor count; the order of a dict, the device
-    and the strides of a tensor do not. It tells damage, not forgery: there is no secret in it.
+    It depends on types, names, the order of sequences, and the shape and every bit of a tensor; not on the order of a
+    dict or a tensor's device and strides. It detects damage, not forgery: there is no secret in it.
 
     Args:
         content: The content.
@@ -33,7 +33,7 @@ def _add(digest: Any, content: Any) -> None:
         _say(digest, "tensor", f"{content.dtype} {list(content.shape)}")
         digest.update(content.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     elif isinstance(content, dict):
-        # A state dict carries the versions of its modules as an attribute.
+        # A state dict has the versions of its modules as an attribute.
         own = {"": vars(content)} if getattr(content, "__dict__", None) else {}
         _say(digest, "dict", str(len(content) + len(own)))
         keys = sorted(content, key=lambda key: (type(key).__name__, key))

@@ -1,4 +1,4 @@
-"""Real edges: what a rule must choose, and whether the weights that they were chosen for are still the same."""
+"""Real edges, and whether they are still valid: whether the weights that they were chosen by have changed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dnw_graph.ops.layout import plain_eager
 from dnw_graph.wirings.base import Wiring
 
 WHOLE = 2048
-"""Up to this size all weights of a parameter are compared."""
+"""Parameters of up to this size are compared as a whole."""
 REAL = 64
-"""Of larger ones, as many real edges of a graph are,"""
+"""Of larger ones, so many real edges of a graph are compared,"""
 ACROSS = 128
-"""and as many weights of every block, spread over its rows and columns."""
+"""and so many weights of every block, spread over its rows and columns."""
 
 
 class Chosen:
-    """Real edges, together with the weights that they were chosen for.
+    """Real edges, and the weights that they were chosen by.
 
-    PyTorch records most changes of a parameter: another object, another storage, a higher version. It does not record
-    what is written through ``.data`` or by fused optimisers; for that a sample of the values is compared.
+    PyTorch records most changes of a parameter: a new object, a new storage or a higher version. It does not record
+    writes through ``.data`` or by fused optimisers; a sample of the values is compared to detect those.
 
     Args:
         index: The real edges.
@@ -36,7 +36,7 @@ class Chosen:
     def __init__(self, index: Int[Tensor, " edges"], tensors: Sequence[Tensor]) -> None:
         self.index = index
         self.derived: Any = None
-        # The detached aliases keep the storage alive: no other storage can come to lie at the same address.
+        # The detached aliases keep the storage alive, so that no other storage can get the same address.
         self._chosen_for = [(weight, weight.detach(), version(weight)) for weight in tensors]
         self._sample: list[tuple[Tensor, Tensor | None, Tensor]] = []
 
@@ -44,11 +44,11 @@ class Chosen:
         """Keep a sample of the weights.
 
         Args:
-            weights: Where they lie in the parameters, see :class:`~dnw_graph.wirings.view.RankedWeight`.
-            others: What else the edges were chosen by; all of it is kept.
+            weights: The parts of the parameters, see :class:`~dnw_graph.wirings.view.RankedWeight`.
+            others: Other tensors that the choice depends on; they are kept whole.
         """
         if type(self.index) is not Tensor or self.index.is_meta:
-            return  # without values
+            return  # There are no values.
         real, start = self.index[:: 1 + self.index.numel() // REAL], 0
         places: list[Tensor | None] = []
         for weight in weights:
@@ -60,14 +60,14 @@ class Chosen:
         known = [(weight, alias, at) for (weight, alias, _), at in zip(self._chosen_for, places, strict=True)]
         for tensor, values, at in [*known, *((each, each, None) for each in others)]:
             if type(tensor) in (Tensor, nn.Parameter):
-                # One row is read faster; of what lies in another order it would be a copy.
+                # A vector is read faster; other layouts would be copied.
                 row = values.view(-1) if at is not None and values.is_contiguous() else values
                 self._sample.append((row, at, _taken(row, at).detach().clone()))
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the same weights, as far as object, storage, version and the sample tell."""
+        """Return whether the weights are unchanged, judging by object, storage, version and the sample."""
         return all(
-            # Inference tensors keep no version: nothing tells whether they have changed.
+            # Inference tensors have no version, so they count as changed.
             now is weight and alias.data_ptr() == now.data_ptr() and changes == version(now) != -1
             for now, (weight, alias, changes) in zip(tensors, self._chosen_for, strict=True)
         ) and (_captured() or all(torch.equal(_taken(tensor, at), before) for tensor, at, before in self._sample))
@@ -80,7 +80,7 @@ def _taken(tensor: Tensor, at: Tensor | None) -> Tensor:
 
 
 def _across(weight: Any, like: Tensor) -> Iterator[Tensor]:
-    """Yield places of a parameter that lie evenly over the rows and the columns of the matrices of a weight."""
+    """Yield positions in a parameter that are spread evenly over the rows and columns of a weight's matrices."""
     for offset, rows, columns in weight.matrices:
         longer = max(rows, columns)
         steps = torch.arange(0, longer, 1 + longer // ACROSS, device=like.device)
@@ -88,24 +88,24 @@ def _across(weight: Any, like: Tensor) -> Iterator[Tensor]:
 
 
 def _captured() -> bool:
-    """Whether a CUDA graph is captured, in which the host cannot wait; no replay of it asks."""
+    """Return whether a CUDA graph is being captured: the host cannot wait then, and a replay does not call this."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def check_index(index: object, wiring: Wiring, num_candidates: int, name: str, *, wait: bool) -> None:
-    """Refuse what products over the edges cannot work with: they rely on flat indices in ascending order.
+    """Refuse indices that the products cannot use; they rely on ascending flat indices.
 
-    Values are looked at only if the rule is not of this package.
+    Values are checked only for rules from outside this package.
 
     Args:
-        index: What the rule chose.
+        index: The rule's choice.
         wiring: The rule.
         num_candidates: Number of candidate edges.
         name: Name of the graph, for messages.
         wait: Whether the host may synchronise with a device; if not, values are checked on a CPU only.
 
     Raises:
-        InputError: If it is no int64 vector or, as far as looked at, not strictly ascending or out of range.
+        InputError: If it is no int64 vector or, where values are checked, not strictly ascending or out of range.
     """
     if not isinstance(index, Tensor):
         raise _wrong(wiring, num_candidates, name, f"a {type(index).__name__}")

@@ -1,7 +1,7 @@
 """Networks rewritten as discrete-time neural graphs: perceptrons, static graphs and LSTMs (Section 2.3 of the paper).
 
-The weights of the network become edge weights of the graph, one edge each; what remains (biases, activations, gates,
-norms) becomes the node function.
+Every weight of the network becomes the weight of one edge; biases, activations, gates and norms become the node
+function.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Biased(nn.Module):
 
     Args:
         bias: Bias per node, or None.
-        activation: What follows.
+        activation: The activation.
 
     Shapes:
         - input and output: ``[batch, nodes]``
@@ -92,9 +92,9 @@ def mlp_to_discrete(mlp: nn.Sequential) -> NeuralGraph:
 def static_to_discrete(graph: NeuralGraph) -> nn.Sequential:
     """Return the discrete graph that equals a static one: its inputs held, one step per block after the first.
 
-    Outputs and gradients are equal in evaluation, and in training if the norms keep no running statistics (batch norms
-    see what flows through a block before its true inputs arrive). Candidates, edges, wiring and node functions are
-    those of the static graph, copied.
+    Outputs and gradients are equal in evaluation, and in training if the norms keep no running statistics: those of a
+    batch norm would include states from before a block's inputs have arrived. Candidates, edges, wiring and node
+    functions are copies of the static graph's.
 
     Args:
         graph: A static graph, whose functions keep the resolution but at the inputs. The function of its inputs, which
@@ -121,7 +121,7 @@ def static_to_discrete(graph: NeuralGraph) -> nn.Sequential:
         propagation=graph.propagation,
         name=graph.name,
     )
-    # Edges that are no function of the weights were drawn anew above.
+    # Edges that are not a function of the weights were redrawn above.
     discrete.wiring.load_state_dict(graph.wiring.state_dict())
     model = nn.Sequential(static.node_functions[0], discrete)
     model.train(graph.training)
@@ -201,7 +201,7 @@ class LSTMGraph(nn.Module):
         return hiddens[-1][:, lag + 1 :], (h, c)
 
     def _started(self, elements: Tensor, hx: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the states at all steps; those that a layer starts from are put in when it starts."""
+        """Return the states at all steps; the initial state of a layer is set when the layer starts."""
         h0, c0 = hx
         shape = (self.layers, elements.size(0), self.hidden)
         if h0.shape != shape or c0.shape != shape:
@@ -247,7 +247,7 @@ class Gates(nn.Module):
             received = z[:, gates.start : gates.stop] + bias
             i, f, g, o = received.chunk(4, dim=1)
             c = f.sigmoid() * z[:, cells.start : cells.stop] + i.sigmoid() * g.tanh()
-            # Until the first element has come up to a layer, the layer stays at zero.
+            # A layer stays at zero until the first element has reached it.
             started = float(step >= layer)
             states += [torch.zeros_like(received), c * started, o.sigmoid() * c.tanh() * started]
         return torch.cat(states, dim=1)
@@ -294,7 +294,7 @@ def lstm_to_discrete(lstm: nn.LSTM) -> LSTMGraph:
         weights += [w_ih, w_hh, torch.eye(hidden, dtype=w_hh.dtype, device=w_hh.device)]
         below = hiddens
     candidates = CandidateEdges(blocks)
-    # Of the pairs of cells only those of a cell with itself are edges.
+    # Among pairs of cells only self-loops are edges.
     real = [
         torch.eye(hidden) if block.sources == block.targets else torch.ones(block.shape) for block in candidates.blocks
     ]

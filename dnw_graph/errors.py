@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend."""
+"""Errors that a user causes and can fix."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ LONGEST = 499
 
 
 class InputError(ValueError):
-    """Something given by the user cannot be used.
+    """An input of the user cannot be used.
 
-    The message is one line of less than 500 characters that says what was given, what was expected and how to get
-    there. Line breaks and other unprintable characters, such as those in the name of a file, are escaped, and a longer
-    message is cut in its middle. Command lines print it without a traceback and exit with status 2.
+    The message is one line of less than 500 characters: what was given, what was expected, and how to fix it. Line
+    breaks and other unprintable characters, for example in file names, are escaped, and longer messages are cut in the
+    middle. Command lines print the message without a traceback and exit with status 2.
 
     Args:
-        message: The message. Of an error from a worker process of a DataLoader, which comes with its traceback, the
-            last line is taken.
+        message: The message. If it has a traceback, as errors from DataLoader workers do, only the last line is used.
     """
 
     def __init__(self, message: str) -> None:
@@ -39,12 +38,12 @@ def _cut(message: str) -> str:
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
-    """Return the error for a name that is not in a registry, with the names that come near.
+    """Return the error for an unknown name, with similar known names.
 
     Args:
-        kind: What the name stands for, for example ``"wiring"``.
-        name: The name that was given.
-        known: The names that exist.
+        kind: What the name is of, for example ``"wiring"``.
+        name: The unknown name.
+        known: The known names.
     """
     known = sorted(known)
     near = difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)

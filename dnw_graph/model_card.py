@@ -1,4 +1,4 @@
-"""What a file says about its model besides the weights."""
+"""The description of a model that is stored in its files."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from dnw_graph.arguments import check_fields, require
 from dnw_graph.errors import InputError
 from dnw_graph.preprocessing import Preprocessing
 
-# Where exports keep the card of their model: an extra file of .pt2, an entry of the metadata of .onnx.
+# The place of the card in exports: an extra file in .pt2, a metadata entry in .onnx.
 CARD_FILE, CARD_ENTRY = "card.json", "dnw_graph.card"
 PACKAGES = ("torch", "torchvision", "lightning", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """How a model is used, and how it was trained. Every checkpoint, compact file and export carries it.
+    """How to use a model, and how it was trained. Every checkpoint, compact file and export contains it.
 
     Args:
-        preprocess: From an image to the input of the model.
+        preprocess: Converts an image to the input of the model.
         classes: Names of the classes, in the order of the logits.
         models: Registered name of the options that make the model, see
-            :func:`~dnw_graph.training.register_models`; None for a model that only its own program can make.
+            :func:`~dnw_graph.training.register_models`; None for a model that is not registered.
         options: Options of the run that trained it, by the names of the command line.
-        metrics: Top-1 and top-5 accuracy (0 to 1) at the last evaluation, and how many epochs and steps came before.
+        metrics: Top-1 and top-5 accuracy (0 to 1) at the last evaluation, and the epochs and steps before it.
         versions: Versions of the packages that trained it.
 
     Raises:
-        InputError: If a part is of another type.
+        InputError: If a field has the wrong type.
     """
 
     preprocess: Preprocessing
@@ -49,7 +49,7 @@ class ModelCard:
         require(len(self.classes) >= 1, "classes", "at least one name", self.classes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain dicts, lists, strings and numbers, as JSON has them."""
+        """Return the card as dicts, lists, strings and numbers, for JSON."""
         return dict(json.loads(json.dumps(asdict(self))))
 
     def to_json(self) -> str:
@@ -58,10 +58,10 @@ class ModelCard:
 
     @staticmethod
     def from_dict(content: Any) -> ModelCard:
-        """Return the card that :meth:`to_dict` described.
+        """Return the card from the result of :meth:`to_dict`.
 
         Raises:
-            InputError: If the content describes none.
+            InputError: If the content is no card.
         """
         try:
             parts = dict(content["preprocess"])
@@ -71,7 +71,7 @@ class ModelCard:
             raise InputError(f"a model's card cannot be read ({type(error).__name__}: {error})") from error
 
     def describe(self, model: nn.Module) -> None:
-        """Give a model ``card``, ``classes`` and ``preprocess``."""
+        """Set the attributes ``card``, ``classes`` and ``preprocess`` of a model."""
         model.card, model.classes, model.preprocess = self, self.classes, self.preprocess  # type: ignore[assignment]
 
 
@@ -82,7 +82,7 @@ def card_of(model: nn.Module) -> ModelCard | None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this package and of those that take part in a training."""
+    """Return the versions of this package and of those used in training."""
     found = {"dnw-graph": dnw_graph.__version__}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):

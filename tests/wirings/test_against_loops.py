@@ -278,7 +278,8 @@ def test_groups_of_nm_are_input_channels_at_one_place_of_the_kernel(layer, chann
 
 
 def test_another_density_than_that_of_nm_is_refused():
-    with pytest.raises(InputError, match=r"0\.weight: keeping 2 of every 4 makes 16 edges of 32; got num_edges = 8: leave"):
+    message = r"0\.weight: keeping 2 of every 4 makes 16 edges of 32; got num_edges = 8: leave"
+    with pytest.raises(InputError, match=message):
         sparsify(nn.Sequential(nn.Linear(8, 4)), 0.25, "nm")
     with pytest.raises(InputError, match=r"keeping 2 of every 4 makes .* got num_edges = 9"):
         NeuralGraph((6, 5, 4), 9, wiring="nm")
