@@ -79,7 +79,7 @@ WIRINGS: dict[str, type[Wiring]] = {
 
 @checked
 def register_wiring(name: str, rule: type[Wiring]) -> None:
-    """Give a rule of your own a name, for graphs, command lines, YAML files and tables.
+    """Register a rule by a name, for graphs, command lines, YAML files and tables.
 
     Args:
         name: The name.
@@ -100,7 +100,7 @@ def wiring_name(rule: type[Wiring]) -> str:
 
 
 def make_wiring(wiring: str | Wiring) -> Wiring:
-    """Return a wiring of its own for one graph, from a name, ``package.module.Class`` or an object that is copied."""
+    """Return a new wiring object, from a name, ``package.module.Class`` or an object to copy."""
     return resolve("wiring", wiring, Wiring, _known(wiring))
 
 
@@ -119,13 +119,13 @@ def create_wiring(name: str, **options: Any) -> Wiring:
 
 
 def budget(wiring: str | Wiring, num_edges: int) -> int | None:
-    """Return the number of edges that a model asks for, or None where the rule decides it, such as ``"nm"``."""
+    """Return the number of edges to ask a graph for, or None if the rule determines it, as ``"nm"`` does."""
     rule = wiring if isinstance(wiring, Wiring) else make_wiring(wiring)
     return None if rule.decides_k else num_edges
 
 
 def _known(name: object) -> dict[str, type[Wiring]]:
-    """Return the rules by name; with them the class that the name leads to, if it is ``package.module.Class``."""
+    """Return the rules by name, and with them the class of the given name if that is ``package.module.Class``."""
     if not isinstance(name, str) or name in WIRINGS or "." not in name:
         return WIRINGS
     module, _, rule = name.rpartition(".")

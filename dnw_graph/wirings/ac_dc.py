@@ -15,21 +15,21 @@ IMAGENET = (*(epoch / 100 for epoch in range(10, 80, 5)), 0.85)
 class ACDC(ChangingEdges):
     """Alternates between all edges and the k strongest (Peste et al. 2021).
 
-    arXiv 2106.12379 and IST-DASLab/ACDC. Training starts dense, all candidates being real. A compressed phase begins
-    with the k of largest |w|, which stay until it ends; hallucinated weights are zero and are not trained. With a dense
-    phase the momentum of all parameters of the optimiser begins at zero. The published figures rank all layers together
+    arXiv 2106.12379 and IST-DASLab/ACDC. Training starts dense: all candidates are real. A compressed phase keeps the k
+    of largest |w| until it ends; the other weights are zero and are not trained. Each dense phase starts with zero
+    momentum in all parameters of the optimiser. The published figures rank all layers together
     (``distribution="global"``).
 
     Args:
-        switches: Moments, steps or fractions of training, at which a phase ends, the first of which is dense; an odd
-            number, so that training ends with k edges. Default: the paper's for 100 epochs of ImageNet, dense until
-            epoch 10, compressed until 15, …, dense from 75 to 85.
+        switches: The ends of the phases, as steps or fractions of training. The first phase is dense; the number of
+            switches is odd, so that training ends with k edges. Default: the paper's for 100 epochs of ImageNet: dense
+            until epoch 10, compressed until 15, …, dense from 75 to 85, compressed to the end.
 
     Shapes:
         - ``real``: ``[num_candidates]``, uint8
 
     Raises:
-        InputError: If the moments do not ascend or their number is even.
+        InputError: If the switches are not ascending or their number is even.
     """
 
     trained = "real"

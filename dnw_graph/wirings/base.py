@@ -109,55 +109,54 @@ class Wiring(nn.Module):
         return False
 
     def leave(self, stay: Bool[Tensor, " candidates"]) -> None:
-        """Give up candidates that leave the graph: those of a layer that leaves a ranking of several layers.
+        """Drop candidates, after a layer has left a ranking of several layers.
 
-        A rule overrides it that keeps state per candidate, which it cuts to those that stay.
+        A rule with state per candidate overrides this and keeps the state of those that stay.
         """
 
     def skips_update(self, view: View) -> bool:
-        """Return whether the next step leaves all candidates and their optimiser state as they are."""
+        """Return whether the next step must leave all candidates and their optimiser state unchanged."""
         return False
 
     def after_step(self, view: View) -> None:
-        """Act after a step of the optimiser, without gradients; what is changed in the view's vectors is kept.
+        """Act after an optimiser step. Changes to the view's vectors are written back; no gradient is recorded.
 
-        Called once per step by the hook of :func:`dnw_graph.attach`, with ``view.step`` steps done, unless the graph
-        has not had a gradient so far.
+        Called once per step by the hook of :func:`dnw_graph.attach`, when ``view.step`` steps are done; not before the
+        graph has had a gradient.
         """
 
     @classmethod
     def after_steps(cls, views: Sequence[View]) -> None:
-        """Act after a step on all graphs that have this rule, by default on each by itself.
+        """Act after an optimiser step on all graphs with this rule. By default calls :meth:`after_step` for each.
 
-        A rule that overrides it has an :meth:`after_step` too.
+        A rule that overrides this must override :meth:`after_step` too.
         """
         for view in views:
             view.wiring.after_step(view)
 
     @property
     def needs_steps(self) -> bool:
-        """Whether the rule is wrong without :func:`dnw_graph.attach`: it acts after steps, follows them or freezes."""
+        """Whether the rule needs :func:`dnw_graph.attach`, because it acts after steps or freezes candidates."""
         return self.trained != "all" or type(self).after_step is not Wiring.after_step
 
     @property
     def counts_steps(self) -> bool:
-        """Whether :func:`dnw_graph.attach` counts steps for the rule, which its state then holds."""
+        """Whether :func:`dnw_graph.attach` counts steps for the rule; its state then includes the counters."""
         return self.needs_steps
 
     def own_num_edges(self, view: View) -> int | None:
-        """Return the number of edges where the rule decides it, or None."""
+        """Return the number of edges if the rule determines it, else None."""
         return None
 
     def num_edges(self, k: int) -> int:
-        """Return the number of edges that the graph has by its budget now: k, unless budgets move between graphs."""
+        """Return the graph's present budget of edges: k, unless the rule moves budgets between graphs."""
         return k
 
     def largest(self, view: View, k: int, among: Int[Tensor, " some"] | None = None) -> Int[Tensor, " edges"]:
         """Return the flat indices of the k weights of largest |w|, ascending, ties to the lower index.
 
-        What :func:`dnw_graph.selection.select_top_k` returns, in less time where the weights are those of the last call
-        after a step of training. On a GPU nothing synchronises: weights that are not finite are reported by
-        :meth:`raise_non_finite`.
+        The same as :func:`dnw_graph.selection.select_top_k`, but faster if the weights have changed little since the
+        last call. On a GPU it does not synchronise; :meth:`raise_non_finite` reports weights that are not finite.
 
         Args:
             view: The candidates.
@@ -168,29 +167,29 @@ class Wiring(nn.Module):
             InputError: If k is out of range or, on a CPU, a weight is NaN or infinite.
         """
         weight = view.weight
-        if self._flag.device != weight.device:  # a rule for a graph that had been moved before
+        if self._flag.device != weight.device:  # The graph was moved before it got the rule.
             self._flag = new_flag(weight.device)
-        if not k and not view.k:  # all edges went with layers that have left the ranking
+        if not k and not view.k:  # All edges belonged to layers that have left the ranking.
             return torch.empty(0, dtype=torch.long, device=weight.device)
         if among is None:
             return self._selector.select(weight, k, view.name, self._flag)
         return among[self._selector.select(weight.detach()[among], k, view.name, self._flag)]
 
     def raise_non_finite(self) -> None:
-        """Report weights that :meth:`largest` met on a GPU, now that the host may wait for the device.
+        """Report weights that are not finite and that :meth:`largest` met on a GPU. Synchronises.
 
-        The graph calls it when its edges are looked at, in evaluation, at the switch to it and before every
-        ``state_dict``, so before a checkpoint is written.
+        Called when the edges are read, in evaluation and at the switch to it, and before every ``state_dict``, so
+        before a checkpoint is written.
 
         Raises:
-            InputError: If weights were NaN or infinite. Again until edges are chosen anew.
+            InputError: If weights were NaN or infinite; repeated until edges are chosen again.
         """
         self._selector.raise_non_finite(self._flag)
 
     def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
-        """Refuse a saved state that the rule cannot go on with. Called before anything of a graph is loaded.
+        """Refuse a saved state that the rule cannot use. Called before anything of a graph is loaded.
 
-        Of a rule that keeps edges these are distinct candidates in ascending order, as many as the rule keeps.
+        Stored edges must be distinct candidates in ascending order, as many as the rule keeps.
 
         Args:
             saved: The rule's part of a state dict, by the names of its buffers; it may lack some.

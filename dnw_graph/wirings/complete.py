@@ -11,7 +11,7 @@ from dnw_graph.wirings.view import View
 class Complete(Wiring):
     """All candidates are real, whatever k is.
 
-    The first stage of arXiv 1903.01611. The graph remembers k: it is how many edges
+    The first stage of arXiv 1903.01611. The graph remembers k, the number of edges that
     :func:`dnw_graph.wirings.two_stage.lottery_ticket` and :func:`dnw_graph.wirings.two_stage.fine_tune` keep.
     """
 

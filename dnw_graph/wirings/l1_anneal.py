@@ -17,16 +17,16 @@ REMOVAL = Schedule(0.0, 1.0, 0.0, 0.25, "cubic")
 
 
 class L1Anneal(ChangingEdges):
-    r"""Starts complete and removes the edges of smallest |w| while training goes on, until k are left.
+    r"""Starts with all candidates and removes the edges of smallest |w| during training, until k are left.
 
     "L1 + Anneal" in Section 3.3 of the paper (arXiv 1906.00586). At step t the graph has n - s(t) (n - k) edges, n
-    being the number of candidates and s the schedule ``removal``; a removed edge gets no gradient and never comes back.
-    The loss gains :math:`\lambda(t) \sum_{(u,v) \in E} |w_{uv}|`: add :func:`dnw_graph.wiring_penalty` to it, as the
-    examples do. With a schedule that moves it needs :func:`dnw_graph.attach`. Every step of training waits for the
-    device once, to learn which edges are left.
+    being the number of candidates and s the schedule ``removal``; a removed edge gets no gradient and stays removed.
+    The penalty of the loss is :math:`\lambda(t) \sum_{(u,v) \in E} |w_{uv}|`: add :func:`dnw_graph.wiring_penalty` to
+    the loss, as the examples do. A schedule that is not constant needs :func:`dnw_graph.attach`. Every training step
+    synchronises with the device once, to find out which edges are left.
 
-    The paper gives no numbers. The defaults come from a small search on held-out training images, see the page on ways
-    of finding a wiring in the documentation.
+    The paper gives no numbers. The defaults come from a small search on held-out training images; see the page on rules
+    in the documentation.
 
     Args:
         strength: λ, a number or a :class:`Schedule`.
@@ -36,7 +36,7 @@ class L1Anneal(ChangingEdges):
         - ``real``: ``[num_candidates]``, uint8
 
     Raises:
-        InputError: If a strength is negative, or the removal leaves 0 … 1 or goes back.
+        InputError: If a strength is negative, or ``removal`` decreases or leaves 0 … 1.
     """
 
     gradient = "real"
@@ -56,14 +56,14 @@ class L1Anneal(ChangingEdges):
 
     @property
     def needs_steps(self) -> bool:
-        """Whether a schedule moves."""
+        """Whether a schedule is not constant."""
         return not (self.strength.constant and self.removal.constant)
 
     @not_compiled  # would be compiled anew for every step
     def choose_to_train(self, view: View) -> Tensor:
-        """Remove as many edges as this step asks for, and return the others."""
+        """Remove the edges that are due in this step, and return the others."""
         share = self.removal.at(view)
-        # Never more than there are: a graph that was given to the rule half-way stays as it is until its time comes.
+        # Never more than there are: a graph that gets the rule during training keeps its edges until removal is due.
         edges = self.choose(view)
         keep = min(edges.numel(), view.num_candidates - round(share * (view.num_candidates - view.k)))
         chosen = self.largest(view, keep, among=edges)

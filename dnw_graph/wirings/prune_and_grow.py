@@ -1,4 +1,4 @@
-"""What rules share that prune and grow: k random edges at first, some of which are exchanged every so many steps."""
+"""The base of rules that prune and grow: k random edges at first, some of which are exchanged at intervals."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from dnw_graph.wirings.view import View
 
 
 class PruneAndGrow(ChangingEdges):
-    """Starts with k random edges, by PyTorch's generator; hallucinated weights are zero and are not trained.
+    """Starts with k random edges, drawn by PyTorch's generator; hallucinated weights are zero and are not trained.
 
-    A rule says which :meth:`share` of the edges a round exchanges, and by which :meth:`scores` it grows others.
+    A subclass defines the :meth:`share` of edges that a round exchanges, and the :meth:`scores` by which edges grow.
 
     Attributes:
-        regrown_are_new: Whether an edge that is dropped and grown again in a round starts from zero too.
+        regrown_are_new: Whether an edge that is dropped and grown in the same round also starts from zero.
 
     Args:
-        every: Steps between rounds. Default: those of an epoch, which ``attach`` or the callback must know.
+        every: Steps between rounds. Default: the steps of an epoch, which ``attach`` or the callback must know.
 
     Raises:
-        InputError: If ``every`` is no integer from 1 up.
+        InputError: If ``every`` is below 1.
     """
 
     trained = "real"
@@ -52,7 +52,7 @@ class PruneAndGrow(ChangingEdges):
         raise NotImplementedError
 
     def scores(self, view: View) -> Float[Tensor, " candidates"]:
-        """Return numbers of which those of largest magnitude are grown."""
+        """Return a score per candidate; edges of largest |score| are grown."""
         raise NotImplementedError
 
     def number(self, view: View, step: int) -> int:
@@ -71,8 +71,8 @@ class PruneAndGrow(ChangingEdges):
 
         Args:
             view: The candidates.
-            number: How many.
-            scores: A number per candidate.
+            number: Number of edges.
+            scores: A score per candidate.
         """
         before = self.mask
         edges = self.choose(view)
@@ -86,5 +86,5 @@ class PruneAndGrow(ChangingEdges):
 def top(
     view: View, among: Int[Tensor, " some"], number: int, scores: Float[Tensor, " candidates"]
 ) -> Int[Tensor, " chosen"]:
-    """Return those of some candidates that have the largest |score|, ties to the lower index; none for 0."""
+    """Return, of some candidates, those of largest |score|, ties to the lower index."""
     return among[select_top_k(scores[among], number, view.name)] if number else among[:0]

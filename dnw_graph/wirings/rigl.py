@@ -13,7 +13,7 @@ from dnw_graph.wirings.view import View
 
 
 class RigL(PruneAndGrow):
-    r"""Drops the weakest edges now and then, and grows those of largest gradient (Evci et al. 2020).
+    r"""Drops the weakest edges at intervals, and grows those of largest gradient (Evci et al. 2020).
 
     arXiv 1911.11134 and google-research/rigl. Starts with k random edges. A round follows step
     :math:`t = \Delta T, 2 \Delta T, \dots < T_\text{end}`: :math:`\lfloor f(t) k \rfloor` real edges of least |w| are
@@ -22,25 +22,25 @@ class RigL(PruneAndGrow):
     .. math:: f(t) = \tfrac{\alpha}{2} (1 + \cos(\pi t / T_\text{end})),
 
     and as many are grown by the largest :math:`|\langle Z_u, \partial L/\partial I_v \rangle|` among all that are not
-    kept. One that is dropped and grown again keeps weight and optimiser state; new ones start at zero in both.
-    Hallucinated weights and their states are zero, and are not trained. The gradient of all candidates is computed for
-    the rounds' steps only.
+    kept. An edge that is dropped and grown again keeps its weight and optimiser state; new ones start at zero.
+    Hallucinated weights and their optimiser states are zero, and are not trained. The gradient of all candidates is
+    computed only in steps with a round.
 
-    On a round's step the update of the candidates is dropped, and other parameters move; in the published code nothing
-    moves. A round that would exchange no edge is none. Under Adam the first step of a grown edge is about three times
-    the learning rate.
+    In a step with a round the candidates are not updated but other parameters are; in the published code none is. A
+    round that would exchange no edge is skipped, and its step is an ordinary one. With Adam, the first update of a
+    grown edge is about three times the learning rate.
 
     Args:
         alpha: α, the share of edges in the first round.
         every: ΔT, steps between rounds; None for those of an epoch.
         until: T_end, a step or a fraction of training.
-        skip_update: Whether a round's step leaves the candidates as they are.
+        skip_update: Whether the candidates are not updated in a step with a round.
 
     Shapes:
         - ``real``: ``[num_candidates]``, uint8
 
     Raises:
-        InputError: If α is no share, ``every`` no integer from 1 up, or ``until`` no moment of training.
+        InputError: If α is not in 0 … 1, ``every`` below 1, or ``until`` neither a step nor a fraction.
     """
 
     @checked
@@ -59,7 +59,7 @@ class RigL(PruneAndGrow):
         return self.alpha / 2 * (1 + math.cos(math.pi * step / end)) if step < end else 0.0
 
     def needs_gradient(self, view: View) -> bool:
-        """Before a round."""
+        """Return whether the next step has a round."""
         return self.number(view, view.step + 1) > 0
 
     def scores(self, view: View) -> Tensor:
@@ -67,5 +67,5 @@ class RigL(PruneAndGrow):
         return view.gradient
 
     def skips_update(self, view: View) -> bool:
-        """On a round's step, unless ``skip_update`` is off."""
+        """Return whether the next step has a round, unless ``skip_update`` is off."""
         return self.skip_update and self.needs_gradient(view)

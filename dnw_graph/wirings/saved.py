@@ -1,4 +1,4 @@
-"""What the saved state of a rule must be: it may come from a file, and products over the edges rely on it."""
+"""Checks of a rule's saved state, which may come from a file and on which products over the edges rely."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dnw_graph.errors import InputError
 
 
 def refuse_edges(index: object, num_candidates: int, num_edges: int, what: str) -> None:
-    """Refuse what are not k distinct candidates in ascending order.
+    """Refuse indices that are not k distinct candidates in ascending order.
 
     Args:
         index: The flat indices of the edges.
         num_candidates: Number of candidates.
         num_edges: k.
-        what: What they are, for the message.
+        what: Name of the indices in messages.
 
     Raises:
-        InputError: If it is another tensor; values on the meta device are not looked at.
+        InputError: If it is another tensor; values on the meta device are not checked.
     """
     if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.shape != (num_edges,):
         raise InputError(f"{what} must be an int64 tensor of the {num_edges:,} edges; got {_shown(index)}")
@@ -37,15 +37,15 @@ def refuse_edges(index: object, num_candidates: int, num_edges: int, what: str) 
 
 
 def refuse_mask(mask: object, num_candidates: int, what: str) -> None:
-    """Refuse what does not say of each candidate whether it belongs to a set, and an empty set.
+    """Refuse a mask that is not one byte per candidate, or that selects none.
 
     Args:
         mask: The mask.
         num_candidates: Number of candidates.
-        what: What it is, for the message.
+        what: Name of the mask in messages.
 
     Raises:
-        InputError: If it is another tensor or empty; values on the meta device are not looked at.
+        InputError: If it is another tensor or selects none; values on the meta device are not checked.
     """
     kinds = (torch.uint8, torch.bool)
     if not isinstance(mask, Tensor) or mask.dtype not in kinds or mask.shape != (num_candidates,):
@@ -55,12 +55,12 @@ def refuse_mask(mask: object, num_candidates: int, what: str) -> None:
 
 
 def edge_sum(edges: Tensor) -> Int[Tensor, ""]:
-    """Return a number that tells sets of edges apart, in 0 … 2²⁰ - 1; of indices without waiting for a device.
+    """Return a checksum of a set of edges, in 0 … 2²⁰ - 1. For indices it does not synchronise.
 
-    Averages of whole numbers in float32 keep one that is as small, if they keep the indices themselves.
+    Averaging in float32 preserves integers as small as this.
 
     Args:
-        edges: Flat indices in any order, or a mask; on the meta device the number has no value either.
+        edges: Flat indices in any order, or a mask.
     """
     if edges.is_meta:
         return edges.new_empty((), dtype=torch.int64)
@@ -69,15 +69,15 @@ def edge_sum(edges: Tensor) -> Int[Tensor, ""]:
 
 
 def refuse_spoiled(edges: Tensor, checksum: object, what: str) -> None:
-    """Refuse edges that are not those that were stored together with their checksum.
+    """Refuse edges that differ from those of the stored checksum.
 
     Args:
         edges: Flat indices, or a mask with a byte per candidate.
-        checksum: What :func:`edge_sum` said of them; None in older files.
-        what: What they are, for the message.
+        checksum: The result of :func:`edge_sum` when they were stored; None in older files.
+        what: Name of the edges in messages.
 
     Raises:
-        InputError: If they are others; values on the meta device are not looked at.
+        InputError: If they differ; values on the meta device are not checked.
     """
     if not isinstance(checksum, Tensor) or checksum.is_meta or edges.is_meta:
         return
@@ -89,15 +89,15 @@ def refuse_spoiled(edges: Tensor, checksum: object, what: str) -> None:
 
 
 def refuse_counts(saved: Mapping[str, Any], names: Collection[str], what: str) -> None:
-    """Refuse numbers of steps and the like that are none.
+    """Refuse counters, such as numbers of steps, that are not integers from 0 up.
 
     Args:
         saved: Saved state by name.
-        names: Those that are integers from 0 up; they may be missing.
-        what: Whose they are, for the message.
+        names: Names of the counters; they may be missing.
+        what: Name of the state in messages.
 
     Raises:
-        InputError: If one is something else.
+        InputError: If a counter is something else.
     """
     for key in saved.keys() & names:
         value = saved[key]

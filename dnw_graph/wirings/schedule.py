@@ -10,7 +10,7 @@ from dnw_graph.arguments import check_fields, require
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.wirings.view import View
 
-# Share of the way from `start` to `end`, at a share of the time between `begin` and `until`.
+# Progress from `start` to `end` as a function of progress in time from `begin` to `until`, both in 0 … 1.
 SHAPES = {
     "linear": lambda t: t,
     "cubic": lambda t: 1 - (1 - t) ** 3,
@@ -28,12 +28,12 @@ class Schedule:
     Args:
         start: Value until ``begin``.
         end: Value from ``until`` on.
-        begin: Moment at which it starts to move.
-        until: Moment at which it has arrived.
+        begin: Moment at which the change begins.
+        until: Moment at which it ends.
         shape: ``"linear"``; ``"cubic"``, fast at first: 1 - (1 - t)³ (Zhu and Gupta 2017); or ``"cosine"``.
 
     Raises:
-        InputError: If a value is not finite, a moment is none, or the shape is unknown.
+        InputError: If a value is not finite, a moment is neither a step nor a fraction, or the shape is unknown.
     """
 
     start: float
@@ -67,8 +67,8 @@ class Schedule:
         """Return the value for the next step of a graph, or after the last one.
 
         Args:
-            view: The graph, which knows how many steps are done and how many there will be.
-            after: Whether a step has been done: then 1.0 is after the last step of training, not that step.
+            view: The graph, with its numbers of steps so far and of the whole training.
+            after: Whether the step is done: then 1.0 means after the last step of training, not at that step.
 
         Raises:
             InputError: If a moment is a fraction, and the number of steps is not known.
@@ -87,7 +87,7 @@ class Schedule:
 
         Args:
             step: Step, counted from 0.
-            num_steps: Steps of the whole training; used for fractions only.
+            num_steps: Number of steps of the whole training; used for fractions only.
         """
         last = max(num_steps - 1, 1)
         begin, until = (moment * last if isinstance(moment, float) else moment for moment in (self.begin, self.until))
@@ -99,7 +99,7 @@ class Schedule:
 
 
 def moment(view: View, value: int | float) -> int:
-    """Return the step of a moment: a fraction of training is rounded to the nearest."""
+    """Return the step of a moment; a fraction of training is rounded to the nearest step."""
     return round(value * view.num_steps) if isinstance(value, float) else value
 
 
@@ -127,8 +127,8 @@ def as_schedule(what: str, value: Changing) -> Schedule:
     """Return a schedule from one, from its arguments, or from a constant.
 
     Args:
-        what: What the value is, for messages.
-        value: What was given.
+        what: Name of the value in messages.
+        value: The value.
 
     Raises:
         InputError: If it is none of these.

@@ -12,26 +12,26 @@ from dnw_graph.wirings.view import View
 
 
 class STR(Wiring):
-    r"""Real edges are those above a threshold that is learned (Kusupati et al. 2020).
+    r"""Keeps the edges above a learned threshold (Kusupati et al. 2020).
 
-    arXiv 2002.03231 and RAIVNLab/STR. An edge computes with
+    arXiv 2002.03231 and RAIVNLab/STR. The value of an edge is
 
     .. math:: \mathrm{sign}(w) \, \mathrm{relu}(|w| - \sigma(s)),
 
-    where s is learned, one per graph, with a weight decay of its own, and σ is the sigmoid. k is not set: it results,
-    as ``num_real_edges``, and can be given to other rules as a budget (``distribution={…}``). Hallucinated weights get
-    no gradient, weight decay acts on them. In float32 the gradient of s is exactly 0 below s = -104, where only its
-    decay moves it. On a GPU every forward pass synchronises with the device, to learn how many edges there are.
+    where s is learned, one per graph, with its own weight decay, and σ is the sigmoid. k cannot be set. It results from
+    training, as ``num_real_edges``, and can be given to other rules as a budget (``distribution={…}``). Hallucinated
+    weights get no gradient, but weight decay acts on them. In float32 the gradient of s is exactly 0 below s = -104,
+    where only its weight decay changes it. On a GPU every forward pass synchronises, to count the edges.
 
     Args:
         start: s₀. Published for ResNet-50 at 90%: -3200.
-        weight_decay: Decay of s, which :func:`dnw_graph.attach` gives to the optimiser. Published: 2.25e-5.
+        weight_decay: Weight decay of s, which :func:`dnw_graph.attach` sets in the optimiser. Published: 2.25e-5.
 
     Shapes:
         - ``threshold``: scalar, s
 
     Raises:
-        InputError: If the decay is negative.
+        InputError: If the weight decay is negative.
     """
 
     gradient = "real"
@@ -49,10 +49,10 @@ class STR(Wiring):
         self.threshold.data = torch.full_like(view.weight[0], self.start)
 
     def choose(self, view: View) -> Tensor:
-        """Return the flat indices of what is above the threshold."""
-        self.largest(view, 1)  # refuses weights that are not finite
+        """Return the flat indices of the weights above the threshold."""
+        self.largest(view, 1)  # Refuses weights that are not finite.
         return torch.nonzero(view.weight.detach().abs() > self.threshold.detach().sigmoid()).flatten()
 
     def values(self, weight: Float[Tensor, ...]) -> Float[Tensor, ...]:
-        """Return what edges compute with."""
+        """Return the values of edges."""
         return weight.sign() * (weight.abs() - self.threshold.sigmoid()).relu()

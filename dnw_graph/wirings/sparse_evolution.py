@@ -16,11 +16,11 @@ class SET(PruneAndGrow):
 
     arXiv 1707.04780. Starts with k random edges. Every ``every`` steps the
     :math:`d = \min(\lfloor \zeta k \rfloor, n - k)` real edges of least |w| are dropped, and d others are grown at
-    random among all that are not kept. A grown edge starts with weight and optimiser state zero. Hallucinated weights
-    and their states are zero, and are not trained.
+    random among all that are not kept. Grown edges start with weight and optimiser state zero. Hallucinated weights and
+    their optimiser states are zero, and are not trained.
 
     The paper, and jaxpruner's ``sparse_trainers``, differ: the paper prunes positive and negative weights apart, and
-    grows edges with random values. Under Adam the first step of a grown edge is about three times the learning rate.
+    grows edges with random values. With Adam, the first update of a grown edge is about three times the learning rate.
 
     Args:
         fraction: ζ, a number in 0 … 1 or a :class:`~dnw_graph.wirings.Schedule`.
@@ -30,7 +30,7 @@ class SET(PruneAndGrow):
         - ``real``: ``[num_candidates]``, uint8
 
     Raises:
-        InputError: If ζ is no share, or ``every`` no integer from 1 up.
+        InputError: If ζ is not in 0 … 1, or ``every`` below 1.
     """
 
     regrown_are_new = True

@@ -24,28 +24,28 @@ class SparseMomentum(PruneAndGrow):
 
     arXiv 1907.04840. The graphs of a model that have the rule share one budget. After every ``every`` steps a round
 
-    1. takes of each graph i the mean magnitude m_i of the momentum of its real edges;
-    2. prunes the ⌈p · n_i⌉ of smallest magnitude of its n_i real edges;
-    3. gives the pruned number R of all graphs back to them in proportion to m_i;
-    4. grows, in each graph, so many edges among those that are not real, by the largest magnitude of momentum.
+    1. computes, for each graph i, the mean magnitude m_i of the momentum of its real edges;
+    2. prunes, of its n_i real edges, the ⌈p · n_i⌉ of smallest magnitude;
+    3. distributes R, the number of edges pruned in all graphs, over the graphs in proportion to m_i;
+    4. grows that many edges in each graph, among those that are not real, by the largest magnitude of momentum.
 
     A grown edge starts at zero, unless the same round pruned it. The momentum is that of SGD, or
     m / (√v + 1e-8) of Adam, as in the published code. All candidates get the gradient, which the momentum collects;
     hallucinated weights are set back to zero after every step.
 
-    As published (arXiv 1907.04840 and its code): steps 1 to 4 and their order; p from 0.5 down by a cosine or linearly;
-    the mean over the real edges before they are pruned; an edge that is pruned and grown in the same round keeps its
-    value; pruned ones keep their momentum; the mask after every step. Different here:
+    As published (arXiv 1907.04840 and its code): steps 1 to 4 and their order; p decreases from 0.5 by a cosine or
+    linearly; the mean is over the real edges before pruning; an edge that is pruned and grown in the same round keeps
+    its value; pruned edges keep their momentum; the mask is applied after every step. Different here:
 
-    - The number of real edges in all graphs together stays exactly what it was. The published code draws the first
-      ones each with a probability, rounds layer by layer and corrects the sum in later rounds.
-    - A graph can be filled, and what is beyond goes to the others in proportion to their momentum again. The published
-      code stops at 99% of the zero weights and spreads the rest evenly.
-    - A graph keeps at least one edge when it is pruned. The published code prunes less where a layer is more than 80%
-      dense and its momentum is large; here all are pruned alike.
+    - The total number of real edges never changes. The published code draws the first edges independently, each with a
+      probability, rounds layer by layer and corrects the total in later rounds.
+    - A graph can become complete; excess edges go to the others, again in proportion to their momentum. The published
+      code stops at 99% of the zero weights and distributes the excess evenly.
+    - Pruning leaves at least one edge in a graph. The published code prunes less in a layer that is more than 80% dense
+      and whose momentum is large; here all are pruned alike.
     - p ends at 0, so that nothing changes after the last step. In the published code the cosine ends at 0.005.
     - Ties go to the lower index, and fractions of an edge to the largest remainders.
-    - The round follows the last step of an epoch and so comes before the evaluation; the published one comes after it.
+    - A round follows the last step of an epoch, before the evaluation; in the published code it comes after it.
 
     Args:
         prune_rate: p, a number or a :class:`~dnw_graph.wirings.Schedule`.
@@ -55,7 +55,7 @@ class SparseMomentum(PruneAndGrow):
         - ``real``: ``[num_candidates]``, uint8
 
     Raises:
-        InputError: If the rate leaves 0 … 1; in a round, if the momentum is not finite.
+        InputError: If the rate is outside 0 … 1; in a round, if the momentum is not finite.
     """
 
     trained = "all"
@@ -67,7 +67,7 @@ class SparseMomentum(PruneAndGrow):
         self.prune_rate = share_over_time("prune_rate", prune_rate)
 
     def num_edges(self, k: int) -> int:
-        """Return the number of edges that the rounds have left here."""
+        """Return the number of edges of this graph after the rounds so far."""
         return int(self.mask.sum())
 
     def after_step(self, view: View) -> None:
@@ -76,7 +76,7 @@ class SparseMomentum(PruneAndGrow):
 
     @classmethod
     def after_steps(cls, views: Sequence[View]) -> None:
-        """Do a round over all graphs for which it is time."""
+        """Do a round over all graphs whose round is due."""
         super().after_steps(views)
         rules = [(view.wiring, view) for view in views if isinstance(view.wiring, SparseMomentum)]
         due = [(rule, view) for rule, view in rules if rule.is_round(view, view.step)]
@@ -89,7 +89,7 @@ class SparseMomentum(PruneAndGrow):
             rule.grow(view, momentum, number)
 
     def prune(self, view: View) -> int:
-        """Take the real edges of smallest |w| out of the real ones, and return their number."""
+        """Prune the real edges of smallest |w|, and return their number."""
         edges = self.choose(view)
         before = edges.numel()
         stay = max(1, before - math.ceil(self.prune_rate.at(view, after=True) * before))
@@ -97,7 +97,7 @@ class SparseMomentum(PruneAndGrow):
         return before - stay
 
     def grow(self, view: View, momentum: Float[Tensor, " candidates"], number: int) -> None:
-        """Make so many edges real, by the largest magnitude of momentum."""
+        """Make ``number`` edges real, by the largest magnitude of momentum."""
         grown = top(view, torch.nonzero(~self.mask).flatten(), number, momentum)
         self.store(view, torch.cat([self.choose(view), grown]))
         view.weight.mul_(self.real)

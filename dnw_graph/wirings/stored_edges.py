@@ -1,4 +1,4 @@
-"""What rules share whose real edges are state: those that stay, and those that change between steps."""
+"""Bases of rules whose real edges are state: constant edges, and edges that change between steps."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dnw_graph.wirings.view import View
 
 
 class ConstantEdges(Wiring):
-    """Edges that are chosen by ``setup`` and stay; only they get a gradient.
+    """Edges that ``setup`` chooses and that never change; only they get a gradient.
 
-    They are a persistent buffer, since they are not a function of the weights, and beside them lies their checksum, by
-    which an average of buffers is noticed.
+    They are a persistent buffer, since they are not a function of the weights. Their checksum, another buffer, reveals
+    whether the buffers were averaged.
 
     Shapes:
         - ``index``: ``[num_edges]``, flat indices, ascending
@@ -43,7 +43,7 @@ class ConstantEdges(Wiring):
         """Return the edges that were chosen at the start.
 
         Raises:
-            InputError: If they are others, as after an average of buffers.
+            InputError: If the buffers changed, as by averaging.
         """
         refuse_spoiled(self.index, self.checksum, f"{view.name}: wiring.index")
         return self.index
@@ -53,29 +53,29 @@ class ConstantEdges(Wiring):
         return self.index
 
     def leave(self, stay: Bool[Tensor, " candidates"]) -> None:
-        """Keep the edges among those that stay, as they are numbered now."""
+        """Keep the edges among the candidates that stay, by their new indices."""
         self.store((stay.cumsum(0) - 1)[self.index[stay[self.index]]])
 
     def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
-        """Refuse other than k edges, distinct and ascending, and others than there were."""
+        """Refuse edges that are not k distinct ascending ones, or that do not match their checksum."""
         if "index" in saved:
             refuse_edges(saved["index"], num_candidates, num_edges, f"{name}: wiring.index")
             refuse_spoiled(saved["index"], saved.get("checksum"), f"{name}: wiring.index")
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(prefix + "index")
-        if saved is not None:  # older files have the edges alone
+        if saved is not None:  # Older files have no checksum.
             state_dict = {prefix + "checksum": edge_sum(saved), **state_dict}
-            if saved.shape != self.index.shape:  # as many as check_saved has let pass
+            if saved.shape != self.index.shape:  # check_saved has accepted the number.
                 self.index = self.index.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class ChangingEdges(Wiring):
-    """Edges that change between steps, and their number: persistent buffers, which averages of models copy.
+    """Edges that change between steps, in number too: persistent buffers, which an average of models must copy.
 
-    A mask of bytes, since PyTorch's averages cannot take differences of truth values, and a checksum, by which it is
-    noticed that they have averaged it.
+    They are a mask of bytes, since PyTorch's averaging cannot subtract booleans. A checksum reveals whether the mask
+    was averaged.
 
     Shapes:
         - ``real``: ``[num_candidates]``, uint8
@@ -89,7 +89,7 @@ class ChangingEdges(Wiring):
         super().__init__()
         self.register_buffer("real", torch.empty(0, dtype=torch.uint8))
         self.register_buffer("checksum", torch.tensor(0))
-        self._found: tuple[Tensor, tuple[int, bool], Tensor] | None = None  # ``real``, as it was, and its edges
+        self._found: tuple[Tensor, tuple[int, bool], Tensor] | None = None  # The last ``real``, and its edges.
 
     def setup(self, view: View) -> None:
         """Start with the complete graph."""
@@ -109,10 +109,10 @@ class ChangingEdges(Wiring):
         """Return the edges that are stored; synchronises with a device once per change.
 
         Raises:
-            InputError: In evaluation, if they are others, as after an average of buffers.
+            InputError: In evaluation, if the buffers changed, as by averaging.
         """
         state = version(self.real), self.training
-        # Inference tensors keep no version.
+        # Inference tensors have no version.
         if self._found is None or self._found[0] is not self.real or self._found[1] != state or state[0] == -1:
             index = torch.nonzero(self.real).flatten()
             if not self.training:
@@ -126,14 +126,14 @@ class ChangingEdges(Wiring):
         self.checksum = edge_sum(torch.nonzero(self.real).flatten())
 
     def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
-        """Refuse other edges than there were."""
+        """Refuse edges that do not match their checksum."""
         super().check_saved(saved, num_candidates, num_edges, name)
         if "real" in saved:
             refuse_mask(saved["real"], num_candidates, f"{name}: wiring.real")
             refuse_spoiled(saved["real"], saved.get("checksum"), f"{name}: wiring.real")
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "real" in state_dict:  # older files have the set alone, as truth values, or with its size
+        if prefix + "real" in state_dict:  # Older files have booleans, no checksum, or a count.
             state_dict = {key: value for key, value in state_dict.items() if key != prefix + "count"}
             real = state_dict[prefix + "real"].to(torch.uint8)
             state_dict = {prefix + "checksum": edge_sum(real), **state_dict, prefix + "real": real}

@@ -23,26 +23,25 @@ class TargetedDropout(Wiring):
     r"""Drops weak edges at random in training, and prunes them in evaluation (Gomez et al. 2019).
 
     TD in Section 3.3 and Appendix B of the paper, after arXiv 1905.13678. With n candidates and
-    :math:`\gamma = 1 - k / n`, the *targets* are the γ n candidates of smallest |w|; in training each of them is
-    dropped with probability ρ, in evaluation all are. What stays keeps its weight as it is, without a factor 1 / (1 -
-    ρ); what is dropped gets no gradient in that step.
+    :math:`\gamma = 1 - k / n`, the *targets* are the γ n candidates of smallest |w|. In training each target is dropped
+    with probability ρ; in evaluation all are. Other edges keep their weight, without a factor 1 / (1 - ρ); dropped ones
+    get no gradient in that step.
 
     - ``"unconstrained"``: the targets are the weakest of the whole graph; k edges stay.
-    - ``"regular"``: the targets are the ⌊γ · fan-in⌋ weakest into each node, so that every node keeps some. The number
-      of edges is the sum of what stays, somewhat more than k.
+    - ``"regular"``: the targets are the ⌊γ · fan-in⌋ weakest edges into each node, so that every node keeps some. In
+      total somewhat more than k edges stay.
 
-    The masks are a function of (seed, step, name of the graph). With :func:`dnw_graph.attach` they are the same on
-    every rank and in all forward passes of a step of the optimiser. A constant ρ does not need it: without it every
-    forward pass in training counts as a step. Every training step synchronises with the device, to learn how many edges
-    stay.
+    Masks are a function of (seed, step, name of the graph). With :func:`dnw_graph.attach` they are the same on every
+    rank and in all forward passes of an optimiser step. A constant ρ works without it: every forward pass in training
+    then counts as a step. Every training step synchronises with the device, to count the edges that stay.
 
     Args:
         rho: ρ: a number in 0 … 1, ``"gamma"`` for ρ = γ, or a :class:`Schedule`.
         variant: ``"unconstrained"`` or ``"regular"``.
 
     Raises:
-        InputError: If ρ is no probability, or the variant unknown; regular only: if the targets of two blocks of
-            candidates overlap without being the same.
+        InputError: If ρ is no probability or the variant unknown; for the regular variant, if the target nodes of two
+            blocks of candidates overlap without being the same.
     """
 
     gradient = "real"
@@ -70,13 +69,13 @@ class TargetedDropout(Wiring):
             _refuse_overlap(list(self.groups))
 
     def choose(self, view: View) -> Tensor:
-        """Return what stays after pruning: all but the targets."""
+        """Return the edges that stay after pruning: all but the targets."""
         if self.variant == "unconstrained":
             return self.largest(view, view.k)
         self.largest(view, 1)  # refuses weights that are not finite
         return self._strongest_per_node(view.weight.detach().abs(), view.k)
 
-    @not_compiled  # would be compiled anew for every step
+    @not_compiled  # It would be recompiled in every step.
     def choose_to_train(self, view: View) -> Tensor:
         """Return what stays in this step: the strongest, and those targets that are not dropped."""
         rho = self.rho.at(view) if isinstance(self.rho, Schedule) else 1 - view.k / view.num_candidates

@@ -13,12 +13,12 @@ from dnw_graph.wirings.view import View
 class TopKAST(DNW):
     r"""The k candidates of largest |w| are real; the M next ones are trained too (Jayakumar et al. 2021).
 
-    arXiv 2106.03517. The forward pass computes with E, the top k. Gradient and optimiser reach B, the top k + M; all
-    other candidates are frozen: weight, decay and state. The loss gains, with D = k/n,
+    arXiv 2106.03517. The forward pass uses E, the top k. The gradient and the optimiser reach B, the top k + M; all
+    other candidates are frozen, with their optimiser state. With D = k/n, the penalty of the loss is
 
     .. math:: \frac{\lambda}{2} \left(\|w_E\|^2 + \frac{1}{D} \|w_{B \setminus E}\|^2\right);
 
-    add :func:`dnw_graph.wiring_penalty` to it. In sparseml's version λ is multiplied by momentum; here it is an
+    add :func:`dnw_graph.wiring_penalty` to the loss. In sparseml's version λ is multiplied by momentum; here it is an
     ordinary term of the loss. With M = n - k and λ = 0 it is ``"dnw"``.
 
     Args:
@@ -26,7 +26,7 @@ class TopKAST(DNW):
         strength: λ.
 
     Raises:
-        InputError: If M or λ is negative, or M a share above 1.
+        InputError: If M or λ is negative, or M is a share above 1.
     """
 
     trained = "own"

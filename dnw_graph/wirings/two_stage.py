@@ -21,7 +21,7 @@ UNKNOWN = -1
 
 
 class SecondStage(ConstantEdges):
-    """The k edges of largest |w| of a trained complete graph, fixed; retrained from other weights.
+    """The k edges of largest |w| of a trained complete graph, constant; trained again, from other weights.
 
     Args:
         trained: Candidate weights of the complete graph after its training, which decide the edges. Without them the
@@ -45,7 +45,7 @@ class SecondStage(ConstantEdges):
         self.complete = None if trained is None else trained.detach().clone()
         same = initial is trained
         self.start = self.complete if same else None if initial is None else initial.detach().clone()
-        self.known = False  # whether the edges are; on the host, which could not look at them without waiting
+        self.known = False  # Whether the edges are known; on the host, so that nothing has to synchronise.
 
     def setup(self, view: View) -> None:
         """Choose the edges and set the candidate weights."""
@@ -136,7 +136,7 @@ class LotteryTicket(SecondStage):
 
 @checked
 def fine_tune(complete: nn.Module) -> nn.Module:
-    """Return a copy of a trained complete model that keeps the k strongest edges of each graph, to be retrained.
+    """Return a copy of a trained complete model with the k strongest edges of each graph, ready for retraining.
 
     "FT" in Section 3.3 of the paper. All parameters are those after training.
 
@@ -154,7 +154,7 @@ def fine_tune(complete: nn.Module) -> nn.Module:
 
 @checked
 def lottery_ticket(complete: nn.Module, initial: Mapping[str, Tensor]) -> nn.Module:
-    """Return a copy of a trained complete model that keeps the k strongest edges of each graph, reset to its beginning.
+    """Return a copy of a trained complete model with the k strongest edges of each graph, reset to its initial state.
 
     "Lottery Ticket (one-shot)" in Section 3.3 of the paper. All parameters and buffers are those before training.
 

@@ -1,4 +1,4 @@
-"""What a rule is given: flat vectors in the order of the candidates, whatever tensors lie behind them."""
+"""The view of a graph that a rule gets: flat vectors in the order of the candidates."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from dnw_graph.wirings.base import Wiring
 
 MOMENTA = ("momentum_buffer", "exp_avg", "momentum")
-"""What optimisers call the momentum: SGD and Muon, Adam and its kin, SGDP."""
+"""The names of the momentum in optimisers: SGD and Muon, Adam and its variants, SGDP."""
 
 
 class RankedWeight(Protocol):
-    """Where candidate weights lie: a parameter, or a part of one."""
+    """A parameter, or a part of one, that holds candidate weights."""
 
     @property
     def parameter(self) -> Tensor:
@@ -33,7 +33,7 @@ class RankedWeight(Protocol):
 
     @property
     def holder(self) -> Any:
-        """The module whose ``probe`` gathers the gradient of all candidates, where a rule asks for it."""
+        """The module whose ``probe`` accumulates the gradient of all candidates, if a rule asks for it."""
 
     @property
     def numel(self) -> int:
@@ -47,17 +47,17 @@ class RankedWeight(Protocol):
 
     @property
     def matrices(self) -> Sequence[tuple[int, int, int]]:
-        """First index, rows and columns of each matrix that the weight is, in the parameter as one vector."""
+        """First index, rows and columns of each matrix of the weight, in the flattened parameter."""
 
     def positions(self, index: Int[Tensor, " edges"]) -> Int[Tensor, " edges"]:
-        """Return where candidates lie in the parameter as one vector."""
+        """Return the positions of candidates in the flattened parameter."""
 
 
 class View:
     """The candidates of one graph as its rule sees them.
 
-    Weights, gradients and states of the optimiser are flat vectors ``[num_candidates]``. Each is gathered when it is
-    first read. After ``setup`` and ``after_step`` the engine writes back what the rule has changed in place.
+    Weights, gradients and optimiser states are flat vectors ``[num_candidates]``, each gathered when it is first read.
+    In-place changes by ``setup`` and ``after_step`` are written back.
 
     Args:
         graph: The graph; see :class:`dnw_graph.ranking.Ranking`.
@@ -101,12 +101,12 @@ class View:
 
     @property
     def step(self) -> int:
-        """Steps of the optimiser that are done."""
+        """Number of optimiser steps so far."""
         return self.wiring.step
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole training.
+        """Number of steps of the whole training.
 
         Raises:
             InputError: If it is not known.
@@ -115,7 +115,7 @@ class View:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of an epoch.
+        """Number of steps per epoch.
 
         Raises:
             InputError: If it is not known.
@@ -127,22 +127,22 @@ class View:
             return value
         raise InputError(
             f"{self.name}: {type(self.wiring).__name__} does not know {what}: "
-            f"dnw_graph.attach(model, optimizer, {argument}=…) says it"
+            f"give it to dnw_graph.attach(model, optimizer, {argument}=…)"
         )
 
     @property
     def weight(self) -> Float[Tensor, " candidates"]:
-        """The weights. In a forward pass gradients flow through it; after a step it can be written to."""
-        if self._weight is None:  # no cached_property: the compiler looks through this one
+        """The weights. In a forward pass gradients flow through them; after a step they can be changed in place."""
+        if self._weight is None:  # Not a cached_property, which the compiler cannot trace.
             tensors = self.graph.tensors() if self._tensors is None else self._tensors
             self._weight = self._gather([each.detach().clone() for each in tensors] if self._copy else tensors, tensors)
         return self._weight
 
     @cached_property
     def gradient(self) -> Float[Tensor, " candidates"]:
-        """∂L/∂w of the last step, summed over its micro-batches and averaged over ranks; after a step only.
+        """∂L/∂w of the last step, summed over micro-batches and averaged over ranks; after a step only.
 
-        Of all candidates if the rule has asked for it (:meth:`Wiring.needs_gradient`), else what lies in ``.grad``.
+        For all candidates if the rule asked for it (:meth:`Wiring.needs_gradient`), otherwise the content of ``.grad``.
         """
         parts = []
         for weight in self.graph.weights:
@@ -153,9 +153,9 @@ class View:
 
     @cached_property
     def state(self) -> dict[str, Float[Tensor, " candidates"]]:
-        """The floating-point states of the optimiser, by its names for them; after a step only.
+        """The floating-point states of the optimiser by name; after a step only.
 
-        Those that have the shape of their parameter, in every layer of the graph that has had a gradient; others are 0.
+        Includes states of the shape of their parameter. They are 0 in layers that have had no gradient yet.
         """
         assert self._optimizer is not None
         states = [tensor_state(self._optimizer, weight.parameter) for weight in self.graph.weights]
@@ -182,7 +182,7 @@ class View:
         raise InputError(f"{self.name}: the optimiser has no momentum, but {found}: give SGD momentum=0.9, or use Adam")
 
     def clear(self, chosen: Shaped[Tensor, " chosen"]) -> None:
-        """Set weight and optimiser state of some candidates to zero; indices, or a mask."""
+        """Set the weight and optimiser state of some candidates, given by indices or a mask, to zero."""
         for vector in (self.weight, *self.state.values()):
             vector[chosen] = 0
 
@@ -197,7 +197,7 @@ class View:
         reset_momentum(self._optimizer)
 
     def write_back(self) -> None:
-        """Write what was changed into the tensors behind it. The engine calls it."""
+        """Write changes back into parameters and optimiser state. Called by the engine."""
         for flat, tensors, before in self._gathered:
             if version(flat) != before:
                 parts = flat.split([weight.numel for weight in self.graph.weights])
@@ -223,7 +223,7 @@ def tensor_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def new_seed() -> int:
-    """Return a seed from that of PyTorch's generator; never 0, which says that there is none yet."""
+    """Return a seed derived from PyTorch's; never 0, which stands for no seed."""
     return mix(torch.initial_seed()) >> 1 | 1
 
 
