@@ -1,4 +1,4 @@
-"""The C++ kernels: compiled for this machine when they are first needed, and kept in the user's cache."""
+"""Compiles the C++ kernels for this machine on first use, and keeps them in the user's cache."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from dnw_graph.ops.signatures import symbols
 SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno")
 SYMBOLS = tuple(symbols())
-LONGEST = 600  # Seconds that a compiler may take.
+LONGEST = 600  # Time limit for the compiler, in seconds.
 
 
 def kernels() -> ctypes.CDLL | None:
-    """Return the compiled kernels, or None where PyTorch's own operations have to do.
+    """Return the compiled kernels, or None if PyTorch's own operations must be used instead.
 
-    They are compiled by the first call that needs them, with ``$CXX`` or else ``c++``, ``g++`` or ``clang++``, which
-    takes seconds, and kept in ``$XDG_CACHE_HOME/dnw_graph`` (default ``~/.cache/dnw_graph``) under a name that says for
-    which source, compiler and processor, and what the file contains. Only files of the user's own, in a directory that
-    nobody else can write to, are loaded. Whatever goes wrong, a warning says so once.
+    The first call compiles them with ``$CXX`` or else ``c++``, ``g++`` or ``clang++``, which takes seconds. They are
+    kept in ``$XDG_CACHE_HOME/dnw_graph`` (default ``~/.cache/dnw_graph``), under a name with hashes of source,
+    compiler, processor and content. Only files of the user, in a directory that nobody else can write to, are loaded.
+    If anything fails, a warning is shown once.
 
-    In the environment, ``DNW_GRAPH_KERNELS=0`` switches the kernels off, and ``DNW_GRAPH_CXXFLAGS`` holds further flags
-    for the compiler, such as ``-fsanitize=address``.
+    The environment variable ``DNW_GRAPH_KERNELS=0`` disables the kernels; ``DNW_GRAPH_CXXFLAGS`` adds compiler flags,
+    such as ``-fsanitize=address``.
     """
     return None if os.environ.get("DNW_GRAPH_KERNELS") == "0" else _load()
 
@@ -39,7 +39,7 @@ def kernels() -> ctypes.CDLL | None:
 def _load() -> ctypes.CDLL | None:
     try:
         return _built()
-    except Exception as error:  # Nothing that a machine lacks may end a forward pass.
+    except Exception as error:  # A forward pass must work without the kernels.
         reason = str(error) or type(error).__name__
         if isinstance(error, subprocess.CalledProcessError):
             printed = error.stderr.decode(errors="replace").splitlines()
@@ -54,8 +54,8 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _built() -> ctypes.CDLL:
-    """Return the library for this source, compiler and processor, compiled unless it is there."""
-    from dnw_graph.ops.cache import open_cache  # It needs what only Unix has.
+    """Return the library for this source, compiler and processor; compile it if it is not in the cache."""
+    from dnw_graph.ops.cache import open_cache  # Uses modules that exist on Unix only.
 
     found = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if found is None:
@@ -63,7 +63,7 @@ def _built() -> ctypes.CDLL:
     compiler = shlex.split(found)
     extra = shlex.split(os.environ.get("DNW_GRAPH_CXXFLAGS", ""))
     flags = [*FLAGS, *extra]
-    # The compiler's predefined macros name its version and what the processor can do.
+    # The compiler's predefined macros tell its version and the processor's instruction sets.
     macros = _output([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
     sources = [path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]*"))]
     key = hashlib.sha256(b"\n".join([*sources, *map(os.fsencode, flags), macros])).hexdigest()[:16]
@@ -73,8 +73,8 @@ def _built() -> ctypes.CDLL:
             with cache.workplace() as directory:
                 compiled, linked = Path(directory, "kernels.o"), Path(directory, "kernels.so")
                 _output([*compiler, *flags, "-c", str(SOURCES / "kernels.cpp"), "-o", str(compiled)])
-                # Linked without OpenMP: its functions are those that PyTorch has loaded, so that there is one thread
-                # pool.
+                # Not linked with OpenMP: the kernels use the library that PyTorch has loaded, so that there is one
+                # thread pool.
                 _output([*compiler, *extra, "-shared", str(compiled), "-o", str(linked)])
                 path = cache.keep(linked, f"kernels-{key}")
         library = ctypes.CDLL(str(path))
@@ -85,6 +85,6 @@ def _built() -> ctypes.CDLL:
 
 
 def _output(command: Sequence[str]) -> bytes:
-    """Return what a compiler prints; its messages are to be in English, whatever the user's language."""
+    """Return the output of a compiler, run with English messages."""
     environment = {**os.environ, "LC_ALL": "C"}
     return subprocess.run(command, check=True, capture_output=True, env=environment, timeout=LONGEST).stdout

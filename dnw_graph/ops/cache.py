@@ -1,4 +1,4 @@
-"""The directory where compiled code is kept from run to run; what others may have written is not loaded from it."""
+"""The cache directory of compiled code. Files that others may have written are not loaded."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_TEMPORARY = "tmp"  # What the names of unfinished directories begin with.
+_TEMPORARY = "tmp"  # Prefix of the names of temporary directories.
 
 
 class Cache:
     """``$XDG_CACHE_HOME/dnw_graph`` or ``~/.cache/dnw_graph``, from :func:`open_cache`.
 
-    A file carries its checksum in its name, so that a damaged one is noticed before it is loaded.
+    The name of a file contains its checksum, so that a damaged file is detected before it is loaded.
     """
 
     def __init__(self, path: Path, directory: int) -> None:
         self._path, self._directory = path, directory
 
     def find(self, stem: str) -> Path | None:
-        """Return where to load a file from, or None. Damaged and foreign files of that name are removed."""
+        """Return the path to load a file from, or None. Damaged and foreign files of that name are removed."""
         for name in sorted(os.listdir(self._directory)):
             if name.startswith(f"{stem}-"):
                 if self._checksum(name) == Path(name).stem.removeprefix(f"{stem}-"):
@@ -35,7 +35,7 @@ class Cache:
         return None
 
     def keep(self, made: Path, stem: str) -> Path:
-        """Move a file from a :meth:`workplace` to its place, whole or not at all, and return where to load it from."""
+        """Move a file from a :meth:`workplace` into the cache atomically, and return the path to load it from."""
         source = f"{made.parent.name}/{made.name}"
         file = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
         try:
@@ -50,7 +50,7 @@ class Cache:
 
     @contextmanager
     def workplace(self) -> Iterator[Path]:
-        """Make a directory to work in, and remove it in the end."""
+        """Create a temporary directory, and remove it at the end."""
         with suppress(OSError):  # Some network file systems have no locks.
             fcntl.flock(self._directory, fcntl.LOCK_SH)
         made = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self._path))
@@ -60,7 +60,7 @@ class Cache:
             shutil.rmtree(made, ignore_errors=True)
 
     def clean(self) -> None:
-        """Remove what killed processes have left, unless somebody is at work."""
+        """Remove what killed processes have left, unless another process is compiling."""
         left = [name for name in os.listdir(self._directory) if name.startswith(_TEMPORARY)]
         if left:
             with suppress(OSError):
@@ -72,7 +72,7 @@ class Cache:
     def _checksum(self, name: str) -> str | None:
         """Return the checksum of a file, or None if others could have written it."""
         try:
-            # Not blocking: a pipe without a writer would be waited for.
+            # Non-blocking, since opening a pipe without a writer would wait.
             file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._directory)
         except OSError:
             return None
@@ -82,17 +82,17 @@ class Cache:
             return hashlib.sha256(content.read()).hexdigest()[:16] if own else None
 
     def _place(self, name: str) -> Path:
-        # By way of the open directory, where the system has one: its path may lead elsewhere by now.
+        # Through the open directory, where the system supports it: its path may lead elsewhere by now.
         directory = Path(f"/proc/self/fd/{self._directory}")
         return (directory if directory.exists() else self._path) / name
 
 
 @contextmanager
 def open_cache() -> Iterator[Cache]:
-    """Open the user's cache, which is made if there is none.
+    """Open the user's cache; create it if necessary.
 
     Raises:
-        OSError: If it cannot be made, or somebody but the user and root can write to it.
+        OSError: If it cannot be created, or others than the user and root can write to it.
     """
     given = os.environ.get("XDG_CACHE_HOME", "")
     try:
@@ -117,5 +117,5 @@ def open_cache() -> Iterator[Cache]:
 
 
 def _open_to_others(found: os.stat_result) -> bool:
-    """Return whether somebody but the user and root can write to a file or directory."""
+    """Return whether others than the user and root can write to a file or directory."""
     return found.st_uid not in (0, os.geteuid()) or bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))

@@ -1,4 +1,4 @@
-"""Calls of the compiled kernels, which get the address of no tensor that has not been checked."""
+"""Calls the compiled kernels; every tensor is checked before its address is passed."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def run(name: str, numbers: Sequence[Number], *tensors: Given) -> bool:
 
     Args:
         name: Name of the kernel without its types.
-        numbers: The numbers that it takes.
-        tensors: The tensors that it takes, those that it writes included.
+        numbers: Its numbers.
+        tensors: Its tensors, inputs and outputs.
 
     Returns:
-        Whether it was called. If not, PyTorch's operations have to do: there are no kernels, or a tensor is not what
-        the kernel takes.
+        Whether it was called. If not, PyTorch's operations must be used: there are no kernels, or the kernel does not
+        take one of the tensors.
 
     Raises:
         InputError: If the kernel finds an index out of range.
@@ -46,7 +46,7 @@ def run(name: str, numbers: Sequence[Number], *tensors: Given) -> bool:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Return whether the values of a tensor lie in this machine's memory as they are."""
+    """Return whether a tensor's values can be read directly from this machine's memory."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)  # A subclass may keep them elsewhere.
         and tensor.device.type == "cpu"
@@ -58,7 +58,7 @@ def readable(tensor: Tensor) -> bool:
 def _bind(
     name: str, numbers: Sequence[Number], tensors: Sequence[Given]
 ) -> tuple[str, list[ctypes.c_void_p | ctypes.Array]] | None:
-    """Return the kernel for tensors of these types and their addresses, or None if one is not what it takes."""
+    """Return the kernel for the tensors' types and their addresses, or None if it does not take one of them."""
     signature, kinds = SIGNATURES[name]
     types: dict[str, torch.dtype] = {}
     addresses: list[ctypes.c_void_p | ctypes.Array] = []
@@ -77,7 +77,7 @@ def _bind(
 
 
 def _address(tensor: Tensor | None, expected: Expected, types: dict[str, torch.dtype]) -> int | None:
-    """Return where a tensor lies, 0 for one that is left out, or None if it is not what is expected."""
+    """Return the address of a tensor, 0 if it is left out, or None if it is not as expected."""
     if tensor is None:
         return 0 if expected.optional else None
     if (
@@ -89,11 +89,11 @@ def _address(tensor: Tensor | None, expected: Expected, types: dict[str, torch.d
     ):
         return None
     address = tensor.data_ptr()
-    return address if address or not tensor.numel() else None  # None: its storage has been freed.
+    return address if address or not tensor.numel() else None  # None if its storage has been freed.
 
 
 def _as_c(numbers: Sequence[Number]) -> list[ctypes.c_int64 | ctypes.c_double | ctypes.Array]:
-    """Return numbers as C takes them, a sequence as its length and its address."""
+    """Convert numbers to C types, a sequence to its length and its address."""
     arguments: list[ctypes.c_int64 | ctypes.c_double | ctypes.Array] = []
     for number in numbers:
         if isinstance(number, int):

@@ -1,4 +1,4 @@
-"""What the operators refuse: tensors that do not fit together, and edges that leave their bounds."""
+"""Checks of the operators' arguments: tensors must fit together, and edges lie within bounds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 def check_tensors(**given: object) -> None:
-    """Refuse what is no tensor, before an operator does in many lines."""
+    """Refuse anything but tensors in one line, before an operator does in many."""
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise wrong(name, "a tensor", value)
@@ -49,7 +49,7 @@ def check_types(numbers: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
 
 
 def check_memory(*shapes: Iterable[int | torch.SymInt]) -> None:
-    """Refuse sizes of tensors that no processor can address."""
+    """Refuse tensors too large to be addressed."""
     for shape in shapes:
         sizes = [size for size in shape if isinstance(size, int) and size]
         if math.prod(sizes) >= 2**47:
@@ -69,14 +69,14 @@ def check_sources(columns: Tensor, lowest: int, highest: int) -> None:
 
 
 def batched(grad: Tensor | None) -> bool:
-    """Return whether a gradient stands for several, as in ``torch.func.vmap`` and with ``is_grads_batched``."""
+    """Return whether a gradient is batched by ``torch.func.vmap`` or ``is_grads_batched``."""
     return grad is not None and is_batched(grad)
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse to be part of a backward pass that is to be differentiated or vectorised, for the backward of a Function.
+    """Make the backward of a Function refuse double backward and vectorised gradients.
 
-    PyTorch's ``once_differentiable`` lets such a pass through where the gradient that arrives is a constant.
+    PyTorch's ``once_differentiable`` does not refuse them if the incoming gradient is a constant.
     """
 
     @functools.wraps(backward)
@@ -91,7 +91,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrong_edges() -> InputError:
-    """Return the error for edges that leave their bounds."""
+    """Return the error for edges out of bounds."""
     return InputError(
         "rowptr must ascend from 0 to the number of edges, and columns name sources from which an edge may lead; "
         "got other numbers"
@@ -99,7 +99,7 @@ def wrong_edges() -> InputError:
 
 
 def is_half(tensor: Tensor) -> bool:
-    """Whether sums are formed in float32 and rounded at the end."""
+    """Return whether a tensor has half precision; sums are then computed in float32 and rounded at the end."""
     return tensor.dtype in (torch.bfloat16, torch.float16)
 
 

@@ -1,4 +1,4 @@
-"""The dense product that gives all candidates their gradient."""
+"""The dense product for the gradient of all candidates."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dnw_graph.ops.layout import plain_eager
 def product_with_transpose(a: Float[Tensor, "m k"], b: Float[Tensor, "n k"]) -> Float[Tensor, "m n"]:
     """Return a bᵀ of contiguous matrices.
 
-    For float32 on a CPU by oneDNN, whose product PyTorch has for its compiler: its own comes from a library that uses
-    half of the width of other makers' processors (AMD EPYC, AVX-512: 200 against 430 GFLOP/s on 2 cores).
+    For float32 on a CPU oneDNN computes it. The library behind ``torch.mm`` uses only half of the vector width of other
+    makers' processors (AMD EPYC, AVX-512: 200 against 430 GFLOP/s on 2 cores).
     """
     one_dnn = one_dnn_linear()
     if one_dnn is None or not torch.backends.mkldnn.is_available() or not plain_eager():

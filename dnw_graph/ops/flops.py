@@ -1,6 +1,6 @@
-"""How many operations the operators take, for PyTorch's ``FlopCounterMode``: importing this module tells it.
+"""Registers the operators' numbers of operations with PyTorch's ``FlopCounterMode``.
 
-Apart from the operators, since PyTorch's counter takes long to import.
+This is a separate module because the counter is slow to import.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _convolution_flops(x: Any, rowptr: Any, columns: Any, *args: Any, out_shape:
 def _static_graph_flops(
     x: Tensor, sizes: list[int], strides: list[int], rowptr: Tensor, *args: Any, **kwargs: Any
 ) -> int:
-    # The edges of a block are known from the row pointers alone, so that these must be real tensors.
+    # The edges of a block follow from the row pointers, whose values must therefore be known.
     bounds = rowptr[[0, *accumulate(sizes[1:], initial=0)]].tolist()
     multiply_adds = 0
     height, width = x.shape[2:]

@@ -25,7 +25,7 @@ from dnw_graph.ops.checks import (
 from dnw_graph.ops.layout import plain_eager
 from dnw_graph.ops.sparse import targets_of
 
-LARGEST = 4096  # Of a kernel's sides, stride, padding and dilation.
+LARGEST = 4096  # Upper bound of a kernel's sides, stride, padding and dilation.
 
 
 def sparse_linear(
@@ -84,16 +84,16 @@ def sparse_conv2d(
     Args:
         x: Inputs.
         rowptr: Where the weights of each output channel start, and one past the last one: ``[outputs + 1]``.
-        columns: Place of each weight in the flattened kernel of its output channel, (u · height + k) · width + l with u
+        columns: Index of each weight in the flattened kernel of its output channel, (u · height + k) · width + l with u
             counted within the group, int32 or int64 like ``rowptr``.
         values: The weights.
         bias: b.
         kernel: Height and width of the kernel.
-        stride: s, as in ``torch.nn.functional.conv2d``, like the rest; two numbers each.
+        stride: s; two numbers, as in ``torch.nn.functional.conv2d``, like padding and dilation.
         padding: p.
         dilation: d.
         groups: Number of groups.
-        add: What is added to the result.
+        add: A tensor to add to the result.
         relu: Return relu(y + add).
 
     Raises:
@@ -107,7 +107,7 @@ def sparse_conv2d(
 
 
 def _plain(*tensors: Tensor | None) -> bool:
-    """Return whether nobody but the kernel takes part: PyTorch's way to an operator takes longer than small layers."""
+    """Return whether the kernel can be called directly: dispatching an operator takes longer than a small layer."""
     if not plain_eager() or torch.is_autocast_enabled("cpu"):
         return False
     return not (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors))
@@ -189,7 +189,7 @@ def _(x: Tensor, *others: Any) -> Tensor:
 
 
 def dense_weight(rowptr: Tensor, columns: Tensor, values: Tensor, sources: int) -> Tensor:
-    """Return a weight ``[outputs, sources]`` with zeros; weights at one place are added up.
+    """Return a dense weight ``[outputs, sources]``; weights with the same index are summed.
 
     Raises:
         InputError: If an index is out of range.
@@ -367,6 +367,6 @@ def _convolution_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _sparse_linear.register_autograd(_linear_backward, setup_context=_save_linear)
 _sparse_convolution.register_autograd(_convolution_backward, setup_context=_save_convolution)
-for _device in ("cpu", "cuda"):  # under autocast in float32, whatever the layers before have made
+for _device in ("cpu", "cuda"):  # Under autocast always in float32.
     torch.library.register_autocast("dnw_graph::sparse_linear", _device, torch.float32)
     torch.library.register_autocast("dnw_graph::sparse_convolution", _device, torch.float32)

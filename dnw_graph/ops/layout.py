@@ -16,10 +16,10 @@ DTYPES = (torch.float32, torch.float64)
 
 
 def batch_last(z: Tensor) -> Tensor:
-    """Return z, whose nodes are in dimension 1, as it lies best for the kernels: ``[nodes, *space, batch]`` in memory.
+    """Return z, with nodes in dimension 1, in the memory layout of the kernels: ``[nodes, *space, batch]``.
 
-    A register then holds one place of as many images, so that the borders of maps and small maps cost nothing, and all
-    that a node receives is one piece of memory.
+    A vector register then holds the same pixel of several images, so that small maps and borders cost nothing extra,
+    and the input of a node is contiguous.
     """
     z = z.resolve_neg()
     if is_batch_last(z):
@@ -30,7 +30,7 @@ def batch_last(z: Tensor) -> Tensor:
 
 
 def is_batch_last(z: Tensor) -> bool:
-    """Return whether z lies as :func:`batch_last` makes it."""
+    """Return whether z has the layout of :func:`batch_last`."""
     return z.movedim(0, -1).is_contiguous()
 
 
@@ -50,12 +50,12 @@ def traced() -> bool:
 
 
 def transformed() -> bool:
-    """Return whether a transform of ``torch.func``, such as ``vmap``, is at work, and no compiler."""
+    """Return whether a transform of ``torch.func``, such as ``vmap``, is active, and no compiler."""
     return not torch.compiler.is_compiling() and functorch_active()
 
 
 class _FromNodesLast(torch.autograd.Function):
-    """From channels-last maps to images last; PyTorch's copy takes several times as long."""
+    """Converts channels-last maps to images last, several times as fast as PyTorch's copy."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class _FromNodesLast(torch.autograd.Function):
 def detach_view(made: Tensor) -> Tensor:
     """Detach a freshly created tensor from view tracking, so that callers may modify it in place.
 
-    PyTorch takes a tensor that the forward pass of a Function has rearranged for a view of another, and refuses that.
+    Otherwise PyTorch treats a tensor that was permuted in the forward pass of a Function as a view, and refuses that.
     """
     return made.data
 

@@ -1,7 +1,7 @@
-"""What each kernel takes after the number of threads: numbers, then tensors whose shapes follow from the numbers.
+"""The arguments of each kernel after the number of threads: numbers, then tensors whose shapes follow from them.
 
-The other side of ``kernels/kernels.cpp``. A sequence of numbers is given as its length and its address, a sequence of
-tensors as the address of their addresses.
+They must match ``kernels/kernels.cpp``. A sequence of numbers is passed as length and address, a sequence of tensors as
+the address of an array of addresses.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# The types of each kind of tensor; those of a call that are of one kind have one type.
+# The types of each kind of tensor; within a call all tensors of one kind have the same type.
 TYPES = {
     "number": {torch.float32: "float32", torch.float64: "float64"},
     "index": {torch.int32: "int32", torch.int64: "int64"},
@@ -98,7 +98,7 @@ def _largest(count: int, k: int, low: int, high: int) -> Arguments:
 def _function(
     nodes: int, height: int, width: int, batch: int, norm: int, relu: int, stride: int, eps: float
 ) -> tuple[Arguments, Expected, list[Expected]]:
-    """Return what both kernels of a node function take first, its result, and its gradients."""
+    """Return the common arguments of both kernels of a node function, its result, and its gradients."""
     maps = (nodes, height, width, batch)
     vector, kernels = _number(nodes, optional=True), _number(nodes, 1, 3, 3, optional=True)
     statistics = _number(*((nodes, batch) if norm == INSTANCE else (nodes,)), optional=norm == NO_NORM)
@@ -134,7 +134,7 @@ SIGNATURES: dict[str, tuple[Callable[..., Arguments], tuple[str, ...]]] = {
     "node_function_grad": (_node_function_grad, ("number",)),
     "exchanged": (_exchanged, ("number",)),
 }
-"""For each kernel the tensors that follow from its numbers, and the kinds for whose types there is a kernel each."""
+"""For each kernel its tensors as a function of its numbers, and the kinds of tensor it is compiled for by type."""
 
 
 def symbols() -> Iterator[str]:

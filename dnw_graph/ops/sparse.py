@@ -21,7 +21,7 @@ from dnw_graph.ops.checks import (
     is_half,
 )
 
-MAX_MESSAGES = 2**24  # Values in the products of edges that are formed at a time without a kernel.
+MAX_MESSAGES = 2**24  # Without a kernel, the largest number of products computed at once.
 
 
 def sparse_product(
@@ -32,8 +32,8 @@ def sparse_product(
 ) -> Float[Tensor, "targets features"]:
     r"""Return :math:`I = A z`, the weighted sum over the edges, for a sparse A of shape (targets × sources) in CSR.
 
-    The operator ``dnw_graph::sparse_product`` of ordinary tensors. ``z`` and ``values`` get gradients, also in the
-    backward pass of a backward pass. Half precisions are summed in float32.
+    The operator ``dnw_graph::sparse_product`` of ordinary tensors. ``z`` and ``values`` get gradients, which can be
+    differentiated again. Half precisions are summed in float32.
 
     Args:
         z: States, node-major; for images ``features = batch · height · width``.
@@ -135,7 +135,7 @@ def sampled_matrix(received: Tensor, z: Tensor, targets: Tensor, sources: Tensor
 
 
 def by_source(rowptr: Tensor, columns: Tensor, sources: int) -> tuple[Tensor, Tensor]:
-    """Return where the edges of each source start in the order of Aᵀ, and that order of the edges of A."""
+    """Return the row pointers of Aᵀ, and the permutation of the edges of A into its order."""
     if columns.device.type == "cpu":
         starts, order = columns.new_empty(sources + 1), columns.new_empty(len(columns))
         if run("by_source", (len(rowptr) - 1, sources, len(columns)), rowptr, columns, starts, order):
@@ -144,7 +144,7 @@ def by_source(rowptr: Tensor, columns: Tensor, sources: int) -> tuple[Tensor, Te
 
 
 def _checked(pieces: Sequence[Tensor], rowptr: Tensor, columns: Tensor) -> Tensor:
-    """Return the states in one piece, for edges that have been checked to lie within them."""
+    """Return the states as one tensor, after checking the edges."""
     z = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
     check_pointers(rowptr, columns)
     check_sources(columns, 0, len(z))
@@ -212,6 +212,6 @@ def _sampled_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | N
 
 _sparse_product.register_autograd(_product_backward, setup_context=_save_product)
 _sampled_product.register_autograd(_sampled_backward, setup_context=_save_product)
-# As loss functions under autocast: in float32, whatever the layers before have made.
+# Under autocast always in float32, like loss functions.
 for _device in ("cpu", "cuda"):
     torch.library.register_autocast("dnw_graph::sparse_product", _device, torch.float32)

@@ -1,4 +1,4 @@
-"""A static graph for inference in one operator: sparse product, scale and shift, ReLU, single-channel convolution."""
+"""A whole static graph for inference as one operator: sparse product, scale and shift, ReLU, depthwise convolution."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def static_graph(
     state is relu(k_v * relu(a_v I_v + b_v) + c_v). The operator ``dnw_graph::static_graph`` of ordinary tensors,
     without gradients. Half precisions are computed in float32 throughout, and the outputs rounded.
 
-    Nodes are numbered block after block. A stride of 2 starts maps of half the side (rounded up): the blocks after it
-    can be fed by that block and later ones only. Several stages so become one graph: what were outputs of one stage
-    and inputs of the next are one block of stride 2.
+    Nodes are numbered block after block. A block with stride 2 halves the maps' sides (rounded up); later blocks can
+    get edges from that block and later ones only. In this way several stages become one graph: the outputs of a stage
+    and the inputs of the next one are one block with stride 2.
 
     Args:
-        x: What the nodes of the first block receive.
+        x: Inputs of the nodes of the first block.
         sizes: Number of nodes of each block.
         strides: Stride of the node function in each block, 1 or 2; 0 for a block without a node function, Z = I.
         rowptr: Where the edges of each node after the first block start, and one past the last edge:
@@ -54,7 +54,7 @@ def static_graph(
         scale: a_v for every node with a node function, in the order of the nodes.
         shift: b_v, likewise.
         kernel: k_v, likewise.
-        bias: c_v, likewise, for a second norm and ReLU behind the convolution.
+        bias: c_v, likewise, for a second norm and ReLU after the convolution.
 
     Raises:
         InputError: If shapes, types or devices do not fit, or an edge does not lead from an earlier block with maps of
@@ -104,7 +104,7 @@ def _(x: Tensor, sizes: list[int], strides: list[int], *tensors: Any) -> Tensor:
     return x.new_empty(_output_shape(x, sizes, strides))
 
 
-for _device in ("cpu", "cuda"):  # under autocast in float32, whatever the layers before have made
+for _device in ("cpu", "cuda"):  # Under autocast always in float32.
     torch.library.register_autocast("dnw_graph::static_graph", _device, torch.float32)
 
 
@@ -136,7 +136,7 @@ def _check(
                 f"[{functions}, 3, 3]; got {list(tensor.shape)}"
             )
     check_types((x, values, *vectors, kernel), (rowptr, columns))
-    # All states and their borders, of one image at least.
+    # All states with their borders, for at least one image.
     check_memory((x.size(0), 2 * (sum(sizes) + 1), x.size(2) + 2, x.size(3) + 2))
 
 

@@ -37,12 +37,12 @@ PROPAGATIONS: dict[str, type[Propagation]] = {
 
 
 def make_propagation(propagation: str | Propagation) -> Propagation:
-    """Return a propagation of its own for one graph, see ``dnw_graph.registry.resolve``."""
+    """Return a new propagation object, see ``dnw_graph.registry.resolve``."""
     return resolve("propagation", propagation, Propagation, PROPAGATIONS)
 
 
 def __getattr__(name: str) -> Any:
-    """Import PyG's part when it is asked for."""
+    """Import the part that needs PyG on first use."""
     if name == "WeightedSum":
         from dnw_graph.propagation.weighted_sum import WeightedSum
 

@@ -1,4 +1,4 @@
-"""The choice between the ways of propagation."""
+"""Chooses the propagation."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dnw_graph.propagation.sparse import SparsePropagation
 
 
 class AutoPropagation(Propagation):
-    """The way that ``benchmarks/propagation.py`` measured as the faster one.
+    """The propagation that ``benchmarks/propagation.py`` measured as the faster one.
 
-    Sparse products (:class:`SparsePropagation`) on a CPU, in single or double precision, where few of the candidates
-    are real, and images are many enough, or blocks large enough, to pay for a layout with the images last; the block
-    path everywhere else, where there is no compiler for the kernels, and where operators are traced or counted.
+    Sparse products (:class:`SparsePropagation`) on a CPU in single or double precision, if few candidates are real, and
+    if batch or blocks are large enough to pay for a layout with the images last. Dense blocks otherwise, without
+    compiled kernels, and when operators are traced or counted.
 
     Attributes:
         MAX_DENSITY: Largest share of real edges among the candidates for sparse products.
-        MIN_BATCH: Number of images from which on sparse products are taken for blocks of any size.
-        MIN_BLOCK: Number of candidates per block from which on they are taken for any number of images.
+        MIN_BATCH: Smallest number of images for which sparse products are used for blocks of any size.
+        MIN_BLOCK: Smallest number of candidates per block for which they are used for any number of images.
     """
 
     MAX_DENSITY = 1 / 3
@@ -35,7 +35,7 @@ class AutoPropagation(Propagation):
         self.sparse = SparsePropagation()
 
     def choose(self, edges: RealEdges, x: Tensor) -> Propagation:
-        """Return the way for these edges and inputs like these."""
+        """Return the propagation for these edges and inputs of this shape, type and device."""
         candidates = edges.candidates
         sparse = (
             plain_eager()
@@ -49,7 +49,7 @@ class AutoPropagation(Propagation):
         return self.sparse if sparse else self.block
 
     def forward(self, edges: RealEdges, x: Tensor) -> Propagate:
-        """Prepare the edges in the way chosen."""
+        """Prepare the edges with the chosen propagation."""
         return self.choose(edges, x)(edges, x)
 
     def __repr__(self) -> str:

@@ -10,8 +10,8 @@ Every candidate (u, v), real or not, gets what it would get if it were real (lin
 
 .. math:: \frac{\partial L}{\partial w_{uv}} := \left\langle Z_u, \frac{\partial L}{\partial I_v} \right\rangle
 
-A rule may have it enter ``.grad`` for some candidates only, and ask for that of all of them in a buffer beside it, the
-*probe*: a leaf of zeros whose own ``.grad`` sums it over backward passes.
+A rule may restrict the gradient in ``.grad`` to some candidates, and request that of all candidates in a separate
+buffer, the *probe*: a leaf of zeros whose own ``.grad`` accumulates it over backward passes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dnw_graph.propagation.base import RealEdges
 
 
 def candidate_weights(edges: RealEdges) -> Float[Tensor, " candidates"]:
-    """Return the values of all candidates; of a gradient of all of them, ``.grad`` gets the part that learns."""
+    """Return the values of all candidates; of their gradient, ``.grad`` gets the part that the rule asks for."""
     if edges.learning is None and edges.probe is None:
         return edges.weight
     return _ToCandidates.apply(edges.weight, edges.probe, edges, False)
@@ -43,7 +43,7 @@ def real_weights(edges: RealEdges) -> Float[Tensor, " candidates"]:
 
 
 def transformable(edges: RealEdges) -> Float[Tensor, " candidates"]:
-    """Return what :func:`real_weights` returns, by operators that ``torch.func`` transforms; no probe."""
+    """Return the same as :func:`real_weights`, by operators that ``torch.func`` can transform; without a probe."""
     weight = edges.weight
     real = torch.zeros_like(weight).index_copy(0, edges.index, weight[edges.index])
     if edges.learning is edges.index:
@@ -60,13 +60,13 @@ def masked_weights(
     learning: Float[Tensor, ...] | None,
     probe: Float[Tensor, ...] | None,
 ) -> Float[Tensor, ...]:
-    """Return the same for the weight of a layer, where masks of its shape stand for the sets.
+    """Return the same for the weight of a layer, with masks of its shape instead of indices.
 
     Args:
-        weight: What real weights compute with.
+        weight: The values of the weights.
         real: 1 for real weights, 0 for hallucinated ones.
-        learning: 1 for those whose gradient enters ``.grad``; None for all.
-        probe: Gets the gradient of all, if there is one.
+        learning: 1 for weights whose gradient is added to ``.grad``; None for all.
+        probe: Accumulates the gradient of all weights; None if no rule needs it.
     """
     if learning is real and probe is None:
         return weight * real
@@ -81,7 +81,7 @@ class _ToCandidates(torch.autograd.Function):
         ctx.edges = edges
         if not real or edges.complete:
             return weight.view_as(weight)
-        # Not in place: of that, torch.compile of PyTorch 2.11 makes a gradient of zero.
+        # Out of place: for an in-place copy torch.compile of PyTorch 2.11 computes a zero gradient.
         return torch.zeros_like(weight).index_copy(0, edges.index, weight[edges.index])
 
     @staticmethod

@@ -30,14 +30,14 @@ class MessagePassingPropagation(Propagation):
     """Propagation on an explicit sparse graph with PyG.
 
     Args:
-        adjacency: How the edges are given to PyG. ``"edge_index"``: an edge list, one message per edge (``message`` and
+        adjacency: How edges are passed to PyG. ``"edge_index"``: an edge list, one message per edge (``message`` and
             ``aggregate``). ``"csr"``: a sparse PyTorch matrix (``message_and_aggregate``). ``"torch_sparse"``: a
             ``torch_sparse.SparseTensor`` (``message_and_aggregate``); needs the extension packages.
         max_message_bytes: With ``"edge_index"``, the largest tensor of messages that may be built.
 
     Raises:
-        InputError: If the adjacency is unknown or its package is not installed; in the forward pass, if the messages
-            would be larger than ``max_message_bytes``, or it is transformed by ``torch.func``.
+        InputError: If the adjacency is unknown or its package is not installed; in the forward pass, if messages would
+            exceed ``max_message_bytes``, or if it is transformed by ``torch.func``.
     """
 
     @checked
@@ -53,7 +53,7 @@ class MessagePassingPropagation(Propagation):
         require(max_message_bytes >= 0, "max_message_bytes", "an integer from 0 up", max_message_bytes)
         self.adjacency = adjacency
         self.max_message_bytes = max_message_bytes
-        # PyG is imported by those who ask for message passing only.
+        # PyG is imported only if message passing is used.
         from dnw_graph.propagation.weighted_sum import WeightedSum
 
         self.weighted_sum = WeightedSum()
@@ -74,8 +74,8 @@ class MessagePassingPropagation(Propagation):
         values: Float[Tensor, " edges"],
         num_targets: int,
     ) -> Float[Tensor, "targets features"]:
-        """Return what targets receive over edges that are sorted by target."""
-        # Without an edge the product with a SparseTensor is a constant zero, through which no gradient leads back.
+        """Return the inputs of targets over edges sorted by target."""
+        # Without edges the product with a SparseTensor is a constant, through which no gradient flows.
         if self.adjacency == "edge_index" or not len(values):
             size = len(values) * z.size(1) * z.element_size()
             if size > self.max_message_bytes:
@@ -85,7 +85,7 @@ class MessagePassingPropagation(Propagation):
                     "MessagePassingPropagation(adjacency='csr')"
                 )
             return self.weighted_sum(z, torch.stack([sources, targets]), values, num_targets)
-        # The flat order is target by target, which is the order of CSR.
+        # Flat indices are ordered by target, as CSR is.
         rowptr = torch.searchsorted(targets, torch.arange(num_targets + 1, device=targets.device))
         if self.adjacency == "csr":
             return _SparseProduct.apply(self.weighted_sum, z, rowptr, targets, sources, values)
@@ -116,7 +116,7 @@ class _Messages(Propagate):
     def product(self, number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
         targets, sources = self.blocks[number].within(self.edges.local[number], rows, columns)
         weight = self.weights[number][rows, columns]
-        # The candidates get their gradient from _CandidateGradient; here it flows to the states only.
+        # Detached: the candidates get their gradient from _CandidateGradient.
         values = weight.detach()[targets, sources].to(z.dtype)
         features = z.transpose(0, 1).flatten(1)
         received = self.propagation.send(features, targets, sources, values, weight.size(0))
@@ -193,7 +193,7 @@ def _csr(rowptr: Tensor, columns: Tensor, values: Tensor, num_columns: int) -> T
 
 @functools.cache
 def _let_pytorch_warn() -> None:
-    """Make a first CSR matrix, at which PyTorch warns once that some of its support may change; none of it is here."""
+    """Create a first CSR matrix and hide PyTorch's warning, shown once, that CSR support is in beta."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)

@@ -22,7 +22,7 @@ from dnw_graph.propagation.gradient import unrestricted_weights
 
 
 class SparsePropagation(Propagation):
-    """Sparse products on the CPU: forward and to the states over the real edges, to the candidates as dense products.
+    """Sparse products on the CPU for outputs and for gradients of states, dense products for gradients of candidates.
 
     States lie node-major with the images last, ``[nodes, *space, batch]`` in memory. A product over the edges then adds
     up long rows, in tiles that stay in cache, the gradient of a block's candidates is one dense product per block of
@@ -31,9 +31,8 @@ class SparsePropagation(Propagation):
     are computed.
 
     Raises:
-        InputError: In the forward pass, if the states are not float32 or float64 on a CPU, or it is traced or
-            transformed; in the backward pass, if it is to be differentiated itself or done for several gradients
-            at once.
+        InputError: In the forward pass, if the states are not float32 or float64 on a CPU, or if it is traced or
+            transformed; in the backward pass, for double backward and vectorised gradients.
     """
 
     def forward(self, edges: RealEdges, x: Tensor) -> Propagate:
@@ -53,7 +52,7 @@ class SparsePropagation(Propagation):
 
 
 class _Sparse(Propagate):
-    """Products over the real edges of parts of blocks, each put into CSR once."""
+    """Products over the real edges of parts of blocks, each converted to CSR once."""
 
     def __init__(self, edges: RealEdges, weights: list[Tensor]) -> None:
         super().__init__(edges, weights)
@@ -74,7 +73,7 @@ class _Sparse(Propagate):
 
 @dataclass(frozen=True)
 class _Adjacency:
-    """Real edges in CSR, by target; their weights are constants here, whose gradient is that of the candidates."""
+    """Real edges in CSR, by target. Their weights are constants here; the candidates get the gradient."""
 
     rowptr: Int[Tensor, " rows"]
     columns: Int[Tensor, " edges"]
@@ -142,10 +141,10 @@ class _Product(torch.autograd.Function):
 
 
 class _States(States):
-    """The states of a static graph's blocks, whose products depend on each other in a chain.
+    """The states of a static graph's blocks, whose products form a chain.
 
-    In the backward pass of a block those of all later blocks are done: what it feeds has its gradient, and nothing is
-    ever added up from the gradients that several blocks send.
+    So the backward pass of a block comes after those of all later blocks, when all gradients that it needs are known;
+    autograd never sums gradients from several blocks.
     """
 
     def __init__(self, common: _Pass) -> None:
@@ -159,7 +158,7 @@ class _States(States):
 
 
 class _Pass:
-    """What the products of one forward pass and of the backward pass through it have in common."""
+    """State shared by the products of one forward pass and its backward pass."""
 
     def __init__(self, edges: RealEdges, feeding: Sequence[slice]) -> None:
         self.edges, self.feeding = edges, feeding
@@ -201,11 +200,11 @@ class _Pass:
         rowptr, own = self.edges_of(self.adjacency.rowptr, number + 1)
         received = product_of_pieces(self.z, rowptr, self.adjacency.columns[own], self.adjacency.values[own])
         if number == len(self.feeding) - 1:
-            self.z = []  # From here on each product keeps its own.
+            self.z = []  # From now on each product holds its own states.
         return _maps(received, z)
 
     def gradient_of_states(self, number: int, z: Tensor) -> Tensor:
-        """Return the gradient of a block's states, from all blocks that they feed."""
+        """Return the gradient of a block's states, summed over all blocks that they feed."""
         starts, targets, values, _ = self.adjacency.by_source
         rowptr, own = self.edges_of(starts, number)
         pieces = self.gradients_after(number, z)
@@ -244,7 +243,7 @@ class _Pass:
 
 
 class _Receive(torch.autograd.Function):
-    """One block's product; its second argument and result make a chain of them, which begins with the weights."""
+    """The product of one block. Its second argument and result link the products in a chain that starts at the weights."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, chain: Tensor, common: _Pass, number: int) -> tuple[Tensor, Tensor]:
@@ -260,7 +259,7 @@ class _Receive(torch.autograd.Function):
         common: _Pass = ctx.common
         number: int = ctx.number
         if grads[1] is None:
-            # No later block has been here: a backward pass begins.
+            # A backward pass begins: no later block has been processed.
             common.received_grads, common.weight_grad = {}, None
         common.received_grads[number] = None if grads[0] is None else _rows(batch_last(grads[0]))
         if common.edges.weight.requires_grad:

@@ -41,7 +41,7 @@ class WeightedSum(MessagePassing):
     def message_and_aggregate(self, adj_t: Any, x: tuple[Tensor, None]) -> Tensor:
         """Return the sparse product of the adjacency with the states."""
         if isinstance(adj_t, Tensor) and not adj_t.is_cuda:
-            # With a reduction named, PyTorch takes a kernel of its own, two to three times as fast as the library's
-            # product that it takes otherwise.
+            # With a reduction, PyTorch uses its own kernel, two to three times as fast as the library that it uses
+            # otherwise.
             return torch.sparse.mm(adj_t, x[0], "sum")
         return spmm(adj_t, x[0], reduce=self.aggr)
