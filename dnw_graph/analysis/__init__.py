@@ -1,4 +1,4 @@
-"""What a model costs, and which of its nodes are of use."""
+"""Cost of a model, and its live nodes."""
 
 from dnw_graph.analysis.cost import NORMS, Cost, CostRow, cost, live_nodes, neural_graphs
 

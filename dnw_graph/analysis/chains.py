@@ -1,4 +1,4 @@
-"""Modules that are applied one after the other: which layers and graphs feed a graph and nothing else."""
+"""Finds chains of modules: which layers and graphs feed a single graph and nothing else."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ CHANNEL_WISE = (
     *(nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d),
     NodeConv,
 )
-"""Modules that work on every channel of maps ``[batch, channels, height, width]`` by itself, whatever their options."""
+"""Modules that treat every channel of maps ``[batch, channels, height, width]`` separately, for any options."""
 
 
 def channel_wise(module: nn.Module) -> bool:
-    """Return whether a module works on every channel by itself; of a subclass, or a patched one, nothing is known."""
+    """Return whether a module treats every channel separately; False for subclasses and patched modules."""
     if _runs_as(module, nn.Conv2d):
         return module.groups == module.in_channels == module.out_channels
     return type(module) in CHANNEL_WISE and keeps_methods(module)
 
 
 def parts(module: nn.Module) -> list[nn.Module] | None:
-    """Return the modules that a module applies one after the other, or None where that is not known.
+    """Return the modules that a module applies one after the other, or None if unknown.
 
-    What a model of this package does between and after them works on every channel by itself.
+    Between and after them, models of this package treat every channel separately.
     """
     if _runs_as(module, nn.Sequential):
         return list(module)
@@ -49,7 +49,7 @@ def parts(module: nn.Module) -> list[nn.Module] | None:
 
 
 def reading_graphs(model: nn.Module) -> dict[nn.Module, NeuralGraph]:
-    """Return, for graphs and layers whose output channels are the inputs of a graph and go nowhere else, that graph."""
+    """Return, for graphs and layers whose output channels are used as the inputs of a graph only, that graph."""
     uses = _uses(model)
     found: dict[nn.Module, NeuralGraph] = {}
 
@@ -66,7 +66,7 @@ def reading_graphs(model: nn.Module) -> dict[nn.Module, NeuralGraph]:
         if isinstance(module, NeuralGraph):
             known = _runs_as(module, NeuralGraph) and module.dynamics.node_dim == 1
             return module if known else None
-        # Where as many channels come out of a flattening as flow into it, each is one value.
+        # If flattening keeps the number of channels, each channel is one value.
         return reader if channel_wise(module) or type(module) is nn.Flatten else None
 
     for module in model.modules():
@@ -82,7 +82,7 @@ def _uses(model: nn.Module) -> Counter[nn.Module]:
 
 
 def _runs_as(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
-    """Return whether a module does what a class does, as one with a forward pass of its own may not."""
+    """Return whether a module is of a class and uses its forward pass."""
     return isinstance(module, kind) and type(module).forward is kind.forward and keeps_methods(module)
 
 

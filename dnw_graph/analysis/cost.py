@@ -1,4 +1,4 @@
-"""What a model costs: parameters and multiply-adds of its real edges and live nodes."""
+"""Counts the parameters and multiply-adds of a model's real edges and live nodes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Cost:
 def neural_graphs(model: nn.Module) -> dict[str, NeuralGraph]:
     """Return the neural graphs of a model by name, in the order of the model.
 
-    A graph whose name another one shares goes by its module path.
+    Graphs with the same name are listed by their module paths.
     """
     graphs = [(path, graph) for path, graph in model.named_modules() if isinstance(graph, NeuralGraph)]
     names = [graph.name for _, graph in graphs]
@@ -97,16 +97,15 @@ def live_nodes(
 ) -> dict[str, Bool[Tensor, " nodes"]]:
     """Return, by graph name, which nodes reach an output of the model over real edges; the others are dead.
 
-    In an ``nn.Sequential``, nested ones too, and in the models of this package, the outputs of a graph that count are
-    the live inputs of the next one, where there is nothing between them but modules that work on every channel by
-    itself: norms over batches, activations, pooling, dropout, convolutions of single channels. Any other module in
-    which graphs feed one another says so in a method ``live_nodes_by_graph()``, which returns masks like these by
-    graph. Elsewhere all outputs of a graph count.
+    In an ``nn.Sequential``, nested ones too, and in the models of this package, an output of a graph counts only if it
+    is a live input of the next graph, provided that all modules between them treat every channel separately: batch
+    norms, activations, pooling, dropout, depthwise convolutions. Any other module in which graphs feed one another
+    defines a method ``live_nodes_by_graph()``, which returns such masks by graph. Otherwise all outputs of a graph
+    count.
 
     Args:
         model: The model.
-        real_index: The real edges of graphs by name, where they are known, so that they are not chosen again. Default:
-            those of now.
+        real_index: Known real edges by name of the graph, which saves choosing them again. Default: the present ones.
     """
     graphs = neural_graphs(model)
     known = {graphs[name]: index for name, index in (real_index or {}).items() if name in graphs}
@@ -131,12 +130,11 @@ def live_nodes(
 def cost(model: nn.Module, input_size: Sequence[int], *, paper: bool = False, dead_nodes: bool = False) -> Cost:
     """Count the parameters and multiply-adds of a model, part by part, without its dead nodes.
 
-    One image of zeros is sent through the model in evaluation mode, and what is computed is counted: live real edges at
-    every product, each step of a discrete graph and each evaluation of a continuous one; node functions at their live
-    nodes; a convolution or linear layer that feeds only a graph, in an ``nn.Sequential`` or a model of this package, at
-    the live inputs; everything else as PyTorch's ``FlopCounterMode`` counts it, two operations being one multiply-add.
-    What activations, norms and pooling compute is not counted. The model is left as it was: modes, hooks, wiring and
-    random state.
+    One image of zeros is sent through the model in evaluation mode. Counted are: live real edges, at every product,
+    each step of a discrete graph and each evaluation of a continuous one; node functions at live nodes; a convolution
+    or linear layer that feeds only a graph, in an ``nn.Sequential`` or a model of this package, at the graph's live
+    inputs; everything else as by PyTorch's ``FlopCounterMode``, two operations being one multiply-add. Activations,
+    norms and pooling are not counted. The model is left as it was: modes, hooks, wiring and random state.
 
     With ``paper=True`` the count is that of Table 3 of the paper, without the parameters of norms. Dead nodes are found
     by one look at each graph: an input or inner node is dead if no real edge leaves it, whether or not its targets or

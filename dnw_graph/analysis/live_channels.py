@@ -1,4 +1,4 @@
-"""Which channels of a model's layers are nodes of a graph, and which of them are of use."""
+"""Finds the channels of a model's layers that are nodes of a graph, and whether they are live."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dnw_graph.node_functions import Blockwise
 
 
 def live_channels(model: nn.Module, live: Mapping[NeuralGraph, Tensor]) -> dict[nn.Module, list[Tensor]]:
-    """Return, for every layer whose channels are nodes of a graph, which of them are live, once per use."""
+    """Return, for every layer whose channels are nodes of a graph, their live masks, one per use."""
     channels: dict[nn.Module, list[Tensor]] = {}
     for graph, mask in live.items():
         for function, nodes in chain.from_iterable(_parts(*each) for each in graph.dynamics.functions()):
@@ -27,7 +27,7 @@ def live_channels(model: nn.Module, live: Mapping[NeuralGraph, Tensor]) -> dict[
 
 
 def classifier_columns(model: nn.Module) -> dict[nn.Module, Tensor]:
-    """Return, for every classifier that reads a graph's outputs, at which of them a real edge arrives."""
+    """Return, for every classifier that reads a graph's outputs, which of these have an incoming real edge."""
     columns: dict[nn.Module, Tensor] = {}
     for module in model.modules():
         graphs = [graph for graph in module.modules() if isinstance(graph, NeuralGraph)]

@@ -1,4 +1,4 @@
-"""Memory: what is free, and what a forward pass of a model takes."""
+"""Measures free memory, and the memory that a forward pass takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-# Where a container finds its limit and what it uses (control groups, versions 2 and 1).
+# Files with the memory limit and use of a container (control groups, versions 2 and 1).
 GROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current"),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -20,7 +20,7 @@ GROUPS = (
 
 
 def free_memory() -> int | None:
-    """Return how many bytes of memory the machine has free, or what its container may still take; None if unknown."""
+    """Return the free memory of the machine or its container in bytes; None if unknown."""
     free = []
     try:
         lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
@@ -30,22 +30,22 @@ def free_memory() -> int | None:
         if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
             free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for group, limit, used in GROUPS:
-        with suppress(OSError, ValueError, KeyError):  # no such group, or a limit of "max"
+        with suppress(OSError, ValueError, KeyError):  # There is no such group, or its limit is "max".
             stat = dict(line.split() for line in Path(group, "memory.stat").read_text().splitlines())
-            cached = int(stat["inactive_file"])  # given back when it is needed
+            cached = int(stat["inactive_file"])  # Freed when needed.
             free.append(int(Path(group, limit).read_text()) - int(Path(group, used).read_text()) + cached)
     return min(free, default=None)
 
 
 def memory_of(model: nn.Module, size: Sequence[int], training: bool) -> int:
-    """Return the bytes that a forward pass keeps for the backward pass, or those of its largest output without one.
+    """Return the bytes that a forward pass stores for the backward pass, or without one those of its largest output.
 
-    A copy of the model is tried; the model and the generators of random numbers stay as they are.
+    A copy of the model is run; the model and the random number generators stay as they are.
 
     Args:
         model: The model.
         size: Size of the input.
-        training: Whether the pass is one of training.
+        training: Whether to measure a training pass.
     """
     kept: dict[int, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""Multiply-adds: of operators, layers and edges, of a forward pass module by module, and of a training step."""
+"""Counts multiply-adds of operators, layers and edges, of a forward pass by module, and of a training step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 
 def layer_multiply_adds(weight: Tensor, written: int) -> int:
-    """Return the multiply-adds with which a convolution or linear layer writes so many values."""
+    """Return the multiply-adds of a convolution or linear layer that writes ``written`` values."""
     return written * weight[0].numel()
 
 
@@ -43,8 +43,8 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *args: Any, *
     return 2 * sum(args[-1][:2]) * layer_multiply_adds(weight, grad.numel())
 
 
-# Products with a vector are left out by PyTorch's counter, and of a grouped convolution it takes the gradient of the
-# weight for that of a full one.
+# PyTorch's counter omits products with a vector, and counts the weight gradient of a grouped convolution as that of a
+# full one.
 _FORMULAS: dict[Any, Callable[..., int]] = {
     aten.mv: lambda matrix, *_, **__: 2 * matrix.numel(),
     aten.addmv: lambda _, matrix, *__, **___: 2 * matrix.numel(),
@@ -54,7 +54,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
 
 
 def operations(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    """Return the operations of a call of an operator, two per multiply-add; 0 if nothing tells how many."""
+    """Return the operations of a call of an operator, two per multiply-add; 0 if unknown."""
     formula = (flop_registry | _FORMULAS).get(operator.overloadpacket)
     return formula(*args, **kwargs, out_val=result) if formula else 0
 
@@ -69,12 +69,12 @@ def performed(call: Callable[[], object]) -> int:
 class MultiplyAdds(TorchDispatchMode):
     """Counts the multiply-adds of a model's forward pass.
 
-    PyTorch's formulas count the operators; each count is booked on the module at work, times the share of live channels
-    among those that it computes, and of real weights among those of a sparse layer. The product over a graph's edges is
-    counted here: one multiply-add per counted real edge and place, however many an implementation computes with zeros.
+    PyTorch's formulas count the operators. Each count is attributed to the running module, multiplied by the share of
+    live channels and, in a sparse layer, by the share of real weights. The product over a graph's edges counts one
+    multiply-add per counted real edge and pixel, however many zeros an implementation multiplies.
 
     Args:
-        rows: The name under which to book each module of the model.
+        rows: The name of the row that each module counts for.
         live: Modules of which some channels may be dead, with the masks of their live channels: one for each place
             where the module is used.
         counted_targets: For every graph, the nodes whose incoming real edges are counted.
@@ -83,7 +83,7 @@ class MultiplyAdds(TorchDispatchMode):
         counts: Multiply-adds by name.
 
     Raises:
-        InputError: In the forward pass, if an operator multiplies and nothing tells how often.
+        InputError: In the forward pass, if the multiply-adds of an operator are unknown.
     """
 
     def __init__(
@@ -97,13 +97,13 @@ class MultiplyAdds(TorchDispatchMode):
         self._rows = rows
         self._live = live
         self._counted_targets = counted_targets
-        self._sparse: dict[int, tuple[Tensor, Tensor]] = {}  # by storage: a weight, and which of it are real
+        self._sparse: dict[int, tuple[Tensor, Tensor]] = {}  # By storage: a weight and its mask.
         self._at_work: list[tuple[str, Fraction]] = []
         self._in_product = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Count what the model computes; operators that fuse products and so hide them are switched off."""
+        """Count the model's computations; operators that hide fused products are disabled."""
         with ExitStack() as scope:
             for module in self._rows:
                 scope.callback(module.register_forward_pre_hook(self._start, with_kwargs=True).remove)
@@ -161,7 +161,7 @@ class MultiplyAdds(TorchDispatchMode):
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         share = Fraction(1)
         if module in self._live:
-            # A node function can be applied to a part of its nodes.
+            # A node function may be applied to some of its nodes.
             nodes = next((value for value in (*args, *kwargs.values()) if isinstance(value, range)), None)
             channels = torch.cat([mask[nodes.start : nodes.stop] if nodes else mask for mask in self._live[module]])
             share = Fraction(int(channels.sum()), len(channels))
@@ -211,7 +211,7 @@ class _CountedEdges(Propagate):
 
 @contextmanager
 def _without_fused_products(modules: Mapping[nn.Module, str]) -> Iterator[None]:
-    """Have attention and recurrent layers computed by operators that PyTorch's counter knows in every version."""
+    """Make attention and recurrent layers use operators that the counter of every PyTorch version knows."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as scope:
@@ -268,12 +268,12 @@ class GraphStep:
         self.forget()
 
     def forget(self) -> None:
-        """Start to count anew."""
+        """Reset the counts."""
         self.through_edges = 0
         self.to_weights = 0
 
     def listen(self, propagate: Propagate) -> Propagate:
-        """Return the product over the edges such that it is counted."""
+        """Wrap the product over the edges to count it."""
         return _CountedStep(self, propagate)
 
     def count(self, weight: Tensor, products: int, to_source: bool) -> None:
@@ -311,7 +311,7 @@ class _CountedStep(Propagate):
 
 
 class _CountedStates(States):
-    """The states of a static graph, as the way has them: counting keeps no more of them than other steps do."""
+    """The states of a static graph, as the propagation keeps them, so that counting needs no further memory."""
 
     def __init__(self, counter: GraphStep, propagate: Propagate, feeding: Sequence[slice]) -> None:
         self.counter, self.weights, self.feeding = counter, propagate.weights, feeding

@@ -22,7 +22,7 @@ class Dynamics(nn.Module):
 
     Attributes:
         name: Name of the graph, for messages; set by the graph.
-        recompute: Whether node functions are computed again in the backward pass; set by the graph.
+        recompute: Whether node functions are recomputed in the backward pass; set by the graph.
         node_dim: The dimension of an input that counts the input nodes.
         in_blocks: Whether the graph is given by blocks of nodes, or by the numbers of nodes, inputs and outputs.
     """
@@ -39,8 +39,8 @@ class Dynamics(nn.Module):
 
         Args:
             nodes: The nodes of the graph.
-            candidates: The candidates that the user asks for, or None for all that the dynamics allows.
-            make_function: Returns a node function for some nodes, as the user has asked for it.
+            candidates: The user's candidates, or None for all that the dynamics allows.
+            make_function: Returns the user's node function for some nodes.
         """
         raise NotImplementedError
 
@@ -61,7 +61,7 @@ class Dynamics(nn.Module):
     def compute(
         self, function: nn.Module, *arguments: Any, call: Callable[..., Tensor] | None = None, **keywords: Any
     ) -> Tensor:
-        """Call a node function, in such a way that the backward pass computes it again if ``recompute`` asks for it.
+        """Call a node function; with ``recompute``, the backward pass recomputes it (activation checkpointing).
 
         Args:
             function: The node function.
@@ -71,7 +71,7 @@ class Dynamics(nn.Module):
         """
         call = function if call is None else call
         keeps = torch.is_grad_enabled() and not isinstance(function, nn.Identity)
-        # A compiler decides by itself what is computed again.
+        # A compiler decides by itself what to recompute.
         if self.recompute and keeps and not torch.compiler.is_compiling():
             return recomputed(function, call, *arguments, **keywords)
         return call(*arguments, **keywords)
@@ -100,7 +100,7 @@ class Dynamics(nn.Module):
                 continue
             if total is None:
                 total = received.new_zeros(z.size(0), len(want), *z.shape[2:])
-            # Out of place: a product's result may be needed as it is in its own backward pass.
+            # Out of place: the product's backward pass may need its result unchanged.
             padding = (*[0, 0] * (z.dim() - 2), targets.start - want.start, want.stop - targets.stop)
             total = total + nn.functional.pad(received, padding)
         return z.new_zeros(z.size(0), len(want), *z.shape[2:]) if total is None else total

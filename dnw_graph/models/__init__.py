@@ -41,7 +41,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def model_names() -> list[str]:
-    """Return the names that :func:`create_model` knows."""
+    """Return the names of all models, for :func:`create_model`."""
     return sorted(MODELS)
 
 

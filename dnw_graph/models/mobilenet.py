@@ -32,7 +32,7 @@ def _check(width: float | int, num_classes: int, stem_stride: int) -> None:
 
 
 def check_images(model: nn.Module, x: object) -> None:
-    """Refuse what is no batch of images for a model.
+    """Refuse anything but a batch of images for a model.
 
     Raises:
         InputError: If it is no tensor ``[batch, 3, height, width]`` of the type and on the device of the parameters.
@@ -130,10 +130,10 @@ class GraphClassifier(nn.Module):
 class MobileNetV1DNW(nn.Module):
     """MobileNetV1-DNW: one neural graph per resolution in place of MobileNetV1's layers (Section 2.4 of the paper).
 
-    arXiv 1906.00586. Stage i is a static graph with the blocks of Table 5, the output of one being the input of the
-    next. It has as many edges as MobileNetV1 × width has pointwise weights at that resolution: ⌊width² · c⌋. The stride
-    of a stage sits on the node function of its inputs. The last stage's outputs pass batch norm and ReLU before the
-    pool.
+    arXiv 1906.00586. Stage i is a static graph with the blocks of Table 5; its outputs are the inputs of the next
+    stage. It has as many edges as MobileNetV1 × width has pointwise weights at that resolution: ⌊width² · c⌋. The
+    stride of a stage belongs to the node function of its inputs. Batch norm and ReLU follow the last stage, before the
+    pooling.
 
     Args:
         width: Width multiplier d: it sets the number of edges, never the number of nodes. The rule
@@ -216,7 +216,7 @@ def edges_at_width(stage: Sequence[int], width: float | int) -> int:
         InputError: If no edge is left.
     """
     weights = sum(a * b for a, b in pairwise(stage))
-    # Fractions of the decimal that was written: 0.1² · 100 must not fall below 1.
+    # Exact fractions of the decimal number: 0.1² · 100 must not fall below 1.
     num_edges = math.floor(weights * Fraction(str(width)) ** 2)
     if num_edges < 1:
         raise InputError(f"width {width} leaves no edge in a stage of {weights:,} pointwise weights")

@@ -243,7 +243,7 @@ class _Pass:
 
 
 class _Receive(torch.autograd.Function):
-    """The product of one block. Its second argument and result link the products in a chain that starts at the weights."""
+    """The product of one block. Its second argument and result link the products in a chain, from the weights on."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, chain: Tensor, common: _Pass, number: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The wirings of the package for the weights of any module: sparse training of any network."""
+"""Sparse training of any network: the rules of the package applied to the weights of layers."""
 
 from __future__ import annotations
 

@@ -30,38 +30,38 @@ def sparsify(
     skip: Skip | Iterable[Skip] = (),
     distribution: str | Mapping[str, float] = "uniform",
 ) -> SparsityTable:
-    r"""Have the layers of a module compute with their strongest weights only, and discover which in training.
+    r"""Make the layers of a module sparse; training discovers which weights are used.
 
-    Section 3.4 of the paper. Every weight of a linear layer, a convolution, a transposed convolution or an attention
-    projection becomes a graph: its weights are the candidates, k of them are real, the others are zero in the forward
-    pass, and with the rule ``"dnw"`` all of them get the dense gradient. Biases, norms and everything else stay as they
-    are. The module is changed in place; its parameters stay the same objects, so that an optimiser may be made before
-    or after. :func:`densify` makes plain parameters again.
+    Section 3.4 of the paper. Every weight tensor of a linear layer, a convolution, a transposed convolution or an
+    attention projection becomes a graph: its entries are the candidates, k of them are real, and the others are zero in
+    the forward pass. With the rule ``"dnw"`` all of them get the dense gradient. Biases, norms and everything else stay
+    as they are. The module is changed in place; its parameters stay the same objects, so that an optimiser may be made
+    before or after. :func:`densify` makes plain parameters again.
 
-    In training the real weights are chosen once per forward pass of the outermost module that is called, in evaluation
-    when the weights have changed, both as in :class:`~dnw_graph.NeuralGraph`. A weight that is read outside of a
-    forward pass shows the real weights of evaluation; its gradient and its hooks are those of all candidates. What
-    writes into it, such as ``nn.init`` or ``layer.reset_parameters()``, is refused: initialise first, assign a new
-    weight, or write to ``layer.parametrizations.weight.original``.
+    In training the real weights are chosen once per forward pass of the outermost module that is called; in evaluation
+    when the weights have changed. Both are as in :class:`~dnw_graph.NeuralGraph`. Reading a weight outside of a forward
+    pass gives the real weights of evaluation; its gradient and its hooks are those of all candidates. Writing into it,
+    as ``nn.init`` and ``layer.reset_parameters()`` do, is refused: initialise first, assign a new weight, or write to
+    ``layer.parametrizations.weight.original``.
 
     Args:
         module: The module.
         density: Share of weights to keep: k = n - ⌊(1 - density) · n⌋ of n, at least 1. Default: 0.1, or what the rule
             decides (``"nm"``).
         wiring: The rule: a name or a :class:`~dnw_graph.wirings.Wiring`, which is copied for every weight.
-        skip: What stays dense: name patterns (``*`` and ``?``) of modules or parameters, and types of modules;
-            whatever lies in such a module stays dense too.
+        skip: What stays dense: name patterns (``*`` and ``?``) of modules or parameters, and types of modules, with
+            everything inside such modules.
         distribution: How the budget is divided: ``"uniform"``, ``"erdos_renyi"``, ``"erdos_renyi_kernel"``,
             ``"global"`` (one ranking of all weights), or a mapping from patterns of weight names to densities. See
             ``dnw_graph.sparse_layers.budget``.
 
     Returns:
-        What became of every parameter of two or more dimensions.
+        A table of all parameters with two or more dimensions, sparse or dense.
 
     Raises:
-        InputError: Before anything is changed, if a density is none, a name or pattern is unknown, nothing is left to
-            be made sparse, or a weight is sparse already, shared by two layers, lazy, quantised or without values, or
-            one that its layer does not compute with as it is (see :func:`register_layer`).
+        InputError: If a density is out of range, a name or pattern is unknown, there is nothing to make sparse, or a
+            weight is sparse already, shared by two layers, lazy, quantised or without values, or its layer computes
+            with other values than the weight's (see :func:`register_layer`). Nothing is changed then.
 
     Examples:
         >>> from torch import nn
@@ -90,7 +90,7 @@ def sparsify(
         for graph, (_, _, count) in zip(graphs, plan, strict=True)
     ]
 
-    # Nothing above has changed the module, and nothing below refuses.
+    # So far the module is unchanged; from here on nothing is refused.
     for graph, view in zip(graphs, views, strict=True):
         graph.take(view)
     table = _table(module, every, graphs, reasons)
@@ -126,7 +126,7 @@ def _table(
 
 
 def _attach(module: nn.Module, graphs: Sequence[WeightGraph]) -> None:
-    """Make the weights parametrizations of their layers, and have every module around them begin forward passes."""
+    """Parametrize the weights, and let all modules around them choose edges when their forward pass begins."""
     parts: dict[tuple[nn.Module, str], list[tuple[LayerWeight, WeightGraph]]] = {}
     for graph in graphs:
         for weight in graph.weights:
@@ -154,7 +154,7 @@ def _attach(module: nn.Module, graphs: Sequence[WeightGraph]) -> None:
 
 
 def _links(module: nn.Module, graphs: Sequence[WeightGraph]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Return parents, names and children on the ways to layers that share a ranking."""
+    """Return parents, names and children on the paths to layers that share a ranking."""
     shared = {weight.layer for graph in graphs if len(graph.weights) > 1 for weight in graph.weights}
     found = []
     for path, layer in module.named_modules(remove_duplicate=False):
@@ -168,7 +168,7 @@ def _links(module: nn.Module, graphs: Sequence[WeightGraph]) -> list[tuple[nn.Mo
 
 
 def _assign(otherwise: Callable[[nn.Module, str, Any], None]) -> Callable[[nn.Module, str, Any], None]:
-    """Return a ``__setattr__`` that takes an assigned parameter as the candidates, and leaves all else to another."""
+    """Return a ``__setattr__`` that makes an assigned parameter the candidates, and calls another one otherwise."""
 
     def assign(layer: nn.Module, name: str, value: Any) -> None:
         chain: Any = isinstance(value, nn.Parameter) and sparse_chain(layer, name)

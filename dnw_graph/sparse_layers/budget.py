@@ -21,7 +21,7 @@ def kept(numel: int, density: float) -> int:
 
 
 def check_density(what: str, density: float) -> None:
-    """Refuse what is no share of weights.
+    """Refuse a density outside 0 … 1.
 
     Raises:
         InputError: If it is not above 0 and at most 1.
@@ -34,15 +34,14 @@ def edges_per_weight(
 ) -> list[int]:
     r"""Return how many real edges each weight gets.
 
-    - ``"uniform"``: k = n - ⌊(1 - density) · n⌋ of the n weights, of each weight on its own (Section 3.4 of the paper).
+    - ``"uniform"``: k = n - ⌊(1 - density) · n⌋ of n, for every weight tensor (Section 3.4 of the paper).
     - ``"erdos_renyi"``: the density of a layer is proportional to (inputs + outputs) / (inputs · outputs), counted in
       channels (Mocanu et al. 2018).
     - ``"erdos_renyi_kernel"``: the same with the sides of the kernel in both terms (Evci et al. 2020).
-    - a mapping from name patterns to densities; the first pattern that matches decides, and a weight that none matches
-      has the density given beside it.
+    - a mapping from name patterns to densities; the first matching pattern counts, and ``density`` where none matches.
 
-    The Erdős–Rényi densities stop at 1 and the total number of weights is exactly that of ``"uniform"`` applied to all
-    of them together.
+    Erdős–Rényi densities are at most 1, and the total number of real weights is exactly that of ``"uniform"`` for all
+    weights together.
 
     Args:
         weights: The weights.
@@ -50,8 +49,8 @@ def edges_per_weight(
         distribution: The name or mapping.
 
     Raises:
-        InputError: If a density is none, a name is unknown, a pattern matches nothing, or the budget is smaller than
-            the number of layers.
+        InputError: If a density is out of range, a name is unknown, a pattern matches nothing, or the budget is smaller
+            than the number of layers.
     """
     check_density("density", density)
     if isinstance(distribution, Mapping):

@@ -1,4 +1,4 @@
-"""What cannot be made sparse, and what is to stay dense."""
+"""Decides which layers stay dense, and refuses layers that cannot be made sparse."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Skip = str | type[nn.Module]
 
 
 def reasons_to_skip(module: nn.Module, skip: Skip | Iterable[Skip]) -> dict[str, str]:
-    """Return why modules and parameters stay dense, by name: those that are named or lie in what is named.
+    """Return why modules and parameters stay dense, by name: those that ``skip`` matches, with all inside them.
 
     Raises:
         InputError: If an entry is neither a pattern nor a type of module, or matches nothing.
@@ -50,7 +50,7 @@ def reasons_to_skip(module: nn.Module, skip: Skip | Iterable[Skip]) -> dict[str,
 
 
 def _reason(name: str, reasons: Mapping[str, str]) -> str | None:
-    """Return why something stays dense: for itself or for a module around it."""
+    """Return why something stays dense, because of itself or of a module around it."""
     parts = name.split(".")
     around = [".".join(parts[:stop]) for stop in range(len(parts) + 1)]
     return next((reasons[each] for each in around if each in reasons), None)

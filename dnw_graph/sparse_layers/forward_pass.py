@@ -1,4 +1,4 @@
-"""Once per forward pass: when the real weights are chosen, and what layers compute with."""
+"""Chooses the real weights once per forward pass, and computes the values that layers use."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class RealWeights(nn.Module):
     """Parametrization of one parameter: its real weights, and zero for the hallucinated ones.
 
     Args:
-        weights: What of the parameter is sparse: all of it, or some of the three projections of ``in_proj_weight``.
-        graphs: The graph of each.
-        owned: Those of the graphs that are registered here; a graph of many layers is registered in the first.
+        weights: The sparse parts of the parameter: all of it, or some of the three projections of ``in_proj_weight``.
+        graphs: The graph of each part.
+        owned: The graphs that are registered here; a graph of several layers is registered in the first of them.
         order: Names of the layer's own parameters before any became sparse.
     """
 
@@ -45,10 +45,10 @@ class RealWeights(nn.Module):
         self.owned: Any = nn.ModuleList(owned)
         self.parts = tuple(zip(weights, graphs, strict=True))
         self.order = order
-        self.mask: Tensor | None = None  # during a forward pass
+        self.mask: Tensor | None = None  # Set during a forward pass.
         self.learning: Tensor | None = None
-        self.probe: Tensor | None = None  # see dnw_graph.propagation.gradient
-        self.active = True  # until densify
+        self.probe: Tensor | None = None  # See dnw_graph.propagation.gradient.
+        self.active = True  # Until ``densify``.
         self.look = ForwardPass([self])
         self.register_state_dict_pre_hook(_refuse_pretrained)
 
@@ -57,7 +57,7 @@ class RealWeights(nn.Module):
         if self.mask is not None or traced():
             return self._real(weight)
         if torch.is_inference_mode_enabled():
-            # Tensors of that mode do not tell that they are written to.
+            # Tensors made in inference mode do not record that they are written to.
             with torch.inference_mode(False), torch.no_grad():
                 return ReadWeight.of(self._real(weight), self.name, weight)
         return ReadWeight.of(self._real(weight), self.name, weight)
@@ -66,7 +66,7 @@ class RealWeights(nn.Module):
         return masked_weights(self._values(weight), *self._masks(), self.probe)
 
     def current_mask(self) -> Float[Tensor, "rows ..."]:
-        """Return 1 for real weights and 0 for hallucinated ones: of the forward pass in progress, or a look."""
+        """Return 1 for real weights and 0 for hallucinated ones, of the running forward pass or else of evaluation."""
         return self._masks()[0]
 
     def _masks(self) -> tuple[Tensor, Tensor | None]:
@@ -98,7 +98,7 @@ class RealWeights(nn.Module):
         return first.name if first.third is None else first.name.rpartition(".")[0]
 
     def right_inverse(self, weight: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
-        """Take an assigned weight as the candidates.
+        """Make an assigned weight the candidates.
 
         Raises:
             InputError: If it has another shape.
@@ -107,7 +107,7 @@ class RealWeights(nn.Module):
         return weight.detach().clone()
 
     def take(self, weight: Tensor) -> None:
-        """Prepare for other candidates in the place of these."""
+        """Prepare for a replacement of the candidates."""
         shape = self.parts[0][0].parameter.shape
         if weight.shape != shape:
             raise wrong(self.name, f"a weight of {list(shape)}, or densify(…) the model first", weight)
@@ -117,7 +117,7 @@ class RealWeights(nn.Module):
     def assemble(
         self, real: Mapping[LayerWeight, Tensor], learning: Mapping[LayerWeight, Tensor | None]
     ) -> tuple[Float[Tensor, "rows ..."], Float[Tensor, "rows ..."] | None]:
-        """Put the parameter's masks together from those of its parts; projections that stay dense are real.
+        """Assemble the parameter's masks from those of its parts; dense projections count as real.
 
         Returns:
             1 for real weights; 1 for those that get a gradient, None if all do, the same tensor if the real ones do.
@@ -143,11 +143,11 @@ class RealWeights(nn.Module):
 
 
 def part(below: Collection[RealWeights], others: Iterable[RealWeights] = ()) -> None:
-    """Have the weights of some parameters and those of all others rank by themselves.
+    """Split rankings, so that some parameters are no longer ranked together with others.
 
     Args:
         below: The parameters.
-        others: Parameters of which some may share a ranking with them.
+        others: Parameters that may share a ranking with them.
     """
     for graph in dict.fromkeys(graph for real in (*below, *others) for _, graph in real.parts):
         leaving = [weight for weight in graph.weights if weight.holder not in below]
@@ -163,7 +163,7 @@ def part(below: Collection[RealWeights], others: Iterable[RealWeights] = ()) -> 
 
 
 def _refuse_pretrained(real: RealWeights, *_: Any) -> None:
-    """Refuse to save what ``from_pretrained`` would not find: it makes a dense model, and draws what is missing."""
+    """Refuse a save that ``from_pretrained`` could not load: it makes a dense model and would redraw the weight."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "save_pretrained":
@@ -179,7 +179,7 @@ class ForwardPass:
 
     Args:
         weights: The sparse parameters below the module.
-        links: Parents, names and children on the ways to layers that share a ranking.
+        links: Parents, names and children on the paths to layers that share a ranking.
     """
 
     def __init__(self, weights: Sequence[RealWeights], links: Sequence[tuple[nn.Module, str, nn.Module]] = ()) -> None:
@@ -193,11 +193,11 @@ class ForwardPass:
 
     @property
     def weights(self) -> list[RealWeights]:
-        """The sparse parameters below the module, without those that are dense again."""
+        """The sparse parameters below the module, except those made dense again."""
         return [weight for weight in self._weights if weight.active]
 
     def settle(self, module: nn.Module, *_: Any) -> None:
-        """Hook of the module: layers that are no longer below it leave the rankings that they share with others."""
+        """Hook of the module: remove layers that are no longer below it from rankings they share with others."""
         if all(getattr(parent, name, None) is child for parent, name, child in self._links):
             return
         inside = set(module.modules())
@@ -221,7 +221,7 @@ class ForwardPass:
         self.settle(module)
         weights = self.weights
         if not weights or weights[0].mask is not None or any(isinstance(each, Proxy) for each in args):
-            return  # torch.fx records the calls of layers; each chooses when the record runs
+            return  # torch.fx records the calls of layers, which choose when the recorded graph runs.
         for weight, masks in zip(weights, self.masks(begins_pass=True), strict=True):
             weight.mask, weight.learning = masks
         self.begun = True
@@ -234,7 +234,7 @@ class ForwardPass:
             self.begun = False
 
     def masks(self, begins_pass: bool) -> list[tuple[Tensor, Tensor | None]]:
-        """Return the masks of each parameter, see :meth:`RealWeights.assemble`; a compiler sees one operator."""
+        """Return the masks of each parameter, see :meth:`RealWeights.assemble`; one operator for a compiler."""
         parameters = [weight.parameter for graph in self.graphs() for weight in graph.weights]
         if not torch.compiler.is_compiling():
             return self.choose(parameters, begins_pass)
@@ -278,7 +278,7 @@ _TOKENS = itertools.count()
 _PASSES: weakref.WeakValueDictionary[str, ForwardPass] = weakref.WeakValueDictionary()
 
 
-# What it makes and keeps must not lie in the memory of a CUDA graph: the compiler records the parts around it.
+# Masks that are kept must not be in the memory of a CUDA graph: the compiler captures only the parts around this.
 _UNSAFE: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
@@ -289,12 +289,12 @@ _UNSAFE: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cu
     **_UNSAFE,
 )
 def _real_masks(parameters: Sequence[Tensor], like: Sequence[Tensor], token: str, begins_pass: bool) -> list[Tensor]:
-    """The choice inside a compiled forward pass."""
+    """Choose the real weights within a compiled forward pass."""
     if token not in _PASSES:
         raise InputError("the model that was compiled or exported here is gone: call densify(…) before exporting one")
     current = _PASSES[token]
     owned = [weight.parameter for graph in current.graphs() for weight in graph.weights]
-    # Compiled code hands over aliases; the parameters themselves tell whether they have changed.
+    # Compiled code passes aliases; only the parameters themselves tell whether they have changed.
     same = all(a.data_ptr() == b.data_ptr() for a, b in zip(owned, parameters, strict=True))
     chosen = current.choose(owned if same else parameters, begins_pass)
     pairs = zip(current.weights, chosen, strict=True)
@@ -306,7 +306,7 @@ def _real_masks(parameters: Sequence[Tensor], like: Sequence[Tensor], token: str
 
 @_real_masks.register_fake
 def _(parameters: Sequence[Tensor], like: Sequence[Tensor], token: str, begins_pass: bool) -> list[Tensor]:
-    # The exported program could not call the object that chooses. Refused here, where no compiler traces the question.
+    # An exported program cannot call the object that chooses. Refused here, where no compiler traces the check.
     if torch.compiler.is_exporting():
         raise InputError("a module with sparse weights cannot be exported: densify(…) it first, or a copy of it")
     return [torch.empty_like(weight) for weight in like]

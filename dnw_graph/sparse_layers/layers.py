@@ -1,4 +1,4 @@
-"""The weights of layers, each as the candidate edges between what flows into the layer and its output channels."""
+"""The weights of layers as candidate edges between the inputs and the output channels of a layer."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ LAYERS: dict[type[nn.Module], tuple[tuple[str, ...], bool]] = {
     **{kind: (("weight",), kind in TRANSPOSED) for kind in CONVOLUTIONS},
     nn.MultiheadAttention: (("in_proj_weight", *(f"{each}_proj_weight" for each in PROJECTIONS)), False),
 }
-"""Types of layers with the names of their weights, and whether these have their input channels first."""
+"""Types of layers, with the names of their weights and whether these have their input channels first."""
 
 
 @checked
 def register_layer(kind: type[nn.Module], weights: Sequence[str] = ("weight",), *, inputs_first: bool = False) -> None:
-    """Have :func:`sparsify` make the layers of a type sparse, and of subclasses that do not override its methods.
+    """Register a type of layers for :func:`sparsify`, with subclasses that do not override its methods.
 
-    A layer must compute with the weight as it is: y = W x for every place of a map, whatever the map. What it is for a
-    subclass of a layer of PyTorch with a forward pass of its own is found out by trying; registering says that it is.
+    A layer must use its weight unchanged: y = W x, at every position of a map. For a subclass of a PyTorch layer with a
+    forward pass of its own, ``sparsify`` finds this out by a trial; registering the subclass asserts it.
 
     Args:
         kind: The type.
@@ -39,7 +39,7 @@ def register_layer(kind: type[nn.Module], weights: Sequence[str] = ("weight",), 
         inputs_first: Whether they are ``[inputs, outputs, *kernel]``.
 
     Raises:
-        InputError: If it is no type of modules.
+        InputError: If it is not a type of modules.
 
     Examples:
         >>> import torch
@@ -62,7 +62,7 @@ def register_layer(kind: type[nn.Module], weights: Sequence[str] = ("weight",), 
 
 
 def registered(layer: nn.Module) -> type[nn.Module] | None:
-    """Return the registered type that a layer is of, the nearest one; None if there is none."""
+    """Return the most specific registered type of a layer, or None."""
     return next((kind for kind in type(layer).__mro__ if kind in LAYERS), None)
 
 
@@ -75,7 +75,7 @@ class LayerWeight:
             ``.q``, ``.k`` or ``.v``.
         layer: The module that the parameter belongs to.
         parameter_name: The parameter's name in that module.
-        third: Which third of the parameter's rows this weight is; None if it is all of them.
+        third: Index of the third of the parameter's rows that is this weight; None for all rows.
         transposed: Whether the parameter has its input channels first, as transposed convolutions do.
     """
 
@@ -92,7 +92,7 @@ class LayerWeight:
 
     @property
     def parameter(self) -> Tensor:
-        """The parameter as the optimiser has it, whether or not it is sparse by now."""
+        """The parameter as the optimiser has it, sparse already or not."""
         if parametrize.is_parametrized(self.layer, self.parameter_name):
             return self.layer.parametrizations[self.parameter_name].original  # type: ignore[union-attr, index]
         return getattr(self.layer, self.parameter_name)
@@ -155,7 +155,7 @@ class LayerWeight:
         return (((self.third or 0) * self.numel, rows, self.numel // rows),)
 
     def positions(self, index: Shaped[Tensor, " edges"]) -> Shaped[Tensor, " edges"]:
-        """Return where candidates lie in the parameter as one vector."""
+        """Return the positions of candidates in the flattened parameter."""
         if not self.transposed:
             return (self.third or 0) * self.numel + index
         inputs, outputs = self.channels
@@ -177,7 +177,7 @@ class LayerWeight:
 
 
 def find_weights(module: nn.Module) -> Iterator[LayerWeight]:
-    """Yield the weights of all layers of the types that are registered, as far as they are plain parameters."""
+    """Yield the weights of all layers of registered types that are plain parameters."""
     paths: dict[nn.Module, list[str]] = {}
     for path, layer in module.named_modules(remove_duplicate=False):
         paths.setdefault(layer, []).append(f"{path}." if path else "")
@@ -205,10 +205,10 @@ def weight_name(parameter: str, third: int | None) -> str:
 
 
 def candidate_edges(weights: tuple[LayerWeight, ...], flat: Tensor) -> CandidateEdges:
-    """Return the candidates that a rule is set up with: a dense block per weight, no two with a node in common.
+    """Return the candidates for a rule: a dense block per weight; blocks have no node in common.
 
-    The targets of a block are the layer's output channels; its sources are what one output channel can be connected to:
-    pairs of an input channel (of its group) and a position in the kernel.
+    The targets of a block are the layer's output channels; its sources are pairs of an input channel (of its group) and
+    a position in the kernel.
 
     Args:
         weights: The weights that are ranked together.
@@ -220,7 +220,7 @@ def candidate_edges(weights: tuple[LayerWeight, ...], flat: Tensor) -> Candidate
         sources = range(start, start + weight.numel // targets)
         start = sources.stop + targets
         blocks.append((sources, range(sources.stop, start)))
-    with torch.device("meta"):  # neither memory nor random numbers for weights that exist already
+    with torch.device("meta"):  # The weights exist already: no memory and no random numbers for them.
         candidates = CandidateEdges(blocks)
     candidates.places = tuple(weight.kernel.numel() for weight in weights)
     candidates.weight = nn.Parameter(flat, requires_grad=False)

@@ -1,4 +1,4 @@
-"""The state of an optimiser of the dense model, for one of the sparse model."""
+"""Loads the state of the dense model's optimiser into one of the sparse model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dnw_graph.sparse_layers.layers import own_parameters
 
 @checked
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any], module: nn.Module) -> None:
-    """Load the state that an optimiser had before ``sparsify`` or ``densify`` into one that was made after it.
+    """Load the state of an optimiser from before ``sparsify`` or ``densify`` into one that was made after it.
 
-    ``Optimizer.load_state_dict`` goes by position, and a sparse layer lists its parameters in another order than a
-    dense one. Here every parameter gets its state by name: the names that the state holds (of an optimiser that was
-    made from ``named_parameters()``), or else those of the dense model, group by group in its order. An optimiser that
-    was made before and kept needs none of this.
+    ``Optimizer.load_state_dict`` matches parameters by position, but a sparse layer lists its parameters in another
+    order than a dense one. This function matches by name: by the names in the state (of an optimiser made from
+    ``named_parameters()``), or else by those of the dense model, group by group in its order. An optimiser that was
+    made before and is still in use does not need it.
 
     Args:
         optimizer: The optimiser of the module's parameters as they are now.

@@ -1,4 +1,4 @@
-"""Sparse weights as they are read outside of a forward pass."""
+"""Sparse weights that are read outside of a forward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dnw_graph._compat import as_plain_tensors, tree_leaves, version
 from dnw_graph.errors import InputError
 
 _Type: Any = Tensor
-# About a parameter, not about the values that were computed from it.
+# Attributes of a parameter, not of values computed from it.
 _OF_THE_PARAMETER = {
     _Type.grad.__get__,
     _Type.grad.__set__,
@@ -26,10 +26,10 @@ _OF_THE_PARAMETER = {
 
 
 class ReadWeight(Tensor):
-    """The values of a sparse weight, computed from its candidates; a write into them would be lost and is refused.
+    """The values of a sparse weight, computed from its candidates; writes would be lost and are refused.
 
-    Its gradient, its hooks and ``requires_grad`` are those of the candidates. Views are refused writes too; what other
-    operations return are plain tensors.
+    Its gradient, its hooks and ``requires_grad`` are those of the candidates. Views refuse writes too; other operations
+    return plain tensors.
     """
 
     _candidates: Tensor | None = None
@@ -37,7 +37,7 @@ class ReadWeight(Tensor):
 
     @classmethod
     def of(cls, values: Tensor, name: str, candidates: Tensor | None = None) -> ReadWeight:
-        """Return values, which the new tensor shares, as such a tensor.
+        """Wrap values, whose memory the new tensor shares.
 
         Args:
             values: The values.
@@ -87,13 +87,13 @@ class ReadWeight(Tensor):
             return copy.deepcopy(self.as_subclass(Tensor), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Be saved as a plain tensor."""
+        """Pickle as a plain tensor."""
         with as_plain_tensors():
             return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
 def _view(out: Any, read: Sequence[ReadWeight]) -> Any:
-    """Return what shares the memory of values that were read as such too."""
+    """Wrap results that share memory with values that were read."""
     if not isinstance(out, Tensor) or out.layout != torch.strided:
         return out
     place = out.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""State dicts of dense models for sparse ones, and back."""
+"""Converts state dicts between dense and sparse models."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dnw_graph.sparse_layers.access import sparse_parameters
 
 
 def before_loading(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-    """Have a sparse layer load the weights of a dense one, and refuse edges that it cannot have.
+    """Convert the state of a dense layer for a sparse one, and refuse edges that the layer cannot have.
 
-    A pre-hook of ``load_state_dict``. With the weights of a dense layer, rules keep their state.
+    A pre-hook of ``load_state_dict``. If the state is dense, rules keep their own state.
 
     Raises:
         InputError: See :meth:`~dnw_graph.wirings.Wiring.check_saved`.
@@ -32,7 +32,7 @@ def before_loading(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *o
         for number, graph in enumerate(real.owned):
             saved = state_dict.get(f"{chain}0.owned.{number}.num_edges")
             if graph.has_parted and isinstance(saved, Tensor) and 1 <= int(saved) <= graph.num_candidates:
-                graph._num_edges = int(saved)  # what layers leave to the others depends on their weights
+                graph._num_edges = int(saved)  # After layers have left it depends on their weights.
             check_saved(graph, state_dict, f"{chain}0.owned.{number}.")
 
 
@@ -42,7 +42,7 @@ def dense_state_dict(module: nn.Module, *, keep_hallucinated: bool = False) -> d
 
     Args:
         module: A module with sparse weights.
-        keep_hallucinated: Give the hallucinated weights' values instead of zeros.
+        keep_hallucinated: Include the values of hallucinated weights instead of zeros.
 
     Raises:
         InputError: If there is no sparse weight.

@@ -1,4 +1,4 @@
-"""What became of every weight of a module."""
+"""The table that ``sparsify`` returns."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class SparsityRow:
     """One weight.
 
     Attributes:
-        name: Its name, all of them where several layers share it; a projection in ``in_proj_weight`` adds ``.q``,
-            ``.k`` or ``.v``.
+        name: Its name, or names if several layers share it; a projection in ``in_proj_weight`` adds ``.q``, ``.k`` or
+            ``.v``.
         shape: Its shape.
         weights: Number of weights.
         kept: Number of real ones; all of them where the weight stays dense.
@@ -29,7 +29,7 @@ class SparsityRow:
 
 @dataclass(frozen=True)
 class SparsityTable:
-    """Every parameter of a module that has two or more dimensions; ``print`` shows it as a table.
+    """All parameters of a module with two or more dimensions; ``print`` shows a table.
 
     Attributes:
         rows: The weights in the order of the module.

@@ -1,4 +1,4 @@
-"""densify: plain parameters again."""
+"""densify: makes sparse weights plain parameters again."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from dnw_graph.sparse_layers.state import before_loading
 def densify(module: nn.Module, *, keep_hallucinated: bool = False) -> None:
     """Make the weights of a module plain, dense parameters again, in place and as the same objects.
 
-    Layers that share a ranking with others, which are not in the module, leave it; the others keep the edges that they
-    have.
+    Layers that share a ranking with layers outside the module leave that ranking; the layers outside keep their edges.
 
     Args:
         module: A module with sparse weights in it.
-        keep_hallucinated: Keep the hallucinated weights' values instead of zeros.
+        keep_hallucinated: Keep the values of hallucinated weights instead of zeros.
 
     Raises:
         InputError: If there is no sparse weight.
@@ -37,7 +36,7 @@ def densify(module: nn.Module, *, keep_hallucinated: bool = False) -> None:
     part(list(found))
     if not keep_hallucinated:
         with torch.no_grad():
-            # All are read before any is changed: layers can share one ranking.
+            # Read all before changing any: layers can share a ranking.
             effective = [(real, getattr(layer, name)) for real, (layer, name) in found.items()]
             for real, weight in effective:
                 real.parts[0][0].parameter.copy_(weight)
@@ -49,7 +48,7 @@ def densify(module: nn.Module, *, keep_hallucinated: bool = False) -> None:
 
 
 def _make_plain(layer: nn.Module, name: str, order: Sequence[str]) -> None:
-    """Undo ``register_parametrization``, without harm to a copy of the layer, which shares its class."""
+    """Undo ``register_parametrization`` without affecting copies of the layer, which share its class."""
     chains: Any = layer.parametrizations
     shared, parameter = type(layer), chains[name].original
     del chains[name]

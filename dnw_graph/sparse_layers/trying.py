@@ -1,4 +1,4 @@
-"""Whether a layer computes with its weight as it is, found out by watching what becomes of the weight."""
+"""Finds out whether a layer uses its weight unchanged, by following the weight through a forward pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRODUCTS = frozenset(
         *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     )
 )
-"""Operators of PyTorch in which each weight meets the inputs of its own connection."""
+"""Operators that multiply each weight with the inputs of its connection."""
 REARRANGED = frozenset(
     (
         *("t", "transpose", "permute", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "expand"),
@@ -29,19 +29,19 @@ REARRANGED = frozenset(
         *("chunk", "unbind", "cat"),
     )
 )
-"""Those that return the same values in another order, shape or type."""
+"""Operators that return the same values in another order, shape or type."""
 SCALED = frozenset(("mul", "div"))
-"""Those that leave zeros where they are, as long as the other factor does not depend on the weight."""
+"""Operators that preserve zeros, as long as the other factor does not depend on the weight."""
 
 
 def refuse_other_values(weight: LayerWeight) -> None:
-    """Refuse the weight of a layer that computes with other values, so that zeros in it need not stay zero.
+    """Refuse the weight of a layer that computes with other values, so that zeros may not stay zero.
 
-    Layers that standardise or normalise their weight do. A layer with the methods of its registered type does not; of
-    any other, a copy is sent a small batch.
+    For example layers that standardise or normalise their weight. A layer with the methods of its registered type uses
+    its weight unchanged; for any other, a copy is tried on a small batch.
 
     Raises:
-        InputError: If the layer does, or does not tell.
+        InputError: If the layer uses other values, or if that cannot be found out.
     """
     layer, kind = weight.layer, registered(weight.layer)
     assert kind is not None
@@ -54,12 +54,12 @@ def refuse_other_values(weight: LayerWeight) -> None:
     try:
         with torch.no_grad(), watch:
             twin.forward(*_inputs(weight))
-    except Exception as error:  # whatever the forward pass of somebody's layer does
+    except Exception as error:  # The forward pass of a user's layer can raise anything.
         watch.other = watch.other or " ".join(str(error).split())[:100]
     if watch.other or not watch.used:
         raise InputError(
             f"{weight.name}: a {name} is not known to compute with its weight as it is, so that zeros stay zero "
-            f"({watch.other or 'it does not use it'}): {dense}, register_layer({name}) says that it does"
+            f"({watch.other or 'it does not use it'}): {dense}, register_layer({name}) asserts that it does"
         )
 
 
@@ -73,8 +73,8 @@ class _Watch(TorchDispatchMode):
     """Follows a weight through the operators of a forward pass.
 
     Attributes:
-        used: Whether it has met inputs.
-        other: The first operator that has made other values of it, or has written to it; empty if there is none.
+        used: Whether it was multiplied with inputs.
+        other: The first operator that computed other values from it, or wrote to it; empty if there is none.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -101,7 +101,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _inputs(weight: LayerWeight) -> list[Tensor]:
-    """Return what a layer takes: maps as large as its kernel asks for, or vectors."""
+    """Return inputs for a layer: maps as large as its kernel requires, or vectors."""
     layer = weight.layer
     if isinstance(layer, nn.MultiheadAttention):
         return [torch.ones(2, 1, size) for size in (layer.embed_dim, layer.kdim, layer.vdim)]

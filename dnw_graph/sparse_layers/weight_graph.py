@@ -20,15 +20,15 @@ from dnw_graph.sparse_layers.layers import LayerWeight, candidate_edges, weight_
 class WeightGraph(Ranking):
     """The weights of one layer, or of several that share a budget, as a graph with a wiring.
 
-    What a :class:`~dnw_graph.NeuralGraph` is for channels: the candidates are the weights, the real edges are those
-    that the layer computes with. :func:`sparsify` makes them, :func:`weight_graphs` finds them.
+    The counterpart of :class:`~dnw_graph.NeuralGraph` for layers: the candidates are the weights, the real edges are
+    the weights that the layer uses. :func:`sparsify` makes such graphs, :func:`weight_graphs` finds them.
 
     Args:
         name: Name in messages: that of the weight.
         weights: The weights that are ranked together.
 
     Attributes:
-        weights: The same, without those that have left.
+        weights: The weights, without those that have left the ranking.
         has_parted: Whether any has left.
     """
 
@@ -47,7 +47,7 @@ class WeightGraph(Ranking):
 
     @property
     def candidate_weight(self) -> Float[Tensor, " candidates"]:
-        """All weights as one vector, the order that wirings see; hallucinated ones keep their values."""
+        """All weights as one vector, in the order of the candidates; hallucinated ones with their values."""
         return self.view().weight
 
     @property
@@ -62,7 +62,7 @@ class WeightGraph(Ranking):
         return name if len(self.weights) == 1 else f"{name} and {len(self.weights) - 1} more"
 
     def view(self, tensors: Sequence[Tensor] | None = None, **options: Any) -> Any:
-        """Return what the rule is given."""
+        """Return the rule's view of the graph."""
         for weight, parameter in zip(self.weights, self.tensors() if tensors is None else tensors, strict=True):
             if hasattr(parameter, "full_tensor"):
                 raise InputError(
@@ -78,8 +78,8 @@ class WeightGraph(Ranking):
 
         Args:
             tensors: The parameters of the weights as the forward pass sees them.
-            begins_pass: Whether a forward pass begins: in training its edges are chosen anew, by the rule for training.
-                Otherwise a weight is read: it shows the edges of evaluation, and no state changes.
+            begins_pass: Whether a forward pass begins: in training its edges are chosen again, by the rule for
+                training. Otherwise a weight is being read: the edges are those of evaluation, and no state changes.
         """
         if self.training and not begins_pass and not self.recomputes:
             index = self.real_index
@@ -93,9 +93,9 @@ class WeightGraph(Ranking):
         return real, list(real if learning is index else self._shaped(learning, tensors))
 
     def part(self, leaving: Collection[LayerWeight]) -> WeightGraph:
-        """Take weights out of the ranking, with the edges that they have, and return a graph of their own for them.
+        """Remove weights and their edges from the ranking, and return a new graph for them.
 
-        Of k, each of the two keeps the share that its real edges are; a warning says what is left.
+        k is divided in proportion to the real edges of both; a warning says how many remain.
         """
         index = self.real_index
         stay = torch.cat(
@@ -119,7 +119,7 @@ class WeightGraph(Ranking):
         return other
 
     def _split(self, index: Int[Tensor, " edges"]) -> tuple[Tensor, ...]:
-        # In the type of the weights: on a CPU their product with it is several times faster than torch.where.
+        # In the type of the weights: on a CPU multiplying by a mask is several times faster than torch.where.
         real = self.weights[0].parameter.new_zeros(self.num_candidates).index_fill_(0, index, 1)
         return real.split([weight.numel for weight in self.weights])
 
