@@ -1,4 +1,4 @@
-"""NeuralGraph: candidates, wiring, node functions, dynamics and propagation as one PyG module."""
+"""NeuralGraph: candidates, wiring, node functions, dynamics and propagation in one module."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class NeuralGraph(Ranking):
 
     (Equations 1 and 2 of the paper). The wiring chooses the real edges E among all candidates: for ``"dnw"`` the
     ``num_edges`` of largest :math:`|w_{uv}|`, and every candidate gets the gradient
-    :math:`\langle Z_u, \partial L / \partial I_v \rangle` (Algorithm 1). The dynamics says how states follow from one
-    another: block by block (static), step by step (discrete), or as an ODE (continuous).
+    :math:`\langle Z_u, \partial L / \partial I_v \rangle` (Algorithm 1). The dynamics determines how states are
+    computed: block by block (static), step by step (discrete), or as the solution of an ODE (continuous).
 
     In training the real edges are chosen once per forward pass. In evaluation they are chosen after a switch from
-    training, after ``load_state_dict``, and when the weights changed, also by a fused optimiser or through ``.data``; a
-    few weights of a large graph may be written there unseen, which needs
-    :meth:`~dnw_graph.ranking.Ranking.update_wiring`.
+    training, after ``load_state_dict``, and when the weights have changed, also by a fused optimiser or through
+    ``.data``. Writing a few weights of a large graph through ``.data`` may go unnoticed: call
+    :meth:`~dnw_graph.ranking.Ranking.update_wiring` then.
 
     Args:
         blocks: Static graphs: number of nodes of each block; the first are the inputs, the last the outputs.
@@ -51,9 +51,9 @@ class NeuralGraph(Ranking):
         wiring: Rule that chooses the real edges: a name (``"dnw"``, ``"random_graph"``, ``"no_update"``,
             ``"set"``, ``"rigl"``, ``"complete"``, …), ``"package.module.Class"``, or a
             :class:`~dnw_graph.wirings.Wiring`, which is copied.
-        node_function: What a node does with its input: a name, a module or a factory ``(num_nodes, stride)``; see
+        node_function: The function f_θ of the nodes: a name, a module or a factory ``(num_nodes, stride)``; see
             :mod:`dnw_graph.node_functions`.
-        dynamics: How states follow from one another: ``"static"``, ``"continuous"`` or a
+        dynamics: How states are computed: ``"static"``, ``"continuous"`` or a
             :class:`~dnw_graph.dynamics.Dynamics` such as ``Discrete(steps=5)``, which is copied.
         propagation: How I is computed: ``"auto"``, ``"block"``, ``"message_passing"`` or a
             :class:`~dnw_graph.propagation.Propagation`.
@@ -63,16 +63,15 @@ class NeuralGraph(Ranking):
         candidates: The candidate edges, if not all that the dynamics allows; they are copied, weights included.
         recompute: Recompute the node functions in the backward pass (activation checkpointing): less memory, more time,
             the same outputs and gradients.
-        name: Name of the graph in messages, by which graphs of one model can be told apart.
+        name: Name of the graph, for messages and tables.
 
     Shapes:
         - input: ``[batch, inputs, height, width]``, or ``[batch, inputs]`` with a node function for vectors
         - output: ``[batch, outputs, ⌈height / stride⌉, ⌈width / stride⌉]``; dynamic graphs keep the resolution
 
     Raises:
-        InputError: If ``num_edges`` is not in 1 … number of candidates, a name is unknown, the nodes are no graph, an
-            input has another shape than the graph expects, or a wiring or node function of the user's own returns what
-            it must not.
+        InputError: If ``num_edges`` is not in 1 … number of candidates, a name is unknown, the numbers of nodes are
+            invalid, an input has the wrong shape, or a user's wiring or node function returns an invalid result.
 
     Examples:
         >>> import torch
@@ -162,9 +161,9 @@ class NeuralGraph(Ranking):
         """Return the states of the output nodes.
 
         Args:
-            x: What flows into the input nodes.
-            options: What else the dynamics can be asked for: ``return_states=True`` of a discrete graph, ``times=…`` of
-                a continuous one.
+            x: Inputs of the input nodes.
+            options: Options of the dynamics: ``return_states=True`` for a discrete graph, ``times=…`` for a continuous
+                one.
         """
         dynamics, weight = self.dynamics, self.candidates.weight
         dim = dynamics.node_dim
@@ -179,7 +178,7 @@ class NeuralGraph(Ranking):
         return dynamics(propagate.arrange(x) if dim == 1 else x, propagate, **options)
 
     def _fits(self, x: Tensor, dim: int, weight: Tensor) -> bool:
-        """Return whether the graph can take an input; called in every forward pass."""
+        """Return whether an input is valid; called in every forward pass."""
         if not fits(x, weight):
             return False
         shape = x.shape
@@ -199,7 +198,7 @@ class NeuralGraph(Ranking):
         )
 
     def reset_parameters(self) -> None:
-        """Draw the candidate weights, and what the wiring made of them, anew."""
+        """Redraw the candidate weights, and set the wiring up again."""
         self.candidates.reset_parameters()
         self.set_up_anew()
 
@@ -211,8 +210,7 @@ class NeuralGraph(Ranking):
 
         Args:
             live_outputs: Which outputs count, for a graph whose outputs feed another one. Default: all.
-            real_index: The real edges, as :attr:`real_index` has them, so that they are not chosen again. Default:
-                those of now.
+            real_index: The real edges, if known, which saves choosing them again. Default: :attr:`real_index`.
         """
         index = self.real_index if real_index is None else real_index
         live = torch.zeros(self.num_nodes, dtype=torch.bool, device=index.device)
@@ -281,9 +279,9 @@ class NeuralGraph(Ranking):
         The :class:`~torch_geometric.data.Data` holds ``edge_index [2, k]``, ``edge_weight [k]``, and for every node its
         ``block``, its position ``pos [nodes, 2]`` (x the block, y the index within it, both in 0 … 1), and whether it
         is an input (``input_mask``), an output (``output_mask``) and live (``live_mask``: a path of real edges leads to
-        an output of this graph). For pictures it says besides which pairs are candidates (``candidate_blocks [1,
-        blocks, 4]``: first source, end of the sources, first target, end of the targets), and has the ``name`` of the
-        graph, its ``rule`` and its ``dynamics``. All on the CPU.
+        an output of this graph). For pictures it also holds the candidates (``candidate_blocks [1, blocks, 4]``: first
+        source, end of the sources, first target, end of the targets), the ``name`` of the graph, its ``rule`` and its
+        ``dynamics``. All tensors are on the CPU.
         """
         blocks, index = self.candidates.blocks, self.real_index
         return import_pyg().data.Data(

@@ -1,4 +1,4 @@
-"""Node functions f_θ: what a node does with its input."""
+"""Node functions f_θ, which compute the state of a node from its input."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_norm(norm: str, num_nodes: int, eps: float = EPS) -> nn.Module:
     Args:
         norm: ``"batch"`` (Ioffe & Szegedy 2015) or ``"instance"`` (Ulyanov et al. 2016).
         num_nodes: Number of nodes.
-        eps: What is added to the variance.
+        eps: Added to the variance.
 
     Raises:
         InputError: If the name is unknown, or eps not above 0.
@@ -63,7 +63,7 @@ class NodeConv(nn.Conv2d):
 
     @property
     def node_wise(self) -> bool:
-        """Whether it can be applied to some nodes only, which it can as it was made."""
+        """Whether it can be applied to some nodes only: if it is unchanged since it was made."""
         own = self.groups == self.in_channels == self.out_channels
         return own and self.dilation == (1, 1) and self.padding_mode == "zeros" and keeps_forward(self)
 
@@ -85,16 +85,16 @@ class NormReluConv(nn.Module):
         stride: Stride of the convolution.
         norm: ``"batch"`` or ``"instance"``.
         kernel_size: Odd size of the convolution, padded so that stride 1 keeps the resolution.
-        eps: What the norm adds to the variance. The map of a node without input edges has no variance, so that its
-            gradient is scaled by 1 / √eps.
+        eps: Added to the variance by the norm. The map of a node without input edges is constant, so that its gradient
+            is scaled by 1 / √eps.
 
     Shapes:
         - input: ``[batch, num_nodes, height, width]``
         - output: ``[batch, num_nodes, ⌈height / stride⌉, ⌈width / stride⌉]``
 
     Raises:
-        InputError: If the norm is unknown, the kernel size even, or eps not above 0; if maps of another number of nodes
-            arrive.
+        InputError: If the norm is unknown, the kernel size even, or eps not above 0; if the input has another number of
+            nodes.
     """
 
     @checked
@@ -120,7 +120,7 @@ class NormReluConv(nn.Module):
         return self._compute(z, self.norm, True, conv, nodes)
 
     def _check(self, z: object, nodes: range | None, conv: nn.Conv2d) -> None:
-        """Refuse what convolution and norm would refuse less clearly, or take for a single image or for other nodes."""
+        """Refuse inputs that convolution and norm refuse less clearly, or take for one image or for other nodes."""
         weight = conv.weight
         count, known = self.num_nodes, True
         if nodes is not None:
@@ -142,7 +142,7 @@ class NormReluConv(nn.Module):
     def _compute(
         self, z: Tensor, norm: nn.Module | None, relu: bool, conv: nn.Conv2d | None, nodes: range | None
     ) -> Tensor:
-        """Apply norm, ReLU and convolution, each of which may be left out, to the maps of all or of the given nodes."""
+        """Apply norm, ReLU and convolution, each optional, to the maps of all nodes or of the given ones."""
         if nodes is not None:
             self._check_parts(norm, conv)
         fused = fused_node_function(z, norm, relu, conv, nodes)
@@ -161,7 +161,7 @@ class NormReluConv(nn.Module):
         if norm is not None and not _node_wise(norm):
             raise InputError(f"only a plain instance norm can be applied to some nodes; got {type(norm).__name__}")
         if conv is not None and not (isinstance(conv, NodeConv) and conv.node_wise):
-            raise InputError(f"only a NodeConv as it was made can be applied to some nodes; got {type(conv).__name__}")
+            raise InputError(f"only an unchanged NodeConv can be applied to some nodes; got {type(conv).__name__}")
         for part in filter(None, (norm, conv)):
             counts = [getattr(part, "num_features", self.num_nodes), *map(len, part.parameters())]
             if set(counts) != {self.num_nodes}:
@@ -197,17 +197,18 @@ class NormReluConvNormRelu(NormReluConv):
 
 
 class ReluConvSendNorm(NormReluConv):
-    """ReLU → single-channel convolution before a state is sent, normalisation of what is received.
+    """ReLU → single-channel convolution before states are sent along edges, normalisation of what nodes receive.
 
     The order of the paper's tiny discrete-time classifier: one step is Z ← norm(A conv(relu(Z))), so that the input
-    nodes start without a norm and the output nodes end with one. A dynamics calls :meth:`send` on the states before it
-    propagates them and the module itself on what arrives. Arguments, shapes and errors as for :class:`NormReluConv`.
+    nodes start without a norm and the output nodes end with one. A dynamics calls :meth:`send` on the states,
+    propagates the result, and calls the module on the products. Arguments, shapes and errors as for
+    :class:`NormReluConv`.
     """
 
     def send(
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes h w"]:
-        """Return what the nodes send, or the given ones; zero for a state of zero."""
+        """Return what all nodes, or the given ones, send; zero for a state of zero."""
         conv = self.conv
         self._check(z, nodes, conv)
         return self._compute(z, None, True, conv, nodes)
@@ -215,13 +216,13 @@ class ReluConvSendNorm(NormReluConv):
     def forward(
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes height width"]:
-        """Return the states that follow from what the nodes receive, or the given ones if ``node_wise``."""
+        """Return the states from what all nodes receive, or the given ones if ``node_wise``."""
         self._check(z, nodes, self.conv)
         return self._compute(z, self.norm, False, None, nodes)
 
 
 class Blockwise(nn.Module):
-    """Another module for each block of nodes, in one module over all nodes.
+    """A separate module for each block of nodes, combined in one module over all nodes.
 
     Args:
         functions: One module per block.
@@ -249,12 +250,12 @@ class Blockwise(nn.Module):
 
 
 def _node_wise(norm: nn.Module) -> bool:
-    """Return whether a norm treats every node by itself."""
+    """Return whether a norm treats every node separately."""
     return isinstance(norm, nn.InstanceNorm2d) and not norm.track_running_stats and keeps_forward(norm)
 
 
 def _refuse_single_values(norm: nn.Module, z: Tensor) -> None:
-    """Refuse maps of one pixel where nothing can be normed."""
+    """Refuse maps of one pixel if a norm would have one value per node."""
     if isinstance(norm, nn.InstanceNorm2d):
         cause = "give maps of more than one pixel"
     elif isinstance(norm, nn.BatchNorm2d) and norm.training and len(z) == 1:
@@ -270,7 +271,7 @@ def _normalise(norm: nn.Module, z: Tensor, nodes: range | None) -> Tensor:
     if nodes is None:
         return norm(z)
     assert isinstance(norm, nn.InstanceNorm2d)
-    if has_hooks(norm):  # They are called with the maps of all nodes.
+    if has_hooks(norm):  # Hooks get the maps of all nodes.
         z = F.pad(z, (0, 0, 0, 0, nodes.start, norm.num_features - nodes.stop))
         return norm(z)[:, nodes.start : nodes.stop]
     weight, bias = (None if each is None else each[nodes.start : nodes.stop] for each in (norm.weight, norm.bias))
@@ -296,14 +297,14 @@ def make_node_function(node_function: NodeFunction, num_nodes: int, stride: int 
 
     Args:
         node_function: A name; a factory, called as ``factory(num_nodes)``, or ``factory(num_nodes, stride=stride)``
-            where a stride is asked for; or a module, which every group of nodes then shares. A class of PyTorch's
-            activations or dropouts, which know no nodes (``nn.PReLU`` does), is called without arguments.
+            where a stride is needed; or a module, which all groups of nodes then share. PyTorch's classes of
+            activations and dropouts, except ``nn.PReLU``, are called without arguments.
         num_nodes: Number of nodes of the group.
         stride: Stride that the module must have.
 
     Raises:
-        InputError: If the name is unknown, a stride is asked of a ready module or it is for another number of nodes, or
-            a factory cannot be called so or returns no module.
+        InputError: If the name is unknown, a ready module cannot have the stride or is for another number of nodes, or
+            a factory fails or returns no module.
     """
     if isinstance(node_function, str):
         if node_function not in NODE_FUNCTIONS:
@@ -321,7 +322,7 @@ def make_node_function(node_function: NodeFunction, num_nodes: int, stride: int 
                 "pass its name, or a factory (num_nodes, stride) -> module, for groups of several sizes"
             )
         return node_function
-    # The first argument of an activation is something else: nn.LeakyReLU(num_nodes) would have a slope of num_nodes.
+    # The first argument of activations is something else: nn.LeakyReLU(num_nodes) would have a slope of num_nodes.
     nodeless = isinstance(node_function, type) and node_function.__module__ in NODELESS and node_function != nn.PReLU
     try:
         module = node_function(*([] if nodeless else [num_nodes]), **({} if stride == 1 else {"stride": stride}))

@@ -1,4 +1,4 @@
-"""What is done to an image before a model sees it, as part of what its files say."""
+"""The preprocessing of images, which is stored in a model's files."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ ORIENTATION = 0x0112  # EXIF's tag
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an image to the input of a model: scale the shorter side, cut out the centre, normalise.
+    """Converts an image to the input of a model: scales the shorter side, crops the centre, normalises.
 
     x = (pixel / 255 − mean) / std, per channel. Sides are scaled with bilinear interpolation and antialiasing.
 
     Args:
-        image_size: Height and width of what is cut out.
-        resize: Length of the shorter side before that.
-        mean: Of red, green and blue, on a scale from 0 to 1.
+        image_size: Height and width of the crop.
+        resize: Length of the shorter side before cropping.
+        mean: Means of red, green and blue, on a scale from 0 to 1.
         std: Standard deviations of the three.
 
     Raises:
-        InputError: If a number is out of range, or the centre larger than the image.
+        InputError: If a number is out of range, or the crop larger than the image.
     """
 
     image_size: int
@@ -62,7 +62,7 @@ class Preprocessing:
         return _transform(self, False)(_taken(image))
 
     def to_tensor(self) -> list[Any]:
-        """Return the last steps as transforms of torchvision: from an image of the right size to a tensor."""
+        """Return the last steps as transforms of torchvision, from an image of the right size to a tensor."""
         from torchvision.transforms import v2
 
         return [
@@ -100,9 +100,9 @@ def _taken(image: Image.Image | Tensor) -> Image.Image | Tensor:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Return an image with 8 bits each of red, green and blue, turned as its EXIF orientation says.
+    """Return an image as 8-bit RGB, rotated according to its EXIF orientation.
 
-    Grey images of 16 bits are scaled by 1 / 257, where Pillow would cut off all above 255.
+    16-bit grey images are scaled by 1 / 257; Pillow would clip values above 255.
     """
     from PIL import Image, ImageOps
 

@@ -1,4 +1,4 @@
-"""Weights that are ranked together, their rule, k, and when the real edges are chosen."""
+"""Weights that are ranked together, with their rule and k; decides when the real edges are chosen."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from dnw_graph.wirings.view import RankedWeight
 T = TypeVar("T")
 
 NUMBERS = ("num_edges", "rule")
-"""What the state of a graph has besides weights and state of the rule; older files have neither."""
+"""Entries of a graph's state besides weights and the rule's state; older files lack them."""
 
 
 class Ranking(nn.Module):
-    """Candidate weights, a rule and k: what a neural graph and the weights of sparse layers have in common.
+    """Candidate weights, a rule and k: the common base of neural graphs and the weights of sparse layers.
 
     In training the real edges are chosen once per forward pass. In evaluation they are chosen after a switch from
-    training, after ``load_state_dict``, and when the weights changed, as far as object, storage, version and a sample
-    of the values tell: all of up to 2,048 weights; of more about 128 of every block, and 64 real edges. So fused
-    optimisers and averages that are copied in are noticed; single weights of a large graph that are written through
-    ``.data`` need :meth:`update_wiring`.
+    training, after ``load_state_dict``, and when the weights have changed, judging by object, storage, version and a
+    sample of the values: all weights up to 2,048, otherwise about 128 per block and 64 real edges. This detects fused
+    optimisers and averages that are copied in. After writing single weights of a large graph through ``.data``, call
+    :meth:`update_wiring`.
 
     A subclass says where its ``weights`` lie, and calls :meth:`rewire` when they are there.
 
@@ -43,7 +43,7 @@ class Ranking(nn.Module):
 
     Attributes:
         name: Name in messages.
-        full_name: Name in the model that was attached to an optimiser; before that ``name``.
+        full_name: Name in the model after :func:`dnw_graph.attach`; before that ``name``.
         wiring: The rule.
         weights: Where the candidate weights lie: parameters, or parts of them.
         candidates: The candidates as blocks of sources × targets.
@@ -57,8 +57,8 @@ class Ranking(nn.Module):
         super().__init__()
         self.name = self.full_name = name
         self._chosen: Chosen | None = None
-        self._updates: weakref.ref[Any] | None = None  # what calls the rule after a step
-        self._backward_pass: int | None = None  # that of a rule that waits for steps
+        self._updates: weakref.ref[Any] | None = None  # Calls the rule after a step.
+        self._backward_pass: int | None = None  # The first one of a rule that waits for steps.
         self.register_load_state_dict_post_hook(_forget)
 
     def tensors(self) -> list[Tensor]:
@@ -72,33 +72,33 @@ class Ranking(nn.Module):
 
     @property
     def num_edges(self) -> int:
-        """Number of real edges by the budget, k: what was asked for, or what a budget that moves has become.
+        """The budget of real edges, k: the given number, or what a rule that moves budgets has made of it.
 
-        Some rules keep another number, see :attr:`num_real_edges`.
+        Some rules keep another number of edges, see :attr:`num_real_edges`.
         """
         return self.wiring.num_edges(self._num_edges)
 
     @property
     def num_real_edges(self) -> int:
-        """Number of real edges now: that of :attr:`real_index`."""
+        """Present number of real edges, the length of :attr:`real_index`."""
         return self.real_index.numel()
 
     @property
     def real_index(self) -> Int[Tensor, " edges"]:
-        """Flat indices of the real edges among the candidates, ascending, for the weights as they are now.
+        """Flat indices of the real edges among the candidates, ascending, for the present weights.
 
-        They are those that evaluation would use, in training too; a copy.
+        In training too, these are the edges that evaluation would use. A copy.
         """
         return (self._choose() if self.training else self.real_edges(self.tensors())).clone()
 
     @property
     def real_weight(self) -> Float[Tensor, " edges"]:
-        """What the real edges compute with, in the order of :attr:`real_index`; gradients flow through it."""
+        """Values of the real edges, in the order of :attr:`real_index`; gradients flow through them."""
         return self.wiring.values(self.view().weight)[self.real_index]
 
     @property
     def edge_weight(self) -> Float[Tensor, " edges"]:
-        """What the real edges compute with, detached: a copy without a gradient. See :attr:`real_weight`."""
+        """Values of the real edges, a copy without a gradient. See :attr:`real_weight`."""
         return self.real_weight.detach()
 
     @property
@@ -115,15 +115,16 @@ class Ranking(nn.Module):
         return path or self.name
 
     def view(self, tensors: Sequence[Tensor] | None = None, **options: Any) -> View:
-        """Return what the rule is given."""
+        """Return the rule's view of the graph."""
         return View(self, self.wiring, self._num_edges, tensors, **options)
 
     @checked
     def rewire(self, wiring: str | Wiring, num_edges: int) -> None:
         """Give the graph another wiring, or another number of edges.
 
-        The candidate weights stay as they are, unless the rule brings its own (:class:`~dnw_graph.wirings.FineTune`,
-        :class:`~dnw_graph.wirings.LotteryTicket`) or has hallucinated ones be zero.
+        The candidate weights stay as they are, unless the rule has weights of its own
+        (:class:`~dnw_graph.wirings.FineTune`, :class:`~dnw_graph.wirings.LotteryTicket`) or sets hallucinated ones to
+        zero.
 
         Args:
             wiring: Rule that chooses the real edges; an object is copied.
@@ -135,12 +136,12 @@ class Ranking(nn.Module):
         self.take(self.prepare(wiring, num_edges))
 
     def prepare(self, wiring: str | Wiring, num_edges: int | None, default: int | None = None) -> View:
-        """Set a rule up for the weights as they are now; nothing of the graph is changed.
+        """Set a rule up for the present weights, without changing the graph.
 
         Args:
             wiring: The rule; an object is copied.
             num_edges: k; None for the rule's own number.
-            default: k where the rule has none. Default: all candidates.
+            default: k if the rule has no number of its own. Default: all candidates.
         """
         rule = make_wiring(wiring).to(self.weights[0].parameter.device)
         own = rule.own_num_edges(View(self, rule, 0))
@@ -178,16 +179,16 @@ class Ranking(nn.Module):
 
     @checked
     def load_weights(self, state: Mapping[str, Any] | Tensor) -> None:
-        """Take the candidate weights alone: of another k or another rule, for fine-tuning.
+        """Load the candidate weights alone, from a graph with another k or another rule, for fine-tuning.
 
-        The rule is set up anew for them, as when the graph was made.
+        The rule is set up again for them, as when the graph was made.
 
         Args:
-            state: The ``state_dict`` of a graph with the same candidates, or one vector ``[num_candidates]``; for the
-                weights of layers, that of the model that was given to ``sparsify``, dense or sparse.
+            state: The ``state_dict`` of a graph with the same candidates, or a vector ``[num_candidates]``; for sparse
+                layers, the ``state_dict`` of the model that was given to ``sparsify``, dense or sparse.
 
         Raises:
-            InputError: If there are no such weights in it, or one is NaN or infinite; nothing is changed then.
+            InputError: If the state lacks the weights, or one is NaN or infinite; nothing is changed then.
         """
         flat = state if isinstance(state, Tensor) else self._weights_in(state)
         if flat is None or flat.shape != (self.num_candidates,) or not has_numbers(flat):
@@ -209,15 +210,15 @@ class Ranking(nn.Module):
                 weight.write(part, weight.parameter)
 
     def update_wiring(self) -> None:
-        """Choose the real edges anew from the weights as they are now."""
+        """Choose the real edges again, from the present weights."""
         self._keep(self.tensors(), self._choose())
 
     def penalty(self) -> Float[Tensor, ""] | None:
-        """Return what the wiring adds to the loss, or None; see :func:`dnw_graph.wiring_penalty`."""
+        """Return the rule's penalty term of the loss, or None; see :func:`dnw_graph.wiring_penalty`."""
         return self.wiring.penalty(self.view())
 
     def real_edges(self, tensors: Sequence[Tensor]) -> Int[Tensor, " edges"]:
-        """Return the flat indices for a forward pass, chosen anew where they have to be.
+        """Return the flat indices for a forward pass; choose them again if necessary.
 
         Args:
             tensors: The parameters as the forward pass sees them.
@@ -225,8 +226,8 @@ class Ranking(nn.Module):
         wiring = self.wiring
         choose = wiring.choose_to_train if self.training else wiring.choose
         if torch.compiler.is_compiling() or transformed():
-            # Compiled code recomputes by itself, and cannot tell whether the weights have changed. The tensors of a
-            # transform of torch.func have no storage to tell it by, and must not outlive it.
+            # Compiled code recomputes by itself, and cannot detect changes of the weights. Tensors within a transform
+            # of torch.func have no storage to detect them by, and must not outlive the transform.
             return choose(self.view(tensors))
         if self._chosen is not None and (in_backward_pass() if self.training else self._chosen.fits(tensors)):
             return self._chosen.index
@@ -238,7 +239,7 @@ class Ranking(nn.Module):
         return index
 
     def derived(self, index: Int[Tensor, " edges"], make: Callable[[], T]) -> T:
-        """Return what is made of the edges of a forward pass, made once as long as they are kept."""
+        """Return an object derived from the edges of a forward pass; cached together with the edges."""
         chosen = self._chosen
         if chosen is None or chosen.index is not index:
             return make()
@@ -247,7 +248,7 @@ class Ranking(nn.Module):
         return chosen.derived
 
     def trained_edges(self, tensors: Sequence[Tensor] | None = None) -> Int[Tensor, " trained"] | None:
-        """Return the flat indices of the candidates that are trained, for the weights as they are; None if all are."""
+        """Return the flat indices of the trained candidates, for the present weights; None for all."""
         if self.wiring.trained == "all":
             return None
         view = self.view(tensors)
@@ -256,7 +257,7 @@ class Ranking(nn.Module):
     def learning_edges(
         self, index: Int[Tensor, " edges"], tensors: Sequence[Tensor]
     ) -> Int[Tensor, " learning"] | None:
-        """Return the flat indices of the candidates whose gradient enters ``.grad``; None if it is all of them.
+        """Return the flat indices of the candidates whose gradient is added to ``.grad``; None for all.
 
         Args:
             index: The real edges of the forward pass.
@@ -272,7 +273,7 @@ class Ranking(nn.Module):
         """Raise an error at the second backward pass if the rule needs an attached optimiser and has none.
 
         Args:
-            weight: What gradients of the weights flow through.
+            weight: A tensor through which the gradients of the weights flow.
         """
         if not self.training or torch.compiler.is_compiling() or not self.wiring.needs_steps:
             return weight
@@ -288,17 +289,17 @@ class Ranking(nn.Module):
             self._backward_pass = backward_pass()
         elif self._backward_pass != backward_pass():
             raise InputError(
-                f"{self.name}: {type(self.wiring).__name__} waits for the optimiser's steps, and nothing tells it: "
+                f"{self.name}: {type(self.wiring).__name__} waits for steps of an optimiser, and none is attached: "
                 "call dnw_graph.attach(model, optimizer) before training, and again for another optimiser or a copy"
             )
 
     @property
     def updates(self) -> Any:
-        """What calls the rule after a step, see :func:`dnw_graph.attach`; None if there is nothing."""
+        """The object that calls the rule after a step, see :func:`dnw_graph.attach`; None if there is none."""
         return None if self._updates is None else self._updates()
 
     def attached(self, updates: Any, full_name: str) -> None:
-        """Remember what calls the rule after a step.
+        """Remember the object that calls the rule after a step.
 
         Args:
             updates: The object; held weakly, so that it lives as long as its optimiser.
@@ -307,7 +308,7 @@ class Ranking(nn.Module):
         self._updates, self._backward_pass, self.full_name = weakref.ref(updates), None, full_name
 
     def forget(self) -> None:
-        """Choose the edges again at their next use: weights or the state of the rule were replaced."""
+        """Choose the edges again at their next use, since weights or the rule's state were replaced."""
         self._chosen = None
         self.wiring.forget_weights()
 
@@ -327,7 +328,7 @@ class Ranking(nn.Module):
             self._chosen.remember(self.weights, self.wiring.parameters())
 
     def train(self, mode: bool = True) -> Ranking:
-        """Switch between training and evaluation; a switch to evaluation chooses the real edges anew."""
+        """Switch between training and evaluation; evaluation then chooses the real edges again."""
         if self.training and not mode:
             self._chosen = None
         super().train(mode)
@@ -340,7 +341,7 @@ class Ranking(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         check_saved(self, state_dict, prefix)
-        # A file without them keeps the model's.
+        # A file may lack them; the model keeps its own then.
         numbers = {prefix + name for name in NUMBERS}
         others = {key: value for key, value in state_dict.items() if key not in numbers}
         super()._load_from_state_dict(others, prefix, *args)
@@ -350,17 +351,17 @@ class Ranking(nn.Module):
 
 
 def has_numbers(tensor: Tensor) -> bool:
-    """Return whether a tensor holds floating-point numbers, one after the other."""
+    """Return whether a tensor holds floating-point numbers in dense form."""
     return tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_meta
 
 
 def rule_hash(rule: type[Wiring]) -> int:
-    """Return a number from 0 up that stands for a rule's name, the same in every process."""
+    """Return a hash of a rule's name, an integer from 0 up, the same in every process."""
     return int.from_bytes(hashlib.sha256(wiring_name(rule).encode()).digest()[:7], "big")
 
 
 def saved_rule(number: int) -> str:
-    """Return what a message calls the rule that a number stands for."""
+    """Return the name of the rule with a hash, for messages."""
     names = (repr(name) for name, rule in WIRINGS.items() if rule_hash(rule) == number)
     return next(names, "a rule that is not registered here (register_wiring)")
 
@@ -373,9 +374,9 @@ def rankings(model: nn.Module) -> Iterator[tuple[str, Ranking]]:
 
 
 def wiring_penalty(model: nn.Module) -> Float[Tensor, ""]:
-    """Return what the wirings of all graphs of a model add to the loss: zero for most rules.
+    """Return the sum of the penalty terms of all rules of a model; zero for most rules.
 
-    :class:`~dnw_graph.wirings.L1Anneal` needs it. In a training loop of your own, after the forward pass:
+    :class:`~dnw_graph.wirings.L1Anneal` needs it, for example. In a training loop of your own, after the forward pass:
     ``loss = cross_entropy(scores, labels) + wiring_penalty(model)``.
 
     Args:
@@ -393,11 +394,11 @@ def check_saved(graph: Ranking, state_dict: Mapping[str, Any], prefix: str) -> N
     Args:
         graph: The graph.
         state_dict: What is loaded.
-        prefix: The part of its names that leads to the graph.
+        prefix: The prefix of the graph's names in it.
 
     Raises:
-        InputError: If the number of edges is another, the edges are those of another rule, or they are none of this
-            graph; see :meth:`~dnw_graph.wirings.Wiring.check_saved`.
+        InputError: If the number of edges or the rule differs, or the edges are invalid for this graph; see
+            :meth:`~dnw_graph.wirings.Wiring.check_saved`.
     """
     k = graph.view().k
     saved_k, rule = (_scalar(graph, state_dict, prefix, name) for name in ("num_edges", "rule"))

@@ -1,4 +1,4 @@
-"""Names and objects as arguments: a string picks a default, an object carries options."""
+"""Arguments that are names or objects: a name stands for an object with default options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def resolve(kind: str, given: object, base: type[T], known: Mapping[str, type[T]
     """Instantiate by name, or deep-copy the given object.
 
     Args:
-        kind: What it is, for messages.
+        kind: What the argument is, for messages.
         given: A name, or an object of class ``base``.
         base: The class that objects must have.
         known: The names that exist.
@@ -37,9 +37,9 @@ def build(kind: str, name: str, known: Mapping[str, Callable[..., T]], options: 
     """Return an object by name, made with options.
 
     Args:
-        kind: What it is, for messages.
+        kind: What the argument is, for messages.
         name: One of ``known``.
-        known: The names that exist, and what makes their objects.
+        known: The known names, and functions that make their objects.
         options: Arguments by name.
 
     Raises:

@@ -15,11 +15,11 @@ from dnw_graph.errors import InputError
 from dnw_graph.ops.call import run
 from dnw_graph.ops.checks import check_memory
 
-# Below this many candidates a sampled guess saves nothing; above it, one weight in _SAMPLE_STRIDE is sampled.
+# With fewer candidates, guessing from a sample saves nothing; otherwise one weight in _SAMPLE_STRIDE is sampled.
 _SAMPLE_FROM = 1 << 16
 _SAMPLE_STRIDE = 61
-_MARGINS = range(2, 31)  # How small a margin around a guess may be, a power of 1/2.
-# The integers that hold the bits of each type, and infinity among them.
+_MARGINS = range(2, 31)  # Possible margins around a guess, as powers of 1/2.
+# For each type, the integer type of the same size, and the bits of infinity.
 _BITS = {
     torch.float16: (torch.int16, 0x1F << 10),
     torch.bfloat16: (torch.int16, 0xFF << 7),
@@ -50,28 +50,27 @@ def select_top_k(weight: Float[Tensor, " candidates"], k: int, name: str = "grap
 
 
 def new_flag(device: torch.device | None = None) -> Int[Tensor, ""]:
-    """Return a flag for :class:`Selector`, not raised."""
-    with torch.inference_mode(False):  # whose tensors could not be written to in training
+    """Return a cleared flag for :class:`Selector`."""
+    with torch.inference_mode(False):  # Tensors made in inference mode cannot be written to in training.
         return torch.zeros((), dtype=torch.int64, device=device)
 
 
 class Selector:
-    """Does what :func:`select_top_k` does, faster: each step starts from the threshold of the one before.
+    """A faster :func:`select_top_k` for repeated use: each selection starts from the last threshold.
 
-    On a CPU all weights are compared with two guesses, a little below and a little above the last threshold, and only
-    the few in between are ranked. Wrong guesses are replaced by estimates from a sample of the weights; the result is
-    always that of a full sort. On other devices the shapes of all tensors follow from the
-    number of weights and k, and nothing synchronises: weights that are not finite raise a flag on the device, which
-    :meth:`raise_non_finite` reads. The flag is the caller's, one tensor that is written in place, so that a CUDA graph
-    finds it where it was.
+    On a CPU all weights are compared with two guesses, slightly below and above the last threshold, and only the few in
+    between are ranked. Wrong guesses are replaced by estimates from a sample of the weights; the result is always that
+    of a full sort. On other devices all shapes follow from the number of weights and k, and nothing synchronises:
+    weights that are not finite raise a flag on the device, which :meth:`raise_non_finite` reads. The flag is a tensor
+    of the caller that is written in place, so that its address in a CUDA graph stays valid.
 
     Copies and pickles start without a threshold.
     """
 
     def __init__(self) -> None:
-        with torch.inference_mode(False):  # whose tensors could not be written to in training
+        with torch.inference_mode(False):  # Tensors made in inference mode cannot be written to in training.
             self._carried = torch.tensor([-1, 14, 14], device="cpu")
-        # Of the last selection on a device: the graph's name and how many weights it chose among.
+        # Name and number of weights of the last selection on a device.
         self._flagged: tuple[str, int] | None = None
         self._not_finite = 0
 
@@ -84,7 +83,8 @@ class Selector:
             weight: Candidate weights.
             k: Number of edges, 1 … number of candidates.
             name: Name of the graph, for messages.
-            flag: Where the number of weights that are not finite goes if the weights are not on a CPU, on their device.
+            flag: Gets the number of weights that are not finite, unless they are on a CPU; on the device of the
+                weights.
 
         Raises:
             InputError: If k is out of range or, on a CPU, a weight is NaN or infinite.
@@ -94,18 +94,18 @@ class Selector:
             return _select(weight.detach(), k, name, self._carried)
         magnitude = _magnitude(weight)
         _raise_flag((magnitude >= _BITS[weight.dtype][1]).sum(), flag)
-        # Written, never read, in a step: compiled code would be compiled again where it changes.
+        # Only written in a step: reading values that change would cause recompilations.
         self._not_finite, self._flagged = 0, (name, weight.numel())
         return _ranked(magnitude, k)
 
     def raise_non_finite(self, flag: Int[Tensor, ""]) -> None:
-        """Read the flag, which synchronises with the device, and clear it.
+        """Read and clear the flag. Synchronises with the device.
 
         Args:
-            flag: The flag that the selections were given.
+            flag: The flag that was passed to the selections.
 
         Raises:
-            InputError: If weights that were selected from are NaN or infinite. Again until the next selection.
+            InputError: If weights of a selection were NaN or infinite; repeated until the next selection.
         """
         if self._flagged is None or flag.is_meta:
             return
@@ -119,7 +119,7 @@ class Selector:
         """Reset the cached threshold and the error flag.
 
         Args:
-            flag: The flag that the selections were given.
+            flag: The flag that was passed to the selections.
         """
         self._carried[0] = -1
         self._not_finite = 0
@@ -141,12 +141,12 @@ def _check(weight: Tensor, k: int, name: str) -> None:
 
 
 def _on_host(weight: Tensor) -> bool:
-    """Whether the host can read values without waiting for a device."""
+    """Return whether the host can read values without synchronising."""
     return weight.device.type == "cpu"
 
 
 def _magnitude(weight: Tensor) -> Tensor:
-    """Return the bits of |w| as integers: they have the order of |w|, and what is not finite comes last."""
+    """Return the bits of |w| as integers, which have the order of |w|; values that are not finite come last."""
     return weight.detach().abs().view(_BITS[weight.dtype][0])
 
 
@@ -166,7 +166,7 @@ def _ranked(magnitude: Int[Tensor, " candidates"], k: int) -> Int[Tensor, " edge
     schema="(Tensor weight, SymInt k, str name, Tensor(a!) carried) -> Tensor",
 )
 def _select(weight: Tensor, k: int, name: str, carried: Tensor) -> Tensor:
-    """The choice on a CPU; ``carried`` holds the last threshold, or -1, and how small the margins around it are."""
+    """Select on a CPU; ``carried`` holds the last threshold, or -1, and the margins below and above it."""
     _check(weight, k, name)
     if carried.shape != (3,) or carried.dtype != torch.int64:
         raise InputError(f"{name}: expected three int64 carried; got {list(carried.shape)} of {carried.dtype}")
@@ -195,7 +195,7 @@ def _(weight: Tensor, k: int, name: str, carried: Tensor) -> Tensor:
 
 @_select.register_vmap
 def _(info: Any, in_dims: Sequence[Any], weight: Tensor, k: int, name: str, carried: Tensor) -> tuple[Tensor, int]:
-    """Choose for each of several graphs; their thresholds have nothing to do with each other."""
+    """Select for each of several graphs, whose thresholds are independent."""
     return torch.stack([_select(each, k, name, carried.clone()) for each in weight.unbind(in_dims[0])]), 0
 
 
@@ -203,7 +203,7 @@ def _(info: Any, in_dims: Sequence[Any], weight: Tensor, k: int, name: str, carr
     "dnw_graph::raise_flag", mutates_args=("flag",), schema="(Tensor not_finite, Tensor(a!) flag) -> ()"
 )
 def _raise_flag(not_finite: Tensor, flag: Tensor) -> None:
-    """Keep the larger number; an operator of its own, since ``torch.func`` lets no other write to what it captures."""
+    """Keep the larger number. An operator, since ``torch.func`` forbids other writes to captured tensors."""
     flag.clamp_(min=not_finite)
 
 
@@ -229,11 +229,11 @@ def _guesses(weight: Tensor, k: int, last: int, below: int, above: int) -> Itera
 
 
 def _adapted(margin: int, ranked: int, k: int) -> int:
-    """Return how small a margin, a power of 1/2, is to be next: it follows how fast the weights move.
+    """Return the next margin, a power of 1/2; it adapts to how fast the weights change.
 
     Args:
-        margin: How small it was.
-        ranked: How many weights lay between the threshold and the guess; at most 0 if the guess was wrong.
+        margin: The last margin.
+        ranked: Number of weights between the threshold and the guess; at most 0 if the guess was wrong.
         k: Number of edges.
     """
     step = -3 if ranked <= 0 else (ranked > k // 8 + 64) - (ranked < k // 32)
@@ -241,9 +241,9 @@ def _adapted(margin: int, ranked: int, k: int) -> int:
 
 
 def _largest(weight: Tensor, k: int, low: int, high: int, name: str) -> tuple[Tensor, int, int, int]:
-    """Return the indices of the k largest, the k-th largest, and how many reach the lower and the upper guess.
+    """Return the indices of the k largest, the k-th largest, and how many weights reach the lower and the upper guess.
 
-    Where fewer than k reach the lower one, or k and more the upper one, these numbers are all that holds.
+    If fewer than k reach the lower guess, or k or more the upper one, only these two numbers are valid.
 
     Raises:
         InputError: If a weight is NaN or infinite.
@@ -254,7 +254,7 @@ def _largest(weight: Tensor, k: int, low: int, high: int, name: str) -> tuple[Te
     else:
         magnitude = _magnitude(weight)
         not_finite = int((magnitude >= _BITS[weight.dtype][1]).sum())
-        # NumPy finds them several times faster than torch.nonzero.
+        # NumPy is several times faster than torch.nonzero.
         index = torch.from_numpy(np.flatnonzero((magnitude >= low).numpy()))
         reaching, chosen, threshold = index.numel(), 0, 0
         if reaching >= k:

@@ -1,9 +1,9 @@
-"""How the processes of a run end: on Ctrl-C, on SIGTERM, or because one of them is lost.
+"""Ends the processes of a run: on Ctrl-C, on SIGTERM, or because one of them is lost.
 
-A program calls :func:`start` before the imports that take seconds, so this module needs the standard library only.
+A program calls :func:`start` before slow imports, so this module uses the standard library only.
 
-A thread watches. The main thread may be within an import or a collective operation, where Python runs no handlers of
-signals; and an exception out of a handler can come up anywhere.
+A thread handles the signals. The main thread may be in an import or a collective operation, where Python runs no signal
+handlers; and an exception from a handler can surface anywhere.
 """
 
 from __future__ import annotations
@@ -27,53 +27,53 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FAILED = 1
-# Options that say where a run starts, instead of which it goes on from its newest checkpoint.
+# Options that say where a run starts; to continue, its newest checkpoint takes their place.
 STARTS = ("--resume", "--init-from")
 # Set for the ranks that a main process starts: its process id, and the directory of the run.
 MAIN_PROCESS, DIRECTORY = "DNW_GRAPH_MAIN_PROCESS", "DNW_GRAPH_DIRECTORY"
-# Environment variables of which each is 0, or not set, in the first process of a run.
+# Environment variables that are 0 or not set in the first process of a run.
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 
-LOOK_SECONDS = 0.2  # between two looks at the other processes
-LOSS_SECONDS = 2.0  # in which the loss of another process shows
-NOTICE_SECONDS = 3.0  # before a stop that waits for the end of a step is announced
-ENDING_SECONDS = 10.0  # in which the other ranks end on their own
-# The third signal does not wait for the end of a step. Signals at the same time, such as those of `timeout`, are one.
+LOOK_SECONDS = 0.2  # Interval of checks of the other processes.
+LOSS_SECONDS = 2.0  # Time in which the loss of another process shows.
+NOTICE_SECONDS = 3.0  # Delay of the notice that a stop waits for the end of a step.
+ENDING_SECONDS = 10.0  # Time for the other ranks to end on their own.
+# The third signal does not wait for the end of a step. Simultaneous signals, such as those of `timeout`, count as one.
 PATIENCE, SAME_SECONDS = 3, 0.5
 
 
 class Stopped(SystemExit):
-    """Ends a run that was told to stop, by Ctrl-C or SIGTERM; ``code`` is 128 + the number of the signal."""
+    """Ends a run after Ctrl-C or SIGTERM; ``code`` is 128 + the number of the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
 
 
 def is_first_process() -> bool:
-    """Return whether this process writes the files of its run and speaks for it."""
+    """Return whether this process writes the files and messages of its run."""
     return all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
 def say(text: str) -> None:
     """Print a line to stderr, below the progress bar."""
-    with suppress(OSError, ValueError):  # nobody is there to read
+    with suppress(OSError, ValueError):  # The stream may be closed.
         if sys.stdout.isatty():
             print(flush=True)
         print(text, file=sys.stderr, flush=True)
 
 
 class _Process:
-    """What this process knows of its run, and the thread that watches."""
+    """The state of this process in its run, and the thread that watches."""
 
     def __init__(self) -> None:
         self.command: tuple[list[str], list[str]] | None = None
         self.checkpoint: Path | None = None
-        self.goes_on = False  # whether the same command does, without being told from where
+        self.goes_on = False  # Whether the same command, repeated, continues the run.
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.main = int(os.environ.get(MAIN_PROCESS, "0"))
-        self.together = bool(self.main)  # whether the loss of another process ends this one
-        self.deferring = False  # whether signals wait until somebody asks for them
-        self.number = self.agreed = 0  # the signal that waits, and that for which all ranks stop now
+        self.together = bool(self.main)  # Whether the loss of another process ends this one.
+        self.deferring = False  # Whether signals wait until they are asked for.
+        self.number = self.agreed = 0  # The waiting signal, and the one for which all ranks stop.
         self.signals, self.times, self.announced = 0, (0.0, 0.0), False
         self.lock = threading.Lock()
         self.watching = False
@@ -107,7 +107,7 @@ class _Process:
                     self._announce()
 
     def take_signals(self) -> None:
-        """Have the thread, and :attr:`number`, see signals instead of who has seen them so far."""
+        """Route signals to the thread and :attr:`number` instead of the previous handlers."""
         if threading.current_thread() is not threading.main_thread():
             return
         self.handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -125,7 +125,7 @@ class _Process:
         self.number = self.number or number
 
     def _read_signals(self) -> None:
-        """Take note of signals, each of which has written its number."""
+        """Read the numbers of signals that have arrived."""
         try:
             numbers = self.reader.recv(1024)
         except BlockingIOError:
@@ -161,7 +161,7 @@ class _Process:
             if number in SIGNALS:
                 self._stop_at_once(number)
             if status > 0:
-                self._end(status)  # it has said why
+                self._end(status)  # The rank has printed its error.
             name = signal.Signals(number).name
             self._end(FAILED, f"error: rank {rank} (process {process.pid}) was killed by {name}: {how_to_continue()}")
         if self.main and os.getppid() != self.main:
@@ -181,7 +181,7 @@ class _Process:
         os._exit(status)
 
     def end_deferral(self) -> int:
-        """Have signals act at once again, and return the one that nobody asked for, or 0."""
+        """Let signals act at once again, and return the one that was not asked for, or 0."""
         with self.lock:
             if not self.deferring:
                 return 0
@@ -209,7 +209,7 @@ def start() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Hold signals back in this thread, and in processes that it starts until they are ready for them."""
+    """Block signals in this thread, and in processes that it starts until they can handle them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -221,7 +221,7 @@ def held() -> Iterator[None]:
 
 
 def _let_through() -> None:
-    """Take the signals that were held back while this process was started."""
+    """Unblock the signals that were blocked while this process was started."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
@@ -243,12 +243,12 @@ def how_to_continue() -> str:
 
 
 def goes_on() -> None:
-    """Note that the same command, given again, goes on by itself."""
+    """Note that the same command, repeated, continues the run."""
     _this.goes_on = True
 
 
 def _without_start(options: list[str]) -> list[str]:
-    """Return options without those that say where a run starts."""
+    """Return the options without those that say where a run starts."""
     kept = []
     values = iter(options)
     for word in values:
@@ -268,8 +268,8 @@ def add_rank(process: subprocess.Popen[bytes]) -> None:
 def watched() -> Iterator[None]:
     """Watch the ranks of a run while they work together.
 
-    If a rank is lost, which is what exceptions of its peers then come from, this process ends with one line. An
-    exception of its own ends the ranks that it started.
+    If a rank is lost, which also causes exceptions in its peers, this process ends with one line. An exception of its
+    own ends the ranks that it started.
     """
     own = not _this.watching
     if own:
@@ -301,7 +301,7 @@ def watched() -> Iterator[None]:
 
 
 def defer() -> None:
-    """Have signals wait, until the end of :func:`watched`, for somebody to ask for them."""
+    """Until the end of :func:`watched`, let signals wait until they are asked for."""
     if not _this.watching:
         return
     with _this.lock:
@@ -313,7 +313,7 @@ def defer() -> None:
 
 
 def requested() -> int:
-    """Return the number of the signal that waits, or 0."""
+    """Return the number of the waiting signal, or 0."""
     return _this.number
 
 

@@ -1,4 +1,4 @@
-"""Whether nested content is built like other content."""
+"""Checks whether nested content has the same structure as other content."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from dnw_graph.errors import InputError
 
 
 def match(given: Any, like: Any, where: str, *, exact: bool = True) -> None:
-    """Refuse content that is not built like other content.
+    """Refuse content that has not the structure of other content.
 
     Args:
         given: The content.
-        like: What it must be built like: a dict of the same keys, a list or tuple of the same length, a tensor of the
-            same shape and type (or both floating-point), or a value of the same type. A type stands for its values.
+        like: Content with the expected structure: dicts must have the same keys, lists and tuples the same length,
+            tensors the same shape and type (or both floating-point), other values the same type. A type stands for any
+            of its values.
         where: Name of the content in messages.
-        exact: Whether dicts may have no keys but those of ``like``.
+        exact: Whether further keys in dicts are refused.
 
     Raises:
-        InputError: At the first difference, and at the first number that is NaN or infinite.
+        InputError: At the first difference, or the first number that is NaN or infinite.
     """
     if not _same_kind(given, like):
         raise InputError(f"{where} is {_shown(given)}, expected {_shown(like)}")

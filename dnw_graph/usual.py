@@ -1,4 +1,4 @@
-"""Whether a module does what its class says."""
+"""Checks whether a module behaves as its class does."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dnw_graph._compat import has_own_hooks
 
 
 def as_its_class(module: nn.Module) -> bool:
-    """Return whether a module keeps the methods of its class, and nobody listens to its calls or changes them."""
+    """Return whether a module has the methods of its class and no hooks."""
     return keeps_methods(module) and not has_own_hooks(module)
 
 
 def keeps_methods(module: nn.Module) -> bool:
-    """Return whether nobody has put another function in the place of one of a module's methods, such as ``forward``.
+    """Return whether none of a module's methods, such as ``forward``, was replaced on the object.
 
-    Libraries that offload, wrap or patch layers do that, on the object and not on its class.
+    Libraries that offload, wrap or patch layers do that.
     """
     return vars(module).keys().isdisjoint(_methods(cast(Hashable, type(module))))
 

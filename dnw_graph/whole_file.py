@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writes files atomically."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 from dnw_graph.errors import InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# What file systems say that cannot flush a directory.
+# Errors of file systems that cannot flush a directory.
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 def write_whole(path: Path, content: bytes | memoryview, option: str) -> None:
-    """Write a file whole or not at all, so that it survives a crash of the process or of the machine.
+    """Write a file atomically, so that it survives a crash of the process or of the machine.
 
-    The content goes to ``<name>.partial`` beside the file, onto the disk, and takes the file's name. A process that is
-    killed leaves at most that partial file, which the next write overwrites.
+    The content is written to ``<name>.partial``, flushed to disk and renamed. A killed process leaves at most that
+    partial file, which the next write overwrites.
 
     Args:
         path: The file.
-        content: All of it.
-        option: What names another place, such as a command-line option, for the message.
+        content: The content of the file.
+        option: The argument or command-line option that names another place, for messages.
 
     Raises:
         InputError: If the file cannot be written, for example because the disk is full. It stays as it was.
@@ -38,10 +38,10 @@ def write_whole(path: Path, content: bytes | memoryview, option: str) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_directory(path.parent)
-    except (OSError, ValueError) as error:  # ValueError: a null character
+    except (OSError, ValueError) as error:  # ValueError for a null character.
         raise unwritable(path, error, option) from error
     finally:
-        with suppress(OSError, ValueError):  # such as a file system that has become read-only
+        with suppress(OSError, ValueError):  # The file system may have become read-only.
             partial.unlink(missing_ok=True)
 
 
@@ -52,14 +52,14 @@ def unwritable(path: Path, error: OSError | ValueError, option: str) -> InputErr
 
 
 def make_writable(directory: Path, option: str) -> None:
-    """Make a directory if needed, and see that files can be made in it.
+    """Create a directory if necessary, and make sure that files can be created in it.
 
     Args:
         directory: The directory.
-        option: What names another place, as in :func:`write_whole`.
+        option: As for :func:`write_whole`.
 
     Raises:
-        InputError: If not.
+        InputError: If that is impossible.
     """
     probe = directory / ".writable"
     try:
@@ -77,8 +77,8 @@ def _cause(error: OSError | ValueError) -> str:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Have the new name of a file reach the disk."""
-    if os.name == "nt":  # directories cannot be opened
+    """Flush a directory to disk, with the new name of a file."""
+    if os.name == "nt":  # Windows cannot open directories.
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
