@@ -197,13 +197,13 @@ _this = _Process()
 
 
 def start() -> None:
-    """Have Ctrl-C and SIGTERM end this program with one line and status 130 or 143, from now on."""
+    """From now on, let Ctrl-C and SIGTERM end this program with one line and status 130 or 143."""
     _this.command = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], sys.argv[1:]
     with held():
         _this.watch()
         _this.take_signals()
     _let_through()
-    # The first function given is the last one called: nothing changes the status any more.
+    # The function registered first is called last: nothing can change the status afterwards.
     atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in SIGNALS])
 
 

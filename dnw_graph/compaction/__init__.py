@@ -1,4 +1,4 @@
-"""Models without dead nodes, for inference: smaller, with the same outputs, ready for export and for files."""
+"""Compact models for inference: without dead nodes, with the same outputs, ready for export and for files."""
 
 from __future__ import annotations
 

@@ -43,9 +43,9 @@ def chain(model: nn.Module) -> list[nn.Module]:
 
 
 def silent_features(modules: list[nn.Module]) -> Tensor | None:
-    """Return the values of those features that are the same for all images, NaN for all others; None if there are none.
+    """Return the values of features that are the same for all images, and NaN for others; None if there are none.
 
-    Such a feature is the mean over the map of an output that receives nothing, with element-wise layers between.
+    Such a feature is the mean over the map of an output without input edges, possibly after element-wise layers.
     """
     between: list[Layer] = []
     for module in reversed(modules):
@@ -64,7 +64,7 @@ def silent_features(modules: list[nn.Module]) -> Tensor | None:
     received = module.edge_index[1] - (module.num_nodes - module.num_outputs)
     silent = torch.ones(module.num_outputs, dtype=torch.bool, device=received.device)
     silent[received[received >= 0]] = False
-    silent[0] &= not silent.all()  # One feature is kept: the size of the batch comes in through it.
+    silent[0] &= not silent.all()  # Keep one feature, which gives the batch size.
     if not silent.any():
         return None
     z = module.edge_weight.new_zeros(1, module.num_outputs, max(means), max(means))

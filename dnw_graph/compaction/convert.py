@@ -1,4 +1,4 @@
-"""From a neural graph to the layers of a compact model."""
+"""Converts a neural graph to layers of a compact model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dnw_graph.usual import as_its_class
 
 
 def needed_nodes(graph: NeuralGraph, wanted: Int[Tensor, " outputs"] | None) -> Bool[Tensor, " nodes"]:
-    """Return which nodes a compact graph needs: the live ones, and all of a node function that cannot be cut.
+    """Return the nodes that a compact graph needs: live ones, and all nodes of node functions that cannot be cut.
 
     Args:
         graph: The graph.
@@ -40,17 +40,17 @@ def needed_nodes(graph: NeuralGraph, wanted: Int[Tensor, " outputs"] | None) -> 
 
     live = reaching(graph.edge_index, live, widen)
     if not live[: graph.num_inputs].any():
-        live[0] = True  # Size of batch and maps come in through the inputs.
+        live[0] = True  # The inputs give the sizes of batch and maps.
     return live
 
 
 def can_be_compacted(module: nn.Module) -> bool:
-    """Return whether a module is a graph with one of the package's dynamics, which nobody has patched or listens to."""
+    """Return whether a module is a graph with a dynamics of this package, without patches and hooks."""
     return type(module) is NeuralGraph and why_not(module) is None
 
 
 def why_not(graph: NeuralGraph) -> str | None:
-    """Return why a graph stays as it is, in words; None if it need not."""
+    """Return why a graph cannot be compacted, in words, or None."""
     if type(graph) is not NeuralGraph or type(graph.dynamics) not in (Static, Discrete, Continuous):
         return f"a {type(graph).__name__} with {type(graph.dynamics).__name__} dynamics"
     usual = as_its_class(graph) and as_its_class(graph.dynamics)
@@ -92,7 +92,7 @@ class GraphConverter:
         self.outputs = places + graph.num_nodes - graph.num_outputs
 
     def layers(self) -> list[nn.Module]:
-        """Return the layers, from the states that come into the inputs kept to the outputs wanted."""
+        """Return the layers, from the states of the kept inputs to the wanted outputs."""
         dynamics = self.graph.dynamics
         if isinstance(dynamics, Static):
             return self._static(dynamics)
@@ -102,7 +102,7 @@ class GraphConverter:
         return self._continuous(dynamics)
 
     def product(self, have: Tensor, want: Tensor) -> Product:
-        """Return the product from the states of some nodes to what others receive."""
+        """Return the product from the states of some nodes to the inputs of others."""
         place = torch.full((2, self.graph.num_nodes), -1, device=self.source.device)
         place[0, have] = torch.arange(len(have), device=have.device)
         place[1, want] = torch.arange(len(want), device=want.device)
@@ -138,7 +138,7 @@ class GraphConverter:
                 continue
             sources = self.graph.candidates.blocks[block - 1].sources
             first, last = starts[sources.start], starts[sources.stop]
-            # Where all sources are dead, the inputs still say how large the maps are.
+            # If all sources are dead, the inputs still give the size of the maps.
             first, last = (first, last) if number[first] < number[last] else (0, 1)
             product = self.product(torch.cat(kept[first:last]), part)
             feeding.append((number[first], number[last]))
@@ -146,7 +146,7 @@ class GraphConverter:
             if block < len(kept) - 1:
                 _, *rest = fold([product, *function(block)])
                 chains.append(Chain(rest))
-        # A function that cannot be cut needs all outputs, wanted or not.
+        # A function that cannot be cut computes all outputs, wanted or not.
         wanted = [] if len(kept[-1]) == len(self.outputs) else self._select(kept[-1])
         return [*function(0), StaticGraph(products, chains, feeding), *function(len(kept) - 1), *wanted]
 
@@ -192,7 +192,7 @@ class GraphConverter:
         return Step(Chain([layer.cut(have) for layer in sends]), product, Chain(rest))
 
     def _select(self, nodes: Tensor) -> list[Layer]:
-        """Return the selection of the outputs wanted from the states of some nodes."""
+        """Return the layer that selects the wanted outputs from the states of some nodes."""
         return [Select(torch.searchsorted(nodes, self.outputs))]
 
 

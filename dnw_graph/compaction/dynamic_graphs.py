@@ -24,9 +24,9 @@ class Step(Layer):
     """One application of f_θ(A Z, t) in a dynamic graph.
 
     Args:
-        send: What happens to states before they are propagated, unless ``receive`` is a whole function that knows.
+        send: Applied to states before they are propagated, unless ``receive`` is a whole function with its own.
         product: The product Z → I.
-        receive: The states that follow from what is received.
+        receive: Computes states from what nodes receive.
     """
 
     product: Product
@@ -39,12 +39,12 @@ class Step(Layer):
 
     @property
     def num_inputs(self) -> int:
-        """Number of nodes whose states come in."""
+        """Number of nodes whose states the step takes."""
         return self.product.num_inputs
 
     @property
     def num_outputs(self) -> int:
-        """Number of nodes whose states come out."""
+        """Number of nodes whose states the step returns."""
         return self.product.num_outputs
 
     def forward(self, z: Float[Tensor, "batch have *space"], time: int | Tensor) -> Float[Tensor, "batch want *space"]:
@@ -120,7 +120,7 @@ class RungeKuttaGraph(Layer):
     Args:
         step: The right-hand side f_θ(A Z, t).
         method: One of :data:`TABLEAUS`.
-        times: Where steps begin and end.
+        times: Bounds of the steps.
     """
 
     options = ("method", "times")
@@ -206,7 +206,7 @@ class ContinuousGraph(Layer):
         solver: dict[str, Any] = {"method": self.method, "options": self.solver_options}
         try:
             states = odeint(lambda time, z: self.step(z, time), z, times, rtol=self.rtol, atol=self.atol, **solver)
-        except AssertionError as error:  # torchdiffeq asserts, among others, that its step stays above zero
+        except AssertionError as error:  # torchdiffeq asserts, among other things, that its step stays above zero.
             raise InputError(f"{self.method} failed ({error}): the states grow without bound for this input") from error
         return states[-1]
 

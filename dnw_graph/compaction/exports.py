@@ -1,4 +1,4 @@
-"""Exports: the compact form of a model as one file for other programs, with all that these need to use it."""
+"""Exports a compact model as one file for other programs, with everything that they need to use it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from dnw_graph.errors import InputError
 from dnw_graph.model_card import CARD_ENTRY, CARD_FILE, ModelCard, card_of
 from dnw_graph.whole_file import make_writable, write_whole
 
-# What writes a kind of file besides PyTorch.
+# Packages besides PyTorch that write each kind of file.
 FORMATS = {".safetensors": ("safetensors",), ".pt2": (), ".onnx": ("onnx", "onnxscript")}
-# Calls whose median is taken, after some that warm up.
+# Timed calls, whose median is taken, and warm-up calls before them.
 CALLS, WARM_UP_CALLS = 15, 3
 
 
 def check_export(path: Path) -> None:
-    """Refuse a file that could not be written in the end.
+    """Refuse, before any work, a file that cannot be written.
 
     Raises:
         InputError: If the kind of file is unknown, a package for it is missing, or its directory cannot be written to.
@@ -49,7 +49,7 @@ def check_export(path: Path) -> None:
 
 
 class Shipped(nn.Module):
-    """A model whose input is called ``image``, with normalisation before it if asked for.
+    """A model with an input named ``image``, optionally with normalisation in front.
 
     Args:
         model: The model.
@@ -74,7 +74,7 @@ class Shipped(nn.Module):
 
 @checked
 def export(model: nn.Module, path: str | os.PathLike[str], example: Tensor, with_preprocessing: bool = False) -> str:
-    """Write the compact form of a model, whole or not at all, and say how large it is and how long it takes.
+    """Write the compact form of a model atomically, and report its size and inference time.
 
     - ``.safetensors``: wiring and weights, for :func:`dnw_graph.load`;
     - ``.pt2``: a program of ``torch.export``, with sparse products over the edges of neural graphs and sparse layers;

@@ -65,16 +65,16 @@ KINDS: dict[str, type[Layer]] = {
     "step": Step,
 }
 """The layers that a file can hold. Adding one, or an option that has no default, makes a new version."""
-ROUNDED = ("values", "weight")  # What can be written with fewer digits; biases and what norms have become cannot.
+ROUNDED = ("values", "weight")  # Tensors that may be rounded; biases and folded norms may not.
 
 
 @checked
 def save_compact(module: nn.Module, path: str | os.PathLike[str], weight_dtype: torch.dtype | None = None) -> None:
     """Write a compact model to a file from which :func:`load_compact` makes it again, without the original model.
 
-    An edge, or a weight of a sparse layer, takes one byte for its place beside its value: the number of zeros before
-    it, with a further byte for every 255 of them. The file is written whole or not at all. The card
-    of a model that :func:`dnw_graph.load` returned goes with it.
+    Besides its value, an edge or a weight of a sparse layer takes one byte for its position: the number of zeros before
+    it, with a further byte for every 255 of them. The file is written atomically. It includes the card of a model that
+    :func:`dnw_graph.load` returned.
 
     Args:
         module: What :func:`~dnw_graph.compaction.compact` returned.
@@ -106,7 +106,7 @@ def save_compact(module: nn.Module, path: str | os.PathLike[str], weight_dtype: 
 
 @checked
 def load_compact(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> CompactModel:
-    """Return the compact model that :func:`save_compact` wrote; nothing in the file is executed.
+    """Return the compact model that :func:`save_compact` wrote; no code in the file is run.
 
     Args:
         path: The file.
@@ -127,9 +127,9 @@ def load_compact(path: str | os.PathLike[str], device: str | torch.device = "cpu
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            # Copied: what is read is a view of the file, which may be overwritten later.
+            # Copied, since the tensors read are views of the file, which may be overwritten later.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # a damaged file can fail anywhere in the decoder
+    except Exception as error:  # A damaged file can fail anywhere in the decoder.
         raise InputError(
             f"{path} cannot be read ({_short(error)}): it is damaged or not a file of save_compact"
         ) from error
@@ -139,7 +139,7 @@ def load_compact(path: str | os.PathLike[str], device: str | torch.device = "cpu
         raise InputError(f"{path} does not hold what was written (its checksum differs): it is damaged")
     try:
         model = _build(json.loads(metadata["config"]), tensors, "")
-    except Exception as error:  # a wrong description can fail anywhere
+    except Exception as error:  # A wrong description can fail anywhere.
         raise InputError(f"{path} does not describe a compact model ({_short(error)}): it is damaged") from error
     if tensors or not isinstance(model, CompactModel):
         raise InputError(f"{path} holds tensors of no layer ({', '.join(sorted(tensors)[:3]):.100}): it is damaged")
@@ -166,7 +166,7 @@ def _check_format(path: Path, metadata: dict[str, str]) -> None:
 
 
 def _describe(layer: nn.Module, name: str, dtype: torch.dtype | None, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return what a file says of a layer, and add its tensors to those that the file holds."""
+    """Return the description of a layer for a file, and add its tensors to those of the file."""
     kinds = [kind for kind, cls in KINDS.items() if type(layer) is cls]
     if not kinds or not isinstance(layer, Layer):
         raise InputError(

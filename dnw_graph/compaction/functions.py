@@ -36,15 +36,15 @@ ACTIVATION_MODULES: dict[type[nn.Module], str] = {
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)
 
-# What does nothing in evaluation.
+# Modules that do nothing in evaluation.
 SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def steps(module: nn.Module) -> list[Layer] | None:
-    """Return the layers, one after the other, that a module is in evaluation, or None if it is not known to be such.
+    """Return the sequence of layers that a module is equivalent to in evaluation, or None if unknown.
 
-    Every layer works on each channel by itself, so that it can be cut to some of them. Only exact classes are known: a
-    subclass, and a module that somebody has patched or listens to, may do something else.
+    Every layer treats each channel separately, so that it can be cut to some of them. Only exact classes are known:
+    subclasses, patched modules and modules with hooks may do something else.
     """
     kind = type(module)
     if not as_its_class(module):
@@ -80,14 +80,14 @@ def steps(module: nn.Module) -> list[Layer] | None:
 
 
 def sending_steps(function: nn.Module) -> list[Layer] | None:
-    """Return what a node function does with a state before it is sent, see :func:`steps`."""
+    """Return the layers that a node function applies to states before they are sent, see :func:`steps`."""
     if type(function) is ReluConvSendNorm and as_its_class(function):
         return _all([nn.ReLU(), function.conv])
     return None if hasattr(function, "send") else []
 
 
 def conv(module: nn.Module) -> Conv | None:
-    """Return a convolution as a layer, or None if its padding is not of zeros."""
+    """Return a convolution as a layer, or None if it does not pad with zeros."""
     assert isinstance(module, nn.Conv2d)
     if module.padding_mode != "zeros":
         return None
@@ -97,7 +97,7 @@ def conv(module: nn.Module) -> Conv | None:
 
 
 def linear_or_conv(module: nn.Module) -> Conv | Linear | None:
-    """Return a linear layer or a convolution as a layer, or None if it is another module, or one that was patched."""
+    """Return a linear layer or a convolution as a layer, or None for other and for patched modules."""
     if not as_its_class(module):
         return None
     if type(module) is nn.Linear:
@@ -129,7 +129,7 @@ def _scale_and_shift(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PerBlock(Layer):
-    """Another chain of layers for each block of channels.
+    """A separate chain of layers for each block of channels.
 
     Args:
         chains: One per block.

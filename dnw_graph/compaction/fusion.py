@@ -1,4 +1,4 @@
-"""Fewer operations with the same result: norms folded into what comes before them, static graphs in one operator."""
+"""Fuses operations: norms are folded into the layers before them, static graphs become one operator."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def fold(layers: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def fuse(layers: Sequence[nn.Module]) -> list[nn.Module]:
-    """Put runs of static graphs of (norm →) ReLU → 3×3 convolution (→ ReLU) into one operator each.
+    """Fuse sequences of static graphs of (norm →) ReLU → 3×3 convolution (→ ReLU) into one operator each.
 
-    A ReLU behind a sparse layer becomes part of it.
+    A ReLU after a sparse layer becomes part of it.
     """
     fused: list[nn.Module] = []
     place = 0
@@ -45,14 +45,14 @@ def fuse(layers: Sequence[nn.Module]) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class _Function:
-    """A node function ReLU → 3×3 convolution, with ReLU behind it where ``relu`` is true."""
+    """A node function ReLU → 3×3 convolution, followed by a ReLU if ``relu`` is true."""
 
     conv: Conv
     relu: bool
 
 
 def _function(layers: Sequence[nn.Module]) -> tuple[_Function | None, int]:
-    """Return the node function that the layers begin with, if the operator has it, and of how many layers it is."""
+    """Return the node function at the start of the layers, if the operator supports it, and its number of layers."""
     if len(layers) < 2 or not _is_relu(layers[0]):
         return None, 0
     conv = layers[1]
@@ -66,7 +66,7 @@ def _function(layers: Sequence[nn.Module]) -> tuple[_Function | None, int]:
 
 
 def _run(layers: Sequence[nn.Module], place: int) -> tuple[FusedGraph | None, int]:
-    """Return the static graphs that begin at a place as one operator, and the place after them."""
+    """Return the static graphs that begin at an index as one operator, and the index after them."""
     start = place
     affine = layers[place] if isinstance(layers[place], Affine) else None
     place += affine is not None
@@ -131,7 +131,7 @@ def _run(layers: Sequence[nn.Module], place: int) -> tuple[FusedGraph | None, in
 
 
 def _inner(graph: StaticGraph) -> list[_Function] | None:
-    """Return the node functions between inputs and outputs, if the operator has them and products are sparse."""
+    """Return the node functions between inputs and outputs, if the operator supports them and products are sparse."""
     inner = []
     for chain in graph.functions:
         layers = list(chain.layers) if isinstance(chain, Chain) else []

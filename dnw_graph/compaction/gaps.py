@@ -1,4 +1,4 @@
-"""The places of a sparse matrix as 8-bit gaps: one byte for each value, and one for every 255 zeros in a row."""
+"""Encodes the positions in a sparse matrix as 8-bit gaps: a byte per value, and one for every 255 zeros in a row."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 from dnw_graph.compaction.plain_layers import require
 
 FAR = 255
-"""A byte that passes so many zeros and stands for no value."""
+"""A byte that stands for this many zeros and no value."""
 
 
 def to_gaps(rowptr: Int[Tensor, " rows"], columns: Int[Tensor, " values"], sources: int) -> UInt8[Tensor, " bytes"]:
     """Return the number of zeros before each value, row after row, in bytes.
 
     Args:
-        rowptr: Where the values of each row start; columns ascend within a row.
+        rowptr: Start of the values of each row; columns ascend within a row.
         columns: The column of each value.
         sources: Number of columns.
     """
@@ -32,10 +32,10 @@ def to_gaps(rowptr: Int[Tensor, " rows"], columns: Int[Tensor, " values"], sourc
 def from_gaps(
     gaps: UInt8[Tensor, " bytes"], rows: int, sources: int, index: torch.dtype
 ) -> tuple[Int[Tensor, " rows"], Int[Tensor, " values"]]:
-    """Return row pointers and columns of a matrix of so many rows and columns.
+    """Return row pointers and columns of a matrix with ``rows`` rows and ``sources`` columns.
 
     Raises:
-        InputError: If the places lie outside the matrix.
+        InputError: If a position lies outside the matrix.
     """
     require(gaps.dtype is torch.uint8 and gaps.dim() == 1, "gaps must be a list of bytes")
     is_value = gaps != FAR

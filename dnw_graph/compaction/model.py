@@ -42,13 +42,13 @@ class CompactModel(Chain):
     """A model without dead nodes, as a chain of plain layers; made by :func:`compact` or ``load_compact``.
 
     Attributes:
-        report: What was saved; None if the model comes from a file.
+        report: Sizes before and after; None if the model comes from a file.
     """
 
     report: Report | None = None
 
     def forward(self, z: Tensor, **options: Any) -> Tensor:
-        """Apply the layers; options of a graph, such as ``times``, are refused: the layers hold what outputs need."""
+        """Apply the layers; options of a graph, such as ``times``, are refused, since inner states are gone."""
         if options:
             raise InputError(f"a compact model takes no options; got {', '.join(options)}: ask the original graph")
         if not isinstance(z, Tensor):
@@ -60,31 +60,31 @@ class CompactModel(Chain):
 def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | None = None) -> nn.Module:
     """Return a model as a plain inference module without dead nodes, with the same outputs.
 
-    Nodes from which no path of real edges leads to an output of the model are left out, through all graphs and back
-    into the convolution before the first one. Batch norms are folded into products and convolutions. A node that
-    receives nothing is not silent (norm, ReLU and convolution make a constant map of its zero); it stays, but an output
-    that receives nothing becomes part of the bias of the linear layer that reads it.
+    Nodes without a path of real edges to an output of the model are removed, in all graphs and in the convolution
+    before the first one. Batch norms are folded into products and convolutions. A node without input edges is not
+    silent: norm, ReLU and convolution map its zero input to a constant map. It stays, but an output without input edges
+    becomes part of the bias of the linear layer that reads it.
 
     The result is a :class:`CompactModel` for the models of this package, a :class:`~dnw_graph.NeuralGraph`, an
-    ``nn.Sequential`` of them and other layers, and networks with sparse layers, see below; any other module is copied,
-    with such a model in place of each graph.
+    ``nn.Sequential`` of them and other layers, and networks with sparse layers, see below. Any other module is copied,
+    and each graph in it is replaced by such a model.
 
-    A graph with an adaptive solver takes other steps without its dead nodes, so that its outputs move within the
-    solver's tolerance; the report says by how much.
+    An adaptive solver takes other steps without the dead nodes, so that outputs change within its tolerance; the report
+    says by how much.
 
-    Linear layers and 2-dimensional convolutions of 4,096 weights or more, of which at most 30% are not zero, run
-    over these alone, whether :func:`~dnw_graph.sparse_layers.sparsify` or another method has made them sparse; other
-    layers are faster as they are. A module whose forward pass is a fixed network of layers, additions and pooling, such
-    as torchvision's ResNets, becomes a :class:`CompactModel` if it has such layers; in any other module they take the
-    place of the layers that they are made from.
+    Linear layers and 2-dimensional convolutions with 4,096 weights or more, of which at most 30% are not zero, become
+    sparse layers, whether :func:`~dnw_graph.sparse_layers.sparsify` or another method made the zeros; other layers are
+    faster dense. A module whose forward pass is a fixed network of layers, additions and pooling, such as torchvision's
+    ResNets, becomes a :class:`CompactModel` if it has sparse layers; in any other module they replace the layers that
+    they are made from.
 
     Args:
-        model: The model; it stays as it is. The real edges are those of evaluation.
-        products: ``"sparse"``: the products over the edges are sparse, static graphs of norm → ReLU → 3×3 convolution
-            run in one operator, and so do sparse layers. ``"dense"``: matrices with zeros, in plain PyTorch operators
-            (for ONNX).
-        example: A batch of inputs, for a model that takes nothing else. With it, the report holds multiply-adds and
-            the difference of the outputs.
+        model: The model, which is not changed. The real edges are those of evaluation.
+        products: ``"sparse"``: products over edges are sparse; static graphs of norm → ReLU → 3×3 convolution, and
+            sparse layers, are single operators. ``"dense"``: matrices with zeros, in plain PyTorch operators (for
+            ONNX).
+        example: A batch of inputs, for a model with a single argument. With it, the report has multiply-adds and the
+            difference of the outputs.
 
     Returns:
         The compact model, in evaluation mode, with the :class:`~dnw_graph.compaction.Report` as its ``report``.
@@ -137,11 +137,11 @@ def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | Non
 
 
 class _Compactor:
-    """One pass over a model, from its end to its beginning, with the channels that are wanted.
+    """One pass over a model, from its end to its beginning, which propagates the wanted channels.
 
     Args:
         sparse: Whether products are sparse.
-        report: Where sizes and notes go.
+        report: Gets sizes and notes.
     """
 
     def __init__(self, sparse: bool, report: Report) -> None:
@@ -190,7 +190,7 @@ class _Compactor:
         return fold(layers)
 
     def _convert(self, modules: list[nn.Module], wanted: Tensor | None) -> tuple[list[nn.Module], Tensor | None]:
-        """Return the layers of the last module for the wanted channels, and the channels that they want."""
+        """Return the layers of the last module for the wanted channels, and the input channels that they need."""
         module = modules[-1]
         if isinstance(module, NeuralGraph) and can_be_compacted(module):
             return self._graph(module, wanted)
@@ -223,7 +223,7 @@ class _Compactor:
         if is_adaptive(graph.dynamics):
             self.report.adaptive.append(graph.name)
         inputs = live[: graph.num_inputs]
-        # A sequence has its nodes in another dimension: the graph selects the inputs itself.
+        # In a sequence the nodes are another dimension, so the graph itself selects the inputs.
         every = bool(inputs.all()) or graph.dynamics.node_dim != 1
         layers = GraphConverter(graph, live, wanted, self.sparse).layers()
         return layers, None if every else inputs.nonzero().flatten()
@@ -281,15 +281,15 @@ def _check_example(model: nn.Module, example: Tensor) -> None:
 
 
 def _count(size: Size, model: nn.Module, example: Tensor | None) -> None:
-    """Note what a model costs with all the nodes that it has."""
+    """Note the cost of a model with all its nodes."""
     size.parameters = cost_of(model, None, dead_nodes=True).parameters
     if example is not None:
-        with suppress(InputError):  # an operator whose multiply-adds are unknown
+        with suppress(InputError):  # The multiply-adds of an operator are unknown.
             size.multiply_adds = cost_of(model, example[:1], dead_nodes=True).multiply_adds
 
 
 def _compare(model: nn.Module, compacted: nn.Module, example: Tensor, report: Report) -> None:
-    """Report how far the outputs for an example are from the original's."""
+    """Report the difference of the outputs for an example."""
     expected = model(example)
     report.difference = relative_difference(compacted(example), expected)
     if report.adaptive:

@@ -20,7 +20,7 @@ from dnw_graph.usual import as_its_class
 
 
 def _max_pool2d(z: Tensor, **options: Any) -> Tensor:
-    """Pool with the channels last in memory, which takes a fifth of the time on a CPU."""
+    """Pool in channels-last layout, which is five times as fast on a CPU."""
     return F.max_pool2d(z.contiguous(memory_format=torch.channels_last), **options).contiguous()
 
 
@@ -34,7 +34,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "mean": torch.mean,
     "mul": torch.mul,
 }
-"""What an :class:`Operation` can be."""
+"""The functions of an :class:`Operation`, by name."""
 
 
 class Operation(Layer):
@@ -42,7 +42,7 @@ class Operation(Layer):
 
     Args:
         name: One of :data:`OPERATIONS`.
-        arguments: Its further arguments by name: numbers, truth values, lists of them or None.
+        arguments: Its further arguments by name: numbers, booleans, lists of them or None.
     """
 
     options = ("name", "arguments")
@@ -61,12 +61,12 @@ class Operation(Layer):
 
 
 class Network(Layer):
-    """Layers that take the results of others: the last one's result is that of the network.
+    """A directed acyclic graph of layers; the result of the last one is that of the network.
 
     Args:
-        layers: The layers, in the order in which they are computed.
-        inputs: For each the numbers of the tensors that it takes: 0 is what the network takes, n the result of the
-            n-th layer, counted from 1.
+        layers: The layers, in the order of their computation.
+        inputs: For each layer the numbers of its inputs: 0 is the input of the network, n the result of the n-th layer,
+            counted from 1.
     """
 
     options = ("inputs",)
@@ -87,7 +87,7 @@ class Network(Layer):
         self._last_use = {each: number for number, taken in enumerate(inputs) for each in taken}
 
     def forward(self, z: Tensor) -> Tensor:
-        """Compute the layers; a result is given up after its last use."""
+        """Compute the layers; a result is freed after its last use."""
         held = {0: z}
         for number, (layer, taken) in enumerate(zip(self.layers, self.inputs, strict=True)):
             tensors = [held[each] for each in taken]
@@ -118,7 +118,7 @@ class Network(Layer):
 
 
 def _absorbed(layer: Layer, last: nn.Module, others: list[int], num_inputs: int) -> bool:
-    """Have a layer do what the next one does; return whether it can."""
+    """Merge the next layer into a layer if possible; return whether it was."""
     if isinstance(layer, Affine):
         return isinstance(last, Layer) and num_inputs == 1 and last.absorb(layer.scale, layer.shift)
     if not isinstance(last, SparseLayer) or last.relu:
@@ -137,11 +137,11 @@ def _plain(value: object) -> bool:
 
 
 def traced(model: nn.Module, converted: Callable[[nn.Module], Sequence[nn.Module] | None]) -> Network | None:
-    """Return a module as a network of plain layers, or None where its forward pass is not known to be one.
+    """Return a module as a network of plain layers, or None if its forward pass cannot be traced to one.
 
     Args:
         model: The module.
-        converted: Gives the layers, one after the other, that a module is, or None if it is not known.
+        converted: Returns the sequence of layers that a module is equivalent to, or None if unknown.
     """
     graph = _trace(model)
     if graph is None:
@@ -174,7 +174,7 @@ def traced(model: nn.Module, converted: Callable[[nn.Module], Sequence[nn.Module
 
 
 def norms_behind(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Return which module takes, alone and once, what a module returns, by that module, as far as this is known."""
+    """Return, for each module whose result is used once, by a single module, that module, as far as known."""
     graph = _trace(model)
     if graph is None:
         return {}
@@ -191,17 +191,17 @@ def norms_behind(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def _trace(model: nn.Module) -> fx.Graph | None:
-    """Return the calls in a module's forward pass, or None where they depend on more than the modules."""
+    """Return the calls in a module's forward pass, or None if they depend on values."""
     if any(map(has_own_hooks, model.modules())):
         return None
     try:
         return fx.Tracer().trace(model)
-    except Exception:  # a forward pass of any kind, run with objects that stand for tensors
+    except Exception:  # Any forward pass, run with symbolic tensors, can fail anywhere.
         return None
 
 
 def _pooling(module: nn.Module) -> list[Layer] | None:
-    """Return a module without parameters as an operation, or None if it is another one."""
+    """Return a module without parameters as an operation, or None if unknown."""
     kind = type(module)
     names: tuple[str, ...]
     if not as_its_class(module):
@@ -231,7 +231,7 @@ _ACTIVATIONS: dict[Any, str] = {F.relu: "relu", torch.relu: "relu", torch.sigmoi
 
 
 def _called(node: Any) -> tuple[Sequence[Any], list[Layer] | None]:
-    """Return what a call of a function or method takes and does; None if it is not known."""
+    """Return the inputs and the layers of a call of a function or method; None if unknown."""
     args, kwargs = list(node.args), dict(node.kwargs)
     name = node.target if node.op == "call_method" else None
     function = node.target if node.op == "call_function" else None

@@ -1,7 +1,7 @@
 """The layers of a compact model: plain modules over maps ``[batch, channels, *space]``, without parameters to train.
 
-A layer is made of tensors (buffers), options (plain values named in ``options``) and parts (other layers). These three
-are all that a file holds of it; a constructor refuses what does not fit together, in a file as in a program.
+A layer consists of tensors (buffers), options (plain values named in ``options``) and parts (other layers). A file
+holds exactly these three; constructors refuse arguments that do not fit together, from files as from programs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Layer(nn.Module):
             self.register_buffer(name, tensor)
 
     def own_parameters(self) -> int:
-        """Return the number of its parameters, without those of layers within it; what ``cost`` counts."""
+        """Return the number of its parameters for ``cost``, without those of layers within it."""
         return sum(tensor.numel() for tensor in self.buffers(recurse=False) if tensor.is_floating_point())
 
     @property
@@ -56,11 +56,11 @@ class Layer(nn.Module):
         return None
 
     def cut(self, nodes: Tensor) -> Layer:
-        """Return the layer for some of its channels; only for layers that work on every channel by itself."""
+        """Return the layer for some of its channels; only for layers that treat every channel separately."""
         raise NotImplementedError
 
     def absorb(self, scale: Tensor, shift: Tensor) -> bool:
-        """Apply a scale and a shift per channel to the layer's result for good; return whether that can be done."""
+        """Fold a scale and a shift per channel into the layer if possible; return whether they were."""
         return False
 
     def extra_repr(self) -> str:
@@ -163,7 +163,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class ScaleAndShift(Layer):
-    """What works with a scale and a shift per channel, or with none."""
+    """Base of layers with a scale and a shift per channel, or with none."""
 
     scale: Tensor | None
     shift: Tensor | None
@@ -181,7 +181,7 @@ class ScaleAndShift(Layer):
         return None if self.scale is None else len(self.scale)
 
     def absorb(self, scale: Tensor, shift: Tensor) -> bool:
-        """Apply a further scale and shift for good."""
+        """Fold a further scale and shift into the layer."""
         if self.scale is None or self.shift is None:
             self.scale, self.shift = scale, shift
         else:
@@ -208,7 +208,7 @@ class Affine(ScaleAndShift):
 
 
 class InstanceNorm(ScaleAndShift):
-    """Instance norm: every map of every image by itself, then a scale and a shift per channel, if there are any."""
+    """Instance norm: normalises every map of every image, then applies a scale and a shift per channel, if any."""
 
     options = ("eps",)
 
@@ -234,7 +234,7 @@ class Conv(Layer):
     Args:
         weight: ``[outputs, inputs / groups, *kernel]``
         bias: ``[outputs]``, or None.
-        stride: As in ``torch.nn.functional.conv2d``, like the rest.
+        stride: As in ``torch.nn.functional.conv2d``, like the following arguments.
         padding: Two numbers, ``"same"`` or ``"valid"``.
         dilation: Two numbers.
         groups: Number of groups.
@@ -280,7 +280,7 @@ class Conv(Layer):
 
     @property
     def single_channel(self) -> bool:
-        """Whether every channel has a convolution of its own."""
+        """Whether it is depthwise: every channel has its own kernel."""
         return self.groups == self.num_inputs == self.num_outputs
 
     def cut(self, nodes: Tensor) -> Conv:
@@ -353,7 +353,7 @@ class MapMean(Layer):
 
 
 def require_whole(numbers: object, least: int, what: str) -> None:
-    """Raise an InputError unless all numbers are whole ones from ``least`` up."""
+    """Raise an InputError unless all numbers are integers from ``least`` up."""
     given = list(numbers) if isinstance(numbers, list | tuple) else [numbers]
     fits = all(isinstance(number, int) and not isinstance(number, bool) and number >= least for number in given)
     require(fits, f"{what} must be integers from {least} up; got {reprlib.repr(numbers)}")

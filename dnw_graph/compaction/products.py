@@ -17,10 +17,10 @@ class SparseProduct(Layer):
     r"""The product :math:`I_v = b_v + \sum_{(u,v) \in E} w_{uv} Z_u` over the edges, in CSR.
 
     Args:
-        rowptr: Where the edges of each target start, and one past the last edge: ``[targets + 1]``.
+        rowptr: Start of the edges of each target, and one past the last edge: ``[targets + 1]``.
         columns: Source of every edge.
         values: Weight of every edge.
-        bias: ``[targets]``: what a batch norm that was folded into the product adds.
+        bias: ``[targets]``, from a batch norm that was folded into the product.
         sources: Number of sources.
     """
 
@@ -54,7 +54,7 @@ class SparseProduct(Layer):
         return len(self.values)
 
     def absorb(self, scale: Tensor, shift: Tensor) -> bool:
-        """Scale the weights of every target's edges and shift what it receives."""
+        """Scale the weights of every target's edges, and shift the bias."""
         self.values = self.values * scale.repeat_interleave(self.rowptr.diff())
         self.bias = self.bias * scale + shift
         return True
@@ -69,10 +69,10 @@ class SparseProduct(Layer):
 class DenseProduct(Layer):
     """The same product with a dense matrix, zero where there is no edge.
 
-    The matrix is held as the weight of a 1×1 convolution, ``[targets, sources, 1, 1]``: other runtimes would take a
-    view of a matrix for a weight that is computed.
+    The matrix is stored as the weight of a 1×1 convolution, ``[targets, sources, 1, 1]``, since other runtimes would
+    treat a view of a matrix as a computed weight.
 
-    Where a source is NaN or infinite, all targets are NaN: 0 · ∞ is NaN.
+    If a source is NaN or infinite, all targets are NaN, since 0 · ∞ is NaN.
     """
 
     weight: Tensor
@@ -86,7 +86,7 @@ class DenseProduct(Layer):
 
     @property
     def edge_mask(self) -> Tensor:
-        """Where the matrix has edges; what ``cost`` counts."""
+        """Where the matrix has edges, for ``cost``."""
         return self.weight != 0
 
     def own_parameters(self) -> int:
@@ -104,7 +104,7 @@ class DenseProduct(Layer):
         return self.weight.size(0)
 
     def absorb(self, scale: Tensor, shift: Tensor) -> bool:
-        """Scale the rows of the matrix and shift what the targets receive."""
+        """Scale the rows of the matrix, and shift the bias."""
         self.weight = self.weight * scale.view(-1, 1, 1, 1)
         self.bias = self.bias * scale + shift
         return True
@@ -120,7 +120,7 @@ Product = SparseProduct | DenseProduct
 
 
 def check_csr(rowptr: Tensor, columns: Tensor, values: Tensor, sources: int) -> None:
-    """Refuse what is no sparse matrix in CSR.
+    """Refuse tensors that are no sparse matrix in CSR.
 
     Raises:
         InputError: If shapes or types do not fit, an index lies outside the matrix, or the sources of a target do not

@@ -1,4 +1,4 @@
-"""Exported programs, run as models: what ``dnw-graph predict`` does with ``.pt2`` and ``.onnx`` files."""
+"""Runs exported programs as models, for ``dnw-graph predict`` with ``.pt2`` and ``.onnx`` files."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def onnx_session(path: Path) -> Any:
 
 
 def load_program(path: Path, card: ModelCard) -> nn.Module:
-    """Return a model that runs an exported file, described by its card: only for files that can be trusted.
+    """Return a model that runs an exported file, with its card. Use it only for files that you trust.
 
     Args:
         path: The file, ``.pt2`` or ``.onnx``.
-        card: What it says. ``preprocess`` of the model leaves out the normalisation that is inside the file.
+        card: Its card. ``preprocess`` of the model leaves out normalisation that is inside the file.
 
     Raises:
         InputError: If it is damaged, or onnxruntime is not installed.
@@ -61,7 +61,7 @@ def load_program(path: Path, card: ModelCard) -> nn.Module:
             takes_bytes = image.dtype == torch.uint8
     except InputError:
         raise
-    except Exception as error:  # a damaged file can fail anywhere in the decoder
+    except Exception as error:  # A damaged file can fail anywhere in the decoder.
         raise InputError(f"{path} cannot be run ({type(error).__name__}): give a file that export wrote") from error
     card.describe(model)
     if takes_bytes:

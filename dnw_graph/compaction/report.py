@@ -1,4 +1,4 @@
-"""What was saved: sizes of a model before and after its dead nodes were removed."""
+"""The report of ``compact``: sizes of a model before and after."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Size:
     Attributes:
         nodes: Number of nodes.
         edges: Number of real edges.
-        parameters: Number of parameters as :func:`~dnw_graph.analysis.cost.cost` counts them, dead nodes included. Of a
-            compact model, all numbers that it stores (a discrete graph stores its first and its last step apart).
-        multiply_adds: Multiply-adds for one image of the example, likewise; None without example, or where the model
-            computes with an operator whose multiply-adds are unknown.
+        parameters: Number of parameters as counted by :func:`~dnw_graph.analysis.cost.cost`, dead nodes included. Of a
+            compact model, all stored numbers (a discrete graph stores its first and its last step separately).
+        multiply_adds: Multiply-adds for one image of the example, likewise; None without example, or if those of an
+            operator are unknown.
     """
 
     nodes: int = 0
@@ -30,13 +30,13 @@ class Size:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What became of a linear layer or a convolution.
+    """The result for a linear layer or a convolution.
 
     Attributes:
         name: Its name in the original model.
         weights: Number of its weights, without those of dead channels.
         kept: Number of those that are not zero.
-        form: ``"sparse"``: it runs over these alone; ``"dense"``.
+        form: ``"sparse"`` or ``"dense"``.
         why_dense: Why it is dense, or empty.
         bytes: Size of weights and bias in a file.
         multiply_adds: Multiply-adds with weights that are not zero, for one image of the example; None without example.
@@ -53,18 +53,18 @@ class LayerRow:
 
 @dataclass
 class Report:
-    """What :func:`~dnw_graph.compaction.compact` did to a model.
+    """What :func:`~dnw_graph.compaction.compact` changed in a model.
 
     Attributes:
         before: Size of the model with all its nodes.
         after: Size of the compact model.
         graphs: Nodes and edges before and after, by graph.
         layers: A row for every linear layer and convolution; printed where one of them has zeros.
-        kept: What could not be cut to single nodes and is kept whole.
+        kept: Node functions that could not be cut to single nodes and are kept whole.
         adaptive: Names of the graphs with an adaptive solver, whose steps depend on the nodes.
         difference: ‖compact − original‖ / ‖original‖ of the outputs for the example, None without example.
         tolerance_difference: With an adaptive solver, the same between the original's outputs with a tenth of its
-            tolerances and those with the tolerances as they are.
+            tolerances and with its own tolerances.
     """
 
     before: Size = field(default_factory=Size)
@@ -95,7 +95,7 @@ class Report:
         lines = [f"{'':14}{'before':>14}{'after':>14}"]
         for name in ("nodes", "edges", "parameters", "multiply_adds"):
             before, after = getattr(self.before, name), getattr(self.after, name)
-            if before:  # a model without graphs has no nodes
+            if before:  # A model without graphs has no nodes.
                 lines.append(f"{name.replace('_adds', '-adds'):14}{before:14,}{after:14,}")
         for name, (old, new) in self.graphs.items():
             lines.append(f"{name}: {old.nodes:,} → {new.nodes:,} nodes, {old.edges:,} → {new.edges:,} edges")
@@ -108,13 +108,13 @@ class Report:
             lines.append(f"a tenth of the solver's tolerances moves the original's by {self.tolerance_difference:.1e}")
         elif self.adaptive:
             lines.append(
-                f"{', '.join(self.adaptive)}: an adaptive solver sees all nodes, so outputs differ within its "
+                f"{', '.join(self.adaptive)}: an adaptive solver depends on all nodes, so outputs differ within its "
                 "tolerance; give an example to see how much"
             )
         return "\n".join(lines)
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
-    """Return ‖a − b‖ / ‖b‖, and 0 where both are zero."""
+    """Return ‖a − b‖ / ‖b‖, or 0 if both are zero."""
     difference = (a - b).norm()
     return float(difference / b.norm()) if difference else 0.0

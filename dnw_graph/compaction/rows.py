@@ -1,4 +1,4 @@
-"""What became of every linear layer and convolution of a model."""
+"""The rows of the report for linear layers and convolutions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAYERS = (nn.Linear, *CONVOLUTIONS)
 
 
 def layer_rows(model: nn.Module, compacted: nn.Module, example: Tensor | None) -> list[LayerRow]:
-    """Return a row for every linear layer and convolution of a model of which something is left.
+    """Return a row for every linear layer and convolution that is not removed as a whole.
 
     Args:
         model: The model, with zeros for hallucinated weights.
@@ -57,7 +57,7 @@ def _why_dense(original: nn.Module, weight: Tensor) -> str:
 
 
 def _places(made: dict[str, nn.Module], compacted: nn.Module, example: Tensor | None) -> dict[str, int]:
-    """Return how often each layer applies every one of its weights to one input of the example."""
+    """Return how often each layer applies each of its weights to one input of the example."""
     found: dict[str, int] = {}
     if example is None:
         return found

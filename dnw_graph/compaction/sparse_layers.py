@@ -1,4 +1,4 @@
-"""Linear layers and convolutions over their weights that are not zero, and the rule for when they pay."""
+"""Sparse linear layers and convolutions, and the rule for when they are faster than dense ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALLEST = 4096
 
 
 class SparseLayer(Layer):
-    """What linear layers and convolutions over some of their weights have in common: a matrix in CSR and a bias."""
+    """Base of sparse linear layers and convolutions: a matrix in CSR and a bias."""
 
     rowptr: Tensor
     columns: Tensor
@@ -88,7 +88,7 @@ class SparseConv(SparseLayer):
 
     Args:
         rowptr: Where the weights of each output channel start.
-        columns: Place of each weight in the flattened kernel of its output channel.
+        columns: Index of each weight in the flattened kernel of its output channel.
         values: The weights.
         bias: One value per output channel, or None.
         inputs: Number of input channels.
@@ -157,12 +157,12 @@ class SparseConv(SparseLayer):
 
 
 def pays(weight: Tensor) -> bool:
-    """Return whether a layer with this weight is faster over what is not zero: the rule of :func:`compact`."""
+    """Return whether a layer with this weight is faster as a sparse one: the rule of :func:`compact`."""
     return weight.numel() >= SMALLEST and int(weight.count_nonzero()) <= DENSEST * weight.numel()
 
 
 def sparse_form(layer: Conv | Linear) -> SparseLayer | None:
-    """Return a layer over its weights that are not zero, or None where it should stay as it is."""
+    """Return a layer as a sparse layer, or None if it should stay dense."""
     if not pays(layer.weight):
         return None
     csr = _csr(layer.weight.flatten(1))
@@ -187,7 +187,7 @@ def sparse_form(layer: Conv | Linear) -> SparseLayer | None:
 
 
 def make_sparse(model: nn.Module) -> None:
-    """Replace the layers within a compact model that are faster over what is not zero."""
+    """Replace the layers within a compact model that are faster as sparse ones."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             form = sparse_form(child) if isinstance(child, Conv | Linear) else None

@@ -36,12 +36,12 @@ class Blocks(Layer):
 
 
 class StaticGraph(Blocks):
-    """A static graph from the states of its inputs to what its outputs receive.
+    """A static graph, from the states of its inputs to the sums that its outputs receive.
 
     Args:
         products: One per block of nodes after the first.
         functions: The node functions of all blocks but the first and the last.
-        feeding: Which blocks of nodes feed each block after the first: from and up to, counted from the inputs.
+        feeding: The blocks of nodes that feed each block after the first: first and end, counted from the inputs.
     """
 
     options = ("feeding",)
@@ -63,7 +63,7 @@ class StaticGraph(Blocks):
         self.feeding = [list(blocks) for blocks in feeding]
 
     def absorb(self, scale: Tensor, shift: Tensor) -> bool:
-        """Apply a scale and a shift to what the outputs receive."""
+        """Fold a scale and a shift of the outputs into the last product."""
         last = self.products[-1]
         return isinstance(last, Product) and last.absorb(scale, shift)
 
@@ -79,7 +79,7 @@ class StaticGraph(Blocks):
 class FusedGraph(Blocks):
     """One or several static graphs in one operator, :func:`dnw_graph.ops.static_graph`, and a shift of the outputs.
 
-    Takes what the inputs receive. Arguments as of the operator.
+    Its input is what the input nodes receive. Arguments are those of the operator.
     """
 
     options = ("sizes", "strides")
