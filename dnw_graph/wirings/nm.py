@@ -41,7 +41,7 @@ class NM(Wiring):
         self.n, self.m, self.strength = n, m, strength
 
     def own_num_edges(self, view: View) -> int:
-        """Return the number of edges, which follows from the groups."""
+        """Return the number of edges that the groups determine."""
         blocks = ((*block.shape, p) for block, p in zip(view.candidates.blocks, view.candidates.places, strict=True))
         return sum(rows * p * sum(min(self.n, c // p - at) for at in range(0, c // p, self.m)) for rows, c, p in blocks)
 
