@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from dnw_graph.analysis.chains import channel_wise
 from dnw_graph.analysis.cost import cost_of, neural_graphs
 from dnw_graph.arguments import checked, shown, wrong
-from dnw_graph.compaction.chains import MODELS, chain, silent_features
 from dnw_graph.compaction.convert import (
     GraphConverter,
     can_be_compacted,
@@ -27,6 +26,7 @@ from dnw_graph.compaction.network import Network, norms_behind, traced
 from dnw_graph.compaction.plain_layers import Affine, Chain, Conv, Layer, Linear, MapMean, Select
 from dnw_graph.compaction.report import Report, Size, relative_difference
 from dnw_graph.compaction.rows import layer_rows
+from dnw_graph.compaction.sequence import MODELS, chain, silent_features
 from dnw_graph.compaction.sparse_layers import make_sparse, pays
 from dnw_graph.dynamics import Continuous
 from dnw_graph.errors import InputError, unknown_name

@@ -5,39 +5,17 @@ import pickle
 
 import pytest
 import torch
+from counting import CountingDNW, Restless, choices, graphs, swap_order
 from reference import top_k
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
-from dnw_graph import DNW, STR, NeuralGraph, RandomGraph, Wiring, sparsify
-from dnw_graph.ranking import rankings
+from dnw_graph import DNW, STR, NeuralGraph, RandomGraph, sparsify
 
 MAPS = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(1))
 ROWS = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(1))
-
-
-class CountingDNW(DNW):
-    """Counts how often edges are chosen, to train and otherwise."""
-
-    training_calls = 0
-    calls = 0
-
-    def choose(self, view):
-        self.calls += 1
-        return super().choose(view)
-
-    def choose_to_train(self, view):
-        self.training_calls += 1
-        return DNW.choose(self, view)
-
-
-class Restless(Wiring):
-    """Other edges at every choice."""
-
-    def choose(self, view):
-        return torch.randperm(view.num_candidates)[: view.k].sort().values
 
 
 class Attends(nn.Module):
@@ -74,21 +52,6 @@ def input_of(model):
     return MAPS if isinstance(model, NeuralGraph) else ROWS
 
 
-def graphs(model):
-    return [graph for _, graph in rankings(model)]
-
-
-def counts(model):
-    return [(graph.wiring.training_calls, graph.wiring.calls) for graph in graphs(model)]
-
-
-def choices(model, run):
-    """How often graphs were asked, to train and otherwise, while ``run`` ran; without those that were not."""
-    before = counts(model)
-    run()
-    return {(a - c, b - d) for (a, b), (c, d) in zip(counts(model), before, strict=True)} - {(0, 0)}
-
-
 def assert_edges_fit_weights(model, make):
     """The edges in use are the k of largest |w| of the weights as they are, and the output is made with them."""
     for graph in graphs(model):
@@ -96,11 +59,6 @@ def assert_edges_fit_weights(model, make):
     fresh = make(DNW()).train(model.training)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(model(input_of(model)), fresh(input_of(model)))
-
-
-def swap_order(weight):
-    """Weights of which other ones are the largest."""
-    return 1 / (0.1 + weight.detach().abs())
 
 
 def place_of(model):
