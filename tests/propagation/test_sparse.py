@@ -257,16 +257,19 @@ def test_gradients_against_differences(node_function):
 def test_gradients_that_nobody_asks_for_are_not_computed(way, steps):
     """Top-KAST asks for some, DNW for all: dense products, which PyTorch's counter sees."""
     shape = {"blocks": SIZES} if steps is None else {"num_nodes": 14, "num_inputs": 3, "num_outputs": 2}
-    performed = {}
+    dynamics = "static" if steps is None else Discrete(steps)
+    propagation = SparsePropagation() if way == "sparse" else MessagePassingPropagation(way)
+    performed, weight_grads = {}, {}
     for rule in (DNW(), TopKAST(extra=10, strength=0.0)):
-        dynamics = "static" if steps is None else Discrete(steps)
-        propagation = SparsePropagation() if way == "sparse" else MessagePassingPropagation(way)
-        graph = NeuralGraph(
-            num_edges=20, wiring=rule, node_function=nn.Tanh(), dynamics=dynamics, propagation=propagation, **shape
-        ).double()
-        loss = graph(X).square().sum()
-        with FlopCounterMode(display=False) as counter:
-            loss.backward()
-        performed[type(rule)] = counter.get_total_flops()
-    assert performed[DNW] > 0
-    assert performed[TopKAST] == 0
+        for by in (propagation, "block"):
+            torch.manual_seed(0)
+            options = {"wiring": rule, "node_function": nn.Tanh(), "dynamics": dynamics, "propagation": by}
+            graph = NeuralGraph(num_edges=20, **options, **shape).double()
+            loss = graph(X).square().sum()
+            with FlopCounterMode(display=False) as counter:
+                loss.backward()
+            performed[type(rule), by] = counter.get_total_flops()
+            weight_grads[type(rule), by] = graph.candidates.weight.grad
+        torch.testing.assert_close(*(weight_grads[type(rule), by] for by in (propagation, "block")))
+    assert performed[DNW, propagation] > 0
+    assert performed[TopKAST, propagation] == 0
