@@ -43,24 +43,24 @@ This page is made by `python benchmarks/paper/results.py` from the records in `b
 finished run, with the accuracy after every epoch, all options, commit, versions and machine.
 
 - **top-1** is that of the last epoch, on the test images; ± is the standard deviation over seeds.
-- **best epoch** is the highest top-1 of any epoch on these very images, so it is a little too good. The authors of the
-  paper saved the best epoch: their figures may be of this kind.
-- The paper's figure stands beside ours only where data and every option are those of the paper's row. CIFAR-10 as JPEG
-  copies counts as its data; the copies are lossy, so that accuracies can lie a little lower.
-- Real edges (of a sparse network: weights kept in its sparse layers), dead nodes, parameters and multiply-adds per
-  image are those of the final wiring. Training: multiply-adds of all of it, forward and backward. Minutes of wall time
-  are those of a machine that did other work as well.
-- A margin is the difference of two rows, seed by seed, and its standard error over seeds.
+- **best epoch** is the highest top-1 of any epoch, measured on the same images and therefore slightly too good. The
+  authors of the paper saved the best epoch, so their figures may be of this kind.
+- The paper's figure is shown only if data and every option are those of the paper's row. CIFAR-10 as JPEG copies counts
+  as the same data; the copies are lossy, so accuracies can be slightly lower.
+- Real edges (in a sparse network: weights kept in its sparse layers), dead nodes, parameters and multiply-adds per image
+  are those of the final wiring. "Training" is the total of multiply-adds, forward and backward. "Minutes" is wall time on
+  a shared machine.
+- A margin is the difference of two rows, seed by seed, with its standard error over seeds.
 
-Where the authors' code is known to do something else than ours, with their data and options:
+Known differences of the authors' code from ours, with the same data and options:
 
-- An incomplete last batch of an epoch is trained on there and left out here; their cosine is one step ahead.
-- Pairs that no order of blocks allows are ranked there as well, so that a part of k is wasted at first (in the tiny
-  static graph 13,040 of 32,000 edges are usable at the start), and filled within tens of steps.
-- Their random graph draws its edges apart from the weights; ours, as the paper says, keeps the largest initial weights.
+- They train on an incomplete last batch of an epoch, which we drop; their cosine is one step ahead.
+- They also rank pairs that no order of blocks allows. These waste a part of k at first (in the tiny static graph 13,040
+  of 32,000 edges are usable at the start), which is filled within tens of steps.
+- Their random graph draws its edges independently of the weights; ours, as the paper says, keeps the largest initial
+  weights.
 - Tiny static: their outputs are the inputs of nodes 700 to 799, which also feed the last block (264,960 candidates);
-  here they are 100 nodes of their own (325,760). Tiny continuous: their ReLU in place clamps the solver's
-  own state as well.
+  ours are 100 separate nodes (325,760). Tiny continuous: their in-place ReLU also clamps the solver's state.
 """
 
 
