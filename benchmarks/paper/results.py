@@ -47,9 +47,9 @@ finished run, with the accuracy after every epoch, all options, commit, versions
   authors of the paper saved the best epoch, so their figures may be of this kind.
 - The paper's figure is shown only if data and every option are those of the paper's row. CIFAR-10 as JPEG copies counts
   as the same data; the copies are lossy, so accuracies can be slightly lower.
-- Real edges (in a sparse network: weights kept in its sparse layers), dead nodes, parameters and multiply-adds per image
-  are those of the final wiring. "Training" is the total of multiply-adds, forward and backward. "Minutes" is wall time on
-  a shared machine.
+- Real edges (in a sparse network: weights kept in its sparse layers), dead nodes, parameters and multiply-adds per
+  image are those of the final wiring. "Training" is the total of multiply-adds, forward and backward. "Minutes" is wall
+  time on a shared machine.
 - A margin is the difference of two rows, seed by seed, with its standard error over seeds.
 
 Known differences of the authors' code from ours, with the same data and options:
