@@ -38,9 +38,9 @@ def times(graph: RecordedGraph) -> tuple[list[float], str]:
 def plot_evolution(graph: RecordedGraph) -> matplotlib.figure.Figure:
     """Draw how a wiring changed: six curves over time.
 
-    Edges born and gone at every moment; the share of the first edges, and of those of the last moment, that is real at
-    a moment; the life spans of edges, in steps; in-degrees and out-degrees; dead nodes per block; and quantiles of |w|
-    over the real edges.
+    The edges born and gone at every moment; the shares of the first and of the last edges that are real at each moment;
+    the life spans of edges, in steps; in-degrees and out-degrees; dead nodes per block; and quantiles of |w| over the
+    real edges.
 
     Args:
         graph: A graph of a :class:`Recording`.
@@ -167,19 +167,19 @@ def _draw_fan(ax: matplotlib.axes.Axes, at: list[float], values: np.ndarray) -> 
 def animate(graph: RecordedGraph, path: str | Path, frames: int = 60, seconds: float = 12.0) -> None:
     """Write an animation of a wiring as a GIF.
 
-    In a graph of up to 600 edges, edges that were born since the frame before are green, those that will be gone in the
-    next one a reddish purple, dashed; the others are blue for a positive weight and orange for a negative one, more
-    opaque the larger √|w| is. A larger graph, one with cycles, and layers are matrices as in :func:`plot_adjacency`.
-    Below, a curve tells how many edges are born per epoch or step.
+    In a graph of up to 600 edges, edges born since the previous frame are green, and edges that will be gone in the
+    next one are a dashed reddish purple. The others are blue for a positive weight and orange for a negative one, more
+    opaque for a larger √|w|. Larger graphs, graphs with cycles and layers are matrices as in :func:`plot_adjacency`. A
+    curve below shows how many edges are born per epoch or step.
 
     Args:
         graph: A graph of a :class:`Recording`.
         path: The file.
-        frames: Number of frames at most; moments between them are left out.
-        seconds: How long it takes. The last frame stays for two seconds more.
+        frames: Largest number of frames; other moments are skipped.
+        seconds: Duration. The last frame stays for two more seconds.
 
     Raises:
-        InputError: If there is no frame or no time, the file cannot be written, or matplotlib is not installed.
+        InputError: If an argument is out of range, the file cannot be written, or matplotlib is not installed.
     """
     require(frames >= 1, "animate: frames", "an integer from 1 up", frames)
     require(seconds > 0, "animate: seconds", "a number above 0", seconds)

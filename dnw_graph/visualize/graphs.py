@@ -43,26 +43,26 @@ def plot(
     Blue edges have a positive weight, orange ones a negative one. The opacity of an edge is √(|w| / max |w|). Dead
     nodes are hollow or, in large graphs, pale. Title and legend give the counts.
 
-    Of a graph with more than ``top`` real edges, the same share is drawn of the edges between any two blocks, those of
-    largest |w|, so that no pair of blocks looks emptier than it is; a line below the title says how large it is.
+    If the graph has more than ``top`` real edges, the same share of the edges between any two blocks is drawn, those of
+    largest |w|, so that no pair of blocks looks emptier than it is. A line below the title gives the share.
 
-    A graph with cycles is drawn by the number of edges from the nearest input, one column each, outputs last; edges
-    that lead to a later column are solid, those that lead back or stay (feedback) are dashed, and bulge to the right
-    within a column. Of such a graph, and of a sparse layer, :func:`plot_adjacency` draws the matrix instead where there
-    are more than 200 edges.
+    A graph with cycles has a column for every distance from the inputs (the number of edges from the nearest input),
+    outputs last. Edges to a later column are solid; those that lead back or stay (feedback) are dashed, and bulge to
+    the right within a column. If such a graph or a sparse layer has more than 200 edges, :func:`plot_adjacency` draws
+    it.
 
-    With a ``layout`` of networkx, nodes lie where it puts them, and edges are arrows: ``nx.kamada_kawai_layout`` shows
-    which nodes of a small graph with cycles belong together, ``partial(nx.multipartite_layout, subset_key="block")``
-    the strongest edges of a large one by their blocks. Drawn are the ``top`` edges of largest |w| and their nodes.
+    With a ``layout`` of networkx, edges are arrows. ``nx.kamada_kawai_layout`` shows which nodes of a small graph with
+    cycles belong together; ``partial(nx.multipartite_layout, subset_key="block")`` shows the strongest edges of a large
+    graph by block. The ``top`` edges of largest |w| and their nodes are drawn.
 
     Args:
         graph: A graph, or what its :meth:`~dnw_graph.NeuralGraph.to_data` returned. For a graph within a model, set
             ``data.live_mask`` to its entry of :func:`dnw_graph.analysis.cost.live_nodes` to see what is dead there.
-        top: How many edges to draw at most; without a layout at least one between any two blocks that have one.
+        top: Largest number of edges to draw; without a layout, at least one between any two connected blocks.
         ax: Where to draw. Default: a new figure of a size that fits the graph.
-        epoch: Epochs done, for the title. Default: what the data says, as that of a recording does.
-        layout: A layout of networkx, or any function that returns a place ``(x, y)`` for every node of the
-            ``networkx.DiGraph`` it is given.
+        epoch: Number of epochs so far, for the title. Default: that of the data, as from a recording.
+        layout: A layout of networkx, or any function of a ``networkx.DiGraph`` that returns a position ``(x, y)`` for
+            every node.
 
     Returns:
         The axes; ``ax.figure.savefig("wiring.png")`` writes the picture.
@@ -98,22 +98,22 @@ def plot(
 def plot_change(
     before: Data, after: Data, top: int = 400, ax: matplotlib.axes.Axes | None = None
 ) -> matplotlib.axes.Axes:
-    """Draw which real edges of a graph were kept, born and gone between two moments.
+    """Draw the real edges of a graph that were kept, born and gone between two moments.
 
-    Green edges were born, those of a reddish purple, dashed, are gone; kept ones are grey.
+    Edges born are green, edges gone a dashed reddish purple, and kept ones grey.
 
     Args:
         before: What :meth:`~dnw_graph.NeuralGraph.to_data` returned at an earlier moment, or a moment of a recording.
         after: The same at a later moment; the dead nodes shown are those of this moment.
-        top: How many edges of each kind to draw at most; the same share between any two blocks, as in :func:`plot`.
+        top: Largest number of edges of each kind to draw; the same share between any two blocks, as in :func:`plot`.
         ax: Where to draw. Default: a new figure of a size that fits the graph.
 
     Returns:
         The axes.
 
     Raises:
-        InputError: If they are graphs, which know their edges of now alone; if the blocks of the two differ, ``top`` is
-            less than 1 or matplotlib is not installed.
+        InputError: If they are graphs, which have only their present edges; if their blocks differ, ``top`` is less
+            than 1 or matplotlib is not installed.
     """
     style.check_axes(ax)
     _check_top(top)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     import matplotlib.axes
 
 Layout = Callable[[Any], Mapping[int, Any]]
-"""Returns a place ``(x, y)`` for every node of a ``networkx.DiGraph``, as the layouts of networkx do."""
+"""A function that returns a position ``(x, y)`` for every node of a ``networkx.DiGraph``, like networkx's layouts."""
 
-# Up to so many nodes have their numbers beside them.
+# Nodes are numbered up to this many.
 _MOST_NUMBERS = 80
 _NODE_SIZE = 60
 
@@ -67,7 +67,7 @@ def plot_layout(data: Data, layout: Layout, top: int, ax: matplotlib.axes.Axes |
 
 
 def _places(layout: Layout, network: Any) -> dict[int, tuple[float, float]]:
-    expected = "a function that returns a place (x, y) for every node"
+    expected = "a function that returns a position (x, y) for every node"
     found = layout(network)
     try:
         places = {node: tuple(np.asarray(found[node], float)) for node in network}

@@ -79,10 +79,10 @@ def plot_adjacency(
 ) -> matplotlib.axes.Axes:
     """Draw the adjacency matrix: targets downwards, sources across, lines between the blocks.
 
-    In a graph of at most 400 nodes a cell is a pair of nodes: white if no edge is real, blue for a positive and orange
-    for a negative weight, the darker the larger √|w|. In a larger graph, and where the weights are unknown, a cell is a
-    rectangle of pairs within one block, the darker the larger the share of its candidates that is real. The number in a
-    block is that share for the whole block. Pairs that are no candidates are hatched.
+    In a graph of at most 400 nodes a cell is a pair of nodes: white without a real edge, blue for a positive and orange
+    for a negative weight, darker for a larger √|w|. In a larger graph, and if weights are unknown, a cell is a
+    rectangle of pairs within one block; it is darker the more of its candidates are real. The number in a block is the
+    share of its candidates that are real. Pairs that are not candidates are hatched.
 
     The nodes of a graph with cycles are ordered by the number of edges from the nearest input (``after 1``, ``after 2``
     …), outputs last; ``no path`` leads to the first ones. Edges below the diagonal blocks lead forward; those on and
@@ -92,7 +92,7 @@ def plot_adjacency(
         graph: A graph, or what its :meth:`~dnw_graph.NeuralGraph.to_data` returned, that of a layer or of a moment of a
             recording.
         ax: Where to draw. Default: a new figure.
-        epoch: Epochs done, for the title. Default: what the data says, as that of a recording does.
+        epoch: Number of epochs so far, for the title. Default: that of the data, as from a recording.
 
     Returns:
         The axes.
@@ -115,7 +115,7 @@ def plot_adjacency(
 
 
 class Cells:
-    """The matrix of a wiring, in cells that never reach over the bound of a group.
+    """The matrix of a wiring, in cells that never cross the bound of a group.
 
     Args:
         data: The wiring.
@@ -281,13 +281,13 @@ def plot_layers(
 ) -> matplotlib.figure.Figure:
     """Draw the sparse layers of a module, one block each: output channels downwards, input channels across.
 
-    A cell is a rectangle of pairs of channels, the darker the larger the share of its weights that is real. All blocks
-    have the same colours, so that layers can be compared. The title of a block gives name, shape and the share kept.
+    A cell is a rectangle of pairs of channels; it is darker the more of its weights are real. All blocks use the same
+    colours, so that layers can be compared. The title of a block has name, shape and the share kept.
 
     Args:
         module: A module with sparse weights, see :func:`dnw_graph.sparsify`.
         names: Which weights. Default: all.
-        epoch: Epochs done, for the title.
+        epoch: Number of epochs so far, for the title.
 
     Returns:
         The figure; ``figure.savefig("layers.png")`` writes it.

@@ -1,4 +1,4 @@
-"""A page on how wirings changed: one file without network access, for any browser."""
+"""An interactive page on how wirings changed, one self-contained file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dnw_graph.whole_file import write_whole
 
 @checked
 def save_page(recording: Recording | RecordedGraph, path: str | Path) -> None:
-    """Write an interactive page on a recording: one HTML file that loads nothing from elsewhere.
+    """Write an interactive page on a recording, one self-contained HTML file.
 
-    A slider goes through time, and arrow keys and a button move it. Graphs of few edges are nodes and edges, others
-    matrices; either can be chosen. What lies under the mouse is told: of a node its block, degrees and whether it is
-    live, of an edge its weight, where known, and when it was born, of a cell how many of its candidates are real. Edges
-    born and gone at the moment have colours of their own.
+    A slider, arrow keys and a button move through time. Graphs with few edges are drawn as nodes and edges, others as
+    matrices; either can be chosen. The page describes what is under the mouse: for a node its block, its degrees and
+    whether it is live; for an edge its weight, if known, and its birth; for a cell how many of its candidates are real.
+    Edges born and gone at the moment have their own colours.
 
     Args:
         recording: A recording, or one graph of it.

@@ -29,11 +29,11 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class Moment:
-    """When something was recorded.
+    """A moment of training at which wirings were recorded.
 
     Attributes:
-        step: Optimiser steps done.
-        epoch: Epochs done, or None if nobody said.
+        step: Number of optimiser steps so far.
+        epoch: Number of epochs so far, or None if unknown.
     """
 
     step: int
@@ -42,7 +42,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Change:
-    """What became of a graph from one moment to the next, as it is stored.
+    """The change of a graph from one moment to the next, as it is stored.
 
     Attributes:
         born: Number of edges that are real now and were not before.
@@ -67,8 +67,8 @@ class RecordedGraph:
         dynamics: ``"Static"``, ``"Discrete"``, ``"Continuous"``, or ``"layers"`` for the weights of sparse layers.
         nodes: The nodes. Of a layer the inputs are pairs of an input channel and a position in the kernel.
         candidate_blocks: The candidates as blocks: first source, end of the sources, first target, end of the targets.
-        moments: When something was recorded, the same for all graphs of a recording.
-        changes: What became of it at every moment, compressed.
+        moments: The recorded moments, the same for all graphs of a recording.
+        changes: The change at every moment, compressed.
     """
 
     name: str
@@ -148,7 +148,7 @@ class RecordedGraph:
         return pairs
 
     def life_spans(self) -> tuple[Int[np.ndarray, " edges"], Bool[np.ndarray, " edges"]]:
-        """Return for how many steps every edge was real, once per life, and whether it ended before the recording."""
+        """Return the number of steps for which each edge was real, once per life, and whether that life has ended."""
         steps = np.array([moment.step for moment in self.moments])
         _, birth, death = self.lives()
         ended = death < len(self)
@@ -157,8 +157,8 @@ class RecordedGraph:
     def lives(self) -> tuple[Int[np.ndarray, " lives"], Int[np.ndarray, " lives"], Int[np.ndarray, " lives"]]:
         """Return every life of an edge: its flat index, the moment of its birth, and the moment at which it was gone.
 
-        They are in the order of the flat indices, so that those that are real at a moment are in the order of
-        :meth:`edges`. The last moment of an edge that is real at the end is ``len(graph)``.
+        Lives are ordered by flat index, so that those of the real edges of a moment have the order of :meth:`edges`.
+        For an edge that is real at the end, the last number is ``len(graph)``.
         """
         (edge, birth), (gone, death) = (
             _in_order([part(moment) for moment in range(len(self))]) for part in (self.born, self.gone)
@@ -171,9 +171,9 @@ class RecordedGraph:
 
     @checked
     def to_data(self, moment: int = -1) -> torch_geometric.data.Data:
-        """Return the wiring at a moment as a PyG graph, as :meth:`~dnw_graph.NeuralGraph.to_data` does for now.
+        """Return the wiring at a moment as a PyG graph, with the content of :meth:`~dnw_graph.NeuralGraph.to_data`.
 
-        It holds ``step`` and ``epoch`` besides; ``edge_weight`` is missing where no weights were recorded.
+        It also holds ``step`` and ``epoch``; ``edge_weight`` is missing if weights were not recorded.
         """
         moment = self._number(moment)
         weights, when = self.weights(moment), self.moments[moment]
@@ -217,7 +217,7 @@ class RecordedGraph:
         weight: Float[np.ndarray, " edges"],
         live: Bool[np.ndarray, " nodes"] | None,
     ) -> Change:
-        """Return what has become of the graph since the last moment; :meth:`add` appends it.
+        """Return the change of the graph since the last moment; :meth:`add` appends it.
 
         Args:
             now: The real edges, ascending.
@@ -241,7 +241,7 @@ class RecordedGraph:
 
 
 def _differences(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return what is in the second of two ascending lists alone, and what is in the first alone."""
+    """Return the elements that are only in the second of two ascending lists, and those only in the first."""
     # The lowest bit tells the lists apart. A stable sort merges two ascending parts in linear time.
     both = np.sort(np.concatenate([2 * before, 2 * now + 1]), kind="stable")
     twice = np.diff(both >> 1) == 0
@@ -250,14 +250,14 @@ def _differences(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _quantiles(ascending: np.ndarray) -> np.ndarray:
-    """Return ``QUANTILES``, as ``np.quantile`` does, of what is in order already."""
+    """Return ``QUANTILES`` of sorted values, as ``np.quantile`` does."""
     if not len(ascending):
         return np.zeros(len(QUANTILES))
     return np.interp(np.multiply(QUANTILES, len(ascending) - 1), np.arange(len(ascending)), ascending)
 
 
 def _in_order(lists: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return edges of several moments in their order, each with its moment."""
+    """Return the edges of several moments in ascending order, each with its moment."""
     edge = np.concatenate(lists)
     moment = np.repeat(np.arange(len(lists)), [len(each) for each in lists])
     order = np.argsort(edge, kind="stable")
@@ -273,7 +273,7 @@ def _indices(content: bytes) -> np.ndarray:
 
 
 def _planes(values: np.ndarray) -> bytes:
-    """Return numbers with their lowest bytes first, then the next ones: the upper ones, nearly all zero, compress."""
+    """Return the lowest bytes of all numbers, then the next ones: the upper bytes are nearly all zero and compress."""
     return values.view(np.uint8).reshape(len(values), values.itemsize).T.tobytes()
 
 
@@ -283,7 +283,7 @@ def _planes_back(content: bytes, kind: str) -> np.ndarray:
 
 
 def _decompressed(content: bytes, most: int) -> bytes:
-    """Return what was compressed, or nothing if it is longer or no such content."""
+    """Decompress content; return nothing if it is longer than ``most`` or invalid."""
     try:
         found = zlib.decompressobj().decompress(content, most + 1)
     except zlib.error:

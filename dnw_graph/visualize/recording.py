@@ -30,20 +30,20 @@ _GRAPH = {"name": str, "rule": str, "dynamics": str, "nodes": list, "candidate_b
 
 
 class Recording:
-    """How the wirings of a model change while it trains: two lines in a loop of one's own.
+    """Records how the wirings of a model change during training, with two lines in a training loop.
 
-    The neural graphs and the sparse layers of a model are recorded, each with the edges born and gone since the moment
-    before, quantiles of |w|, and the live nodes. Weights are kept of graphs with up to 4,096 edges. So a recording
-    takes one to two bytes for every edge that is born or gone. Nothing of training is changed.
+    For every neural graph and sparse layer it stores the edges born and gone since the previous moment, quantiles of
+    |w|, the live nodes, and in graphs with up to 4,096 edges the weights. A recording takes one to two bytes for every
+    edge that is born or gone. It does not change the training.
 
     Args:
         model: The model, as it is before the first step.
-        every: Steps from one moment to the next; :meth:`add` leaves others out.
-        step: Optimiser steps done so far.
+        every: Interval of moments in steps; :meth:`add` skips other steps.
+        step: Number of optimiser steps so far.
 
     Attributes:
         graphs: The graphs by name.
-        moments: When something was recorded.
+        moments: The recorded moments.
 
     Raises:
         InputError: If the model has neither a neural graph nor a sparse layer.
@@ -85,14 +85,14 @@ class Recording:
 
     @checked
     def add(self, step: int, epoch: float | None = None) -> None:
-        """Record what has changed, if it is time.
+        """Record the changes since the previous moment, if the step is a multiple of ``every``.
 
         Args:
-            step: Optimiser steps done; more than at the moment before.
-            epoch: Epochs done, for titles.
+            step: Number of optimiser steps so far; more than at the previous moment.
+            epoch: Number of epochs so far, for titles.
 
         Raises:
-            InputError: If the step is none, or the recording was loaded without a model.
+            InputError: If the step is not after the previous moment, or the recording was loaded without a model.
         """
         last = self.moments[-1].step
         require(step > last, "Recording.add: step", f"a number of steps above that of the last moment, {last}", step)
@@ -112,14 +112,14 @@ class Recording:
             nodes = live[name].cpu().numpy() if name in live else None
             now = real[name].cpu().numpy()
             changes.append((self.graphs[name], self.graphs[name].change_to(now, weight, nodes), now))
-        # Only now: nothing is recorded where one of them fails.
+        # Append only now, so that nothing is recorded if a graph fails.
         self.moments.append(moment)
         for recorded, change, now in changes:
             recorded.add(change, now)
 
     @checked
     def save(self, path: str | Path) -> None:
-        """Write the recording to a file, whole or not at all.
+        """Write the recording to a file atomically.
 
         Raises:
             InputError: If the file cannot be written.
@@ -129,11 +129,11 @@ class Recording:
     @classmethod
     @checked
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Recording:
-        """Read a recording. The file has no code in it, and a checksum that tells damage.
+        """Read a recording. The file contains no code; a checksum detects damage.
 
         Args:
             path: The file.
-            model: The model, to go on recording; None to look at what is there.
+            model: The model, to continue the recording; None to only look at it.
 
         Raises:
             InputError: If the file cannot be read, is damaged or no recording, or has other graphs than the model.
@@ -145,7 +145,7 @@ class Recording:
         return cls.from_bytes(content, model, str(path))
 
     def to_bytes(self) -> bytes:
-        """Return what :meth:`save` writes; a function of what was recorded."""
+        """Return the content of the file that :meth:`save` writes."""
         graphs = [
             {
                 "name": graph.name,
@@ -166,12 +166,12 @@ class Recording:
     @classmethod
     @checked
     def from_bytes(cls, content: bytes, model: nn.Module | None = None, name: str = "the recording") -> Recording:
-        """Return a recording from what :meth:`to_bytes` returned.
+        """Return a recording from the result of :meth:`to_bytes`.
 
         Args:
             content: The bytes.
             model: As in :meth:`load`.
-            name: What messages call it.
+            name: Name of the recording in messages.
         """
         start = len(MAGIC) + _DIGEST
         rest = content[start:]
@@ -217,7 +217,7 @@ def _read_graph(head: object, moments: list[Moment], file: str) -> tuple[Recorde
     """Return a graph without the content of its changes, and how long that is for each.
 
     Args:
-        head: What the head of the file says of it.
+        head: The graph's entry in the head of the file.
         moments: The moments of the recording.
         file: The file, for messages.
     """

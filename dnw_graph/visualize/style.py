@@ -1,4 +1,4 @@
-"""What all pictures share: one colour per meaning, titles, and axes of matplotlib that is imported when needed."""
+"""The common style of all pictures: one colour per meaning, titles, and axes; imports matplotlib when needed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def is_dynamic(data: Data) -> bool:
 
 
 def num_candidates(data: Data) -> int | None:
-    """Return the number of candidate edges, or None where the data does not say."""
+    """Return the number of candidate edges, or None if the data lacks it."""
     blocks = candidate_blocks(data)
     if blocks is None:
         return None
@@ -57,7 +57,7 @@ def num_candidates(data: Data) -> int | None:
 
 
 def candidate_blocks(data: Data) -> list[list[int]] | None:
-    """Return the candidates as blocks, or None where the data does not say, or has lost nodes since it did."""
+    """Return the candidates as blocks, or None if the data lacks them or has lost nodes."""
     blocks = data.get("candidate_blocks")
     if blocks is None or int(blocks[0, :, 1::2].max()) > data.num_nodes:
         return None
@@ -66,11 +66,11 @@ def candidate_blocks(data: Data) -> list[list[int]] | None:
 
 
 def title(data: Data, when: str | None = None) -> str:
-    """Return the title of a picture: graph, rule, k and epoch, as far as they are known.
+    """Return the title of a picture: graph, rule, k and epoch, as far as known.
 
     Args:
         data: The wiring.
-        when: When it is seen, if the data does not say.
+        when: The moment, instead of the one in the data.
     """
     edges, candidates = f"k = {data.num_edges:,}", num_candidates(data)
     if candidates is not None:
@@ -85,14 +85,14 @@ def share(value: float) -> str:
 
 
 def moment(data: Data) -> str | None:
-    """Return when a wiring was seen, if the data says so."""
+    """Return the moment of a wiring in words, if the data has it."""
     if (epoch := data.get("epoch")) is not None:
         return f"epoch {epoch:.1f}".removesuffix(".0")
     return None if (step := data.get("step")) is None else f"step {step:,}"
 
 
 def block_names(data: Data) -> list[str]:
-    """Return what the blocks of nodes are called."""
+    """Return the names of the blocks of nodes."""
     count = int(data.block.max()) + 1
     if count == 1:
         return ["all"]
@@ -100,7 +100,7 @@ def block_names(data: Data) -> list[str]:
 
 
 def groups(sizes: Sequence[int]) -> list[range]:
-    """Return the places of groups that follow one another."""
+    """Return the index ranges of consecutive groups."""
     return [range(*ends) for ends in pairwise(accumulate(sizes, initial=0))]
 
 
@@ -114,7 +114,7 @@ def pyplot() -> Any:
 
 
 def figure(width: float, height: float) -> Any:
-    """Return a figure that no window of matplotlib knows, so that it goes when nobody holds it."""
+    """Return a figure that pyplot does not manage, so that it is freed like any object."""
     pyplot()
     from matplotlib.figure import Figure
 
@@ -122,7 +122,7 @@ def figure(width: float, height: float) -> Any:
 
 
 def check_axes(ax: object) -> None:
-    """Refuse what is given as axes and is none."""
+    """Refuse anything but axes or None."""
     if ax is not None:
         pyplot()
         from matplotlib.axes import Axes
@@ -153,7 +153,7 @@ def legend_above(ax: matplotlib.axes.Axes, lines: Sequence[tuple[str, str, Any]]
 
 
 def depths(data: Data) -> Int[Tensor, " nodes"]:
-    """Return over how many edges at least each node is reached from an input; -1 where no path leads to it."""
+    """Return the distance of each node from the nearest input in edges; -1 if no path leads to it."""
     depth = torch.where(data.input_mask, 0, -1)
     source, target = data.edge_index
     for now in range(data.num_nodes):

@@ -32,7 +32,7 @@ def plot_training(path: str | Path) -> matplotlib.figure.Figure:
         path: The directory of a run, or its ``metrics.csv``.
 
     Returns:
-        The figure; ``figure.savefig("training.png")`` writes it. What was not logged is left out.
+        The figure; ``figure.savefig("training.png")`` writes it. Curves that were not logged are left out.
 
     Raises:
         InputError: If there is no such file, it has none of these columns, or matplotlib is not installed.

@@ -298,7 +298,7 @@ def test_a_layout_says_where_the_nodes_of_the_strongest_edges_lie(graph):
 @pytest.mark.parametrize("places", [None, {}, dict.fromkeys(range(13), (0, 0, 0)), dict.fromkeys(range(13), ("a", 0))])
 def test_a_layout_without_places_is_refused(graph, places):
     with pytest.raises(
-        InputError, match=r"layout must be a function that returns a place \(x, y\) for every node; got"
+        InputError, match=r"layout must be a function that returns a position \(x, y\) for every node; got"
     ):
         plot(graph, layout=lambda network: places)
 
