@@ -210,7 +210,7 @@ class NeuralGraph(Ranking):
 
         Args:
             live_outputs: Which outputs count, for a graph whose outputs feed another one. Default: all.
-            real_index: The real edges, if known, which saves choosing them again. Default: :attr:`real_index`.
+            real_index: The real edges, if known, which saves choosing them again. Default: the present ones.
         """
         index = self.real_index if real_index is None else real_index
         live = torch.zeros(self.num_nodes, dtype=torch.bool, device=index.device)
