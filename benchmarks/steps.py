@@ -101,22 +101,37 @@ def steps_of(case: Case, dtype: torch.dtype, options: Namespace) -> dict[str, Ca
     Args:
         case: What is trained.
         dtype: Dtype of the maps.
-        options: ``device``, ``tf32``, and ``compile``: whether to compile all models.
+        options: ``device``, ``tf32``; ``compile``: whether to compile all models; ``cuda_graphs``: whether to record
+            each step and replay it.
     """
     use_tf32(options.tf32)
-    steps = {name: _step(model, case, dtype, options.compile) for name, model in case.ways.items()}
+    steps = {name: _step(model, case, dtype, options) for name, model in case.ways.items()}
     layouts = {
-        name: _step(case.reference(case.first, layout), case, dtype, options.compile)
-        for name, layout in LAYOUTS.items()
+        name: _step(case.reference(case.first, layout), case, dtype, options) for name, layout in LAYOUTS.items()
     }
     tried = median_times(layouts, 1, options.device)
     return {**steps, REFERENCE: layouts[min(tried, key=tried.__getitem__)]}
 
 
-def _step(model: nn.Module, case: Case, dtype: torch.dtype, compiled: bool) -> Callable[[], None]:
+def _step(model: nn.Module, case: Case, dtype: torch.dtype, options: Namespace) -> Callable[[], None]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-    call = torch.compile(model) if compiled else model
-    return partial(_train, call, optimizer, case.images, case.labels, dtype)
+    call = torch.compile(model) if options.compile else model
+    step = partial(_train, call, optimizer, case.images, case.labels, dtype)
+    return _recorded(step) if options.cuda_graphs else step
+
+
+def _recorded(step: Callable[[], None]) -> Callable[[], None]:
+    """Return the replay of a step as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # libraries choose their algorithms, and the optimiser makes its state
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def _train(

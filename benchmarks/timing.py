@@ -105,12 +105,18 @@ def report(
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows with the same columns as a Markdown table."""
+    print("\n".join(table_lines(rows)))
+
+
+def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the lines of a Markdown table of rows with the same columns."""
     columns = list(rows[0])
     table = [columns, *([_text(row[column]) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
     table.insert(1, ["-" * width for width in widths])
-    for line in table:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+    return [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in table
+    ]
 
 
 def _text(value: Any) -> str:

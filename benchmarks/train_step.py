@@ -80,6 +80,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=None, help="side of the images (default: 32, 224 on a GPU)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 runs under autocast")
     parser.add_argument("--compile", action="store_true", help="compile all models, the reference formulation too")
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="record each step on a GPU as one graph and replay it"
+    )
     parser.add_argument("--propagation", nargs="+", choices=WAYS, default=["auto"], help="ways of propagation")
     parser.add_argument("--tf32", action="store_true", help="let a GPU round the factors of float32 products")
     parser.add_argument("--roofline", action="store_true", help="print the groups of the floor")
@@ -92,7 +95,10 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     use_tf32(options.tf32)
-    what = f"{options.dtype}{', compiled' if options.compile else ''}{', TF32' if options.tf32 else ''}"
+    if options.cuda_graphs and not gpu:
+        parser.error("--cuda-graphs needs --device cuda")
+    flags = {"compiled": options.compile, "CUDA graphs": options.cuda_graphs, "TF32": options.tf32}
+    what = ", ".join([options.dtype, *(flag for flag, given in flags.items() if given)])
     if options.growth:
         rows = growth.rows(options)
         report(f"Training step of a graph like stage 4, batch {options.batch}, {what}", rows, options)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from dnw_graph._compat import backward_pass, unwrapped, unwrapped_name, version
 from dnw_graph.arguments import checked, require
 from dnw_graph.errors import InputError
+from dnw_graph.partial_step import PartialStep, can_be_partial
 from dnw_graph.ranking import Ranking, rankings
 from dnw_graph.wirings import View, Wiring
 from dnw_graph.wirings.view import RankedWeight, new_seed
@@ -31,6 +33,7 @@ class Updates:
         self.graphs = graphs
         self._before: dict[str, _Before] = {}
         self._in_step = False
+        self._partial: PartialStep | None = None
         self._probe_handles: list[RemovableHandle] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -54,20 +57,31 @@ class Updates:
             yield from graph.weights
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Save what the step must not change: weights and optimiser state of untrained candidates."""
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Have the step leave alone what is not trained: it does not see it, or what there was before is kept."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise InputError(
                 "a step in a CUDA graph calls no rule when it is replayed: leave the step out of the graph"
             )
+        if self._partial is not None:  # the last step has raised an error
+            self._partial.undo()
         self._in_step = True
+        alone: dict[Tensor, Tensor] = {}
         for name, view in self._views(optimizer).items():
             skips = view.wiring.skips_update(view)
-            none = torch.empty(0, dtype=torch.long, device=view.weight.device)
+            none = torch.empty(0, dtype=torch.long, device=view.graph.weights[0].parameter.device)
             trained = none if skips else self.graphs[name].trained_edges()
-            if trained is not None:
-                states = {key: value.clone() for key, value in view.state.items()}
-                self._before[name] = _Before(trained, view.weight.clone(), states)
+            if trained is None:
+                continue
+            if not skips and (parts := _positions(self.graphs[name], trained, optimizer)):
+                alone |= parts
+                continue
+            states = {key: value.clone() for key, value in view.state.items()}
+            self._before[name] = _Before(trained, view.weight.clone(), states)
+        self._partial = PartialStep(optimizer, alone) if alone else None
+        return None if self._partial is None else _after_closure(self._partial.begin, args, kwargs)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *call: Any) -> None:
@@ -76,6 +90,9 @@ class Updates:
             return
         self._in_step = False
         before, self._before = self._before, {}
+        if self._partial is not None:
+            self._partial.end()
+            self._partial = None
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf.item():  # Otherwise a GradScaler made a fused optimiser skip the step.
             views = self._views(optimizer)
@@ -124,6 +141,50 @@ class Updates:
                 probe.grad = torch.zeros_like(weight.parameter) if probe.grad is None else probe.grad.contiguous()
                 dist.all_reduce(probe.grad)
                 probe.grad /= ranks
+
+
+def _positions(graph: Ranking, trained: Tensor, optimizer: Optimizer) -> dict[Tensor, Tensor] | None:
+    """Return where the candidates that are trained lie in each parameter, or None if it cannot step on them alone."""
+    starts = [0, *accumulate(weight.numel for weight in graph.weights)]
+    found = {}
+    bounds = [0, len(trained)]
+    if len(graph.weights) > 1:
+        bounds = torch.searchsorted(trained, torch.tensor(starts, device=trained.device)).tolist()
+    for weight, start, (first, last) in zip(graph.weights, starts, pairwise(bounds), strict=False):
+        parameter = weight.parameter
+        whole = weight.numel == parameter.numel()
+        if not whole or not can_be_partial(optimizer, parameter, last - first):
+            return None
+        found[parameter] = weight.positions(trained[first:last] - start)
+    return found
+
+
+def _after_closure(
+    act: Callable[[], None], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Act now, or once the closure of a step has run.
+
+    Args:
+        act: What to do.
+        args: Arguments of the step: the optimiser itself, and a closure or none.
+        kwargs: The same, by name.
+
+    Returns:
+        The arguments of the step, if they are others.
+    """
+    itself, *given = args
+    closure = given[0] if given else kwargs.get("closure")
+    if closure is None:
+        act()
+        return None
+
+    def then_act() -> Any:
+        loss = closure()
+        with torch.no_grad():
+            act()
+        return loss
+
+    return ((itself, then_act, *given[1:]), kwargs) if given else (args, {**kwargs, "closure": then_act})
 
 
 @dataclass

@@ -285,13 +285,28 @@ def _linear_grad(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of inputs and of weights; an empty tensor for one that is not asked for."""
     _check_linear(x, rowptr, columns, values, None)
-    grads = [x.new_empty(0), x.new_empty(0)]
-    if of_x:
-        grads[0] = grad @ dense_weight(rowptr, columns, values, x.size(-1))
-    if of_values:
-        weight_grad = grad.reshape(-1, grad.size(-1)).t() @ x.reshape(-1, x.size(-1))
-        grads[1] = weight_grad[targets_of(rowptr, columns).long(), columns.long()]
-    return grads[0], grads[1]
+    if is_half(x):
+        single = grad.float(), x.float(), rowptr, columns, values.float(), of_x, of_values
+        return _rounded(_linear_grad(*single), x.dtype)
+    rows, sent = (each.reshape(-1, each.size(-1)).contiguous() for each in (grad, x))
+    x_grad, values_grad = torch.empty_like(sent) if of_x else None, torch.empty_like(values) if of_values else None
+    csr = rowptr.contiguous(), columns.contiguous(), values.contiguous()
+    numbers = (len(sent), x.size(-1), grad.size(-1), len(columns))
+    if x.device.type == "cpu" and run("sparse_linear_grad", numbers, rows, sent, *csr, x_grad, values_grad):
+        return x.new_empty(0) if x_grad is None else x_grad.view(x.shape), _or_empty(values_grad, x)
+    weight = dense_weight(rowptr, columns, values, x.size(-1))
+    return _linear_formula(grad, x, weight, (rowptr, columns), of_x, of_values)
+
+
+def _linear_formula(
+    grad: Tensor, x: Tensor, weight: Tensor, csr: tuple[Tensor, Tensor], of_x: bool, of_values: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the same by PyTorch's operations, which can be differentiated."""
+    x_grad = grad @ weight if of_x else None
+    if not of_values:
+        return _or_empty(x_grad, x), x.new_empty(0)
+    weight_grad = grad.reshape(-1, grad.size(-1)).t() @ x.reshape(-1, x.size(-1))
+    return _or_empty(x_grad, x), weight_grad[targets_of(*csr).long(), csr[1].long()]
 
 
 @_linear_grad.register_fake
@@ -321,15 +336,46 @@ def _convolution_grad(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of inputs and of weights; an empty tensor for one that is not asked for."""
     _check_convolution(x, rowptr, columns, values, None, grad, window, groups)
+    if is_half(x):
+        single = grad.float(), x.float(), rowptr, columns, values.float(), window, groups, of_x, of_values
+        return _rounded(_convolution_grad(*single), x.dtype)
+    if x.device.type == "cpu":
+        x_grad = x.new_empty(x.shape) if of_x else None
+        values_grad = torch.empty_like(values) if of_values else None
+        numbers = (*x.shape[:2], grad.size(1), len(columns), groups, x.shape[2:], grad.shape[2:], list(window))
+        given = [each.contiguous() for each in (grad, x, rowptr, columns, values)]
+        if run("sparse_convolution_grad", numbers, *given, x_grad, values_grad):
+            return _or_empty(x_grad, x), _or_empty(values_grad, x)
+    weight = dense_weight(rowptr, columns, values, x.size(1) // groups * math.prod(window[:2]))
+    return _convolution_formula(grad, x, weight, (rowptr, columns), window, groups, of_x, of_values)
+
+
+def _convolution_formula(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    csr: tuple[Tensor, Tensor],
+    window: Sequence[int],
+    groups: int,
+    of_x: bool,
+    of_values: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the same by PyTorch's operations, which can be differentiated."""
     kernel, stride, padding, dilation = _parts(window)
-    channels = x.size(1) // groups
-    weight = dense_weight(rowptr, columns, values, channels * math.prod(kernel)).view(-1, channels, *kernel)
+    weight = weight.view(len(weight), -1, *kernel)
     x_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [of_x, of_values, False]
     )
-    values_grad = weight_grad.flatten(1)[targets_of(rowptr, columns).long(), columns.long()] if of_values else None
-    empty = x.new_empty(0)
-    return x_grad if of_x else empty, empty if values_grad is None else values_grad
+    values_grad = weight_grad.flatten(1)[targets_of(*csr).long(), csr[1].long()] if of_values else None
+    return _or_empty(x_grad, x), _or_empty(values_grad, x)
+
+
+def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if grad is None else grad
+
+
+def _rounded(grads: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return grads[0].to(dtype), grads[1].to(dtype)
 
 
 _convolution_grad.register_fake(_sizes_of_grads)
@@ -344,7 +390,11 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, rowptr, columns, values, out = ctx.saved_tensors
     grad = grad if out is None else grad * (out > 0)
     needed = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-    x_grad, values_grad = _linear_grad(grad, x, rowptr, columns, values, *needed)
+    if torch.is_grad_enabled():  # create_graph=True
+        weight = dense_weight(rowptr, columns, values, x.size(-1))
+        x_grad, values_grad = _linear_formula(grad, x, weight, (rowptr, columns), *needed)
+    else:
+        x_grad, values_grad = _linear_grad(grad, x, rowptr, columns, values, *needed)
     bias_grad = grad.reshape(-1, grad.size(-1)).sum(0) if ctx.needs_input_grad[4] else None
     return x_grad if needed[0] else None, None, None, values_grad if needed[1] else None, bias_grad, None
 
@@ -358,7 +408,12 @@ def _convolution_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, rowptr, columns, values, out = ctx.saved_tensors
     grad = grad if out is None else grad * (out > 0)
     needed = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-    x_grad, values_grad = _convolution_grad(grad, x, rowptr, columns, values, ctx.window, ctx.groups, *needed)
+    if torch.is_grad_enabled():  # create_graph=True
+        weight = dense_weight(rowptr, columns, values, x.size(1) // ctx.groups * math.prod(ctx.window[:2]))
+        parts = (rowptr, columns), ctx.window, ctx.groups, *needed
+        x_grad, values_grad = _convolution_formula(grad, x, weight, *parts)
+    else:
+        x_grad, values_grad = _convolution_grad(grad, x, rowptr, columns, values, ctx.window, ctx.groups, *needed)
     bias_grad = grad.sum((0, 2, 3)) if ctx.needs_input_grad[4] else None
     add_grad = grad if ctx.needs_input_grad[5] else None
     grads = x_grad if needed[0] else None, values_grad if needed[1] else None

@@ -91,6 +91,26 @@ def _sparse_convolution(
     return [*first, bias, add, _number(batch, outputs, *out_maps)]
 
 
+def _sparse_linear_grad(batch: int, inputs: int, outputs: int, edges: int) -> Arguments:
+    first = [_number(batch, outputs), _number(batch, inputs), *_csr(outputs, edges), _number(edges)]
+    return [*first, _number(batch, inputs, optional=True), _number(edges, optional=True)]
+
+
+def _sparse_convolution_grad(
+    batch: int,
+    inputs: int,
+    outputs: int,
+    edges: int,
+    groups: int,
+    maps: Sequence[int],
+    out_maps: Sequence[int],
+    window: Sequence[int],
+) -> Arguments:
+    x = _number(batch, inputs, *maps)
+    first = [_number(batch, outputs, *out_maps), x, *_csr(outputs, edges), _number(edges)]
+    return [*first, x._replace(optional=True), _number(edges, optional=True)]
+
+
 def _largest(count: int, k: int, low: int, high: int) -> Arguments:
     return [_number(count), Expected("place", (k,)), Expected("place", (4,))]
 
@@ -129,6 +149,8 @@ SIGNATURES: dict[str, tuple[Callable[..., Arguments], tuple[str, ...]]] = {
     "static_graph": (_static_graph, ("number", "index")),
     "sparse_linear": (_sparse_linear, ("number", "index")),
     "sparse_convolution": (_sparse_convolution, ("number", "index")),
+    "sparse_linear_grad": (_sparse_linear_grad, ("number", "index")),
+    "sparse_convolution_grad": (_sparse_convolution_grad, ("number", "index")),
     "largest": (_largest, ("number",)),
     "node_function": (_node_function, ("number",)),
     "node_function_grad": (_node_function_grad, ("number",)),

@@ -16,10 +16,11 @@ buffer, the *probe*: a leaf of zeros whose own ``.grad`` accumulates it over bac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dnw_graph.propagation.base import RealEdges
@@ -71,6 +72,59 @@ def masked_weights(
     if learning is real and probe is None:
         return weight * real
     return _ToMasked.apply(weight, real, learning, probe)
+
+
+def at_positions(weight: Float[Tensor, ...], positions: Int[Tensor, " edges"]) -> Float[Tensor, " edges"]:
+    """Return the weights at positions of the flattened tensor, each once; all others get a gradient of zero."""
+    return _AtPositions.apply(weight, positions)
+
+
+def with_dense_gradient(
+    y: Float[Tensor, ...],
+    x: Float[Tensor, ...],
+    probe: Float[Tensor, ...],
+    gradient: Callable[[Tensor, Tensor], Tensor],
+) -> Float[Tensor, ...]:
+    """Return y, and have the probe get the gradient of all candidates.
+
+    Args:
+        y: What the real edges make of x.
+        x: What they start from.
+        probe: The probe.
+        gradient: Returns the gradient of all from x and the gradient of y.
+    """
+    return _WithDenseGradient.apply(y, x, probe, gradient)
+
+
+class _AtPositions(torch.autograd.Function):
+    """Real weights of a layer; in the backward pass nothing is added up, as no two are the same."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, positions: Tensor) -> Tensor:
+        ctx.shape = weight.shape
+        ctx.save_for_backward(positions)
+        return weight.reshape(-1).index_select(0, positions)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (positions,) = ctx.saved_tensors
+        flat = grads[0].new_zeros(ctx.shape.numel())
+        return flat.index_copy_(0, positions, grads[0]).view(ctx.shape), None
+
+
+class _WithDenseGradient(torch.autograd.Function):
+    """Products over real edges, beside which the gradient of all candidates is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, probe: Tensor, gradient: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        ctx.gradient = gradient
+        ctx.save_for_backward(x)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return grads[0], None, ctx.gradient(x, grads[0]), None
 
 
 class _ToCandidates(torch.autograd.Function):

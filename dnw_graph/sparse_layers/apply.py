@@ -15,7 +15,9 @@ from dnw_graph.sparse_layers.access import sparse_chain, sparse_parameters
 from dnw_graph.sparse_layers.budget import DISTRIBUTIONS, edges_per_weight, kept
 from dnw_graph.sparse_layers.eligible import Skip, names_of_owners, reasons_to_skip, refuse_module, refuse_weights
 from dnw_graph.sparse_layers.forward_pass import ForwardPass, RealWeights
+from dnw_graph.sparse_layers.layer_edges import suits
 from dnw_graph.sparse_layers.layers import LayerWeight, find_weights, own_parameters
+from dnw_graph.sparse_layers.over_edges import over_edges
 from dnw_graph.sparse_layers.state import before_loading
 from dnw_graph.sparse_layers.table import SparsityRow, SparsityTable
 from dnw_graph.sparse_layers.weight_graph import WeightGraph
@@ -29,6 +31,8 @@ def sparsify(
     wiring: str | Wiring = "dnw",
     skip: Skip | Iterable[Skip] = (),
     distribution: str | Mapping[str, float] = "uniform",
+    *,
+    sparse_kernels: bool = True,
 ) -> SparsityTable:
     r"""Make the layers of a module sparse; training discovers which weights are used.
 
@@ -54,6 +58,9 @@ def sparsify(
         distribution: How the budget is divided: ``"uniform"``, ``"erdos_renyi"``, ``"erdos_renyi_kernel"``,
             ``"global"`` (one ranking of all weights), or a mapping from patterns of weight names to densities. See
             ``dnw_graph.sparse_layers.budget``.
+        sparse_kernels: On a CPU, whether layers whose hallucinated weights get no gradient compute over their real
+            weights alone, in the forward and in the backward pass, where ``dnw_graph.sparse_layers.layer_edges.pays``
+            says so. The edges are the same, results are equal up to rounding. False: always with a dense weight.
 
     Returns:
         A table of all parameters with two or more dimensions, sparse or dense.
@@ -94,7 +101,7 @@ def sparsify(
     for graph, view in zip(graphs, views, strict=True):
         graph.take(view)
     table = _table(module, every, graphs, reasons)
-    _attach(module, graphs)
+    _attach(module, graphs, sparse_kernels)
     return table
 
 
@@ -125,7 +132,7 @@ def _table(
     return SparsityTable(tuple(rows))
 
 
-def _attach(module: nn.Module, graphs: Sequence[WeightGraph]) -> None:
+def _attach(module: nn.Module, graphs: Sequence[WeightGraph], sparse_kernels: bool) -> None:
     """Parametrize the weights, and let all modules around them choose edges when their forward pass begins."""
     parts: dict[tuple[nn.Module, str], list[tuple[LayerWeight, WeightGraph]]] = {}
     for graph in graphs:
@@ -136,10 +143,15 @@ def _attach(module: nn.Module, graphs: Sequence[WeightGraph]) -> None:
     for (layer, name), found in parts.items():
         owned = [graph for _, graph in found if graph not in registered]
         registered.update(owned)
-        real = RealWeights([weight for weight, _ in found], [graph for _, graph in found], owned, orders[layer])
+        weights = [weight for weight, _ in found]
+        edges = sparse_kernels and suits(layer) and not weights[0].transposed
+        real = RealWeights(weights, [graph for _, graph in found], owned, orders[layer], edges)
         parametrize.register_parametrization(layer, name, real, unsafe=True)
+        if edges:
+            own_class: Any = type(layer)
+            own_class.forward = over_edges(own_class.forward)
     for layer in orders:
-        own_class: Any = type(layer)
+        own_class = type(layer)
         own_class.__getstate__, own_class.__setattr__ = _refuse_pickling, _assign(own_class.__setattr__)
         layer.register_load_state_dict_pre_hook(before_loading)
     for each in module.modules():

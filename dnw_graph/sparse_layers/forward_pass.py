@@ -16,12 +16,15 @@ from torch.fx import Proxy
 from dnw_graph._compat import is_replica
 from dnw_graph.arguments import wrong
 from dnw_graph.errors import InputError
-from dnw_graph.ops.layout import traced
-from dnw_graph.propagation.gradient import masked_weights
+from dnw_graph.ops.layout import plain_eager, traced
+from dnw_graph.propagation.gradient import at_positions, masked_weights
+from dnw_graph.sparse_layers.layer_edges import LayerEdges
 from dnw_graph.sparse_layers.layers import LayerWeight
 from dnw_graph.sparse_layers.reading import ReadWeight
 from dnw_graph.sparse_layers.weight_graph import WeightGraph
 from dnw_graph.wirings import Wiring
+
+Masks = tuple[Tensor | LayerEdges, Tensor | None]
 
 
 class RealWeights(nn.Module):
@@ -32,7 +35,15 @@ class RealWeights(nn.Module):
         graphs: The graph of each part.
         owned: The graphs that are registered here; a graph of several layers is registered in the first of them.
         order: Names of the layer's own parameters before any became sparse.
+        over_edges: Whether the layer has a forward pass over edges alone, see ``over_edges``.
+
+    Attributes:
+        edges: The real weights as edges during a forward pass, where the layer computes over them alone.
     """
+
+    edges: LayerEdges | None
+    _mask: Tensor | None
+    _learning: Tensor | None
 
     def __init__(
         self,
@@ -40,21 +51,55 @@ class RealWeights(nn.Module):
         graphs: Sequence[WeightGraph],
         owned: Sequence[WeightGraph],
         order: tuple[str, ...],
+        over_edges: bool = False,
     ) -> None:
         super().__init__()
+        self.over_edges = over_edges
         self.owned: Any = nn.ModuleList(owned)
         self.parts = tuple(zip(weights, graphs, strict=True))
         self.order = order
-        self.mask: Tensor | None = None  # Set during a forward pass.
-        self.learning: Tensor | None = None
+        self.end_pass()
         self.probe: Tensor | None = None  # See dnw_graph.propagation.gradient.
         self.active = True  # Until ``densify``.
         self.look = ForwardPass([self])
         self.register_state_dict_pre_hook(_refuse_pretrained)
 
+    def begin_pass(self, real: Tensor | LayerEdges, learning: Tensor | None) -> None:
+        """Take what is real during a forward pass: as masks, see :meth:`assemble`, or as edges."""
+        if isinstance(real, LayerEdges):
+            self.edges = real
+        else:
+            self._mask, self._learning = real, learning
+
+    def end_pass(self) -> None:
+        """Forget it."""
+        self.edges = self._mask = self._learning = None
+
+    @property
+    def in_pass(self) -> bool:
+        """Whether a forward pass is in progress."""
+        return self.edges is not None or self._mask is not None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """During a forward pass 1 for real weights, 0 for hallucinated ones."""
+        return self._mask if self.edges is None else self.edges.mask
+
+    @property
+    def learning(self) -> Tensor | None:
+        """During a forward pass 1 for those that get a gradient; None if all do."""
+        return self._learning if self.edges is None else self.edges.mask
+
+    def real_values(self) -> Float[Tensor, " edges"]:
+        """Return what the edges of a forward pass compute with."""
+        ((weight, graph),) = self.parts
+        assert self.edges is not None
+        parameter = graph.guarded(weight.parameter) if weight is graph.weights[0] else weight.parameter
+        return graph.wiring.values(at_positions(parameter, self.edges.index))
+
     def forward(self, weight: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         """Return the weight that the layer computes with."""
-        if self.mask is not None or traced():
+        if self.in_pass or traced():
             return self._real(weight)
         if torch.is_inference_mode_enabled():
             # Tensors made in inference mode do not record that they are written to.
@@ -70,7 +115,11 @@ class RealWeights(nn.Module):
         return self._masks()[0]
 
     def _masks(self) -> tuple[Tensor, Tensor | None]:
-        return self.look.masks(begins_pass=False)[0] if self.mask is None else (self.mask, self.learning)
+        if self.mask is not None:
+            return self.mask, self.learning
+        real, learning = self.look.masks(begins_pass=False)[0]
+        assert isinstance(real, Tensor)  # edges are for forward passes
+        return real, learning
 
     def _values(self, weight: Tensor) -> Tensor:
         for part, graph in self.parts:
@@ -115,14 +164,18 @@ class RealWeights(nn.Module):
             graph.forget()
 
     def assemble(
-        self, real: Mapping[LayerWeight, Tensor], learning: Mapping[LayerWeight, Tensor | None]
-    ) -> tuple[Float[Tensor, "rows ..."], Float[Tensor, "rows ..."] | None]:
+        self, real: Mapping[LayerWeight, Tensor | LayerEdges], learning: Mapping[LayerWeight, Tensor | None]
+    ) -> Masks:
         """Assemble the parameter's masks from those of its parts; dense projections count as real.
 
         Returns:
             1 for real weights; 1 for those that get a gradient, None if all do, the same tensor if the real ones do.
+            Or the real weights as edges, and None.
         """
-        mask = self._whole(real)
+        edges = real[self.parts[0][0]]
+        if isinstance(edges, LayerEdges):
+            return edges, None
+        mask = self._whole({weight: each for weight, each in real.items() if isinstance(each, Tensor)})
         if self.kind == "all":
             return mask, None
         return mask, mask if self.kind == "real" else self._whole(learning)
@@ -139,7 +192,7 @@ class RealWeights(nn.Module):
         return torch.cat([dense if part is None else part for part in parts])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "mask": None, "learning": None, "probe": None}
+        return {**self.__dict__, "edges": None, "_mask": None, "_learning": None, "probe": None}
 
 
 def part(below: Collection[RealWeights], others: Iterable[RealWeights] = ()) -> None:
@@ -220,24 +273,24 @@ class ForwardPass:
             )
         self.settle(module)
         weights = self.weights
-        if not weights or weights[0].mask is not None or any(isinstance(each, Proxy) for each in args):
+        if not weights or weights[0].in_pass or any(isinstance(each, Proxy) for each in args):
             return  # torch.fx records the calls of layers, which choose when the recorded graph runs.
         for weight, masks in zip(weights, self.masks(begins_pass=True), strict=True):
-            weight.mask, weight.learning = masks
+            weight.begin_pass(*masks)
         self.begun = True
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the module."""
         if self.begun:
             for weight in self.weights:
-                weight.mask = weight.learning = None
+                weight.end_pass()
             self.begun = False
 
-    def masks(self, begins_pass: bool) -> list[tuple[Tensor, Tensor | None]]:
+    def masks(self, begins_pass: bool) -> list[Masks]:
         """Return the masks of each parameter, see :meth:`RealWeights.assemble`; one operator for a compiler."""
         parameters = [weight.parameter for graph in self.graphs() for weight in graph.weights]
         if not torch.compiler.is_compiling():
-            return self.choose(parameters, begins_pass)
+            return self.choose(parameters, begins_pass, as_edges=begins_pass and plain_eager())
         kinds = [weight.kind for weight in self.weights]
         like = [weight.parts[0][0].parameter.detach() for weight in self.weights]
         own = [each for each, kind in zip(like, kinds, strict=True) if kind == "own"]
@@ -253,14 +306,20 @@ class ForwardPass:
         """Return the graphs of the parameters, each once."""
         return list(dict.fromkeys(graph for each in self.weights for _, graph in each.parts))
 
-    def choose(self, parameters: Sequence[Tensor], begins_pass: bool) -> list[tuple[Tensor, Tensor | None]]:
-        """Ask every graph for its masks, once."""
-        real: dict[LayerWeight, Tensor] = {}
+    def choose(self, parameters: Sequence[Tensor], begins_pass: bool, as_edges: bool = False) -> list[Masks]:
+        """Ask every graph for its masks, once.
+
+        Args:
+            parameters: The parameters of all graphs as the forward pass sees them.
+            begins_pass: Whether a forward pass begins.
+            as_edges: Whether layers may compute over edges alone.
+        """
+        real: dict[LayerWeight, Tensor | LayerEdges] = {}
         learning: dict[LayerWeight, Tensor | None] = {}
         rest = iter(parameters)
         for graph in self.graphs():
             own = list(itertools.islice(rest, len(graph.weights)))
-            masks = graph.masks(own, begins_pass)
+            masks = graph.masks(own, begins_pass, as_edges)
             real |= zip(graph.weights, masks[0], strict=True)
             learning |= zip(graph.weights, masks[1], strict=True)
         return [weight.assemble(real, learning) for weight in self.weights]
@@ -299,7 +358,7 @@ def _real_masks(parameters: Sequence[Tensor], like: Sequence[Tensor], token: str
     chosen = current.choose(owned if same else parameters, begins_pass)
     pairs = zip(current.weights, chosen, strict=True)
     own = [learning for weight, (_, learning) in pairs if weight.kind == "own" and learning is not None]
-    masks = [*(mask for mask, _ in chosen), *own]
+    masks = [*(mask for mask, _ in chosen if isinstance(mask, Tensor)), *own]
     # Copies: compiled code may reuse the memory of what an operator returns.
     return [torch.empty_like(weight).copy_(mask) for weight, mask in zip(like, masks, strict=True)]
 

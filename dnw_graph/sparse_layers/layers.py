@@ -143,6 +143,15 @@ class LayerWeight:
             return flat.view(self.shape)
         return flat.view(self.groups, self.shape[1], -1, *self.kernel).transpose(1, 2).reshape(self.shape)
 
+    def mask(self, index: Shaped[Tensor, " edges"], like: Tensor) -> Shaped[Tensor, "rows ..."]:
+        """Return 1 for some candidates and 0 for all others, in the shape of the weight.
+
+        Args:
+            index: Flat indices of the candidates.
+            like: A tensor of the type that the mask is to have.
+        """
+        return self.shaped(like.detach().new_zeros(self.numel).index_fill_(0, index, 1))
+
     def write(self, flat: Shaped[Tensor, " candidates"], parameter: Shaped[Tensor, "rows ..."]) -> None:
         """Set the weight's part of a tensor of the parameter's shape from a vector."""
         rows = parameter if self.third is None else parameter.chunk(3)[self.third]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dnw_graph._compat import version
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
 from dnw_graph.ranking import Ranking
+from dnw_graph.sparse_layers.layer_edges import LayerEdges, pays
 from dnw_graph.sparse_layers.layers import LayerWeight, candidate_edges, weight_name
 
 
@@ -39,6 +42,7 @@ class WeightGraph(Ranking):
         self.weights = tuple(weights)
         self.training = weights[0].layer.training
         self.has_parted = False
+        self._edges: tuple[Tensor, object, list[Tensor | LayerEdges]] | None = None
 
     def real_edges_per_weight(self) -> dict[LayerWeight, int]:
         """Return the number of real edges now in each of ``weights``."""
@@ -71,7 +75,9 @@ class WeightGraph(Ranking):
                 )
         return super().view(tensors, **options)
 
-    def masks(self, tensors: Sequence[Tensor], begins_pass: bool) -> tuple[list[Tensor], list[Tensor | None]]:
+    def masks(
+        self, tensors: Sequence[Tensor], begins_pass: bool, as_edges: bool = False
+    ) -> tuple[list[Tensor | LayerEdges], list[Tensor | None]]:
         """Return, in the shape of each of ``weights``, 1 for real weights and 1 for those that get a gradient.
 
         Hallucinated ones, and those that get none, are 0; None where all get one.
@@ -80,17 +86,21 @@ class WeightGraph(Ranking):
             tensors: The parameters of the weights as the forward pass sees them.
             begins_pass: Whether a forward pass begins: in training its edges are chosen again, by the rule for
                 training. Otherwise a weight is being read: the edges are those of evaluation, and no state changes.
+            as_edges: Whether real weights may be returned as edges, where layers compute over them alone.
         """
         if self.training and not begins_pass and not self.recomputes:
             index = self.real_index
             real = self._shaped(index, tensors)
         else:
             index = self.real_edges(tensors)
+            if as_edges and (self.wiring.gradient or self.wiring.trained) == "real":
+                some = self._as_edges(index, tensors)
+                return some, [each if isinstance(each, Tensor) else None for each in some]
             real = self.derived(index, lambda: self._shaped(index, tensors))
         learning = self.learning_edges(index, tensors)
         if learning is None:
-            return real, [None] * len(real)
-        return real, list(real if learning is index else self._shaped(learning, tensors))
+            return [*real], [None] * len(real)
+        return [*real], list(real if learning is index else self._shaped(learning, tensors))
 
     def part(self, leaving: Collection[LayerWeight]) -> WeightGraph:
         """Remove weights and their edges from the ranking, and return a new graph for them.
@@ -118,6 +128,23 @@ class WeightGraph(Ranking):
         )
         return other
 
+    def _as_edges(self, index: Int[Tensor, " edges"], tensors: Sequence[Tensor]) -> list[Tensor | LayerEdges]:
+        """Return the real weights of each layer, made once for edges that stay: as edges, or as a mask."""
+        key = version(index), tensors[0].dtype, len(tensors)
+        if self._edges is None or self._edges[0] is not index or self._edges[1] != key or key[0] == -1:
+            self._edges = index, key, self._made_edges(index, tensors)
+        return self._edges[2]
+
+    def _made_edges(self, index: Int[Tensor, " edges"], tensors: Sequence[Tensor]) -> list[Tensor | LayerEdges]:
+        starts = [0, *accumulate(weight.numel for weight in self.weights)]
+        bounds = torch.searchsorted(index, torch.tensor(starts, device=index.device)).tolist()
+        found: list[Tensor | LayerEdges] = []
+        for weight, start, (first, last), like in zip(self.weights, starts, pairwise(bounds), tensors, strict=False):
+            own = index[first:last] - start
+            edges = weight.holder.over_edges and pays(weight, len(own))
+            found.append(LayerEdges(weight, own) if edges else weight.mask(own, like))
+        return found
+
     def _split(self, index: Int[Tensor, " edges"]) -> tuple[Tensor, ...]:
         # In the type of the weights: on a CPU multiplying by a mask is several times faster than torch.where.
         real = self.weights[0].parameter.new_zeros(self.num_candidates).index_fill_(0, index, 1)
@@ -137,6 +164,9 @@ class WeightGraph(Ranking):
                 return None
             flats.append(weight.flat(found))
         return torch.cat(flats)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_edges": None}
 
     def extra_repr(self) -> str:
         """Name and sizes, for ``repr``."""

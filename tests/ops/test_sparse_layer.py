@@ -107,6 +107,75 @@ def test_half_precisions_are_computed_in_float32(way, dtype):
     torch.testing.assert_close(result, F.conv2d(x.float(), weight.float()).to(dtype))
 
 
+def assert_same_gradients(call, dense_call, x, weight, csr):
+    """Those of inputs and weights, beside PyTorch's in float64."""
+    rowptr, columns, values = csr
+    x, values = x.requires_grad_(), values.requires_grad_()
+    exact, dense = (each.detach().double().requires_grad_() for each in (x, weight))
+    out, expected = call(x, rowptr, columns, values), dense_call(exact, dense)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad.double())
+    rows = torch.repeat_interleave(rowptr.diff())
+    assert relative_error(x.grad, exact.grad) <= TOLERANCE[x.dtype]
+    assert relative_error(values.grad, dense.grad.flatten(1)[rows, columns.long()]) <= TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_gradients_of_a_convolution(way, case):
+    draw = random.Random(case)
+    inputs, outputs, groups = [(1, 1, 1), (5, 9, 1), (12, 8, 4), (6, 6, 6), (40, 30, 2)][case % 5]
+    kernel, options = [
+        ((1, 1), {}),
+        ((1, 1), {"stride": (2, 2)}),
+        ((3, 3), {"padding": (1, 1)}),
+        ((3, 3), {"padding": (1, 1), "stride": (2, 2)}),
+        ((3, 3), {"padding": (2, 1), "dilation": (2, 1)}),
+        ((2, 5), {"padding": (0, 3), "stride": (3, 1)}),
+        ((2, 2), {"stride": (3, 3)}),
+    ][case % 7]
+    dtype, index = draw.choice([torch.float32, torch.float64]), draw.choice([torch.int32, torch.int64])
+    maps, batch = draw.choice([(7, 7), (8, 8), (13, 20), (33, 40)]), draw.choice([1, 2, 9])
+    weight, csr = sparse(outputs, inputs // groups, *kernel, dtype=dtype, index=index)
+
+    def call(x, *csr):
+        return sparse_conv2d(x, *csr, kernel=kernel, groups=groups, **options)
+
+    def dense_call(x, weight):
+        return F.conv2d(x, weight, groups=groups, **options)
+
+    assert_same_gradients(call, dense_call, torch.randn(batch, inputs, *maps, dtype=dtype), weight, csr)
+
+
+@pytest.mark.parametrize(("batch", "inputs", "outputs"), [(1, 7, 33), (16, 40, 5), (37, 300, 20), (300, 20, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_a_linear_layer(way, batch, inputs, outputs, dtype):
+    weight, csr = sparse(outputs, inputs, dtype=dtype)
+    assert_same_gradients(sparse_linear, F.linear, torch.randn(batch, inputs, dtype=dtype), weight, csr)
+
+
+def test_gradients_with_several_threads(has_compiler):
+    found = []
+    for threads in (1, 3):
+        torch.manual_seed(0)
+        torch.set_num_threads(threads)
+        try:
+            _, (rowptr, columns, values) = sparse(64, 64, 3, 3, dtype=torch.float32)
+            x, values = torch.randn(8, 64, 12, 12).requires_grad_(), values.requires_grad_()
+            sparse_conv2d(x, rowptr, columns, values, kernel=(3, 3), padding=(1, 1)).square().sum().backward()
+            found.append((x.grad, values.grad))
+        finally:
+            torch.set_num_threads(1)
+    assert all(map(torch.equal, *found))
+
+
+def test_gradients_refuse_wrong_edges(has_compiler):
+    x = torch.randn(3, 4, requires_grad=True)
+    grad = torch.ops.dnw_graph.sparse_linear_grad
+    with pytest.raises(InputError, match="rowptr must ascend"):
+        grad(torch.ones(3, 2), x.detach(), torch.tensor([0, 1, 2]), torch.tensor([0, 4]), torch.ones(2), True, True)
+
+
 @pytest.mark.parametrize("relu", [False, True])
 def test_gradients_are_numerically_right(way, relu):
     _, (rowptr, columns, values) = sparse(6, 2, 3, 3)

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "layer.h"
+#include "layer_grad.h"
 #include "node_function.h"
 #include "selection.h"
 #include "sparse.h"
@@ -23,6 +24,20 @@ int guarded(Work work) {
   } catch (const std::length_error &) {
     return NO_MEMORY;
   }
+}
+
+template <class T, class Index>
+Convolution<T, Index> layer_convolution(
+    int64_t batch, int64_t inputs, int64_t outputs, int64_t groups, const int64_t *from, const int64_t *to,
+    const int64_t *window, const Edges<T, Index> &edges) {
+  return {
+      batch,
+      inputs,
+      outputs,
+      groups,
+      {from[0], to[0], window[0], window[2], window[4], window[6]},
+      {from[1], to[1], window[1], window[3], window[5], window[7]},
+      edges};
 }
 
 }  // namespace
@@ -65,19 +80,28 @@ int guarded(Work work) {
       int64_t threads, int64_t batch, int64_t inputs, int64_t outputs, int64_t count, int64_t groups, int64_t relu,   \
       int64_t, const int64_t *from, int64_t, const int64_t *to, int64_t, const int64_t *window, const T *x,           \
       const Index *rowptr, const Index *columns, const T *values, const T *bias, const T *add, T *out) {              \
+    const Edges<T, Index> edges{rowptr, columns, values, count};                                                      \
     return guarded([&] {                                                                                              \
-      const Convolution<T, Index> convolution{                                                                        \
-          batch,                                                                                                      \
-          inputs,                                                                                                     \
-          outputs,                                                                                                    \
-          groups,                                                                                                     \
-          {from[0], to[0], window[0], window[2], window[4], window[6]},                                               \
-          {from[1], to[1], window[1], window[3], window[5], window[7]},                                               \
-          x,                                                                                                          \
-          {rowptr, columns, values, count},                                                                           \
-          {bias, add, relu != 0},                                                                                     \
-          out};                                                                                                       \
-      return convolution.run(threads);                                                                                \
+      const auto layer = layer_convolution(batch, inputs, outputs, groups, from, to, window, edges);                  \
+      return layer.forward(threads, x, Finish<T>{bias, add, relu != 0}, out);                                         \
+    });                                                                                                               \
+  }                                                                                                                   \
+  extern "C" int sparse_convolution_grad_##SUFFIX(                                                                    \
+      int64_t threads, int64_t batch, int64_t inputs, int64_t outputs, int64_t count, int64_t groups,                 \
+      int64_t, const int64_t *from, int64_t, const int64_t *to, int64_t, const int64_t *window, const T *grad,        \
+      const T *x, const Index *rowptr, const Index *columns, const T *values, T *x_grad, T *values_grad) {            \
+    const Edges<T, Index> edges{rowptr, columns, values, count};                                                      \
+    return guarded([&] {                                                                                              \
+      const auto layer = layer_convolution(batch, inputs, outputs, groups, from, to, window, edges);                  \
+      return convolution_grad(threads, layer, grad, x, x_grad, values_grad);                                          \
+    });                                                                                                               \
+  }                                                                                                                   \
+  extern "C" int sparse_linear_grad_##SUFFIX(                                                                         \
+      int64_t threads, int64_t batch, int64_t inputs, int64_t outputs, int64_t count, const T *grad, const T *x,      \
+      const Index *rowptr, const Index *columns, const T *values, T *x_grad, T *values_grad) {                        \
+    const Edges<T, Index> edges{rowptr, columns, values, count};                                                      \
+    return guarded([&] {                                                                                              \
+      return sparse_linear_grad(threads, batch, inputs, outputs, grad, x, edges, x_grad, values_grad);                \
     });                                                                                                               \
   }
 

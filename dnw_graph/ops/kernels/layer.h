@@ -55,35 +55,6 @@ struct Finish {
   }
 };
 
-// One axis of a convolution. The place k of a kernel reads the input stride · (output + shift(k)) + phase(k): the input
-// is laid apart by phases, so that neighbours among the outputs read neighbours.
-struct Axis {
-  int64_t input, output, kernel, stride, padding, dilation;
-  int64_t low, high, stored, pitch;
-  std::vector<int64_t> phases;
-
-  Axis(int64_t input, int64_t output, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation)
-      : input(input), output(output), kernel(kernel), stride(stride), padding(padding), dilation(dilation), low(0),
-        high(0), stored(0) {
-    for (int64_t k = 0; k < kernel; ++k) {
-      low = std::min(low, shift(k));
-      high = std::max(high, shift(k));
-      if (std::find(phases.begin(), phases.end(), phase(k)) == phases.end()) phases.push_back(phase(k));
-    }
-    for (int64_t each : phases) stored = std::max(stored, values(each));
-    // Zeros between two rows are the right border of one and the left border of the next.
-    pitch = std::max(output + high, stored - low);
-  }
-  int64_t at(int64_t k) const { return k * dilation - padding; }
-  int64_t shift(int64_t k) const { return (at(k) >= 0 ? at(k) : at(k) - stride + 1) / stride; }
-  int64_t phase(int64_t k) const { return at(k) - shift(k) * stride; }
-  int64_t number(int64_t k) const { return std::find(phases.begin(), phases.end(), phase(k)) - phases.begin(); }
-  // How many inputs of a phase some output reads.
-  int64_t values(int64_t phase) const {
-    return std::min(phase < input ? (input - phase + stride - 1) / stride : 0, output + high);
-  }
-};
-
 // Where the sources of a target lie: a table of distances from the first one of its group.
 template <class T>
 struct Places {
@@ -93,91 +64,115 @@ struct Places {
   const T *row(int64_t source) const { return first + starts[source]; }
 };
 
-template <class T, class Index>
-struct Convolution {
-  int64_t batch, inputs, outputs, groups;
-  Axis y, x;
+// A side of maps whose places are laid apart by phases: place i of a phase is stride · i + phase.
+struct Side {
+  int64_t size, stride;
+  std::vector<int64_t> phases;
+
+  int64_t within(int64_t phase) const { return phase < size ? (size - phase + stride - 1) / stride : 0; }
+};
+
+// One axis of a convolution. The place k of a kernel reads place output + shifts[k] of the phase with numbers[k]: the
+// input is laid apart, so that neighbours among the outputs read neighbours.
+struct Axis : Side {
+  int64_t output, low = 0, high = 0, pitch = 0;
+  std::vector<int64_t> shifts, numbers;
+
+  Axis(int64_t input, int64_t output, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation)
+      : Side{input, stride, {}}, output(output) {
+    for (int64_t k = 0; k < kernel; ++k) {
+      const int64_t at = k * dilation - padding, shift = (at >= 0 ? at : at - stride + 1) / stride;
+      const auto found = std::find(phases.begin(), phases.end(), at - shift * stride);
+      shifts.push_back(shift);
+      numbers.push_back(found - phases.begin());
+      if (found == phases.end()) phases.push_back(at - shift * stride);
+    }
+    measure();
+  }
+  // The axis along which the gradients of the inputs of one phase read those of the outputs.
+  Axis transposed() const {
+    Axis other = *this;
+    static_cast<Side &>(other) = {output, 1, {0}};
+    other.output = (size + stride - 1) / stride;
+    for (int64_t &each : other.shifts) each = -each;
+    std::fill(other.numbers.begin(), other.numbers.end(), 0);
+    other.measure();
+    return other;
+  }
+  int64_t kernel() const { return shifts.size(); }
+  // How many inputs of a phase some output reads.
+  int64_t values(int64_t phase) const { return std::min(within(phase), output + high); }
+  bool pointwise() const { return kernel() == 1 && stride == 1 && !shifts[0] && size == output; }
+
+ private:
+  void measure() {
+    low = std::min<int64_t>(0, *std::min_element(shifts.begin(), shifts.end()));
+    high = std::max<int64_t>(0, *std::max_element(shifts.begin(), shifts.end()));
+    int64_t stored = 0;
+    for (int64_t each : phases) stored = std::max(stored, values(each));
+    // Zeros between two rows are the right border of one and the left border of the next.
+    pitch = std::max(output + high, stored - low);
+  }
+};
+
+// Maps that a convolution reads, a set of images at a time, as one row of places for each channel and phase; maps of a
+// pointwise convolution are read where they are, unless many edges would read them off a boundary.
+template <class T>
+struct Planes {
+  const Axis &y, &x;
+  int64_t batch, channels, per_group;
   const T *in;
-  Edges<T, Index> edges;
-  Finish<T> finish;
-  T *out;
+  bool direct;
+  int64_t set, plane, lead, first = 0, images = 0;
+  Buffer<T> packed{nullptr, std::free};
+  std::vector<uint32_t> starts;
 
-  int64_t per_group() const { return inputs / groups; }
-  int64_t sources() const { return per_group() * y.kernel * x.kernel; }
-  int64_t planes() const { return y.phases.size() * x.phases.size(); }
-
-  int run(int64_t threads) const {
+  Planes(const Axis &y, const Axis &x, int64_t batch, int64_t channels, int64_t groups, int64_t edges, const T *in)
+      : y(y), x(x), batch(batch), channels(channels), per_group(channels / groups), in(in) {
     constexpr int64_t lanes = Simd<T>::lanes;
-    if (!edges.pointers_valid(outputs)) return WRONG_EDGES;
-    if (!batch) return edges.sources_within(0, outputs, 0, sources()) ? OK : WRONG_EDGES;
     const int64_t maps = y.output * x.output;
-    const bool pointwise = y.kernel * x.kernel * y.stride * x.stride == 1 && !y.padding && !x.padding;
-    // Maps that begin on a boundary are read where they are, and others where copying them would cost more.
-    const bool whole = maps % lanes == 0 || double(edges.count) < 16.0 * double(inputs);
-    const bool direct = pointwise && maps >= (batch == 1 ? lanes : 4 * lanes) && whole;
-    // A set of images is laid out as one row of places for each input channel and phase.
+    const bool whole = maps % lanes == 0 || double(edges) < 16.0 * double(channels);
+    direct = y.pointwise() && x.pointwise() && maps >= (batch == 1 ? lanes : 4 * lanes) && whole;
     const double image = double(y.pitch) * double(x.pitch);
     const double before = -double(y.low) * double(x.pitch) - double(x.low);
     const double after = double(y.high) * double(x.pitch) + double(x.high) + double(lanes);
-    const double rows = double(inputs) * double(planes());
+    const double rows = double(channels) * double(phases());
     const double fitting = (double(CACHE) / sizeof(T) / std::max(rows, 1.0) - before - after) / image;
-    const int64_t set = direct ? 1 : std::max<int64_t>(1, int64_t(std::min(fitting, double(batch))));
+    set = direct ? 1 : std::max<int64_t>(1, int64_t(std::min(fitting, double(batch))));
     const double size = direct ? double(maps) : std::ceil((before + double(set) * image + after) / lanes) * lanes;
-    if (rows * size > double(UINT32_MAX)) return NO_MEMORY;
-    const int64_t plane = int64_t(size), lead = direct ? 0 : int64_t(before);
-    const auto packed = zeros<T>(direct ? 0 : rows * size);
-    std::vector<int64_t> within;
-    for (int64_t i = 0; i < y.kernel; ++i)
-      for (int64_t j = 0; j < x.kernel; ++j)
-        within.push_back(
-            (y.number(i) * int64_t(x.phases.size()) + x.number(j)) * plane + lead + y.shift(i) * x.pitch + x.shift(j));
-    std::vector<uint32_t> starts;
-    starts.reserve(sources());
-    for (int64_t c = 0; c < per_group(); ++c)
-      for (int64_t each : within) starts.push_back(uint32_t(c * planes() * plane + each));
-    const double work = double(edges.count) * double(maps) * double(set);
-    std::atomic<bool> wrong{false};
-    for (int64_t first = 0; first < batch; first += set) {
-      const int64_t images = std::min(set, batch - first);
-      const int64_t places = ((images - 1) * y.pitch + y.output - 1) * x.pitch + x.output;
-      const int64_t features = std::max(places, lanes);
-      const int64_t step = REGISTERS * lanes;
-      const int64_t fits = CACHE / int64_t(sizeof(T)) / std::max<int64_t>(inputs * planes(), 1);
-      const int64_t tile = std::max(fits / step * step, step), tiles = (features + tile - 1) / tile;
-      constexpr int64_t group = 8;
-#pragma omp parallel num_threads(team(threads, work))
-      {
-        if (!direct)
-#pragma omp for schedule(static)
-          for (int64_t c = 0; c < inputs; ++c) pack(first, images, c, packed.get() + c * planes() * plane + lead, plane);
-#pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t t = 0; t < tiles; ++t)
-          for (int64_t o = 0; o < outputs; o += group) {
-            const int64_t width = std::max(std::min(tile, features - t * tile), lanes);
-            const int64_t at = std::min(t * tile, features - width);
-            for (int64_t v = o; v < std::min(o + group, outputs); ++v) {
-              if (!edges.sources_within(v, v + 1, 0, sources())) {
-                wrong = true;
-                continue;
-              }
-              const int64_t channel = v / (outputs / groups) * per_group();
-              const T *own = direct ? in + (first * inputs + channel) * maps : packed.get() + channel * planes() * plane;
-              target(v, {own, starts.data()}, at, width, first, places, direct);
-            }
-          }
-      }
-      if (wrong) return WRONG_EDGES;
-    }
-    return OK;
+    if (rows * size > double(UINT32_MAX)) throw std::bad_alloc();
+    plane = int64_t(size);
+    lead = direct ? 0 : int64_t(before);
+    if (!direct) packed = zeros<T>(rows * size);
+    starts.reserve(per_group * y.kernel() * x.kernel());
+    for (int64_t c = 0; c < per_group; ++c)
+      for (int64_t i = 0; i < y.kernel(); ++i)
+        for (int64_t j = 0; j < x.kernel(); ++j) {
+          const int64_t phase = y.numbers[i] * int64_t(x.phases.size()) + x.numbers[j];
+          starts.push_back(uint32_t((c * phases() + phase) * plane + lead + y.shifts[i] * x.pitch + x.shifts[j]));
+        }
   }
 
-  // One input channel of some images, a plane for each phase; what lies between stays zero.
-  void pack(int64_t first, int64_t images, int64_t channel, T *to, int64_t plane) const {
+  int64_t phases() const { return y.phases.size() * x.phases.size(); }
+  // How many places the outputs of the set lie in.
+  int64_t places() const { return direct ? plane : ((images - 1) * y.pitch + y.output - 1) * x.pitch + x.output; }
+  void begin(int64_t image) {
+    first = image;
+    images = std::min(set, batch - first);
+  }
+  // What the edges of a group read.
+  Places<T> group(int64_t number) const {
+    const int64_t channel = number * per_group;
+    return {direct ? in + (first * channels + channel) * plane : packed.get() + channel * phases() * plane, starts.data()};
+  }
+  // One channel of the set, a plane for each phase; what lies between stays zero.
+  void pack(int64_t channel) const {
+    T *to = packed.get() + channel * phases() * plane + lead;
     for (int64_t py : y.phases)
       for (int64_t px : x.phases) {
         for (int64_t b = 0; b < images; ++b)
           for (int64_t i = 0; i < y.values(py); ++i) {
-            const T *row = in + (((first + b) * inputs + channel) * y.input + i * y.stride + py) * x.input + px;
+            const T *row = in + (((first + b) * channels + channel) * y.size + i * y.stride + py) * x.size + px;
             T *place = to + (b * y.pitch + i) * x.pitch;
             if (x.stride == 1)
               std::copy_n(row, x.values(px), place);
@@ -187,36 +182,103 @@ struct Convolution {
         to += plane;
       }
   }
+};
 
-  // The places at … at + width - 1 of one output channel.
-  void target(
-      int64_t v, const Places<T> &z, int64_t at, int64_t width, int64_t first, int64_t places, bool direct) const {
-    constexpr int64_t lanes = Simd<T>::lanes;
-    T sums[REGISTERS * lanes];
-    const int64_t vectors = (width + lanes - 1) / lanes, passes = (vectors + REGISTERS - 1) / REGISTERS;
-    const int64_t per_pass = (vectors + passes - 1) / passes;
-    for (int64_t vector = 0; vector < vectors; vector += per_pass) {
-      const int64_t n = std::min(per_pass, vectors - vector), from = vector * lanes;
-      const int64_t own = std::min(n * lanes, width - from), shift = std::max<int64_t>(lanes - own, 0);
-      sum_upto<REGISTERS>(
-          n, edges, edges.rowptr[v], edges.rowptr[v + 1], z, at + from - shift, own + shift, sums);
-      write(v, sums + shift, at + from, std::min(own, places - at - from), first, direct);
-    }
-  }
+// The maps that a convolution writes: `channels` of them, and of each the places of every phase by themselves.
+template <class T>
+struct Written {
+  const Side y, x;
+  int64_t channels;
+  Finish<T> finish;
+  T *out;
 
-  void write(int64_t v, const T *sums, int64_t at, int64_t count, int64_t first, bool direct) const {
-    const int64_t maps = y.output * x.output;
-    if (direct) return finish.write(sums, count, v, (first * outputs + v) * maps + at, out);
-    int64_t line = at / x.pitch, column = at % x.pitch;
+  int64_t phases() const { return y.phases.size() * x.phases.size(); }
+  // Places of a target, which is a phase of a channel, from `at` on, as they lie in planes.
+  void write(int64_t target, const Planes<T> &from, const T *sums, int64_t at, int64_t count) const {
+    const int64_t channel = target / phases(), py = y.phases[target % phases() / x.phases.size()];
+    const int64_t px = x.phases[target % x.phases.size()], rows = y.within(py), columns = x.within(px);
+    if (from.direct && y.stride * x.stride == 1)
+      return finish.write(sums, count, channel, (from.first * channels + channel) * rows * columns + at, out);
+    const int64_t pitch = from.x.pitch;
+    int64_t line = at / pitch, column = at % pitch;
     for (int64_t done = 0; done < count; ++line, column = 0) {
-      const int64_t length = std::min(x.pitch - column, count - done);
-      const int64_t image = line / y.pitch, row = line % y.pitch;
-      if (row < y.output && column < x.output)
-        finish.write(
-            sums + done, std::min(length, x.output - column), v,
-            (((first + image) * outputs + v) * y.output + row) * x.output + column, out);
+      const int64_t length = std::min(pitch - column, count - done);
+      const int64_t image = line / from.y.pitch, row = line % from.y.pitch;
+      if (row < rows && column < columns) {
+        const int64_t own = std::min(length, columns - column);
+        const int64_t first = (((from.first + image) * channels + channel) * y.size + row * y.stride + py) * x.size;
+        if (x.stride == 1)
+          finish.write(sums + done, own, channel, first + px + column, out);
+        else
+          for (int64_t j = 0; j < own; ++j)
+            finish.write(sums + done + j, 1, channel, first + px + (column + j) * x.stride, out);
+      }
       done += length;
     }
+  }
+};
+
+// Every target receives what its edges read: the places of each phase of each channel that is written.
+template <class T, class Index>
+int convolution(
+    int64_t threads, int64_t groups, const Edges<T, Index> &edges, Planes<T> &from, const Written<T> &to) {
+  constexpr int64_t lanes = Simd<T>::lanes, group = 8;
+  const int64_t targets = to.channels * to.phases(), sources = from.starts.size();
+  std::atomic<bool> wrong{false};
+  for (int64_t first = 0; first < from.batch; first += from.set) {
+    from.begin(first);
+    const int64_t places = from.places(), features = std::max(places, lanes), step = REGISTERS * lanes;
+    const int64_t fits = CACHE / int64_t(sizeof(T)) / std::max<int64_t>(from.channels * from.phases(), 1);
+    const int64_t tile = std::max(fits / step * step, step), tiles = (features + tile - 1) / tile;
+#pragma omp parallel num_threads(team(threads, double(edges.count) * double(places)))
+    {
+      if (!from.direct)
+#pragma omp for schedule(static)
+        for (int64_t c = 0; c < from.channels; ++c) from.pack(c);
+#pragma omp for collapse(2) schedule(dynamic)
+      for (int64_t t = 0; t < tiles; ++t)
+        for (int64_t o = 0; o < targets; o += group) {
+          const int64_t width = std::max(std::min(tile, features - t * tile), lanes);
+          const int64_t at = std::min(t * tile, features - width);
+          for (int64_t v = o; v < std::min(o + group, targets); ++v) {
+            if (!edges.sources_within(v, v + 1, 0, sources)) {
+              wrong = true;
+              continue;
+            }
+            const Places<T> own = from.group(v / (targets / groups));
+            T sums[REGISTERS * lanes];
+            const int64_t vectors = (width + lanes - 1) / lanes, passes = (vectors + REGISTERS - 1) / REGISTERS;
+            const int64_t per_pass = (vectors + passes - 1) / passes;
+            for (int64_t vector = 0; vector < vectors; vector += per_pass) {
+              const int64_t n = std::min(per_pass, vectors - vector), begin = vector * lanes;
+              const int64_t count = std::min(n * lanes, width - begin), shift = std::max<int64_t>(lanes - count, 0);
+              sum_upto<REGISTERS>(
+                  n, edges, edges.rowptr[v], edges.rowptr[v + 1], own, at + begin - shift, count + shift, sums);
+              to.write(v, from, sums + shift, at + begin, std::min(count, places - at - begin));
+            }
+          }
+        }
+    }
+    if (wrong) return WRONG_EDGES;
+  }
+  return OK;
+}
+
+// A convolution over its edges: out = relu(conv(in) + bias + add).
+template <class T, class Index>
+struct Convolution {
+  int64_t batch, inputs, outputs, groups;
+  Axis y, x;
+  Edges<T, Index> edges;
+
+  int64_t sources() const { return inputs / groups * y.kernel() * x.kernel(); }
+  bool valid() const { return edges.pointers_valid(outputs) && edges.sources_within(0, outputs, 0, sources()); }
+
+  int forward(int64_t threads, const T *in, const Finish<T> &finish, T *out) const {
+    if (!edges.pointers_valid(outputs)) return WRONG_EDGES;
+    if (!batch) return valid() ? OK : WRONG_EDGES;
+    Planes<T> from(y, x, batch, inputs, groups, edges.count, in);
+    return convolution(threads, groups, edges, from, Written<T>{{y.output, 1, {0}}, {x.output, 1, {0}}, outputs, finish, out});
   }
 };
 

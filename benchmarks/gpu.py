@@ -1,0 +1,165 @@
+"""Everything that wants measuring on a GPU, in slices of few minutes: each call does what is left, in this order.
+
+The tests that need a GPU; training steps beside the reference formulation and the roofline (float32, bfloat16,
+compiled, as CUDA graphs); inference; then the rows of the paper's Tables 1, 2 and 6 on CIFAR-10 that have no record in
+benchmarks/results. A call ends within its minutes: a measurement that would not is begun anew by the next call, a
+training goes on from its last checkpoint. Run with ``make gpu``, or ``python benchmarks/gpu.py --minutes 9 --data
+cifar10``, again and again until it says that nothing is left; every call prints what there is so far, and writes it to
+gpu.md and gpu.json in the directory of the results. With ``--dry-run`` all of it runs on a CPU with tiny sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timing import table_lines
+
+from dnw_graph.whole_file import write_whole
+
+ROOT = Path(__file__).resolve().parents[1]
+LAST_WORDS = 30.0  # Seconds that a training has for its last checkpoint.
+TABLES = ("table1", "table2", "table6")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A part of what is to be done.
+
+    Attributes:
+        name: Its name.
+        command: What is called, after the interpreter.
+        result: The file that is there when it is done.
+        log: Where its output goes.
+    """
+
+    name: str
+    command: Sequence[str]
+    result: Path
+    log: Path
+
+    @property
+    def done(self) -> bool:
+        """Whether it is done."""
+        return self.result.exists()
+
+    def run(self, seconds: float) -> str:
+        """Run for so many seconds at most; return ``done``, ``stopped`` or ``failed``."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a") as log:
+            process = subprocess.Popen([sys.executable, *self.command], stdout=log, stderr=log, cwd=ROOT)
+            try:
+                process.wait(max(seconds - LAST_WORDS, 1))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.wait(LAST_WORDS)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                return "done" if self.done else "stopped"
+        return "done" if self.done and not process.returncode else "failed"
+
+
+def tasks(output: Path, data: str, dry_run: bool) -> Iterator[Task]:
+    """Yield everything that is to be done, what matters most first.
+
+    Args:
+        output: Directory of all results.
+        data: Images for the trainings.
+        dry_run: On a CPU, with tiny sizes.
+    """
+    output = output.resolve()
+
+    def task(name: str, *command: str, result: Path | None = None) -> Task:
+        result = result or output / f"{name}.json"
+        own = [str(result) if word == "RESULT" else word for word in command]
+        return Task(name, own, result, output / f"{name}.log")
+
+    tests = "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py", "--junit-xml", "RESULT"
+    yield task("tests", *tests, result=output / "tests.xml")
+    device = ["--device", "cpu" if dry_run else "cuda", "--json", "RESULT"]
+    tiny = ["--models", "tiny_static", "--batch", "4", "--rounds", "1", "--threads", "1"] if dry_run else []
+    ways = {"bfloat16": ["--dtype", "bfloat16"], "compiled": ["--compile"], "graphs": ["--cuda-graphs"]}
+    chosen: list[tuple[str, ...]] = [(), ("bfloat16",), ("graphs",), ("bfloat16", "graphs")]
+    chosen += [("compiled",), ("bfloat16", "compiled"), ("bfloat16", "compiled", "graphs")]
+    for names in chosen[:2] if dry_run else chosen:
+        options = [word for name in names for word in ways[name]]
+        yield task("-".join(["step", *names]), "benchmarks/train_step.py", *device, *tiny, *options)
+    small = ["--size", "32", "--batch", "1", "--rounds", "1"] if dry_run else ["--batch", "1", "32", "256"]
+    yield task("inference", "benchmarks/inference.py", *device, *small, "--threads", "1")
+    quick = ["--quick"] if dry_run else ["--data", data, "--results", str(ROOT / "benchmarks" / "results")]
+    for table in TABLES[1:2] if dry_run else TABLES:
+        for row in ["cifar10_rg"] if dry_run else rows(table):
+            own = output / "runs" / ("quick" if dry_run else "paper")
+            result = own / row / "seed0" / "result.json"
+            script = f"benchmarks/paper/{table}.py"
+            command = [script, *quick, "--rows", row, "--seeds", "0", "--output", str(own)]
+            yield task(f"{table}-{row}", *command, *(["--epochs", "1"] if dry_run else []), result=result)
+
+
+def rows(table: str) -> list[str]:
+    """Return the rows of a table that have no record, first stages before what starts from them."""
+    sys.path.insert(0, str(ROOT / "benchmarks" / "paper"))
+    found: Any = __import__(table).TABLE
+    kept = {path.name.split("-seed")[0] for path in (ROOT / "benchmarks" / "results").glob("*/*.json")}
+    missing = [row for row in found.rows if row.key not in kept]
+    return [row.key for row in sorted(missing, key=lambda row: row.first_stage is not None)]
+
+
+def summary(every: Sequence[Task], states: dict[str, str]) -> tuple[list[str], dict[str, Any]]:
+    """Return what there is so far, as the lines of a page and as figures."""
+    lines, figures = ["# On a GPU", ""], {}
+    for each in every:
+        state = "done" if each.done else states.get(each.name, "left")
+        lines.append(f"- {each.name}: {state}{'' if state in ('done', 'left') else f', see {each.log}'}")
+        figures[each.name] = {"state": state}
+    for each in every:
+        if each.done and each.result.suffix == ".json":
+            found = json.loads(each.result.read_text())
+            figures[each.name]["result"] = found
+            if "rows" in found:
+                machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+                lines += ["", f"## {each.name}", "", f"{found['title']}; {machine}", "", *table_lines(found["rows"])]
+    return lines, figures
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what is left for some minutes; return 0 unless something failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--minutes", type=float, default=9, help="after which this call ends (default: 9)")
+    parser.add_argument("--data", default="cifar10", help="images for the trainings (default: cifar10)")
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="directory of all results")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny sizes")
+    options = parser.parse_args(argv)
+    end = time.monotonic() + 60 * options.minutes
+    every = list(tasks(options.output, options.data, options.dry_run))
+    states: dict[str, str] = {}
+    for each in every:
+        left = end - time.monotonic() - LAST_WORDS
+        if each.done or left < LAST_WORDS:
+            continue
+        print(f"{each.name}, at most {left / 60:.1f} minutes", flush=True)
+        states[each.name] = each.run(left)
+    lines, figures = summary(every, states)
+    print("\n" + "\n".join(lines))
+    write_whole(options.output / "gpu.md", ("\n".join(lines) + "\n").encode(), "--output")
+    write_whole(options.output / "gpu.json", (json.dumps(figures, indent=1) + "\n").encode(), "--output")
+    failed = [name for name, state in states.items() if state == "failed"]
+    left_over = [each.name for each in every if not each.done]
+    print(f"\n{len(left_over)} of {len(every)} left: the same command goes on" if left_over else "\nnothing is left")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Times training steps with sparse layers that compute over their real weights alone, beside dense and masked ones.
+
+Two tables. First layers of ResNet-18 and a linear layer at several shares of weights: forward pass and both gradients
+beside the dense layer, with the share at which both take equally long; the rule of ``sparsify`` for when a layer
+computes over edges (``dnw_graph.sparse_layers.layer_edges``) comes from it. Then whole steps, with forward pass, loss,
+backward pass and SGD with momentum and weight decay, of ResNet-18 for images of 32 pixels and of a network 3072 – 768 –
+3072: dense in PyTorch; sparse with masked weights (``sparse_kernels=False``); sparse over edges. The last columns say
+what the rest of the step is: all modules but sparse layers, forward and backward, and the optimiser, which steps over
+all candidates; and how much memory a step takes at most beyond the model. CPU time, so that others at work on the
+machine disturb little; all ways take turns. Run with ``python benchmarks/sparse_training.py --threads 1``.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from timing import arguments, median_times, print_table, report
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from dnw_graph import attach, sparsify
+from dnw_graph.sparse_layers.layer_edges import DENSEST, LayerEdges
+
+# Inputs, outputs, kernel, stride, side of the maps; the last one is linear.
+LAYERS = (
+    (64, 64, 3, 1, 32),
+    (64, 128, 3, 2, 32),
+    (64, 128, 1, 2, 32),
+    (128, 128, 3, 1, 16),
+    (256, 256, 3, 1, 8),
+    (512, 512, 3, 1, 4),
+    (3072, 768, 0, 0, 0),
+)
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+
+
+def main() -> None:
+    """Print the two tables."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--batch", type=int, default=128, help="images per step")
+    parser.add_argument("--density", type=float, default=0.05, help="share of weights that every layer keeps")
+    parser.add_argument("--rules", nargs="+", default=["random_graph", "set"], help="rules of the sparse networks")
+    parser.add_argument(
+        "--models", nargs="*", default=[*MODELS], choices=[*MODELS], help="networks of the second table"
+    )
+    parser.add_argument("--layers", type=int, default=len(LAYERS), help="how many layers the first table has")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    if options.layers:
+        print_table([_layer_row(*layer, options) for layer in LAYERS[: options.layers]])
+        shares = ", ".join(f"{kind.__name__} {share:.0%}" for kind, share in DENSEST.items())
+        print(f"\nA layer computes over edges up to a share of: {shares}\n")
+    rows = [row for name in options.models for row in _step_rows(name, options)]
+    if rows:
+        report(f"Training steps, batch {options.batch}, {options.density:.0%} of the weights", rows, options)
+
+
+def _layer_row(inputs: int, outputs: int, side: int, stride: int, maps: int, options: Any) -> dict[str, Any]:
+    """Time forward pass and both gradients of one layer at several shares."""
+    x = torch.randn(options.batch, inputs, *([maps, maps] if side else []), requires_grad=True)
+    dense = nn.Conv2d(inputs, outputs, side, stride, side // 2) if side else nn.Linear(inputs, outputs)
+    kind = f"{inputs} → {outputs}" + (f", {side}×{side}, stride {stride}, {maps}²" if side else "")
+    ways: dict[str, Callable[[], object]] = {"dense": partial(_pass, dense, x, torch.randn_like(dense(x)))}
+    for share in SHARES:
+        sparse = copy.deepcopy(dense)
+        sparsify(sparse, share, "random_graph")
+        _compute_over_edges(sparse)
+        ways[f"{share:.0%}"] = partial(_pass, sparse, x, torch.randn_like(dense(x)))
+    times = _times(ways, options.rounds)
+    ratios = {f"dense / {share:.0%}": times["dense"] / times[f"{share:.0%}"] for share in SHARES}
+    even = _break_even({share: times[f"{share:.0%}"] for share in SHARES}, times["dense"])
+    return {"layer": kind, "dense, ms": times["dense"], **ratios, "break-even share": even}
+
+
+def _compute_over_edges(layer: Any) -> None:
+    """Have a layer compute over edges whatever the rule for it says."""
+    real = layer.parametrizations.weight[0]
+    ((weight, graph),) = real.parts
+    edges = LayerEdges(weight, graph.real_index)
+    graph._as_edges = lambda *_: [edges]
+
+
+def _pass(layer: nn.Module, x: Tensor, grad: Tensor) -> None:
+    x.grad = None
+    layer.zero_grad()
+    layer(x).backward(grad)
+
+
+def _resnet18() -> nn.Module:
+    """ResNet-18 as it is used for CIFAR: a 3×3 convolution with stride 1 first, and no pooling after it."""
+    model = torchvision.models.resnet18(num_classes=10)
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    return model
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(3072, 768), nn.ReLU(), nn.Linear(768, 3072))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "resnet18": (_resnet18, (3, 32, 32)),
+    "mlp": (_mlp, (3072,)),
+}
+
+
+def _step_rows(name: str, options: Any) -> list[dict[str, Any]]:
+    """Time the steps of one network."""
+    make, shape = MODELS[name]
+    network = make()
+    x, y = torch.randn(options.batch, *shape), torch.randint(10, (options.batch,))
+    steps: dict[str, Step] = {"dense": Step(copy.deepcopy(network), x, y)}
+    for rule in options.rules:
+        for kind, kernels in (("masked", False), ("edges", True)):
+            model = copy.deepcopy(network)
+            torch.manual_seed(1)
+            sparsify(model, options.density, rule, sparse_kernels=kernels)
+            steps[f"{rule}, {kind}"] = Step(model, x, y)
+    times = _times({way: step.__call__ for way, step in steps.items()}, options.rounds)
+    return [
+        {
+            "network": name,
+            "way": way,
+            "ms": times[way],
+            "dense / way": times["dense"] / times[way],
+            **step.shares(),
+            "MB beyond the model": step.peak() / 2**20,
+        }
+        for way, step in steps.items()
+    ]
+
+
+class Step:
+    """A training step.
+
+    Args:
+        model: The network.
+        x: Its inputs.
+        y: Labels.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
+        self.model, self.x, self.y = model, x, y
+        self.optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+        attach(model, self.optimizer, num_steps=10**6, steps_per_epoch=10**5)
+
+    def __call__(self) -> None:
+        """Take it."""
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(self.x), self.y).backward()
+        self.optimizer.step()
+
+    def shares(self) -> dict[str, float]:
+        """Return which shares of the time the layers, the optimiser and everything else take."""
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            self()
+        spent = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
+        total = sum(spent.values())
+        layers = sum(time for key, time in spent.items() if any(word in key for word in PRODUCTS))
+        optimiser = sum(
+            event.cpu_time_total for event in profiled.key_averages() if event.key.startswith("Optimizer.step")
+        )
+        return {"layers": layers / total, "optimiser": optimiser / total, "rest": 1 - (layers + optimiser) / total}
+
+    def peak(self) -> int:
+        """Return how many bytes a step allocates at most beyond what it starts with."""
+        self.optimizer.zero_grad()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            self()
+        now = most = 0
+        for event in profiled.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                most = max(most, now)
+        return most
+
+
+PRODUCTS = ("convolution", "addmm", "aten::mm", "sparse_linear")
+"""What the operators of layers have in their names."""
+
+
+def _break_even(times: Mapping[float, float], dense: float) -> str:
+    """Return the share at which the line through the times meets that of the dense way."""
+    for (low, first), (high, second) in pairwise(sorted(times.items())):
+        if first <= dense < second:
+            return f"{low + (high - low) * (dense - first) / (second - first):.0%}"
+    return f"over {max(times):.0%}" if max(times.values()) <= dense else f"under {min(times):.0%}"
+
+
+def _times(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    return median_times(ways, rounds, torch.device("cpu"), time.process_time)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""The forward pass of a layer over its real weights alone, in the place of the one with a dense weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from dnw_graph.ops.layout import plain_eager
+from dnw_graph.sparse_layers.forward_pass import RealWeights
+
+
+def over_edges(otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the forward pass of a linear layer or convolution with a sparse weight.
+
+    Args:
+        otherwise: What computes with a dense weight, where edges do not pay.
+    """
+
+    def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        chain: Any = layer.parametrizations.weight  # type: ignore[union-attr]
+        real: RealWeights = chain[0]
+        edges = real.edges
+        if edges is None or kwargs or len(args) != 1 or len(chain) > 1 or not plain_eager() or not edges.takes(args[0]):
+            return otherwise(layer, *args, **kwargs)
+        bias: Any = layer.bias
+        return edges.compute(args[0], real.real_values(), bias, real.probe)
+
+    return forward

@@ -1,0 +1,76 @@
+"""``benchmarks/gpu.py``: slices that end in time and go on, and all of it on a CPU with tiny sizes."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    directory = str(Path(__file__).parents[2] / "benchmarks")
+    sys.path.insert(0, directory)
+    try:
+        return __import__("gpu")
+    finally:
+        sys.path.remove(directory)
+
+
+def program(gpu, tmp_path, name, code):
+    result = tmp_path / f"{name}.json"
+    return gpu.Task(name, ["-c", code.replace("RESULT", repr(str(result)))], result, tmp_path / f"{name}.log")
+
+
+WRITES = (
+    "import json; json.dump({'title': 'Steps', 'machine': {'device': 'a'}, 'rows': [{'ms': 2.5}]}, open(RESULT, 'w'))"
+)
+WAITS = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved')"
+
+
+def test_what_is_done_is_not_done_again_and_what_takes_too_long_is_stopped(gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "LAST_WORDS", 2.0)
+    every = [
+        program(gpu, tmp_path, "good", WRITES),
+        program(gpu, tmp_path, "bad", "raise SystemExit(3)"),
+        program(gpu, tmp_path, "long", WAITS),
+        program(gpu, tmp_path, "late", WRITES),
+    ]
+    monkeypatch.setattr(gpu, "tasks", lambda *_: iter(every))
+    start = time.monotonic()
+    assert gpu.main(["--minutes", "0.15", "--output", str(tmp_path)]) == 1
+    assert time.monotonic() - start < 30
+    page = (tmp_path / "gpu.md").read_text()
+    assert "- good: done" in page
+    assert "- bad: failed" in page
+    assert "- long: stopped" in page
+    assert "| 2.5 |" in page
+    assert "saved" in (tmp_path / "long.log").read_text()
+    figures = json.loads((tmp_path / "gpu.json").read_text())
+    assert figures["good"]["result"]["rows"] == [{"ms": 2.5}]
+    assert figures["late"]["state"] == "left"
+
+    every[1:3] = []
+    monkeypatch.setattr(gpu.Task, "run", lambda self, seconds: self.result.write_text("{}") and "done")
+    assert gpu.main(["--minutes", "9", "--output", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "good.json").read_text())["title"] == "Steps"
+    assert "nothing is left" in capsys.readouterr().out
+
+
+def test_rows_without_a_record_are_left(gpu):
+    assert "cifar10_dnw" in gpu.rows("table2")
+    rows = gpu.rows("table2")
+    assert rows.index("cifar10_complete") < rows.index("cifar10_lottery_ticket")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_of_it_on_a_cpu_with_tiny_sizes(gpu, tmp_path, capsys):
+    for _ in range(3):
+        gpu.main(["--dry-run", "--minutes", "9", "--output", str(tmp_path)])
+        if "nothing is left" in capsys.readouterr().out:
+            break
+    page = (tmp_path / "gpu.md").read_text()
+    assert page.count(": done") == 5
+    assert "reference formulation" in page
