@@ -116,7 +116,10 @@ class Classifier(LightningModule):
             own = [p for p in self.parameters() if decays.get(p) == decay]
             groups.append({"params": own, "weight_decay": decay})
         optimizer = torch.optim.SGD(groups, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"}}
+        scheduler = self.schedule(optimizer)
+        known = isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
+        require(known, "schedule", "a function that makes a scheduler of PyTorch for an optimiser", self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Bring the schedule to the step of a checkpoint: a function of that alone, whatever version wrote the file."""

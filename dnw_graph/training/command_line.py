@@ -53,6 +53,7 @@ NOISE = (
     "You're resuming from a checkpoint that ended before the epoch ended",
     "It is recommended to use .* when logging on epoch level in distributed",
     "Experiment logs directory .* exists and is not empty",
+    "The epoch parameter in `scheduler.step\\(\\)` was not necessary",  # PyTorch 2.8's SequentialLR
     "Detected call of `lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated",
 )

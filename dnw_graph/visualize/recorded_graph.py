@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # The weights of all real edges are kept of graphs with at most this many.
 MOST_WEIGHTS = 4096
+# They are kept in half precision.
+LARGEST = float(np.finfo(np.float16).max)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Which quantiles of |w| over the real edges are recorded."""
 
@@ -230,7 +232,7 @@ class RecordedGraph:
         if live is not None:
             content += np.packbits(live).tobytes()
         if len(now) <= MOST_WEIGHTS:
-            content += _planes(weight.astype("<f2"))
+            content += _planes(weight.clip(-LARGEST, LARGEST).astype("<f2"))
         magnitudes = tuple(float(f"{each:.4g}") for each in _quantiles(np.sort(np.abs(weight))))
         return Change(len(born), len(gone), magnitudes, zlib.compress(content))
 

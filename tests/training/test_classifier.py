@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dnw_graph import L1Anneal, NeuralGraph, Schedule
+from dnw_graph import InputError, L1Anneal, NeuralGraph, Schedule
 from dnw_graph.recipes.schedules import after_warmup
 from dnw_graph.recipes.schedules import step as two_steps
 from dnw_graph.training import Classifier, ImageData, RunOptions, cosine, read_checkpoint, run
@@ -59,6 +59,12 @@ def test_the_schedule_of_an_older_checkpoint_goes_on(step: int):
         assert optimizer.param_groups[0]["lr"] == expected
         optimizer.step()
         scheduler.step()
+
+
+def test_a_schedule_that_makes_no_scheduler_is_told():
+    module = Classifier(nn.Linear(2, 3), 3, lambda step: 1.0, 1.0, 0.9, 0.0, seed=0)
+    with pytest.raises(InputError, match="schedule must be a function that makes a scheduler of PyTorch"):
+        module.configure_optimizers()
 
 
 class _Norms(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from pairs import rest_is_slow
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ConstantLR
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -105,7 +106,7 @@ def fit(model: nn.Module, images: ImageData, options: RunOptions, *callbacks: Ca
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
-    module = Classifier(model, 10, lambda step: 1.0, options.lr, 0.9, 1e-4, seed=0)
+    module = Classifier(model, 10, partial(ConstantLR, factor=1.0), options.lr, 0.9, 1e-4, seed=0)
     trainer.fit(module, DataModule(images, options))
     return training_cost.multiply_adds
 

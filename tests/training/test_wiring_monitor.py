@@ -57,9 +57,9 @@ def test_logged_swaps_and_live_nodes_against_sets_of_pairs(
     import sys
 
     module = sys.modules["dnw_graph.training.runs"]
-    make = module._trainer
+    make = module.make_trainer
     monkeypatch.setattr(
-        module, "_trainer", lambda options, callbacks, loggers: make(options, [*callbacks, Look()], loggers)
+        module, "make_trainer", lambda options, callbacks, *rest: make(options, [*callbacks, Look()], *rest)
     )
     chosen = options()
     summary = run(create, {}, chosen, small_digits)

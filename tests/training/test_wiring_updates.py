@@ -1,11 +1,13 @@
 """The callback: a Lightning run needs nothing else for rules that act between steps."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torch.optim.lr_scheduler import ConstantLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from dnw_graph import SET, STR, InputError, RigL, sparsify
@@ -53,7 +55,7 @@ def test_steps_are_those_of_the_optimiser(rule: object, accumulate: int):
 def test_a_run_gives_parameters_of_rules_their_own_decay(norms: bool):
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
     sparsify(model, 0.3, STR(weight_decay=0.25))
-    module = Classifier(model, 3, lambda step: 1.0, 0.1, 0.9, 0.01, 0, norm_weight_decay=norms)
+    module = Classifier(model, 3, partial(ConstantLR, factor=1.0), 0.1, 0.9, 0.01, 0, norm_weight_decay=norms)
     optimizer = module.configure_optimizers()["optimizer"]
     found = {group["weight_decay"]: len(group["params"]) for group in optimizer.param_groups}
     assert found == ({0.01: 6, 0.25: 2} if norms else {0.01: 4, 0.0: 2, 0.25: 2})

@@ -59,6 +59,17 @@ def recorded(moments=6):
     return model, recording, seen
 
 
+@pytest.mark.filterwarnings("error")
+def test_weights_beyond_half_precision_are_its_largest():
+    graph = NeuralGraph((2, 3, 2), 6)
+    with torch.no_grad():
+        graph.candidates.weight[:] = torch.arange(-5.0, graph.num_candidates - 5) * 1e6
+    recording = Recording(graph)
+    (recorded,) = recording.graphs.values()
+    expected = graph.edge_weight.clamp(-65504, 65504)
+    assert torch.equal(torch.as_tensor(recorded.to_data().edge_weight, dtype=torch.float32), expected)
+
+
 def test_edges_weights_and_live_nodes_are_those_of_the_moments():
     _, recording, seen = recorded()
     recording = Recording.from_bytes(recording.to_bytes())
