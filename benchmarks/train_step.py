@@ -26,10 +26,16 @@ from timing import arguments, median_times, print_table, report, use_tf32
 from torch import nn
 
 from dnw_graph.models import MobileNetV1DNW, TinyClassifier
+from dnw_graph.propagation import AutoPropagation, Propagation
 
 MOBILENET = "mobilenet_v1_dnw"
 MODELS = (MOBILENET, "tiny_static", "tiny_discrete", "tiny_continuous")
-WAYS = {"auto": OURS, "block": f"{OURS}, block", "message_passing": f"{OURS}, message passing"}
+WAYS: dict[str, tuple[str, str | Propagation]] = {
+    "auto": (OURS, "auto"),
+    "bfloat16": (f"{OURS}, candidate gradient in bfloat16", AutoPropagation(candidate_gradient="bfloat16")),
+    "block": (f"{OURS}, block", "block"),
+    "message_passing": (f"{OURS}, message passing", "message_passing"),
+}
 
 
 def make_model(name: str, size: int, **options: Any) -> nn.Module:
@@ -49,9 +55,10 @@ def make_model(name: str, size: int, **options: Any) -> nn.Module:
 def make_case(name: str, options: Namespace) -> Case:
     """Return a model with the propagations asked for, and a batch."""
     torch.manual_seed(0)
-    ways = {
-        WAYS[way]: make_model(name, options.size, propagation=way).to(options.device) for way in options.propagation
-    }
+    ways = {}
+    for way in options.propagation:
+        title, propagation = WAYS[way]
+        ways[title] = make_model(name, options.size, propagation=propagation).to(options.device)
     images = torch.randn(options.batch, 3, options.size, options.size, device=options.device)
     return Case(name, ways, from_ours, images, torch.randint(10, (options.batch,), device=options.device))
 
@@ -59,6 +66,7 @@ def make_case(name: str, options: Namespace) -> Case:
 def rows_of(case: Case, found: list[Group], times: dict[str, float], machine: Machine) -> list[dict[str, Any]]:
     """Return a row for the reference formulation and each way of a model."""
     least = floor(found, machine)
+    dense = floor([group for group in found if group.kind == "candidate gradient"], machine)
     return [
         {
             "model": case.name,
@@ -67,6 +75,7 @@ def rows_of(case: Case, found: list[Group], times: dict[str, float], machine: Ma
             "reference / this": times[REFERENCE] / times[name],
             "floor, ms": least,
             "share of the floor reached": least / times[name],
+            "candidate gradient at the peak, ms": dense,
         }
         for name in (REFERENCE, *case.ways)
     ]

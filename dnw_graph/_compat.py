@@ -30,6 +30,7 @@ __all__ = [
     "as_plain_tensors",
     "backward_pass",
     "functorch_active",
+    "has_bfloat16_products",
     "has_hooks",
     "has_own_hooks",
     "import_pyg",
@@ -123,6 +124,12 @@ def one_dnn_linear() -> Callable[..., Tensor] | None:
     processors; no public function uses oneDNN.
     """
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def has_bfloat16_products() -> bool:
+    """Return whether this processor multiplies in bfloat16; PyTorch 2.8 tells in private functions only."""
+    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, question, bool)() for question in questions)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -89,9 +89,9 @@ class Selector:
         Raises:
             InputError: If k is out of range or, on a CPU, a weight is NaN or infinite.
         """
-        _check(weight, k, name)
         if _on_host(weight):
             return _select(weight.detach(), k, name, self._carried)
+        _check(weight, k, name)
         magnitude = _magnitude(weight)
         _raise_flag((magnitude >= _BITS[weight.dtype][1]).sum(), flag)
         # Only written in a step: reading values that change would cause recompilations.

@@ -181,3 +181,9 @@ def test_a_trainer_of_lightning_leaves_signals_alone(tmp_path):
     _compat.leave_signals_alone(trainer)
     trainer.fit(Watched())
     assert seen == [before], "Lightning has no Trainer._signal_connector.register_signal_handlers any more"
+
+
+def test_products_of_bfloat16_are_told():
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    assert all(hasattr(torch.cpu, name) for name in names), "torch.cpu no longer tells which products it has"
+    assert _compat.has_bfloat16_products() == any(getattr(torch.cpu, name)() for name in names)

@@ -16,6 +16,7 @@ from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.node_functions import NodeFunction
+from dnw_graph.propagation import Propagation
 from dnw_graph.wirings import Wiring, budget
 
 STAGES = ((32, 64), (64, 128, 128), (128, 256, 256), (256, *[512] * 6), (512, 1024, 1024))
@@ -167,7 +168,7 @@ class MobileNetV1DNW(nn.Module):
         wiring: str | Wiring = "dnw",
         node_function: NodeFunction = "norm_relu_conv",
         layered: bool = False,
-        propagation: str = "auto",
+        propagation: str | Propagation = "auto",
         recompute: bool = False,
     ) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.models.mobilenet import check_images
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.node_functions import NodeFunction, NormReluConv, ReluConvSendNorm
+from dnw_graph.propagation import Propagation
 from dnw_graph.wirings import Wiring, budget
 
 NUM_NODES, NUM_INPUTS, NUM_OUTPUTS = 800, 32, 100
@@ -65,7 +66,7 @@ class TinyClassifier(nn.Module):
         wiring: str | Wiring = "dnw",
         node_function: NodeFunction | None = None,
         adjoint: bool = False,
-        propagation: str = "auto",
+        propagation: str | Propagation = "auto",
         recompute: bool = False,
     ) -> None:
         super().__init__()

@@ -63,9 +63,9 @@ def fused_node_function(
         conv: A 3×3 convolution of stride 1 or 2 with one kernel for every node, or None.
         nodes: The nodes in z. Default: all nodes of the modules.
     """
-    if not plain_eager() or kernels() is None or not kernels_take(z):
-        return None
     if z.dim() != 4 or z.size(0) < 2 or z.numel() == 0 or not is_batch_last(z):
+        return None
+    if not plain_eager() or not kernels_take(z) or kernels() is None:
         return None
     if torch.is_autocast_enabled("cpu") or not _usual(z, norm, conv, nodes):
         return None

@@ -17,7 +17,9 @@ TYPES = {
     "number": {torch.float32: "float32", torch.float64: "float64"},
     "index": {torch.int32: "int32", torch.int64: "int64"},
     "place": {torch.int64: "int64"},
+    "sum": {torch.float64: "float64"},
 }
+PIECE = 1024  # Values whose squares are added up in one piece, see ``kernels/combination.h``.
 NO_NORM, BATCH, INSTANCE, CONSTANT = range(4)  # Norms of a node function; CONSTANT: mean and variance are given.
 
 
@@ -142,6 +144,16 @@ def _exchanged(first: int, middle: int, last: int) -> Arguments:
     return [_number(first, middle, last), _number(last, middle, first)]
 
 
+def _combination(count: int, terms: int) -> Arguments:
+    vector = _number(count)
+    return [_number(count, optional=True), _number(terms), [vector] * terms, vector]
+
+
+def _error_squares(count: int, terms: int, rtol: float, atol: float) -> Arguments:
+    vector = _number(count)
+    return [_number(terms), [vector] * terms, vector, vector, Expected("sum", ((count + PIECE - 1) // PIECE,))]
+
+
 SIGNATURES: dict[str, tuple[Callable[..., Arguments], tuple[str, ...]]] = {
     "sparse_product": (_sparse_product, ("number", "index")),
     "sampled_product": (_sampled_product, ("number", "index")),
@@ -155,6 +167,8 @@ SIGNATURES: dict[str, tuple[Callable[..., Arguments], tuple[str, ...]]] = {
     "node_function": (_node_function, ("number",)),
     "node_function_grad": (_node_function_grad, ("number",)),
     "exchanged": (_exchanged, ("number",)),
+    "combination": (_combination, ("number",)),
+    "error_squares": (_error_squares, ("number",)),
 }
 """For each kernel its tensors as a function of its numbers, and the kinds of tensor it is compiled for by type."""
 

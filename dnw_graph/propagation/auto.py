@@ -19,6 +19,10 @@ class AutoPropagation(Propagation):
     if batch or blocks are large enough to pay for a layout with the images last. Dense blocks otherwise, without
     compiled kernels, and when operators are traced or counted.
 
+    Args:
+        candidate_gradient: ``"exact"`` or ``"bfloat16"``: how sparse products get the gradient of the candidates, see
+            :class:`SparsePropagation`. The block path computes all products in one type, which autocast chooses.
+
     Attributes:
         MAX_DENSITY: Largest share of real edges among the candidates for sparse products.
         MIN_BATCH: Smallest number of images for which sparse products are used for blocks of any size.
@@ -29,10 +33,10 @@ class AutoPropagation(Propagation):
     MIN_BATCH = 16
     MIN_BLOCK = 2**18
 
-    def __init__(self) -> None:
+    def __init__(self, candidate_gradient: str = "exact") -> None:
         super().__init__()
         self.block = BlockPropagation()
-        self.sparse = SparsePropagation()
+        self.sparse = SparsePropagation(candidate_gradient)
 
     def choose(self, edges: RealEdges, x: Tensor) -> Propagation:
         """Return the propagation for these edges and inputs of this shape, type and device."""
@@ -53,4 +57,4 @@ class AutoPropagation(Propagation):
         return self.choose(edges, x)(edges, x)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        return f"{type(self).__name__}({self.sparse.extra_repr()})"

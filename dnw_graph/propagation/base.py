@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -109,7 +110,10 @@ class Propagate:
         edges: The real edges.
         weights: The matrices.
         blocks: The blocks of candidates.
+        first_order: Whether kernels compute it, whose gradients cannot be differentiated again.
     """
+
+    first_order: ClassVar[bool] = False
 
     def __init__(self, edges: RealEdges, weights: list[Tensor]) -> None:
         self.edges, self.weights = edges, weights

@@ -11,14 +11,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dnw_graph.arguments import checked
 from dnw_graph.candidates import Block
-from dnw_graph.errors import InputError
+from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.ops.checks import first_order
 from dnw_graph.ops.dense import product_with_transpose
 from dnw_graph.ops.layout import batch_last, detach_view, kernels_take, traced
 from dnw_graph.ops.sparse import by_source, product_of_pieces, sampled, sampled_matrix
 from dnw_graph.propagation.base import Propagate, Propagation, RealEdges, States, autocast_dtype
 from dnw_graph.propagation.gradient import unrestricted_weights
+
+CANDIDATE_GRADIENTS = ("exact", "bfloat16")
 
 
 class SparsePropagation(Propagation):
@@ -30,10 +33,28 @@ class SparsePropagation(Propagation):
     a gradient (:class:`~dnw_graph.RandomGraph`, :class:`~dnw_graph.TopKAST`, …; up to an eighth of all), theirs alone
     are computed.
 
+    Args:
+        candidate_gradient: How the dense products are computed: ``"exact"``, in the type of the states, or
+            ``"bfloat16"``: of float32 states and gradients rounded to bfloat16, with sums in float32 and results
+            rounded to bfloat16. This is faster on processors with such products (AVX512-BF16, AMX); others give the
+            same results without a gain. Forward pass and gradients of states stay exact.
+
     Raises:
-        InputError: In the forward pass, if the states are not float32 or float64 on a CPU, or if it is traced or
-            transformed; in the backward pass, for double backward and vectorised gradients.
+        InputError: If ``candidate_gradient`` is neither; in the forward pass, if the states are not float32 or float64
+            (float32 for ``"bfloat16"``) on a CPU, or if it is traced or transformed; in the backward pass, for double
+            backward and vectorised gradients.
     """
+
+    @checked
+    def __init__(self, candidate_gradient: str = "exact") -> None:
+        super().__init__()
+        if candidate_gradient not in CANDIDATE_GRADIENTS:
+            raise unknown_name("candidate_gradient", candidate_gradient, CANDIDATE_GRADIENTS)
+        self.candidate_gradient = candidate_gradient
+
+    def extra_repr(self) -> str:
+        """Options, for ``repr``."""
+        return "" if self.candidate_gradient == "exact" else f"candidate_gradient={self.candidate_gradient!r}"
 
     def forward(self, edges: RealEdges, x: Tensor) -> Propagate:
         """Cut the ascending flat indices into the blocks' own edges."""
@@ -48,27 +69,35 @@ class SparsePropagation(Propagation):
                 f"propagation='sparse' takes float32 or float64 on a CPU; got states of {x.dtype} on {x.device}"
                 f"{autocast}: use propagation='auto'"
             )
-        return _Sparse(edges, edges.split(unrestricted_weights(edges)))
+        rounded = self.candidate_gradient == "bfloat16"
+        if rounded and x.dtype != torch.float32:
+            raise InputError(
+                f"candidate_gradient='bfloat16' takes a graph in float32; got {x.dtype}: use candidate_gradient='exact'"
+            )
+        return _Sparse(edges, edges.split(unrestricted_weights(edges)), rounded)
 
 
 class _Sparse(Propagate):
     """Products over the real edges of parts of blocks, each converted to CSR once."""
 
-    def __init__(self, edges: RealEdges, weights: list[Tensor]) -> None:
+    first_order = True
+
+    def __init__(self, edges: RealEdges, weights: list[Tensor], rounded: bool) -> None:
         super().__init__(edges, weights)
+        self.rounded = rounded
         self.parts: dict[tuple[int, int, int, int, int], _Part] = {}
 
     def product(self, number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
         key = (number, rows.start, rows.stop, columns.start, columns.stop)
         if key not in self.parts:
             self.parts[key] = _part(self.edges, number, rows, columns)
-        return _Product.apply(batch_last(z), self.weights[number][rows, columns], *self.parts[key])
+        return _Product.apply(batch_last(z), self.weights[number][rows, columns], *self.parts[key], self.rounded)
 
     def arrange(self, x: Tensor) -> Tensor:
         return batch_last(x)
 
     def start(self, feeding: Sequence[slice]) -> States:
-        return _States(_Pass(self.edges, feeding))
+        return _States(_Pass(self.edges, feeding, self.rounded))
 
 
 @dataclass(frozen=True)
@@ -116,16 +145,21 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, weight: Tensor, adjacency: _Adjacency, sampled: tuple[Tensor, Tensor] | None
+        ctx: Any,
+        z: Tensor,
+        weight: Tensor,
+        adjacency: _Adjacency,
+        sampled: tuple[Tensor, Tensor] | None,
+        rounded: bool,
     ) -> Tensor:
-        ctx.adjacency, ctx.sampled = adjacency, sampled
+        ctx.adjacency, ctx.sampled, ctx.rounded = adjacency, sampled, rounded
         ctx.save_for_backward(z)
         received = product_of_pieces([_rows(z)], adjacency.rowptr, adjacency.columns, adjacency.values)
         return detach_view(_maps(received, z))
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (z,) = ctx.saved_tensors
         adjacency: _Adjacency = ctx.adjacency
         received_grad = _rows(batch_last(grads[0]))
@@ -134,10 +168,11 @@ class _Product(torch.autograd.Function):
             starts, targets, values, _ = adjacency.by_source
             z_grad = _maps(product_of_pieces([received_grad], starts, targets, values), z)
         if ctx.needs_input_grad[1] and ctx.sampled is None:
-            weight_grad = product_with_transpose(received_grad, _rows(z))
+            factors = (_factor(each, ctx.rounded) for each in (received_grad, _rows(z)))
+            weight_grad = product_with_transpose(*factors).to(z.dtype)
         elif ctx.needs_input_grad[1]:
             weight_grad = sampled_matrix(received_grad, _rows(z), *ctx.sampled)
-        return z_grad, weight_grad, None, None
+        return z_grad, weight_grad, None, None, None
 
 
 class _States(States):
@@ -160,14 +195,25 @@ class _States(States):
 class _Pass:
     """State shared by the products of one forward pass and its backward pass."""
 
-    def __init__(self, edges: RealEdges, feeding: Sequence[slice]) -> None:
-        self.edges, self.feeding = edges, feeding
+    def __init__(self, edges: RealEdges, feeding: Sequence[slice], rounded: bool) -> None:
+        self.edges, self.feeding, self.rounded = edges, feeding, rounded
         blocks = edges.candidates.blocks
         self.starts = [0, *(block.targets.start for block in blocks), blocks[-1].targets.stop]
         self.adjacency = self.of_all_blocks(edges.index, edges.local)
         self.z: list[Tensor] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Discard the results of an earlier backward pass."""
         self.received_grads: dict[int, Tensor | None] = {}
+        self.factors: dict[int, Tensor] = {}  # The same gradients as factors of the candidate gradient.
         self.weight_grad: Tensor | None = None
+
+    def take(self, number: int, grad: Tensor | None) -> None:
+        """Store the gradient of what the targets of one block of candidates received."""
+        self.received_grads[number] = grad
+        if grad is not None and self.edges.sampled is None:
+            self.factors[number] = _factor(grad, self.rounded)
 
     @cached_property
     def sampled(self) -> _Adjacency:
@@ -233,13 +279,17 @@ class _Pass:
             gradient = sampled(pieces, rowptr, targets[own] - self.starts[number + 1], _rows(z))
             self.weight_grad[index[order[own]]] = gradient
             return
+        rows = _factor(_rows(z), self.rounded)
         for later in range(number, len(self.feeding)):
             block = self.edges.candidates.blocks[later]
-            grad, first = self.received_grads.get(later), self.starts[number] - block.sources.start
+            grad, first = self.factors.get(later), self.starts[number] - block.sources.start
             if first < 0 or self.starts[number] >= block.sources.stop:
                 continue
             part = self.edges.candidates.block_weight(block, self.weight_grad)[:, first : first + z.size(1)]
-            part.copy_(z.new_zeros(()) if grad is None else product_with_transpose(grad, _rows(z)))
+            if grad is None:
+                part.zero_()
+            else:
+                product_with_transpose(grad, rows, out=part)
 
 
 class _Receive(torch.autograd.Function):
@@ -260,15 +310,21 @@ class _Receive(torch.autograd.Function):
         number: int = ctx.number
         if grads[1] is None:
             # A backward pass begins: no later block has been processed.
-            common.received_grads, common.weight_grad = {}, None
-        common.received_grads[number] = None if grads[0] is None else _rows(batch_last(grads[0]))
+            common.begin()
+        common.take(number, None if grads[0] is None else _rows(batch_last(grads[0])))
         if common.edges.weight.requires_grad:
             common.gradient_of_weights(number, z)
         z_grad = common.gradient_of_states(number, z) if ctx.needs_input_grad[0] else None
         if number > 0:
             return z_grad, z.new_empty(0), None, None
-        weight_grad, common.weight_grad, common.received_grads = common.weight_grad, None, {}
+        weight_grad = common.weight_grad
+        common.begin()
         return z_grad, weight_grad, None, None
+
+
+def _factor(rows: Tensor, rounded: bool) -> Tensor:
+    """Return rows as a factor of the candidate gradient."""
+    return rows.bfloat16() if rounded else rows
 
 
 def _rows(z: Tensor) -> Tensor:

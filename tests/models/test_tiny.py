@@ -11,6 +11,7 @@ from torchdiffeq import odeint
 
 from dnw_graph import InputError
 from dnw_graph.models.tiny import TINY_NODE_FUNCTIONS, TinyClassifier
+from dnw_graph.propagation import AutoPropagation
 from dnw_graph.recipes.models import TinyOptions
 
 DYNAMICS = ["static", "discrete", "continuous"]
@@ -234,3 +235,10 @@ def test_unknown_names_come_with_near_ones():
         TinyClassifier(wiring="rg")
     with pytest.raises(InputError, match="unknown node function 'relu_conv': did you mean 'norm_relu_conv'"):
         TinyOptions(node_function="relu_conv").create(10, 32)
+
+
+def test_a_propagation_with_options_is_copied():
+    propagation = AutoPropagation(candidate_gradient="bfloat16")
+    model = TinyClassifier("static", propagation=propagation)
+    assert repr(model.graph.propagation) == "AutoPropagation(candidate_gradient='bfloat16')"
+    assert model.graph.propagation is not propagation

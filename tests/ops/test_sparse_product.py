@@ -51,6 +51,21 @@ def test_equals_the_dense_product(way, features, dtype, index):
     assert relative_error(received, dense(*csr, 50) @ z.double()) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("features", [16, 33, 257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_equals_the_dense_product_where_sources_are_copied(features, dtype, threads):
+    csr = random_csr(37, 400, 1_500, dtype)
+    z = torch.randn(400, features, dtype=dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        received = sparse_product(z, *csr)
+    finally:
+        torch.set_num_threads(before)
+    assert relative_error(received, dense(*csr, 400) @ z.double()) <= TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("features", [2_111, 4_096])
 def test_equals_the_dense_product_where_columns_are_cut_into_tiles(way, features):
     csr = random_csr(33, 3_000, 2_000, torch.float32)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnw_graph import DNW, CandidateEdges, Discrete, InputError, NeuralGraph, RandomGraph, TopKAST
-from dnw_graph.propagation import MessagePassingPropagation, SparsePropagation, base
+from dnw_graph.propagation import AutoPropagation, MessagePassingPropagation, SparsePropagation, base
 
 SIZES = (3, 4, 5, 2)
 
@@ -230,6 +230,30 @@ def test_without_kernels_it_gives_the_same(monkeypatch):
 def test_it_can_be_given_as_an_object():
     graph = NeuralGraph(SIZES, 20, propagation=SparsePropagation())
     assert graph(X.float()).shape == (6, 2, 5, 4)
+
+
+@pytest.mark.parametrize("dynamics", ["static", "discrete"])
+def test_a_candidate_gradient_in_bfloat16_changes_nothing_else(dynamics):
+    found = []
+    for propagation in (SparsePropagation(), AutoPropagation(candidate_gradient="bfloat16")):
+        torch.manual_seed(0)
+        static = {"blocks": SIZES} if dynamics == "static" else {}
+        nodes = static or {"num_nodes": 14, "num_inputs": 3, "num_outputs": 2, "dynamics": Discrete(steps=1)}
+        graph = NeuralGraph(**nodes, num_edges=20 if static else 60, propagation=propagation)
+        found.append(gradients(graph, torch.cat([X, X, X]).float()))
+    exact, rounded = (each.pop("candidates.weight") for each in found)
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+    assert 1e-5 < relative_error(rounded, exact) < 2**-7
+    assert torch.equal(rounded, rounded.bfloat16().float())
+
+
+def test_a_candidate_gradient_that_cannot_be_is_refused():
+    with pytest.raises(InputError, match="unknown candidate_gradient 'bfloat': did you mean 'bfloat16'"):
+        AutoPropagation(candidate_gradient="bfloat")
+    propagation = SparsePropagation(candidate_gradient="bfloat16")
+    assert repr(propagation) == "SparsePropagation(candidate_gradient='bfloat16')"
+    with pytest.raises(InputError, match=r"candidate_gradient='bfloat16' takes a graph in float32; got torch.float64"):
+        NeuralGraph(SIZES, 20, propagation=propagation).double()(X)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")

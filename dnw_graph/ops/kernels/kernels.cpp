@@ -4,6 +4,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "combination.h"
 #include "layer.h"
 #include "layer_grad.h"
 #include "node_function.h"
@@ -145,6 +146,15 @@ INDICES(int64_t, int64)
       T *grads = scratch + f.padded() * Simd<T>::lanes;                                                               \
       f.backward(node, out_grad, scratch, grads, x_grad, scale_grad, shift_grad, kernel_grad);                        \
     });                                                                                                               \
+  }                                                                                                                   \
+  extern "C" int combination_##SUFFIX(                                                                                \
+      int64_t threads, int64_t count, int64_t terms, const T *base, const T *c, const T *const *x, T *out) {          \
+    return combination(threads, count, terms, base, c, x, out);                                                       \
+  }                                                                                                                   \
+  extern "C" int error_squares_##SUFFIX(                                                                              \
+      int64_t threads, int64_t count, int64_t terms, double rtol, double atol, const T *c, const T *const *x,         \
+      const T *y, const T *z, double *squares) {                                                                      \
+    return error_squares(threads, count, terms, rtol, atol, c, x, y, z, squares);                                     \
   }                                                                                                                   \
   extern "C" int exchanged_##SUFFIX(                                                                                  \
       int64_t threads, int64_t first, int64_t middle, int64_t last, const T *from, T *to) {                           \

@@ -139,11 +139,15 @@ struct TrainedFunction {
   // relu(a I + b) for some images, in the middle of a padded map.
   template <bool FULL>
   void activate(int64_t node, int64_t first, int64_t count, const Affine &a, T *map) const {
+    const int64_t rows = height, columns = width, pitch = batch;
+    const bool positive = relu;
+    const Vector factor = a.scale, offset = a.shift;
     const T *from = x + node * places() * batch + first;
-    for (int64_t y = 0; y < height; ++y)
-      for (int64_t xx = 0; xx < width; ++xx, from += batch) {
-        const Vector value = a.scale * load<FULL>(from, count) + a.shift;
-        S::store(map + padded_at(y, xx) * S::lanes, relu ? (value < 0 ? Vector{} : value) : value);
+    T *to = map + padded_at(0, 0) * S::lanes;
+    for (int64_t y = 0; y < rows; ++y, to += 2 * S::lanes)
+      for (int64_t xx = 0; xx < columns; ++xx, from += pitch, to += S::lanes) {
+        const Vector value = factor * load<FULL>(from, count) + offset;
+        S::store(to, positive ? (value < 0 ? Vector{} : value) : value);
       }
   }
 
@@ -162,22 +166,42 @@ struct TrainedFunction {
       constexpr bool FULL = decltype(full)::value;
       if (norm == INSTANCE) statistics_of_images<FULL>(node, first, count);
       activate<FULL>(node, first, count, norm == INSTANCE ? affine_of_images<FULL>(node, first, count) : whole, map);
-      const int64_t row = width + 2, step = stride ? stride : 1;
       T *to = out + node * out_height() * out_width() * batch + first;
-      for (int64_t y = 0; y < out_height(); ++y)
-        for (int64_t xx = 0; xx < out_width(); ++xx, to += batch) {
-          const T *from = map + (stride ? y * step * row + xx * step : padded_at(y, xx)) * S::lanes;
-          store<FULL>(to, stride ? convolve(from, kernel + 9 * node, row) : S::load(from), count);
-        }
+      if (stride)
+        convolve_map<FULL>(Kernel(kernel + 9 * node), map, to, count);
+      else
+        for (int64_t y = 0; y < height; ++y)
+          for (int64_t xx = 0; xx < width; ++xx, to += batch) store<FULL>(to, S::load(map + padded_at(y, xx) * S::lanes), count);
     });
   }
 
-  static Vector convolve(const T *from, const T *k, int64_t row) {
-    Vector sum[3];
-    for (int64_t dy = 0; dy < 3; ++dy, from += row * S::lanes)
-      sum[dy] = k[3 * dy] * S::load(from) + k[3 * dy + 1] * S::load(from + S::lanes) +
-                k[3 * dy + 2] * S::load(from + 2 * S::lanes);
-    return sum[0] + sum[1] + sum[2];
+  // The weights of a convolution, each in a register.
+  struct Kernel {
+    Vector k[9];
+
+    explicit Kernel(const T *from, bool flipped = false) {
+      for (int n = 0; n < 9; ++n) k[n] = Vector{} + from[flipped ? 8 - n : n];
+    }
+    // The sum over the 3 × 3 places from `from` on, in rows of `row` values.
+    Vector at(const T *from, int64_t row) const {
+      const T *second = from + row, *third = second + row;
+      const Vector sums[3] = {
+          k[0] * S::load(from) + k[1] * S::load(from + S::lanes) + k[2] * S::load(from + 2 * S::lanes),
+          k[3] * S::load(second) + k[4] * S::load(second + S::lanes) + k[5] * S::load(second + 2 * S::lanes),
+          k[6] * S::load(third) + k[7] * S::load(third + S::lanes) + k[8] * S::load(third + 2 * S::lanes)};
+      return sums[0] + sums[1] + sums[2];
+    }
+  };
+
+  template <bool FULL>
+  void convolve_map(const Kernel &given, const T *map, T *to, int64_t count) const {
+    const Kernel weights = given;
+    const int64_t rows = out_height(), columns = out_width(), pitch = batch, row = (width + 2) * S::lanes;
+    const int64_t step = stride * S::lanes;
+    for (int64_t y = 0; y < rows; ++y, map += stride * row) {
+      const T *from = map;
+      for (int64_t xx = 0; xx < columns; ++xx, to += pitch, from += step) store<FULL>(to, weights.at(from, row), count);
+    }
   }
 
   // Sums over all images: the gradients of a node's parameters.
@@ -185,48 +209,71 @@ struct TrainedFunction {
     Doubles kernel[9] = {}, shift{}, scale{};
   };
 
+  // The gradient of the result, spread out by the stride in the middle of a padded map, and that of the kernel.
+  template <bool FULL>
+  void spread(const T *from, int64_t count, const T *map, T *grads, Sums &sums) const {
+    const int64_t rows = out_height(), columns = out_width(), pitch = batch, row = (width + 2) * S::lanes;
+    const int64_t step = (stride ? stride : 1) * S::lanes, down = (stride ? stride : 1) * row;
+    const bool convolved = stride;
+    Vector sum[9] = {};
+    for (int64_t y = 0; y < rows; ++y, map += down, grads += down) {
+      const T *source = map;
+      T *to = grads + row + S::lanes;
+      for (int64_t xx = 0; xx < columns; ++xx, from += pitch, source += step, to += step) {
+        const Vector grad = load<FULL>(from, count);
+        S::store(to, grad);
+        if (!convolved) continue;
+#pragma GCC unroll 9
+        for (int n = 0; n < 9; ++n) sum[n] += grad * S::load(source + n / 3 * row + n % 3 * S::lanes);
+      }
+    }
+    for (int n = 0; n < 9; ++n) sums.kernel[n] += wide(sum[n]);
+  }
+
   // From the gradient of the result to that behind the norm, which x_grad gets, for some images.
   template <bool FULL>
   void back(
       int64_t node, int64_t first, int64_t count, const Affine &a, const T *out_grad, T *map, T *grads, T *x_grad,
       Sums &sums) const {
-    const int64_t row = width + 2, step = stride ? stride : 1;
     activate<FULL>(node, first, count, a, map);
-    // The gradient of the result, spread out by the stride.
-    const T *from = out_grad + node * out_height() * out_width() * batch + first;
-    Vector kernel_sum[9] = {};
-    for (int64_t y = 0; y < out_height(); ++y)
-      for (int64_t xx = 0; xx < out_width(); ++xx, from += batch) {
-        const Vector grad = load<FULL>(from, count);
-        S::store(grads + padded_at(y * step, xx * step) * S::lanes, grad);
-        if (!stride) continue;
-        const T *source = map + (y * step * row + xx * step) * S::lanes;
-        for (int dy = 0; dy < 3; ++dy)
-          for (int dx = 0; dx < 3; ++dx)
-            kernel_sum[3 * dy + dx] += grad * S::load(source + (dy * row + dx) * S::lanes);
-      }
-    for (int n = 0; n < 9; ++n) sums.kernel[n] += wide(kernel_sum[n]);
-    T flipped[9];
-    for (int n = 0; n < 9; ++n) flipped[n] = stride ? kernel[9 * node + 8 - n] : T(0);
+    spread<FULL>(out_grad + node * out_height() * out_width() * batch + first, count, map, grads, sums);
+    const T *const own = x + node * places() * batch + first;
+    T *const to = x_grad ? x_grad + node * places() * batch + first : nullptr;
     Vector sum{}, moment{};
-    const int64_t own = node * places() * batch + first;
-    for (int64_t y = 0; y < height; ++y)
-      for (int64_t xx = 0; xx < width; ++xx) {
-        T *here = grads + padded_at(y, xx) * S::lanes;
-        Vector grad = stride ? convolve(here - (row + 1) * S::lanes, flipped, row) : S::load(here);
-        if (relu) grad = S::load(map + padded_at(y, xx) * S::lanes) <= 0 ? Vector{} : grad;
-        const int64_t at = own + (y * width + xx) * batch;
-        if (norm) {
-          sum += grad;
-          moment += grad * (load<FULL>(x + at, count) - a.mean);
-        }
-        if (x_grad) store<FULL>(x_grad + at, grad, count);
-      }
+    if (stride)
+      back_to_norm<FULL, true>(Kernel(kernel + 9 * node, true), a.mean, own, count, map, grads, to, sum, moment);
+    else
+      back_to_norm<FULL, false>(Kernel(grads), a.mean, own, count, map, grads, to, sum, moment);
     moment *= a.rstd;
     sums.shift += wide(sum);
     sums.scale += wide(moment);
     if (x_grad && norm == INSTANCE)
       normalise<FULL>(node, first, count, a, sum / T(places()), moment / T(places()), x_grad);
+  }
+
+  template <bool FULL, bool CONVOLVED>
+  void back_to_norm(
+      const Kernel &given, Vector mean, const T *own, int64_t count, const T *map, const T *grads, T *to, Vector &sum,
+      Vector &moment) const {
+    const Kernel weights = given;
+    const int64_t rows = height, columns = width, pitch = batch, row = (width + 2) * S::lanes;
+    const bool normed = norm, positive = relu;
+    Vector total{}, product{};
+    for (int64_t y = 0; y < rows; ++y, grads += 2 * S::lanes, map += 2 * S::lanes)
+      for (int64_t xx = 0; xx < columns; ++xx, grads += S::lanes, map += S::lanes, own += pitch) {
+        Vector grad = CONVOLVED ? weights.at(grads, row) : S::load(grads + row + S::lanes);
+        if (positive) grad = S::load(map + row + S::lanes) <= 0 ? Vector{} : grad;
+        if (normed) {
+          total += grad;
+          product += grad * (load<FULL>(own, count) - mean);
+        }
+        if (to) {
+          store<FULL>(to, grad, count);
+          to += pitch;
+        }
+      }
+    sum = total;
+    moment = product;
   }
 
   // Gradients of one node: of what it received, x_grad, and of its parameters, each of which may be left out.
@@ -256,10 +303,13 @@ struct TrainedFunction {
   template <bool FULL>
   void normalise(
       int64_t node, int64_t first, int64_t count, const Affine &a, Vector mean_grad, Vector mean_moment, T *x_grad) const {
-    for (int64_t p = 0; p < places(); ++p) {
-      const int64_t at = (node * places() + p) * batch + first;
-      const Vector whitened = (load<FULL>(x + at, count) - a.mean) * a.rstd;
-      store<FULL>(x_grad + at, a.scale * (load<FULL>(x_grad + at, count) - mean_grad - whitened * mean_moment), count);
+    const int64_t count_of_places = places(), pitch = batch;
+    const Vector factor = a.scale, mean = a.mean, rstd = a.rstd;
+    const T *own = x + node * places() * batch + first;
+    T *to = x_grad + node * places() * batch + first;
+    for (int64_t p = 0; p < count_of_places; ++p, own += pitch, to += pitch) {
+      const Vector whitened = (load<FULL>(own, count) - mean) * rstd;
+      store<FULL>(to, factor * (load<FULL>(to, count) - mean_grad - whitened * mean_moment), count);
     }
   }
 

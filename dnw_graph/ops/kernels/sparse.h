@@ -5,9 +5,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <type_traits>
 #include <vector>
+
+#include <omp.h>
 
 namespace {
 
@@ -20,6 +23,7 @@ constexpr int BYTES = 16, REGISTERS = 8;
 #endif
 constexpr int OK = 0, WRONG_EDGES = 1, NO_MEMORY = 2;  // What an entry point returns.
 constexpr int64_t CACHE = 1 << 19;  // Bytes of source states that stay in a core's second-level cache.
+constexpr int64_t COPIED = 8;       // Registers of each source that are copied before they are added up.
 
 template <class T>
 struct Simd {
@@ -153,6 +157,28 @@ void weighted_sum(
 // Threads that are worth waking for so many multiply-adds; a product of sizes may be larger than an integer.
 int team(int64_t threads, double multiply_adds) { return multiply_adds < 1 << 17 ? 1 : int(threads); }
 
+// The product of many sources. Their rows lie a power of two apart as a rule, so that a cache of few ways has no place
+// for a tile of all of them: it is copied to one piece of memory, and the targets take turns with that.
+template <class T, class Index>
+int product_of_copies(
+    int64_t threads, int64_t targets, int64_t features, const Rows<T> &z, const Edges<T, Index> &edges, T *out) {
+  const int64_t sources = z.size(), tile = std::min(COPIED * Simd<T>::lanes, features);
+  const int64_t tiles = (features + tile - 1) / tile;
+  // Fewer tiles than threads: several threads share the targets of one, each with a copy of its own.
+  const int64_t members = team(threads, double(edges.count) * features), shares = (members + tiles - 1) / tiles;
+  std::unique_ptr<T[]> copies(new T[members * sources * tile]);
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(int(members))
+  for (int64_t t = 0; t < tiles; ++t)
+    for (int64_t share = 0; share < shares; ++share) {
+      const int64_t at = std::min(t * tile, features - tile);
+      T *copy = copies.get() + omp_get_thread_num() * sources * tile;
+      for (int64_t u = 0; u < sources; ++u) std::copy_n(z.row(u) + at, tile, copy + u * tile);
+      for (int64_t v = targets * share / shares; v < targets * (share + 1) / shares; ++v)
+        weighted_sum(edges, v, Matrix<T>{copy, tile, 0}, 0, tile, out + v * features + at);
+    }
+  return OK;
+}
+
 template <class T, class Index>
 int sparse_product(
     int64_t threads, int64_t targets, int64_t features, const Rows<T> &z, const Edges<T, Index> &edges, T *out) {
@@ -170,6 +196,7 @@ int sparse_product(
       }
     return OK;
   }
+  if (edges.count >= 3 * sources && sources >= 384) return product_of_copies(threads, targets, features, z, edges, out);
   // Columns in tiles, so that a tile of all sources stays in cache while the targets take turns.
   const int64_t fitting = CACHE / int64_t(sizeof(T)) / std::max<int64_t>(sources, 1);
   const int64_t step = REGISTERS * lanes;
