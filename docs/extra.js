@@ -7,6 +7,11 @@ for (const formula of document.querySelectorAll(".arithmatex")) {
   })
 }
 
+// Long names in the headings of the reference break after dots and underscores.
+for (const name of document.querySelectorAll(".doc-heading > .doc-object-name")) {
+  name.innerHTML = name.innerHTML.replace(/[._]/g, "$&<wbr>")
+}
+
 // Tables that are wider than the page: one line per cell, with the name of its column.
 const tables = document.querySelectorAll(".md-content table:not(.highlighttable)")
 for (const table of tables) {

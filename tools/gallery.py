@@ -83,6 +83,11 @@ def save(picture: Any, name: str) -> None:
     getattr(picture, "figure", picture).savefig(DIRECTORY / f"{name}.png", dpi=100)
 
 
+def shown(text: str, name: str) -> str:
+    """Return Markdown for a picture that leads to the whole of it, for small screens."""
+    return f"[![{text}](images/gallery/{name}.png)](images/gallery/{name}.png)"
+
+
 def after(graph: RecordedGraph, moment: int = -1) -> Any:
     """Return a wiring as it was at a moment."""
     return graph.to_data(moment)
@@ -111,13 +116,13 @@ epochs. {born} edges are born on the way; {dead} nodes are dead at the end.
 
 [The same as an interactive page](images/gallery/page.html): a slider through time, and what lies under the mouse.
 
-![The wiring at the end](images/gallery/static.png)
+{shown("The wiring at the end", "static")}
 
-![Edges kept, born and gone between the first and the last epoch](images/gallery/change.png)
+{shown("Edges kept, born and gone between the first and the last epoch", "change")}
 
-![How the wiring changed, as six curves](images/gallery/evolution.png)
+{shown("How the wiring changed, as six curves", "evolution")}
 
-![The 30 strongest edges, by block in a layout of networkx](images/gallery/networkx.png)
+{shown("The 30 strongest edges, by block in a layout of networkx", "networkx")}
 """
 
 
@@ -138,16 +143,16 @@ def cycles() -> str:
 
 Columns are distances from the inputs; feedback is dashed.
 
-![A small graph with cycles](images/gallery/small-cycles.png)
+{shown("A small graph with cycles", "small-cycles")}
 
 The same graph in a layout of networkx, `plot(graph, layout=nx.kamada_kawai_layout)`:
 
-![A small graph with cycles, laid out by networkx](images/gallery/small-cycles-networkx.png)
+{shown("A small graph with cycles, laid out by networkx", "small-cycles-networkx")}
 
 A larger one is an ordered matrix: forward edges lie below the diagonal blocks, feedback on and above them. This graph
 of 80 nodes, five steps in discrete time, reads {accuracy:.1%} of the test images after 12 epochs.
 
-![A larger graph with cycles, as a matrix](images/gallery/cycles.png)
+{shown("A larger graph with cycles, as a matrix", "cycles")}
 """
 
 
@@ -166,13 +171,13 @@ Width 0.225, trained for 4 epochs on digits at 16 pixels ({accuracy:.1%} of the 
 of 7.0 million candidates. The recording of {len(recording)} moments takes {size / 1e6:.1f} MB. Stage 4 as a matrix
 whose cells never reach over a block, with the share of the candidates that is real in numbers:
 
-![Stage 4 as a matrix](images/gallery/stage4.png)
+{shown("Stage 4 as a matrix", "stage4")}
 
 Stage 2, with the same share of the edges between any two blocks:
 
-![Stage 2 as nodes and edges](images/gallery/stage2.png)
+{shown("Stage 2 as nodes and edges", "stage2")}
 
-![How stage 4 changed](images/gallery/stage4-evolution.png)
+{shown("How stage 4 changed", "stage4-evolution")}
 """
 
 
@@ -193,9 +198,9 @@ def layers() -> str:
 A small network with 10% of its weights, by RigL with a round every 10 steps: {accuracy:.1%} of the test images. Each
 layer is a block.
 
-![Sparse layers as blocks](images/gallery/layers.png)
+{shown("Sparse layers as blocks", "layers")}
 
-![How the largest layer changed](images/gallery/layer-evolution.png)
+{shown("How the largest layer changed", "layer-evolution")}
 """
 
 
