@@ -217,6 +217,13 @@ class NeuralGraph(Ranking):
         live[-self.num_outputs :] = True if live_outputs is None else live_outputs
         return reaching(self.candidates.pairs(index), live)
 
+    def silent_nodes(self) -> Bool[Tensor, " nodes"]:
+        """Return at which nodes no real edge arrives, inputs excepted."""
+        silent = torch.ones(self.num_nodes, dtype=torch.bool, device=self.candidates.weight.device)
+        silent[self.edge_index[1]] = False
+        silent[: self.num_inputs] = False
+        return silent
+
     @classmethod
     def from_data(
         cls, data: torch_geometric.data.Data | torch_geometric.data.HeteroData, **options: Any

@@ -20,13 +20,13 @@ from dnw_graph import stopping
 if __name__ == "__main__":
     stopping.start()  # before the imports that take seconds
 
-from dnw_graph.recipes.models import MobileNetOptions
-from dnw_graph.training import RunOptions, main
+from dnw_graph.recipes.models import MOBILENET_RECIPE, MobileNetOptions
+from dnw_graph.training import main
 
 
 def run_example(argv: Sequence[str] | None = None) -> int:
     """Run the example and return its exit status."""
-    return main(__doc__ or "", MobileNetOptions, RunOptions(), argv)
+    return main(__doc__ or "", MobileNetOptions, MOBILENET_RECIPE, argv)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from dnw_graph.analysis.cost import live_nodes, neural_graphs
-from dnw_graph.arguments import checked
+from dnw_graph.analysis.silent import largest_weights, silent_blocks, silent_nodes
+from dnw_graph.arguments import checked, require
 
 
 def real_edges(model: nn.Module) -> dict[str, Tensor]:
@@ -23,7 +25,10 @@ def edges_swapped(before: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str
 
 
 class WiringMonitor(Callback):
-    """Logs, per graph and in total, the edges swapped in each epoch and the share of live nodes at its end.
+    """Logs, per graph and in total, the edges swapped in each epoch and what there is at its end.
+
+    That is the share of live nodes, the share of silent ones and the largest |w| of a candidate. Once, it warns when
+    most outputs of a block are silent (:func:`~dnw_graph.analysis.silent.silent_nodes`).
 
     An edge counts as swapped if it is real at the end of the epoch and was not at its start. A node is live if a
     path of real edges leads from it to an output of the model. The sets of real edges at the start of the run and of
@@ -31,6 +36,7 @@ class WiringMonitor(Callback):
 
     Args:
         model: The model that is trained, as it is within the LightningModule.
+        every: Steps between two looks for silent blocks; there is one at the end of every epoch besides.
 
     Attributes:
         initial: Real edges per graph when training started.
@@ -40,8 +46,11 @@ class WiringMonitor(Callback):
     """
 
     @checked
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, every: int = 50) -> None:
+        require(every >= 1, "every", "an integer from 1 up", every)
         self.model = model
+        self.every = every
+        self.warned = False
         self.initial: dict[str, Tensor] = {}
         self.epoch_start: dict[str, Tensor] = {}
         self.swapped = 0
@@ -55,20 +64,43 @@ class WiringMonitor(Callback):
         """Keep the wiring that the epoch starts from."""
         self.epoch_start = real_edges(self.model)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look for silent blocks if it is time."""
+        if trainer.global_step % self.every == 0:
+            self._warn(trainer.global_step)
+
+    def _warn(self, step: int) -> None:
+        """Warn of the first silent blocks."""
+        if self.warned or not (blocks := silent_blocks(self.model)):
+            return
+        self.warned = True
+        rank_zero_warn(
+            f"step {step}: no real edge arrives at {', '.join(map(str, blocks))}. The norms of such nodes multiply "
+            "gradients by 1/√eps, so that the weights of edges to them can burst and the wiring freezes: a larger eps "
+            "(--node-norm-eps 1e-3) and a warm-up (--warmup-epochs) prevent it"
+        )
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what changed."""
         now = real_edges(self.model)
         if not now:
             return
         swapped = edges_swapped(self.epoch_start, now)
-        live = live_nodes(self.model)
+        self._warn(trainer.global_step)
+        live, silent, largest = live_nodes(self.model), silent_nodes(self.model), largest_weights(self.model)
         self.swapped = sum(swapped.values())
         self.live = torch.cat(list(live.values())).float().mean().item()
         values: dict[str, float] = {
             "wiring/edges_swapped": self.swapped,
             "wiring/live_nodes": self.live,
+            "wiring/silent_nodes": torch.cat(list(silent.values())).float().mean().item(),
+            "wiring/largest_weight": max(largest.values()),
             **{f"wiring/edges_swapped/{name}": count for name, count in swapped.items()},
             **{f"wiring/live_nodes/{name}": nodes.float().mean().item() for name, nodes in live.items()},
+            **{f"wiring/silent_nodes/{name}": nodes.float().mean().item() for name, nodes in silent.items()},
+            **{f"wiring/largest_weight/{name}": weight for name, weight in largest.items()},
         }
         # Straight to the loggers: what Lightning collects for the end of the epoch it writes only after the epoch's
         # checkpoint, and a run that stops in between would lack it.

@@ -16,7 +16,7 @@ from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.models import TINY_DYNAMICS, TINY_NODE_FUNCTIONS, create_model
 from dnw_graph.node_functions import EPS, NODE_FUNCTIONS, NormReluConv
-from dnw_graph.recipes.options import ModelOptions, RunOptions, option
+from dnw_graph.recipes.options import ModelOptions, RunOptions, completed, option
 from dnw_graph.recipes.second_stage import second_stage
 from dnw_graph.sparse_layers import sparsify
 from dnw_graph.sparse_layers.budget import DISTRIBUTIONS
@@ -26,6 +26,8 @@ LARGE_IMAGE = 64
 MOBILENETS = ("mobilenet_v1_dnw", "mobilenet_v1")
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 TINY = "tiny_classifier"
+NODE_NORM_EPS = 1e-3
+"""In the norms of nodes, where the paper does not decide it: with less, nodes without input freeze early stages."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class MobileNetOptions(WiringOptions):
     model: str = option("mobilenet_v1_dnw", f"one of {', '.join(MOBILENETS)}")
     width: float = option(0.225, "width multiplier")
     small: bool = option(False, "mobilenet_v1_dnw: learn the edges of the classifier too (DNW-Small)")
-    node_norm_eps: float = option(EPS, "mobilenet_v1_dnw: what the norms of nodes add to the variance")
+    node_norm_eps: float | None = option(
+        None, f"mobilenet_v1_dnw: what the norms of nodes add to the variance. Default: {NODE_NORM_EPS}"
+    )
 
     def with_wiring(self, wiring: Wiring, num_classes: int, image_size: int) -> nn.Module:
         """Return the model with a wiring."""
@@ -75,13 +79,23 @@ class MobileNetOptions(WiringOptions):
         stride = 2 if image_size >= LARGE_IMAGE else 1
         shared = {"width": self.width, "num_classes": num_classes, "stem_stride": stride}
         if self.model == "mobilenet_v1":
-            if self.small or self.wiring != "dnw" or self.node_norm_eps != EPS:
+            if self.small or self.wiring != "dnw" or self.node_norm_eps not in (None, EPS):
                 raise InputError(
                     "--small, --wiring and --node-norm-eps are for mobilenet_v1_dnw: mobilenet_v1 has no nodes or edges"
                 )
             return create_model(self.model, **shared)
-        node_function = partial(NormReluConv, eps=self.node_norm_eps)
+        node_function = partial(NormReluConv, eps=self.eps)
         return create_model(self.model, **shared, small=self.small, wiring=wiring, node_function=node_function)
+
+    @property
+    def eps(self) -> float:
+        """What the norms of nodes add to the variance."""
+        default = EPS if self.model == "mobilenet_v1" else NODE_NORM_EPS
+        return default if self.node_norm_eps is None else self.node_norm_eps
+
+    def identity(self) -> dict[str, Any]:
+        """Return all options, eps as it is used."""
+        return {**super().identity(), "node_norm_eps": self.eps}
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,7 @@ class TinyOptions(WiringOptions):
     node_function: str | None = option(
         None, f"one of {', '.join(NODE_FUNCTIONS)}; by default that of the paper's classifier of these dynamics"
     )
-    node_norm_eps: float = option(EPS, "what the norms of nodes add to the variance")
+    node_norm_eps: float = option(NODE_NORM_EPS, "what the norms of nodes add to the variance")
     adjoint: bool = option(False, "continuous: train by the adjoint equation instead of through the solver")
 
     def with_wiring(self, wiring: Wiring, num_classes: int, image_size: int) -> nn.Module:
@@ -182,10 +196,11 @@ RESNET_RECIPE = RunOptions(
     norm_weight_decay=False,
     label_smoothing=0.1,
 )
-TINY_RECIPE = RunOptions(image_size=16, epochs=5, schedule="step", lr=0.1, weight_decay=1e-4)
+MOBILENET_RECIPE = RunOptions(warmup_epochs=1)
+TINY_RECIPE = RunOptions(image_size=16, epochs=5, schedule="step", lr=0.1, warmup_epochs=1, weight_decay=1e-4)
 
 FAMILIES: dict[str, Family] = {
-    "mobilenet": Family(MobileNetOptions, RunOptions(), MOBILENETS),
+    "mobilenet": Family(MobileNetOptions, MOBILENET_RECIPE, MOBILENETS),
     "resnet": Family(ResNetOptions, RESNET_RECIPE, RESNETS),
     "tiny": Family(TinyOptions, TINY_RECIPE, (TINY,)),
 }
@@ -244,5 +259,5 @@ def options_from_file(path: str, models: str | None, options: dict[str, Any]) ->
             f"{path} was trained with the rule {rule!r:.100}, which is not registered here: call "
             "dnw_graph.register_wiring first, with the same name"
         )
-    family = FAMILIES[models].options
+    family, options = FAMILIES[models].options, completed(options)
     return family(**{f.name: options[f.name] for f in fields(family) if f.name in options})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from dnw_graph.arguments import check_fields, require
 from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.node_functions import EPS
 from dnw_graph.recipes.schedules import SCHEDULES
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true")
@@ -38,6 +39,12 @@ def option(default: Any, description: str, *, fixed: bool = False) -> Any:
 def flag(name: str) -> str:
     """Return the command-line flag of a field: ``batch_size`` gives ``--batch-size``."""
     return "--" + name.replace("_", "-")
+
+
+def completed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options in a file, with what those lacked that were written before there was an option."""
+    node_function = "norm_relu_conv" if options.get("dynamics") == "continuous" else None
+    return {"node_norm_eps": EPS, "node_function": node_function, **options}
 
 
 @dataclass(frozen=True)

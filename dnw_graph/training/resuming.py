@@ -16,9 +16,8 @@ from dnw_graph.callbacks.wiring_recorder import WiringRecorder, read
 from dnw_graph.checkpoint import check_weights, damaged
 from dnw_graph.errors import InputError
 from dnw_graph.loading import ModelFile
-from dnw_graph.node_functions import EPS
 from dnw_graph.ranking import rankings, rule_hash, saved_rule
-from dnw_graph.recipes.options import flag
+from dnw_graph.recipes.options import completed, flag
 from dnw_graph.structure import match
 from dnw_graph.training.checkpoints import Checkpoints, loop_state
 from dnw_graph.training.classifier import Classifier
@@ -26,9 +25,6 @@ from dnw_graph.wirings import wiring_name
 
 # What an optimiser cannot do without; what else it has differs between versions of PyTorch.
 GROUP = ("params", "lr", "initial_lr", "momentum", "dampening", "weight_decay", "nesterov")
-
-# Options that checkpoints of older runs lack, and what they were.
-BEFORE = {"node_norm_eps": EPS, "node_function": None}
 
 
 def check_same_run(path: str, then: dict[str, Any], now: dict[str, Any], names: list[str]) -> None:
@@ -43,7 +39,7 @@ def check_same_run(path: str, then: dict[str, Any], now: dict[str, Any], names: 
     Raises:
         InputError: If an option differs; the message names the first one that does.
     """
-    then = {**BEFORE, **then}
+    then = completed(then)
     for name in names:
         if name not in then:
             raise InputError(f"{path} is a checkpoint of another program: it knows no {flag(name)}")

@@ -137,7 +137,8 @@ def _train(
 ) -> Summary:
     if options.check_images:
         check_files(data.images.classes, data.images.train, data.images.test)
-    monitor, training_cost = WiringMonitor(module.model), TrainingCost(module.model)
+    steps_per_row = min(STEPS_PER_ROW, data.steps_per_epoch)
+    monitor, training_cost = WiringMonitor(module.model, max(1, steps_per_row)), TrainingCost(module.model)
     table = Table(directory, checkpoint[SECTION].get("metrics_rows") if checkpoint else 0)
     events = Events(directory, int(checkpoint["global_step"]) if checkpoint else 0)
     machine = options.machine()
@@ -145,7 +146,7 @@ def _train(
         write_whole(directory / CONFIG, yaml.safe_dump({**card.options, **machine}).encode(), "--output")
     checkpoints = Checkpoints(directory, options.save_every, identity, table, card, machine)
     updates = WiringUpdates(options.epochs * data.steps_per_epoch, data.steps_per_epoch)
-    log = StepLog(min(STEPS_PER_ROW, data.steps_per_epoch))
+    log = StepLog(steps_per_row)
     pictures = directory / "pictures" if options.pictures else None
     recorder = WiringRecorder(directory / RECORDING, options.record_every, module.model, pictures, table.path)
     # Checkpoints come last: they hold what the others made of a step.

@@ -17,7 +17,15 @@ from dnw_graph.training import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"
-CIFAR = {"data": "cifar10", "image_size": 32, "epochs": 160, "batch_size": 128, "momentum": 0.9, "weight_decay": 1e-4}
+CIFAR = {
+    "data": "cifar10",
+    "image_size": 32,
+    "epochs": 160,
+    "batch_size": 128,
+    "warmup_epochs": 0,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+}
 TABLES = ("table1", "table2", "table6", "weight_decay", "imagenette")
 
 
@@ -88,7 +96,7 @@ def expected_config(name: str) -> dict:
     """What a row of Tables 2 and 6 needs, from its name."""
     if name == "mobilenet_v1_x0.25":
         return {"model": "mobilenet_v1", "width": 0.25, "lr": 0.1, **CIFAR}
-    config = {"model": "mobilenet_v1_dnw", "width": 0.225, "wiring": name, "lr": 0.1, **CIFAR}
+    config = {"model": "mobilenet_v1_dnw", "width": 0.225, "wiring": name, "node_norm_eps": 1e-5, "lr": 0.1, **CIFAR}
     rule, _, value = name.rpartition("_")
     if name == "rg":
         config["wiring"] = "random_graph"

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from dnw_graph import InputError
 from dnw_graph.data.sources import digits
 from dnw_graph.data.transforms import transforms
+from dnw_graph.recipes.models import FAMILIES
 from dnw_graph.training import read_checkpoint
+from dnw_graph.training.command_line import read_options
 from dnw_graph.training.resuming import check_same_run
 
 EXAMPLE = "imagenet_mobilenet"
@@ -169,10 +171,12 @@ def test_configurations_are_those_of_the_paper(
     config = EXAMPLES / "configs" / f"{name}.yaml"
     model, width, further = TABLE_3[name]
     schedule = {"epochs": 250, "batch_size": 512, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-5, "image_size": 224}
+    schedule["warmup_epochs"] = 0
     assert yaml.safe_load(config.read_text()) == {
         "model": model,
         "width": width,
         "data": "imagenet",
+        **({"node_norm_eps": 1e-5} if model == "mobilenet_v1_dnw" else {}),
         **schedule,
         **further,
     }
@@ -188,11 +192,24 @@ def test_configurations_are_those_of_the_paper(
 
 
 def test_eps_of_the_norms_of_nodes(example: ModuleType):
-    for options, eps in (({}, 1e-5), ({"node_norm_eps": 1e-3}, 1e-3)):
+    for options, eps in (({}, 1e-3), ({"node_norm_eps": 1e-5}, 1e-5)):
         chosen = example.MobileNetOptions(width=0.1, **options)
         assert chosen.identity()["node_norm_eps"] == eps
         model = chosen.create(10, 8)
         assert {norm.eps for norm in model.stages.modules() if isinstance(norm, nn.BatchNorm2d)} == {eps}
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_papers_configurations_have_neither_a_larger_eps_nor_a_warm_up(path: Path):
+    """The default of every other run is both; ResNet-50 has a warm-up in the paper."""
+    if path.stem.startswith("resnet50"):
+        pytest.skip("no norms of nodes")
+    family = FAMILIES["tiny" if path.stem.startswith("tiny") else "mobilenet"]
+    default, *_ = read_options("", family.options, family.defaults, [])
+    assert (default.identity()["node_norm_eps"], family.defaults.warmup_epochs) == (1e-3, 1)
+    model, run, _ = read_options("", family.options, family.defaults, ["--config", str(path)])
+    remedy = path.stem.endswith("eps_warmup")
+    assert (model.identity()["node_norm_eps"], run.warmup_epochs) == ((1e-3, 5) if remedy else (1e-5, 0))
 
 
 def test_checkpoints_from_before_that_option_are_taken():

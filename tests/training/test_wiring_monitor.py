@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
+from dnw_graph.analysis.silent import silent_nodes
 from dnw_graph.callbacks.wiring_monitor import edges_swapped, real_edges
 from dnw_graph.training import ImageData, RunOptions, run
 
@@ -85,3 +86,34 @@ def test_a_model_without_graphs_logs_no_wiring(small_digits: ImageData, options:
     assert summary.graphs == {}
     assert not any(word in line for line in summary.lines() for word in ("edge", "node"))
     assert not (Path(chosen.output or "") / "wiring").exists()
+
+
+def test_silent_blocks_are_warned_of_once(
+    create: Callable[[int, int], nn.Module], small_digits: ImageData, options: Callable[..., RunOptions]
+):
+    models = []
+
+    def starved(num_classes: int, image_size: int) -> nn.Module:
+        model = create(num_classes, image_size)
+        candidates = model.graph.candidates
+        inner = torch.cartesian_prod(torch.arange(4), torch.arange(4, 16)).t()
+        with torch.no_grad():  # all 40 edges lead to the inner nodes
+            candidates.weight[candidates.flat_index(inner)] += 3
+        models.append(model)
+        return model
+
+    chosen = options(epochs=2, lr=1e-9)
+    with pytest.warns(
+        UserWarning, match=r"step \d+: no real edge arrives at 6 of the 6 nodes of block 2 of tiny"
+    ) as caught:
+        run(starved, {}, chosen, small_digits)
+    assert len([each for each in caught if "no real edge" in str(each.message)]) == 1
+    with open(Path(chosen.output or "") / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["wiring/edges_swapped"]]
+    silent = silent_nodes(models[0])["tiny"].float().mean().item()
+    assert silent == pytest.approx(6 / 22)
+    largest = models[0].graph.candidates.weight.detach().abs().max().item()
+    for row in rows:
+        for of in ("", "/tiny"):
+            assert float(row[f"wiring/silent_nodes{of}"]) == pytest.approx(silent)
+            assert float(row[f"wiring/largest_weight{of}"]) == pytest.approx(largest)
