@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dnw_graph.dynamics import Continuous, Discrete, Static
     from dnw_graph.errors import InputError
     from dnw_graph.loading import load
+    from dnw_graph.models.pretrained import pretrained
     from dnw_graph.neural_graph import NeuralGraph
     from dnw_graph.ranking import wiring_penalty
     from dnw_graph.sparse_layers import sparsify
@@ -52,6 +53,7 @@ _HOMES = {
     "compact": "compaction",
     "cost": "analysis.cost",
     "load": "loading",
+    "pretrained": "models.pretrained",
     "sparsify": "sparse_layers",
     "wiring_penalty": "ranking",
 }
@@ -88,6 +90,7 @@ __all__ = [
     "cost",
     "create_wiring",
     "load",
+    "pretrained",
     "register_wiring",
     "sparsify",
     "wiring_penalty",
@@ -96,7 +99,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name in {*_HOMES.values(), "wirings"} - {"analysis.cost"}:
+    if name in {*_HOMES.values(), "wirings"} - {"analysis.cost", "models.pretrained"}:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

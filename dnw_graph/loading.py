@@ -17,6 +17,7 @@ from dnw_graph.arguments import checked, wrong
 from dnw_graph.checkpoint import SECTION, check_weights, model_weights, read_checkpoint
 from dnw_graph.errors import InputError
 from dnw_graph.model_card import CARD_ENTRY, CARD_FILE, ModelCard
+from dnw_graph.models.pretrained import pretrained_file
 
 CHECKPOINTS = ("best.ckpt", "last.ckpt")
 COMPACT = ".safetensors"
@@ -36,8 +37,9 @@ def load(
     Nothing in a file is executed: it names registered models, rules and functions only.
 
     Args:
-        path: The directory of a run (its ``best.ckpt``, or else its ``last.ckpt``), a checkpoint, or a compact file (of
-            :func:`~dnw_graph.compaction.save_compact`, or of ``--export`` to ``.safetensors``).
+        path: The directory of a run (its ``best.ckpt``, or else its ``last.ckpt``), a checkpoint, a compact file (of
+            :func:`~dnw_graph.compaction.save_compact`, or of ``--export`` to ``.safetensors``), a file of
+            :func:`~dnw_graph.weights_file.save_weights`, or the name of one that :func:`dnw_graph.pretrained` lists.
         device: Where the tensors go.
         create: For a checkpoint of a model that no registered options make: returns it for ``(num_classes,
             image_size)``.
@@ -62,6 +64,8 @@ def load(
 def file_of(path: Path) -> Path:
     """Return the file that a path stands for: of a run's directory its best checkpoint, or else its last one.
 
+    A name stands for the file of a pretrained model, unless there is a file or a directory of that name.
+
     Raises:
         InputError: If there is none.
     """
@@ -70,9 +74,14 @@ def file_of(path: Path) -> Path:
         if not found:
             raise InputError(f"{path} holds no {' and no '.join(CHECKPOINTS)}: give the directory of a run, or a file")
         return found[0]
-    if not os.path.isfile(path):
-        raise InputError(f"{str(path)!r} does not exist: give a run's directory, a .ckpt or a .safetensors file")
-    return path
+    if os.path.isfile(path):
+        return path
+    if (file := pretrained_file(str(path))) is None:
+        raise InputError(
+            f"{str(path)!r} does not exist: give a run's directory, a .ckpt or a .safetensors file, or the name of a "
+            "pretrained model (dnw_graph.pretrained())"
+        )
+    return file
 
 
 class ModelFile:
@@ -118,17 +127,28 @@ class ModelFile:
                 f"{self.path} is a program for other software, and loading a model runs none: dnw-graph predict uses "
                 "it; give load the checkpoint or .safetensors file of the same model"
             )
-        if self.checkpoint is None:
-            from dnw_graph.compaction import load_compact  # not needed for --help, and takes longest
+        checkpoint = self.checkpoint
+        if checkpoint is None:
+            # Not needed for --help, and takes longest.
+            from dnw_graph.compaction import load_compact
+            from dnw_graph.weights_file import is_weights_file, read_weights
 
-            return load_compact(self.path)
+            if not is_weights_file(self.path):
+                return load_compact(self.path)
+            return self._made(create, read_weights(self.path))
+        return self._made(create, lambda model: model_weights(checkpoint))
+
+    def _made(
+        self, create: Callable[[int, int], nn.Module] | None, weights_of: Callable[[nn.Module], dict[str, Any]]
+    ) -> nn.Module:
+        """Return the model that the card describes, with the weights that the file has for it."""
         from dnw_graph.recipes.models import options_from_file
 
         card = self.card
         create = create or options_from_file(str(self.path), card.models, card.options).create
         with torch.random.fork_rng(devices=[]):  # the weights that are replaced draw nothing
             model = create(len(card.classes), card.preprocess.image_size)
-        weights = model_weights(self.checkpoint)
+        weights = weights_of(model)
         check_weights(str(self.path), weights, model.state_dict(), "give a checkpoint of this model")
         model.load_state_dict(weights)
         card.describe(model)

@@ -17,6 +17,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from dnw_graph import attach
+from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.models import MobileNetV1DNW
 from dnw_graph.node_functions import EPS, NormReluConv
 from dnw_graph.visualize import style
@@ -39,7 +40,7 @@ def train(images: ImageFolder, eps: float, warmup: int) -> list[tuple[int, float
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, weight_decay=1e-4)
     attach(model, optimizer, STEPS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup)))
-    stage = model.stages[0]
+    stage = neural_graphs(model)["stage1"]
     found = []
     for x, labels in islice(DataLoader(images, BATCH, shuffle=True, drop_last=True), STEPS):
         found.append((int(stage.silent_nodes().sum()), float(stage.edge_weight.detach().abs().mean())))

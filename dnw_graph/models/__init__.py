@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from dnw_graph.arguments import checked
+from dnw_graph.errors import InputError
 from dnw_graph.models.mobilenet import STAGES, GraphClassifier, MobileNetV1, MobileNetV1DNW, edges_at_width
+from dnw_graph.models.pretrained import Pretrained, PretrainedModels, require_pretrained
 from dnw_graph.models.tiny import TINY_DYNAMICS, TINY_NODE_FUNCTIONS, TinyClassifier
 from dnw_graph.registry import build
 
@@ -20,6 +22,8 @@ __all__ = [
     "GraphClassifier",
     "MobileNetV1",
     "MobileNetV1DNW",
+    "Pretrained",
+    "PretrainedModels",
     "TinyClassifier",
     "create_model",
     "edges_at_width",
@@ -46,14 +50,28 @@ def model_names() -> list[str]:
 
 
 @checked
-def create_model(name: str, **options: Any) -> nn.Module:
+def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
     """Return a model by name.
 
     Args:
-        name: One of :func:`model_names`.
-        options: Arguments of the model.
+        name: One of :func:`model_names`; of a trained model one that :func:`dnw_graph.pretrained` lists, or what comes
+            before its dot, for the first of those.
+        pretrained: Return a trained model, as :func:`dnw_graph.load` does: in evaluation mode, with ``classes`` and
+            ``preprocess``. The weights are files of the package; nothing is downloaded. Hallucinated edges start at 0
+            where it is trained further.
+        options: Arguments of the model. A trained one has those it was trained with.
 
     Raises:
         InputError: If the name or an option is unknown.
     """
+    if pretrained:
+        file = require_pretrained(name)
+        if options:
+            raise InputError(
+                f"a pretrained {name} has the options it was trained with: leave out {', '.join(options)}; for other "
+                "classes replace its classifier, or start a run with --init-from"
+            )
+        from dnw_graph.loading import load  # which makes models
+
+        return load(file)
     return build("model", name, MODELS, options)

@@ -77,7 +77,7 @@ class MobileNetOptions(WiringOptions):
         if self.model not in MOBILENETS:
             raise unknown_name("model", self.model, MOBILENETS)
         stride = 2 if image_size >= LARGE_IMAGE else 1
-        shared = {"width": self.width, "num_classes": num_classes, "stem_stride": stride}
+        shared: dict[str, Any] = {"width": self.width, "num_classes": num_classes, "stem_stride": stride}
         if self.model == "mobilenet_v1":
             if self.small or self.wiring != "dnw" or self.node_norm_eps not in (None, EPS):
                 raise InputError(

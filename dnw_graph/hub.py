@@ -1,0 +1,118 @@
+"""Models to and from the Hugging Face hub, with the extra ``dnw-graph[hub]``.
+
+The network is used in :func:`from_pretrained` and :func:`push_to_hub` alone.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dnw_graph.arguments import checked
+from dnw_graph.compaction import CompactModel, save_compact
+from dnw_graph.errors import InputError
+from dnw_graph.loading import load
+from dnw_graph.model_card import ModelCard, card_of
+from dnw_graph.weights_file import save_weights
+
+try:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+except ImportError as error:
+    raise InputError("dnw_graph.hub needs huggingface_hub: install the extra dnw-graph[hub]") from error
+
+FILE = "model.safetensors"
+TAGS = ["dnw", "discovering-neural-wirings", "sparse"]
+
+
+class HubModel(huggingface_hub.ModelHubMixin, library_name="dnw_graph", pipeline_tag="image-classification", tags=TAGS):
+    """A model with the methods of huggingface_hub's mixin: ``save_pretrained``, ``push_to_hub``, ``from_pretrained``.
+
+    Args:
+        model: What :func:`dnw_graph.load` returned, or its compact form.
+    """
+
+    @checked
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save = save_compact if isinstance(self.model, CompactModel) else save_weights
+        save(self.model, save_directory / FILE)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> HubModel:
+        if os.path.isdir(model_id):
+            return cls(load(Path(model_id) / FILE))
+        try:
+            return cls(load(huggingface_hub.hf_hub_download(model_id, FILE, **options)))
+        except (HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            message = f"{model_id!r} is no directory, and the hub gives no {FILE} of that name ({reason})"
+            raise InputError(message) from error
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> huggingface_hub.ModelCard:
+        """Return what the hub shows: how to use the model, and how it was trained."""
+        data = self._hub_mixin_info.model_card_data
+        return huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n{_text(card_of(self.model))}")
+
+
+@checked
+def from_pretrained(name: str | os.PathLike[str], **options: Any) -> nn.Module:
+    """Return a model from the hub, as :func:`dnw_graph.load` returns one from a file. Nothing of it is executed.
+
+    Args:
+        name: A repository, such as ``"user/model"``, or a directory of :func:`save_pretrained`.
+        options: Of huggingface_hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, …
+
+    Raises:
+        InputError: If there is no such model, or its file cannot be read.
+    """
+    return HubModel.from_pretrained(str(name), **options).model
+
+
+@checked
+def push_to_hub(model: nn.Module, name: str, **options: Any) -> str:
+    """Write a model with its card to a repository of the hub, and return the address.
+
+    Args:
+        model: What :func:`dnw_graph.load` returned, perhaps trained further, or its compact form.
+        name: The repository, such as ``"user/model"``. It is made if there is none.
+        options: Of huggingface_hub: ``private``, ``token``, ``branch``, ``commit_message``, …
+
+    Raises:
+        InputError: If the model cannot be written.
+    """
+    return str(HubModel(model).push_to_hub(name, **options))
+
+
+@checked
+def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write to a directory what :func:`push_to_hub` would write to the hub.
+
+    Args:
+        model: What :func:`dnw_graph.load` returned, perhaps trained further, or its compact form.
+        directory: The directory; it is made if there is none.
+
+    Raises:
+        InputError: If the model cannot be written.
+    """
+    HubModel(model).save_pretrained(Path(directory))
+
+
+def _text(card: ModelCard | None) -> str:
+    lines = ["", "# A model with discovered neural wirings", ""]
+    lines += ["```python", "from dnw_graph.hub import from_pretrained", "", 'model = from_pretrained("user/model")']
+    lines += ["logits = model(model.preprocess(image).unsqueeze(0))", "```", ""]
+    if card is None:
+        return "\n".join(lines)
+    size = card.preprocess.image_size
+    lines += [f"Images of {size} × {size} pixels; {len(card.classes)} classes: {', '.join(card.classes[:20])}"]
+    lines[-1] += ", …" if len(card.classes) > 20 else "."
+    for title, values in (("Metrics", card.metrics), ("Options of its training", card.options)):
+        lines += ["", f"## {title}", "", "| name | value |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in values.items()]
+    return "\n".join([*lines, ""])

@@ -1,0 +1,200 @@
+"""Trained models of the package: their table, their files, and what can be done with them."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import relative_error
+from torch import Tensor, nn
+
+import dnw_graph
+from dnw_graph import InputError, attach
+from dnw_graph.analysis.cost import cost, neural_graphs
+from dnw_graph.compaction import compact
+from dnw_graph.model_card import ModelCard
+from dnw_graph.models import create_model
+from dnw_graph.preprocessing import Preprocessing
+from dnw_graph.recipes.models import MobileNetOptions
+from dnw_graph.weights_file import save_weights
+
+NAMES = [each.name for each in dnw_graph.pretrained()]
+PREPROCESS = Preprocessing(16, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def trained(wiring: str = "dnw", **options: object) -> nn.Module:
+    """A small model with a card, whose norms have seen something, and its weights as after training."""
+    chosen = MobileNetOptions(width=0.1, wiring=wiring, **options)  # type: ignore[arg-type]
+    model = chosen.create(3, 16)
+    model(torch.randn(4, 3, 16, 16))
+    card = ModelCard(PREPROCESS, ["a", "b", "c"], "mobilenet", {**chosen.identity(), "image_size": 16})
+    card.describe(model)
+    return model.eval()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(4, 3, 16, 16)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+
+
+@pytest.mark.parametrize("each", dnw_graph.pretrained(), ids=NAMES)
+def test_the_table_says_what_is_in_the_files(each: dnw_graph.models.Pretrained, offline: None):
+    assert each.path.stat().st_size == each.file_size <= 1_500_000
+    model = create_model(each.name, pretrained=True)
+    assert not model.training
+    size = model.preprocess.image_size
+    costs = cost(model, (3, size, size))
+    assert (costs.parameters, costs.multiply_adds) == (each.parameters, each.multiply_adds)
+    assert model(torch.randn(2, 3, size, size)).shape == (2, len(model.classes))
+    assert each.command.startswith("dnw-graph train --model mobilenet_v1_dnw")
+    assert 0.1 < each.top1 < 1
+    assert all(len(set(name)) > 1 and not name.isdigit() for name in model.classes)
+    assert each.name in str(dnw_graph.pretrained())
+
+
+def test_a_name_without_its_data_is_the_first_one():
+    whole = create_model("mobilenet_v1_dnw", pretrained=True)
+    named = create_model("mobilenet_v1_dnw.cifar10", pretrained=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), named.parameters(), strict=True))
+    assert named.classes[:2] == ["airplane", "automobile"]
+    loaded = dnw_graph.load("mobilenet_v1_dnw.cifar10")
+    assert loaded.card == named.card
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mobilenet_v1_dnv", {}, "unknown pretrained model 'mobilenet_v1_dnv': did you mean 'mobilenet_v1_dnw"),
+        ("mobilenet_v1_dnw", {"num_classes": 5}, "has the options it was trained with: leave out num_classes"),
+    ],
+)
+def test_what_is_not_there_is_refused(name: str, options: dict[str, object], message: str):
+    with pytest.raises(InputError, match=message):
+        create_model(name, pretrained=True, **options)
+
+
+@pytest.mark.parametrize("wiring", ["dnw", "random_graph", "rigl", "complete"])
+def test_a_file_holds_the_model_bit_for_bit(wiring: str, images: Tensor, tmp_path: Path):
+    model = trained(wiring)
+    save_weights(model, tmp_path / "model.safetensors")
+    again = dnw_graph.load(tmp_path / "model.safetensors")
+    assert torch.equal(again(images), model(images))
+    assert again.card == model.card
+    graphs = zip(neural_graphs(model).values(), neural_graphs(again).values(), strict=True)
+    for old, new in graphs:
+        assert torch.equal(new.edge_index, old.edge_index)
+        assert torch.equal(new.edge_weight, old.edge_weight)
+        assert int((new.candidates.weight != 0).sum()) <= old.num_real_edges
+    for name, value in model.state_dict().items():
+        if not name.endswith("candidates.weight"):
+            assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_what_was_loaded_is_trained_on(images: Tensor, tmp_path: Path):
+    """Hallucinated edges start at zero, and some of them become real."""
+    save_weights(trained(), tmp_path / "model.safetensors")
+    model = dnw_graph.load(tmp_path / "model.safetensors").train()
+    before = {name: set(graph.real_index.tolist()) for name, graph in neural_graphs(model).items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    attach(model, optimizer, 5)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), torch.tensor([0, 1, 2, 0]))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    after = {name: set(graph.real_index.tolist()) for name, graph in neural_graphs(model).items()}
+    assert any(after[name] - before[name] for name in before)
+
+
+def test_a_file_that_was_changed_is_refused(tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    save_weights(trained(), path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(InputError, match="does not hold what was written"):
+        dnw_graph.load(path)
+    path.write_bytes(bytes(content[:-10]))
+    with pytest.raises(InputError, match="it is damaged"):
+        dnw_graph.load(path)
+
+
+def test_a_model_that_does_not_say_how_it_is_made_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match="does not say how it is made"):
+        save_weights(create_model("mobilenet_v1", width=0.1), tmp_path / "model.safetensors")
+
+
+# The hub
+
+
+@pytest.fixture
+def hub():
+    pytest.importorskip("huggingface_hub")
+    import dnw_graph.hub
+
+    return dnw_graph.hub
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["whole", "compact"])
+def test_a_directory_for_the_hub(small: bool, hub, images: Tensor, tmp_path: Path, offline: None):
+    model = trained()
+    kept = compact(model) if small else model
+    hub.save_pretrained(kept, tmp_path / "repository")
+    again = hub.from_pretrained(tmp_path / "repository")
+    assert type(again) is type(kept)
+    assert relative_error(again(images), model(images)) < 1e-5
+    assert again.card == model.card
+    text = (tmp_path / "repository" / "README.md").read_text()
+    for part in (
+        "library_name: dnw_graph",
+        "pipeline_tag: image-classification",
+        "3 classes: a, b, c",
+        "| width | 0.1 |",
+    ):
+        assert part in text
+
+
+def test_what_goes_to_the_hub_and_comes_from_it(hub, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The two calls of huggingface_hub that use the network are replaced by a directory."""
+    from huggingface_hub import HfApi, hub_mixin
+
+    class Created:
+        repo_id = "user/model"
+
+    def upload(self: object, repo_id: str, folder_path: str, **options: object) -> str:
+        shutil.copytree(folder_path, tmp_path / "remote")
+        return f"https://huggingface.co/{repo_id}"
+
+    def download(repo_id: str, filename: str, **options: object) -> str:
+        assert (repo_id, options["revision"]) == ("user/model", "v1")
+        return str(tmp_path / "remote" / filename)
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *args, **options: Created())
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub_mixin, "hf_hub_download", download, raising=False)
+    model = trained()
+    assert hub.push_to_hub(model, "user/model") == "https://huggingface.co/user/model"
+    assert {path.name for path in (tmp_path / "remote").iterdir()} >= {"README.md", "model.safetensors"}
+    (tmp_path / "remote" / "config.json").write_text("{}")
+    assert torch.equal(hub.from_pretrained("user/model", revision="v1")(images), model(images))
+
+
+def test_a_directory_without_a_model_is_refused(hub, tmp_path: Path):
+    with pytest.raises(InputError, match=r"model.safetensors' does not exist"):
+        hub.from_pretrained(tmp_path)
