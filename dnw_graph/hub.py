@@ -25,10 +25,14 @@ except ImportError as error:
     raise InputError("dnw_graph.hub needs huggingface_hub: install the extra dnw-graph[hub]") from error
 
 FILE = "model.safetensors"
-TAGS = ["dnw", "discovering-neural-wirings", "sparse"]
+ABOUT: dict[str, Any] = {
+    "library_name": "dnw_graph",
+    "pipeline_tag": "image-classification",
+    "tags": ["dnw", "discovering-neural-wirings", "sparse"],
+}
 
 
-class HubModel(huggingface_hub.ModelHubMixin, library_name="dnw_graph", pipeline_tag="image-classification", tags=TAGS):
+class HubModel(huggingface_hub.ModelHubMixin):
     """A model with the methods of huggingface_hub's mixin: ``save_pretrained``, ``push_to_hub``, ``from_pretrained``.
 
     Args:
@@ -56,7 +60,7 @@ class HubModel(huggingface_hub.ModelHubMixin, library_name="dnw_graph", pipeline
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> huggingface_hub.ModelCard:
         """Return what the hub shows: how to use the model, and how it was trained."""
-        data = self._hub_mixin_info.model_card_data
+        data = huggingface_hub.ModelCardData(**ABOUT)
         return huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n{_text(card_of(self.model))}")
 
 

@@ -29,7 +29,7 @@ def is_flipped(data: str) -> bool:
 
 
 @checked
-def transforms(data: str, size: int) -> tuple[v2.Compose, Preprocessing]:
+def transforms(data: str, size: int, randaugment: int = 0) -> tuple[v2.Compose, Preprocessing]:
     """Return what is done to an RGB image for training and for testing; both give a tensor ``[3, size, size]``.
 
     - From 64 pixels up: a random crop of random area and aspect ratio, scaled to ``size``, and horizontal flips; for
@@ -42,6 +42,8 @@ def transforms(data: str, size: int) -> tuple[v2.Compose, Preprocessing]:
     Args:
         data: ``digits``, ``cifar10`` or ``directory``.
         size: Height and width of the result.
+        randaugment: Magnitude of two random operations after that, in training (RandAugment, Cubuk et al. 2020); 0 for
+            none.
     """
     small = is_small(data, size)
     statistics = STATISTICS["digits" if data == "digits" else "cifar10" if small else "imagenet"]
@@ -51,4 +53,5 @@ def transforms(data: str, size: int) -> tuple[v2.Compose, Preprocessing]:
     else:
         crop = [v2.RandomResizedCrop(size)]
     flip = [v2.RandomHorizontalFlip()] if is_flipped(data) else []
-    return v2.Compose([*crop, *flip, *test.to_tensor()]), test
+    operations = [v2.RandAugment(2, randaugment)] if randaugment else []
+    return v2.Compose([*crop, *flip, *operations, *test.to_tensor()]), test

@@ -69,7 +69,7 @@ class MobileNetOptions(WiringOptions):
     width: float = option(0.225, "width multiplier")
     small: bool = option(False, "mobilenet_v1_dnw: learn the edges of the classifier too (DNW-Small)")
     node_norm_eps: float | None = option(
-        None, f"mobilenet_v1_dnw: what the norms of nodes add to the variance. Default: {NODE_NORM_EPS}"
+        None, f"mobilenet_v1_dnw: number that the norms of nodes add to the variance. Default: {NODE_NORM_EPS}"
     )
 
     def with_wiring(self, wiring: Wiring, num_classes: int, image_size: int) -> nn.Module:
@@ -106,7 +106,7 @@ class TinyOptions(WiringOptions):
     node_function: str | None = option(
         None, f"one of {', '.join(NODE_FUNCTIONS)}; by default that of the paper's classifier of these dynamics"
     )
-    node_norm_eps: float = option(NODE_NORM_EPS, "what the norms of nodes add to the variance")
+    node_norm_eps: float = option(NODE_NORM_EPS, "number that the norms of nodes add to the variance")
     adjoint: bool = option(False, "continuous: train by the adjoint equation instead of through the solver")
 
     def with_wiring(self, wiring: Wiring, num_classes: int, image_size: int) -> nn.Module:

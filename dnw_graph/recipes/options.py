@@ -44,7 +44,9 @@ def flag(name: str) -> str:
 def completed(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options in a file, with what those lacked that were written before there was an option."""
     node_function = "norm_relu_conv" if options.get("dynamics") == "continuous" else None
-    return {"node_norm_eps": EPS, "node_function": node_function, **options}
+    recipe = {"optimizer": "sgd", "optimizer_options": {}, "ema": 0.0, "randaugment": 0, "mixup": 0.0, "cutmix": 0.0}
+    recipe |= {"clip_grad_norm": 0.0, "accumulate": 1}
+    return {"node_norm_eps": EPS, "node_function": node_function, **recipe, **options}
 
 
 @dataclass(frozen=True)
@@ -108,14 +110,36 @@ class RunOptions:
     warmup_epochs: int = option(
         0, "epochs in which the learning rate rises linearly to --lr, before it falls; part of --epochs", fixed=True
     )
+    optimizer: str = option(
+        "sgd", "'sgd', 'adamw', or the class path of another one, such as torch.optim.NAdam", fixed=True
+    )
+    optimizer_options: dict[str, Any] = option(  # noqa: RUF009  # a field with a factory
+        {}, "further arguments of the optimiser, such as --optimizer-options.nesterov true", fixed=True
+    )
     momentum: float = option(0.9, "momentum of SGD", fixed=True)
-    weight_decay: float = option(5e-5, "weight decay of SGD, on all parameters", fixed=True)
+    weight_decay: float = option(5e-5, "weight decay of the optimiser, on all parameters", fixed=True)
     norm_weight_decay: bool = option(
         True, "weight decay on the weights and biases of norms too; --no-norm-weight-decay leaves them out", fixed=True
     )
     label_smoothing: float = option(
         0.0, "in training, share of each label that is spread evenly over all classes", fixed=True
     )
+    ema: float = option(
+        0.0,
+        "decay of an exponential moving average of the weights, such as 0.999, which is what is evaluated and what "
+        "files hold; 0 for none",
+        fixed=True,
+    )
+    randaugment: int = option(
+        0, "magnitude of two random operations per training image (RandAugment), such as 9; 0 for none", fixed=True
+    )
+    mixup: float = option(0.0, "alpha of Mixup, such as 0.2; 0 for none", fixed=True)
+    cutmix: float = option(0.0, "alpha of CutMix, such as 1; 0 for none. With --mixup one of them per step", fixed=True)
+    clip_grad_norm: float = option(0.0, "clip the norm of the gradient of all parameters; 0 for none", fixed=True)
+    accumulate: int = option(
+        1, "parts of a batch that go through the model one after the other, for less memory", fixed=True
+    )
+    compile: bool = option(False, "compile the model with torch.compile")
     precision: str = option("32-true", f"number format: one of {', '.join(PRECISIONS)}", fixed=True)
     seed: int = option(0, "decides initial weights, order of images and augmentation", fixed=True)
     recompute: bool = option(
@@ -142,6 +166,10 @@ class RunOptions:
     )
     pictures: bool = option(
         False, "at the end, write curves, an animation of each graph and a page into pictures/, and into the logs"
+    )
+    wandb: str | None = option(None, "log to this project of Weights & Biases too (the extra dnw-graph[wandb])")
+    mlflow: str | None = option(
+        None, "log to this MLflow tracking URI too, such as sqlite:///mlflow.db (the extra dnw-graph[mlflow])"
     )
     resume: str | None = option(
         None,
@@ -173,12 +201,21 @@ class RunOptions:
         check_fields(self, flag)
         below = f"fewer than the {self.epochs} epochs of the run: give more --epochs"
         ranges: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-            ("epochs batch_size devices num_nodes", "1 or more", lambda x: x >= 1),
-            ("weight_decay save_every record_every held_out warmup_epochs workers", "0 or more", lambda x: x >= 0),
+            ("epochs batch_size devices num_nodes accumulate", "1 or more", lambda x: x >= 1),
+            (
+                "weight_decay save_every record_every held_out warmup_epochs workers mixup cutmix clip_grad_norm",
+                "0 or more",
+                lambda x: x >= 0,
+            ),
             ("seed", "a number from 0 to below 2^63", lambda x: 0 <= x < 2**63),
-            ("data output resume init_from evaluate export", "a path", lambda x: x != "" and "\0" not in x),
+            (
+                "data output resume init_from evaluate export wandb mlflow",
+                "a path",
+                lambda x: x != "" and "\0" not in x,
+            ),
             ("lr", "a number above 0", lambda x: x > 0),
-            ("momentum label_smoothing", "a number from 0 to below 1", lambda x: 0 <= x < 1),
+            ("randaugment", "a magnitude from 0 to 30", lambda x: 0 <= x <= 30),
+            ("momentum label_smoothing ema", "a number from 0 to below 1", lambda x: 0 <= x < 1),
             ("warmup_epochs", below, lambda x: x < self.epochs),
             ("image_size", "8 or more", lambda x: x >= 8),
         )
@@ -190,10 +227,14 @@ class RunOptions:
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)
         processes = self.devices * self.num_nodes
-        if self.batch_size % processes:
+        if self.accumulate > 1 and processes > 1:
+            raise InputError("--accumulate goes with one device: leave it out, or leave --devices and --num-nodes at 1")
+        parts = processes * self.accumulate
+        if self.batch_size % parts:
+            who = f"{processes} devices" if processes > 1 else f"{self.accumulate} parts"
             raise InputError(
-                f"{processes} devices cannot share a batch of {self.batch_size} images evenly: "
-                f"give a --batch-size that is a multiple of {processes}"
+                f"{who} cannot share a batch of {self.batch_size} images evenly: "
+                f"give a --batch-size that is a multiple of {parts}"
             )
         if len([path for path in (self.resume, self.init_from, self.evaluate) if path]) > 1:
             raise InputError("--resume, --init-from and --evaluate cannot go together: give one of them")

@@ -64,7 +64,7 @@ def check_step(model: nn.Module, size: int, options: RunOptions, gpu: bool) -> N
 
 def _check_memory(model: nn.Module, size: int, options: RunOptions, gpu: bool, training: bool) -> None:
     free = torch.cuda.mem_get_info()[0] if gpu else free_memory()
-    batch = options.batch_size // options.num_nodes // (options.devices if gpu else 1)
+    batch = options.batch_size // options.num_nodes // (options.devices if gpu else 1) // options.accumulate
     pixels = batch * size**2
     if free is None or MOST_PER_INPUT * IMAGE_BYTES * pixels <= free:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,30 +13,38 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import v2
 
 from dnw_graph.analysis.cost import NORMS
 from dnw_graph.arguments import checked, require
 from dnw_graph.data.order import Purpose
 from dnw_graph.ranking import wiring_penalty
+from dnw_graph.recipes.optimizers import make_optimizer
 from dnw_graph.recipes.schedules import Schedule
 from dnw_graph.seeding import mix
 from dnw_graph.updates import own_decay
 
 
 class Classifier(LightningModule):
-    """Cross-entropy with the penalty of the wirings, SGD and a learning rate that changes with every step.
+    """Cross-entropy with the penalty of the wirings, an optimiser and a learning rate that changes with every step.
 
     Args:
         model: Maps images ``[B, 3, H, W]`` to scores ``[B, num_classes]``.
         num_classes: Number of classes.
         schedule: Makes the scheduler of an optimiser, see :mod:`dnw_graph.recipes.schedules`.
         lr: Learning rate.
-        momentum: Momentum of SGD.
-        weight_decay: Weight decay of SGD.
+        momentum: Momentum, for optimisers that have one.
+        weight_decay: Weight decay.
         seed: Seed of the run. Random numbers that the model draws are a function of (seed, step, rank).
         label_smoothing: Share of each label that is spread evenly over all classes, in training only.
         norm_weight_decay: Whether the weight decay is on all parameters, or on all but the weights and biases of norms
             (of the classes ``BatchNorm…``, ``InstanceNorm…``, ``GroupNorm``, ``LayerNorm`` and ``RMSNorm``).
+        optimizer: Name or class path, see :mod:`dnw_graph.recipes.optimizers`.
+        optimizer_options: Further arguments of the optimiser.
+        mixup: α of Mixup (Zhang et al. 2018); 0 for none.
+        cutmix: α of CutMix (Yun et al. 2019); 0 for none. With both, one of them is drawn for every step.
+        accumulate: Parts of a batch that go through the model one after the other, so that only one of them is in
+            memory; norms see a part at a time.
     """
 
     @checked
@@ -51,12 +59,20 @@ class Classifier(LightningModule):
         seed: int,
         label_smoothing: float = 0.0,
         norm_weight_decay: bool = True,
+        *,
+        optimizer: str = "sgd",
+        optimizer_options: Mapping[str, Any] | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        accumulate: int = 1,
     ) -> None:
         super().__init__()
         require(num_classes >= 1, "num_classes", "an integer from 1 up", num_classes)
         numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "seed": seed}
         for name, number in numbers.items():
             require(number >= 0, name, "0 or more", number)
+        require(min(mixup, cutmix) >= 0, "mixup and cutmix", "0 or more", (mixup, cutmix))
+        require(accumulate >= 1, "accumulate", "an integer from 1 up", accumulate)
         require(0 <= label_smoothing <= 1, "label_smoothing", "a share, 0 … 1", label_smoothing)
         self.model = model
         self.schedule = schedule
@@ -66,6 +82,12 @@ class Classifier(LightningModule):
         self.seed = seed
         self.label_smoothing = label_smoothing
         self.norm_weight_decay = norm_weight_decay
+        self.optimizer, self.optimizer_options = optimizer, dict(optimizer_options or {})
+        self.accumulate = accumulate
+        # They draw from the generators that every step seeds, and so are functions of (seed, step, rank).
+        kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+        mixing = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
+        self.mix = v2.RandomChoice(mixing) if mixing else None
         # Labels come from the images' classes; to look at them in every batch would wait for the device.
         options: dict[str, Any] = {"average": "micro", "validate_args": False}
         self.top1 = MulticlassAccuracy(num_classes, top_k=1, **options)
@@ -81,10 +103,18 @@ class Classifier(LightningModule):
         torch.manual_seed(mix(self.seed, Purpose.STEP, self.global_step, self.global_rank))
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of one batch."""
-        images, labels = batch
-        loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
-        self.log("train/loss", loss, prog_bar=True)
+        """Return the loss of one batch; of its last part, if there are several, after the others' backward passes."""
+        images, labels = batch if self.mix is None else self.mix(*batch)
+        *first, last = zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True)
+        done = []
+        if first:
+            self.trainer.optimizers[0].zero_grad()
+        for part in first:
+            part_loss = self._cross_entropy(*part)
+            self.trainer.strategy.backward(part_loss, None)
+            done.append(part_loss.detach())
+        loss = self._cross_entropy(*last)
+        self.log("train/loss", sum(done, loss.detach()), prog_bar=True)
         # Nothing here goes from the host to the device, which the host would wait for: not a penalty of zero, and not a
         # number, of which Lightning makes a tensor there.
         self.log("train/lr", torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"]))
@@ -93,6 +123,15 @@ class Classifier(LightningModule):
             self.log("train/penalty", penalty)
             loss = loss + penalty
         return loss
+
+    def _cross_entropy(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the share of a part of a batch in the loss of all of it."""
+        return F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing) / self.accumulate
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Leave the gradients of the first parts of a batch, which :meth:`training_step` has made."""
+        if self.accumulate == 1:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Add one batch to the metrics."""
@@ -106,7 +145,7 @@ class Classifier(LightningModule):
         self.log("val/loss", self.loss)
 
     def configure_optimizers(self) -> Any:
-        """Return SGD and the schedule, applied after every step."""
+        """Return the optimiser and the schedule, applied after every step."""
         decays = own_decay(self)
         if not self.norm_weight_decay:
             norms = [m for m in self.modules() if isinstance(m, NORMS)]
@@ -115,7 +154,8 @@ class Classifier(LightningModule):
         for decay in sorted(set(decays.values())):
             own = [p for p in self.parameters() if decays.get(p) == decay]
             groups.append({"params": own, "weight_decay": decay})
-        optimizer = torch.optim.SGD(groups, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        common = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+        optimizer = make_optimizer(self.optimizer, groups, common, self.optimizer_options)
         scheduler = self.schedule(optimizer)
         known = isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
         require(known, "schedule", "a function that makes a scheduler of PyTorch for an optimiser", self.schedule)

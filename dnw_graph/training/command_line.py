@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -21,6 +21,7 @@ from dnw_graph.checkpoint import SECTION
 from dnw_graph.errors import InputError
 from dnw_graph.loading import ModelFile, file_of
 from dnw_graph.recipes.models import family_name
+from dnw_graph.recipes.optimizers import OPTIMIZERS
 from dnw_graph.recipes.options import ModelOptions, RunOptions, completed, flag
 from dnw_graph.stopping import Stopped
 from dnw_graph.wirings import WIRINGS
@@ -198,10 +199,10 @@ def started_from(given: Mapping[str, Any]) -> ModelFile | None:
 
 def _held(given: Mapping[str, Any], models: type[ModelOptions], file: ModelFile) -> dict[str, Any]:
     """Return the options that a file holds: all for a run that goes on, those of the model for one that starts."""
-    # Whoever has a rule of a class path has to name it: a file does not say what is imported.
-    options = {
-        name: value for name, value in completed(file.card.options).items() if name != "wiring" or value in WIRINGS
-    }
+    # Whoever has a rule or an optimiser of a class path has to name it: a file does not say what is imported.
+    known: dict[str, Container[str]] = {"wiring": WIRINGS, "optimizer": OPTIMIZERS}
+    held = completed(file.card.options).items()
+    options = {name: value for name, value in held if name not in known or value in known[name]}
     if not (given.get("resume") or given.get("evaluate")):
         return {f.name: options[f.name] for f in fields(models) if f.name in options}
     machine = file.checkpoint[SECTION].get("machine", {}) if file.checkpoint else {}

@@ -64,8 +64,10 @@ class DataModule(LightningDataModule):
         default_workers = 0
         if images.name != "digits":
             default_workers = min(MAX_DEFAULT_WORKERS, (os.cpu_count() or 1) // options.devices)
+        # What is decoded once is augmented by the batch, which RandAugment is not.
+        self.kept = is_small(images.name, self.image_size) and not options.randaugment
         self.workers = default_workers if options.workers is None else options.workers
-        self.train_transform, self.preprocess = transforms(images.name, self.image_size)
+        self.train_transform, self.preprocess = transforms(images.name, self.image_size, options.randaugment)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Return the loader of this rank's training batches."""
@@ -82,7 +84,7 @@ class DataModule(LightningDataModule):
     def _loader(self, images: Images, order: Sampler[Any], training: bool) -> DataLoader[tuple[Tensor, int]]:
         """Return a loader; small images are decoded once for all epochs, if they fit into memory."""
         samples: Samples | KeptSamples
-        pixels = keep(images, self.image_size) if is_small(self.images.name, self.image_size) else None
+        pixels = keep(images, self.image_size) if self.kept else None
         if pixels is not None:
             flip = is_flipped(self.images.name)
             samples = KeptSamples(pixels, images, self.preprocess, training, flip, self.seed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import importlib.util
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from dnw_graph.errors import InputError
 from dnw_graph.stopping import is_first_process
@@ -150,6 +152,30 @@ class Events(TensorBoardLogger):
             if isinstance(error.__cause__, OSError):
                 raise unwritable(Path(self.log_dir), error.__cause__, "--output") from error
             raise
+
+
+def hosted_loggers(wandb: str | None, mlflow: str | None, directory: Path) -> list[Logger]:
+    """Return the loggers of other services that options name. A run that is resumed goes on in Weights & Biases.
+
+    Args:
+        wandb: Project of Weights & Biases; its own ``WANDB_MODE=offline`` keeps everything in the directory.
+        mlflow: Tracking URI of MLflow.
+        directory: Directory of the run.
+
+    Raises:
+        InputError: If the package of one is missing.
+    """
+    loggers: list[Logger] = []
+    for package, given in (("wandb", wandb), ("mlflow", mlflow)):
+        if given is not None and importlib.util.find_spec(package) is None:
+            raise InputError(f"--{package} needs {package}: install the extra dnw-graph[{package}]")
+    name = str(directory.resolve())
+    if wandb is not None:
+        identity = hashlib.sha256(name.encode()).hexdigest()[:16]
+        loggers.append(WandbLogger(name, directory, project=wandb, id=identity, resume="allow"))
+    if mlflow is not None:
+        loggers.append(MLFlowLogger("dnw_graph", run_name=name, tracking_uri=mlflow))
+    return loggers
 
 
 class StepLog(Callback):

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from dnw_graph.analysis.cost import neural_graphs
+from dnw_graph.callbacks.averages import Averages
 from dnw_graph.callbacks.training_cost import TrainingCost
 from dnw_graph.callbacks.wiring_monitor import WiringMonitor
 from dnw_graph.callbacks.wiring_recorder import WiringRecorder, read
@@ -24,7 +25,7 @@ from dnw_graph.training.classifier import Classifier
 from dnw_graph.wirings import wiring_name
 
 # What an optimiser cannot do without; what else it has differs between versions of PyTorch.
-GROUP = ("params", "lr", "initial_lr", "momentum", "dampening", "weight_decay", "nesterov")
+GROUP = ("params", "lr", "initial_lr", "momentum", "dampening", "weight_decay", "nesterov", "betas", "eps")
 
 
 def check_same_run(path: str, then: dict[str, Any], now: dict[str, Any], names: list[str]) -> None:
@@ -83,7 +84,11 @@ def check_resumable(
         InputError: If weights, state of the optimiser or the schedule, position or state of a callback are missing, are
             built otherwise than those of this run, or contradict one another.
     """
-    check_weights(path, checkpoint["state_dict"], module.state_dict(), "give a checkpoint of this run")
+    weights = [checkpoint["state_dict"]]
+    if any(isinstance(each, Averages) for each in callbacks):
+        weights.append(checkpoint.get("current_model_state", {}))
+    for each in weights:
+        check_weights(path, each, module.state_dict(), "give a checkpoint of this run")
     _check_rules(path, checkpoint["state_dict"], module)
     try:
         _check_callbacks(checkpoint, callbacks, module)
@@ -165,19 +170,33 @@ def _check_optimizer(checkpoint: Mapping[str, Any], module: Classifier) -> None:
     groups = [{name: value for name, value in own.items() if name in (*GROUP, *saved)} for saved, own in pairs]
     match(given["param_groups"], groups, "optimizer_states.0.param_groups", exact=False)
     for number, (group, like) in enumerate(zip(given["param_groups"], groups, strict=True)):
-        wrong = [name for name in GROUP if name != "lr" and group[name] != like[name]]
+        wrong = [name for name in GROUP if name in like and name != "lr" and group[name] != like[name]]
         if wrong:
             raise InputError(f"optimizer_states.0.param_groups.{number} has another {wrong[0]} than the run")
-    # A parameter without a gradient so far has no momentum.
+    # A parameter without a gradient so far has no state.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    known = {n: {"momentum_buffer": each} for n, each in enumerate(parameters) if n in given["state"]}
+    sgd = type(optimizer) is torch.optim.SGD
+    known = {
+        n: {"momentum_buffer": each} if sgd else _state_like(given["state"][n], each)
+        for n, each in enumerate(parameters)
+        if n in given["state"]
+    }
     match(given["state"], known, "optimizer_states.0.state")
-    if bool(known) != bool(checkpoint["global_step"] and module.momentum):
+    if sgd and bool(known) != bool(checkpoint["global_step"] and module.momentum):
         raise InputError(f"optimizer_states.0.state has the momentum of {len(known)} parameters")
     # What else is in a schedule is a function of the step, see Classifier.on_load_checkpoint.
     match(checkpoint.get("lr_schedulers"), [{"last_epoch": int}], "lr_schedulers", exact=False)
     if checkpoint["lr_schedulers"][0]["last_epoch"] != checkpoint["global_step"]:
         raise InputError(f"lr_schedulers.0.last_epoch is not step {checkpoint['global_step']}")
+
+
+def _state_like(state: Any, parameter: Tensor) -> Any:
+    """Return what the state of a parameter must look like: tensors of its shape, and numbers."""
+    if not isinstance(state, dict):
+        return dict
+    return {
+        name: parameter if isinstance(value, Tensor) and value.dim() else type(value) for name, value in state.items()
+    }
 
 
 def start_from(

@@ -15,6 +15,7 @@ from torch import nn
 from dnw_graph import stopping
 from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.arguments import checked
+from dnw_graph.callbacks.averages import Averages
 from dnw_graph.callbacks.training_cost import TrainingCost
 from dnw_graph.callbacks.wiring_monitor import WiringMonitor
 from dnw_graph.callbacks.wiring_recorder import WiringRecorder
@@ -34,7 +35,7 @@ from dnw_graph.training.checkpoints import Checkpoints
 from dnw_graph.training.checks import check_hardware, check_step, on_gpu
 from dnw_graph.training.classifier import Classifier
 from dnw_graph.training.data_module import DataModule
-from dnw_graph.training.loggers import Events, StepLog, Table
+from dnw_graph.training.loggers import Events, StepLog, Table, hosted_loggers
 from dnw_graph.training.resuming import check_resumable, check_same_run, start_from
 from dnw_graph.training.run_directory import run_directory
 from dnw_graph.training.summary import Summary, summarize, write_files
@@ -97,6 +98,8 @@ def run(
     if options.resume and checkpoint:
         check_same_run(options.resume, checkpoint[SECTION]["options"], identity, list(identity))
     check_step(model, data.image_size, options, on_gpu(options))
+    if options.compile:
+        model.compile()
     card = ModelCard(data.preprocess, images.classes, models, held, versions=versions())
     with run_directory(options) as directory:
         return _train(_classifier(model, data, options), data, options, identity, checkpoint, directory, card)
@@ -115,6 +118,11 @@ def _classifier(model: nn.Module, data: DataModule, options: RunOptions) -> Clas
         options.seed,
         options.label_smoothing,
         options.norm_weight_decay,
+        optimizer=options.optimizer,
+        optimizer_options=options.optimizer_options,
+        mixup=options.mixup,
+        cutmix=options.cutmix,
+        accumulate=options.accumulate,
     )
 
 
@@ -149,9 +157,11 @@ def _train(
     log = StepLog(steps_per_row)
     pictures = directory / "pictures" if options.pictures else None
     recorder = WiringRecorder(directory / RECORDING, options.record_every, module.model, pictures, table.path)
+    averages = [Averages(options.ema)] if options.ema else []
     # Checkpoints come last: they hold what the others made of a step.
-    callbacks = [updates, monitor, recorder, training_cost, log, checkpoints]
-    trainer = make_trainer(options, callbacks, [table, events], checkpoint)
+    callbacks = [updates, *averages, monitor, recorder, training_cost, log, checkpoints]
+    loggers = [table, events, *hosted_loggers(options.wandb, options.mlflow, directory)]
+    trainer = make_trainer(options, callbacks, loggers, checkpoint)
     if options.resume and checkpoint:
         check_resumable(options.resume, checkpoint, trainer, callbacks, module, data.steps_per_epoch)
     with stopping.watched(), repeatable(), lost_workers_told():

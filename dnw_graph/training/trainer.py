@@ -48,6 +48,7 @@ def make_trainer(
         num_nodes=options.num_nodes,
         precision=options.precision,  # type: ignore[arg-type]  # checked by RunOptions
         max_epochs=options.epochs,
+        gradient_clip_val=options.clip_grad_norm or None,
         logger=loggers or False,
         callbacks=[*callbacks, Console(STEPS_SHOWN_ON_GPU if on_gpu(options) else 1, monitor)],
         plugins=[WholeFileIO(content)],

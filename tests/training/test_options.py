@@ -90,4 +90,12 @@ def test_what_a_resumed_run_must_share():
         "label_smoothing",
         "precision",
         "seed",
+        "optimizer",
+        "optimizer_options",
+        "ema",
+        "randaugment",
+        "mixup",
+        "cutmix",
+        "clip_grad_norm",
+        "accumulate",
     }

@@ -1,0 +1,236 @@
+"""Recipes of today: optimisers, averages of weights, mixed images, clipped and accumulated gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from torch import nn
+
+import dnw_graph
+from dnw_graph import InputError
+from dnw_graph.data.sources import ImageData
+from dnw_graph.data.transforms import transforms
+from dnw_graph.recipes.optimizers import make_optimizer
+from dnw_graph.recipes.options import RunOptions
+from dnw_graph.training import Classifier, read_checkpoint, run
+
+Create = Callable[[int, int], nn.Module]
+Make = Callable[..., RunOptions]
+MODERN = {"ema": 0.9, "randaugment": 9, "mixup": 0.2, "cutmix": 1.0, "clip_grad_norm": 1.0, "accumulate": 2}
+
+
+def weights(path: str | Path, key: str = "state_dict") -> dict[str, torch.Tensor]:
+    return read_checkpoint(path)[key]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
+def test_a_resumed_run_is_exact(optimizer: str, create: Create, small_digits: ImageData, options: Make, tmp_path: Path):
+    """With everything at once, from within an epoch."""
+    whole = options(optimizer=optimizer, lr=0.01, epochs=2, save_every=3, **MODERN)
+    copies = tmp_path / "third.ckpt"
+
+    class Copy(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 3:
+                copies.write_bytes((Path(whole.output or "") / "last.ckpt").read_bytes())
+
+    import sys
+
+    module = sys.modules["dnw_graph.training.runs"]
+    make = module.make_trainer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "make_trainer", lambda o, c, *rest: make(o, [*c, Copy()], *rest))
+        run(create, {}, whole, small_digits)
+    assert read_checkpoint(copies)["global_step"] == 3
+    again = options(
+        optimizer=optimizer, lr=0.01, epochs=2, resume=str(copies), output=str(tmp_path / "again"), **MODERN
+    )
+    run(create, {}, again, small_digits)
+    for key in ("state_dict", "current_model_state"):
+        first, second = (weights(Path(each.output or "") / "last.ckpt", key) for each in (whole, again))
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), (key, name)
+
+
+def test_the_average_is_what_is_evaluated_and_saved(create: Create, small_digits: ImageData, options: Make):
+    """Against averages taken step by step."""
+    decay, seen = 0.8, []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            seen.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+
+    import sys
+
+    module = sys.modules["dnw_graph.training.runs"]
+    make = module.make_trainer
+    chosen = options(ema=decay, epochs=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "make_trainer", lambda o, c, *rest: make(o, [*c, Look()], *rest))
+        summary = run(create, {}, chosen, small_digits)
+    average = seen[0]
+    for step in seen[1:]:
+        average = {name: decay * average[name] + (1 - decay) * value for name, value in step.items()}
+    path = Path(chosen.output or "") / "last.ckpt"
+    saved, current = weights(path), weights(path, "current_model_state")
+    for name, value in average.items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-5, atol=1e-6)
+        assert torch.equal(current[name], seen[-1][name])
+    model = dnw_graph.load(path, create=create)
+    assert model.graph.edge_index.size(1) == 40
+    right = sum(
+        int(
+            model(model.preprocess(small_digits.test.load(n)).unsqueeze(0)).argmax() == int(small_digits.test.labels[n])
+        )
+        for n in range(len(small_digits.test))
+    )
+    assert summary.top1 == pytest.approx(right / len(small_digits.test))
+
+
+@pytest.mark.parametrize("rule", ["rigl", "gmp", "random_graph", "set"])
+def test_rules_keep_whole_wirings_in_an_average(rule: str, small_digits: ImageData, options: Make):
+    from dnw_graph.recipes.models import TinyOptions
+
+    model_options = TinyOptions(wiring=rule, wiring_options={"every": 2} if rule in ("rigl", "set") else {})
+    chosen = options(ema=0.9, epochs=1, image_size=16, lr=0.1)
+    run(model_options.create, model_options.identity(), chosen, small_digits, "tiny")
+    model = dnw_graph.load(Path(chosen.output or "") / "last.ckpt")
+    assert model.graph.edge_index.size(1) == model.graph.num_real_edges
+    assert model(torch.randn(2, 3, 16, 16)).isfinite().all()
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(small_digits: ImageData, options: Make):
+    """Without norms over the batch."""
+
+    def plain(num_classes: int, image_size: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))
+
+    found = []
+    for parts in (1, 4):
+        chosen = options(accumulate=parts, epochs=1, lr=0.1, output=None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(Path(str(options().output)).parent)
+            run(plain, {}, chosen, small_digits)
+        found.append(weights(sorted(Path(str(options().output)).parent.glob("runs/*/last.ckpt"))[-1]))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_mixed_labels_follow_from_seed_and_step(create: Create):
+    module = Classifier(create(10, 8), 10, lambda optimizer: None, 0.1, 0.9, 0.0, 0, mixup=0.4, cutmix=1.0)
+    batch = torch.randn(6, 3, 8, 8), torch.arange(6)
+    mixed = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        mixed.append(module.mix(*batch))
+    assert all(torch.equal(a, b) for a, b in zip(mixed[0], mixed[1], strict=True))
+    assert not torch.equal(mixed[0][0], mixed[2][0])
+    for images, labels in mixed:
+        assert labels.shape == (6, 10)
+        torch.testing.assert_close(labels.sum(1), torch.ones(6))
+        assert F.cross_entropy(module(images), labels).isfinite()
+
+
+def test_randaugment_changes_training_images_only(small_digits: ImageData):
+    image = small_digits.train.load(0)
+    (plain, _), (augmented, test) = transforms("digits", 16), transforms("digits", 16, randaugment=9)
+    results = []
+    for transform in (plain, augmented, augmented):
+        torch.manual_seed(0)
+        results.append(transform(image))
+    assert torch.equal(results[1], results[2])
+    assert not torch.equal(results[0], results[1])
+    assert torch.equal(test(image), transforms("digits", 16)[1](image))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("sgd", torch.optim.SGD, {"nesterov": True}),
+        ("adamw", torch.optim.AdamW, {"betas": [0.9, 0.98]}),
+        ("torch.optim.NAdam", torch.optim.NAdam, {}),
+    ],
+)
+def test_optimisers_by_name_and_class_path(name: str, kind: type, options: dict[str, object]):
+    groups = [{"params": [nn.Parameter(torch.ones(2))]}]
+    made = make_optimizer(name, groups, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}, options)
+    assert type(made) is kind
+    assert made.defaults["lr"] == 0.1
+    assert made.defaults["weight_decay"] == 1e-4
+    for key, value in options.items():
+        assert made.defaults[key] == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("adamv", {}, "unknown optimizer 'adamv': did you mean 'adamw'"),
+        ("torch.optim.Nothing", {}, "'torch.optim.Nothing', which cannot be imported"),
+        ("torch.nn.Linear", {}, "no torch.optim.Optimizer"),
+        ("adamw", {"nesterov": True}, "does not take --optimizer-options"),
+    ],
+)
+def test_what_is_no_optimiser_is_refused(name: str, options: dict[str, object], message: str):
+    with pytest.raises(InputError, match=message):
+        make_optimizer(name, [{"params": [nn.Parameter(torch.ones(2))]}], {"lr": 0.1}, options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ema": 1.0}, "--ema must be a number from 0 to below 1"),
+        ({"randaugment": 31}, "--randaugment must be a magnitude from 0 to 30"),
+        ({"mixup": -1.0}, "--mixup must be 0 or more"),
+        ({"accumulate": 3}, "3 parts cannot share a batch of 16 images evenly"),
+        ({"accumulate": 2, "devices": 2}, "--accumulate goes with one device"),
+    ],
+)
+def test_options_that_cannot_be(changes: dict[str, object], message: str, options: Make):
+    with pytest.raises(InputError, match=message):
+        options(**changes)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same(create: Create, small_digits: ImageData, options: Make, tmp_path: Path):
+    tops = [
+        run(create, {}, options(epochs=1, lr=0.1, compile=value, output=str(tmp_path / str(value))), small_digits)
+        for value in (False, True)
+    ]
+    first, second = (weights(tmp_path / str(value) / "last.ckpt") for value in (False, True))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-4)
+    assert tops[0].top1 == pytest.approx(tops[1].top1, abs=0.1)
+
+
+@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+def test_further_logs_have_the_rows_of_the_table(
+    package: str, create: Create, small_digits: ImageData, options: Make, tmp_path: Path, monkeypatch
+):
+    pytest.importorskip(package)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    given = {"wandb": "project", "mlflow": f"sqlite:///{tmp_path}/mlflow.db"}[package]
+    chosen = options(epochs=1, **{package: given})
+    run(create, {}, chosen, small_digits)
+    if package == "wandb":
+        assert list(Path(chosen.output or "").glob("wandb/offline-run-*/*.wandb"))
+    else:
+        import mlflow
+
+        (row,) = mlflow.search_runs(experiment_names=["dnw_graph"]).to_dict("records")
+        assert "metrics.val/top1" in row
+
+
+@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+def test_a_log_whose_package_is_missing_is_refused(
+    package: str, options: Make, create: Create, small_digits: ImageData
+):
+    if __import__("importlib.util").util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(InputError, match=rf"--{package} needs {package}: install the extra dnw-graph\[{package}\]"):
+        run(create, {}, options(**{package: "project"}), small_digits)
