@@ -56,6 +56,8 @@ def plot_training(path: str | Path) -> matplotlib.figure.Figure:
     if not panels:
         raise InputError(f"{path} has no curve of a run: expected columns such as train/loss, val/top1 and step")
     figure = style.figure(3.6 * min(3, len(panels)), 2.8 * (1 + (len(panels) > 3)))
+    from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+
     axes = figure.subplots(1 + (len(panels) > 3), min(3, len(panels)), squeeze=False).flatten()
     for ax, (title, lines) in zip(axes, panels, strict=False):
         for column, label, colour, dashes in lines:
@@ -65,11 +67,13 @@ def plot_training(path: str | Path) -> matplotlib.figure.Figure:
                 ax.plot(steps, values, color=colour, linestyle=dashes, label=label, linewidth=1.4, **look)
         if len(ax.lines) > 1:
             ax.legend(frameon=False, fontsize="small")
-        if title in _SHARES:
-            ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+        # As many decimals as the ticks need.
+        ax.yaxis.set_major_formatter(PercentFormatter(1) if title in _SHARES else StrMethodFormatter("{x:,g}"))
         ax.set_title(title, fontsize="medium")
         ax.set_xlabel("step")
         ax.spines[["top", "right"]].set_visible(False)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
+    epochs = f", {found['epoch'][-1][1] + 1:g} epochs" if "epoch" in found else ""
+    figure.suptitle(f"{path.parent.resolve().name}{epochs}", fontsize="medium")
     return figure

@@ -114,11 +114,17 @@ def test_curves_of_a_run_are_those_of_its_table(tmp_path):
     (tmp_path / "metrics.csv").write_text(
         "epoch,step,train/loss,val/top1,wiring/live_nodes\n0,9,2.5,,\n0,10,,0.25,0.5\n1,19,1.5,,\n1,20,,0.75,0.25\n"
     )
-    loss, accuracy, live = plot_training(tmp_path).axes
+    figure = plot_training(tmp_path)
+    loss, accuracy, live = figure.axes
+    assert figure.get_suptitle() == f"{tmp_path.name}, 2 epochs"
     assert [ax.get_title() for ax in (loss, accuracy, live)] == ["loss", "accuracy", "live nodes"]
     assert loss.lines[0].get_xydata().tolist() == [[9, 2.5], [19, 1.5]]
     assert accuracy.lines[0].get_xydata().tolist() == [[10, 0.25], [20, 0.75]]
     assert live.lines[0].get_xydata().tolist() == [[10, 0.5], [20, 0.25]]
+    live.set_ylim(0.484, 0.491)
+    figure.canvas.draw()
+    labels = [label.get_text() for label in live.get_yticklabels()]
+    assert len({*labels}) == len(labels) > 3
 
 
 def test_what_cannot_be_shown_is_refused(tmp_path):
