@@ -188,19 +188,20 @@ def write_files(summary: Summary, model: nn.Module, directory: Path) -> list[str
     if not files:
         return ["summary.json"]
     make_writable(files[0].parent, "--output")
+    epochs = None if summary.seconds is None else summary.options.get("epochs")
     for graph, file in zip(graphs.values(), files, strict=False):
-        _save_picture(graph, file.with_name(f"{file.name}.png"))
+        _save_picture(graph, file.with_name(f"{file.name}.png"), epochs)
         _save_data(graph.to_data(), file.with_name(f"{file.name}.pt"))
     for name, file in zip(weights, files[len(graphs) :], strict=True):
         _save_data(to_data(model, name), file.with_name(f"{file.name}.pt"))
     return ["summary.json", *(["wiring/*.png"] if graphs else []), "wiring/*.pt"]
 
 
-def _save_picture(graph: NeuralGraph, path: Path) -> None:
+def _save_picture(graph: NeuralGraph, path: Path, epoch: int | None) -> None:
     from dnw_graph.visualize import plot_adjacency, style
 
     figure = style.figure(8.0, 7.0)
-    plot_adjacency(graph, ax=figure.subplots())
+    plot_adjacency(graph, figure.subplots(), epoch)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_whole(path, buffer.getbuffer(), "--output")
