@@ -24,10 +24,12 @@ from dnw_graph.compaction.functions import NORMS, linear_or_conv, steps
 from dnw_graph.compaction.fusion import fold, fuse
 from dnw_graph.compaction.network import Network, norms_behind, traced
 from dnw_graph.compaction.plain_layers import Affine, Chain, Conv, Layer, Linear, MapMean, Select
+from dnw_graph.compaction.plans import apply
 from dnw_graph.compaction.report import Report, Size, relative_difference
 from dnw_graph.compaction.rows import layer_rows
 from dnw_graph.compaction.sequence import MODELS, chain, silent_features
 from dnw_graph.compaction.sparse_layers import make_sparse, pays
+from dnw_graph.compaction.static_graphs import FusedGraph
 from dnw_graph.dynamics import Continuous
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.model_card import card_of
@@ -53,11 +55,17 @@ class CompactModel(Chain):
             raise InputError(f"a compact model takes no options; got {', '.join(options)}: ask the original graph")
         if not isinstance(z, Tensor):
             raise wrong("the input of a compact model", "a tensor", z)
-        return super().forward(z)
+        return apply(self, list(self.layers), z)
 
 
 @checked
-def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | None = None) -> nn.Module:
+def compact(
+    model: nn.Module,
+    *,
+    products: str = "sparse",
+    state_dtype: torch.dtype | None = None,
+    example: Tensor | None = None,
+) -> nn.Module:
     """Return a model as a plain inference module without dead nodes, with the same outputs.
 
     Nodes without a path of real edges to an output of the model are removed, in all graphs and in the convolution
@@ -83,6 +91,9 @@ def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | Non
         products: ``"sparse"``: products over edges are sparse; static graphs of norm → ReLU → 3×3 convolution, and
             sparse layers, are single operators. ``"dense"``: matrices with zeros, in plain PyTorch operators (for
             ONNX).
+        state_dtype: ``torch.bfloat16``: in static graphs that are single operators, the states that nodes send are
+            rounded to bfloat16, half as much memory to read; sums and convolutions are formed in float32. Default: the
+            type of the model.
         example: A batch of inputs, for a model with a single argument. With it, the report has multiply-adds and the
             difference of the outputs.
 
@@ -90,7 +101,8 @@ def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | Non
         The compact model, in evaluation mode, with the :class:`~dnw_graph.compaction.Report` as its ``report``.
 
     Raises:
-        InputError: If ``products`` is unknown, or the model cannot take the example.
+        InputError: If ``products`` or ``state_dtype`` is unknown, they do not fit together, or the model cannot take
+            the example.
 
     Examples:
         >>> import torch
@@ -102,6 +114,10 @@ def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | Non
     """
     if products not in PRODUCTS:
         raise unknown_name("kind of products", products, PRODUCTS)
+    if state_dtype not in (None, torch.bfloat16):
+        raise wrong("state_dtype", "torch.bfloat16 or None", state_dtype)
+    if state_dtype is not None and products != "sparse":
+        raise InputError('state_dtype is for products="sparse"')
     if example is not None:
         _check_example(model, example)
     original = model
@@ -121,6 +137,9 @@ def compact(model: nn.Module, *, products: str = "sparse", example: Tensor | Non
                     module.join()
                 if isinstance(module, CompactModel):
                     module.layers = nn.ModuleList(fuse(list(module.layers)))
+            for module in compacted.modules():
+                if isinstance(module, FusedGraph) and state_dtype is not None:
+                    module.state_dtype = "bfloat16"
             compacted.eval()
             report.layers = layer_rows(model, compacted, example)
             for size, counted in ((report.before, original.eval()), (report.after, compacted)):

@@ -13,6 +13,9 @@ import dnw_graph.ops.flops  # noqa: F401
 from dnw_graph.compaction.plain_layers import Layer, require, require_whole
 from dnw_graph.compaction.products import Product, check_csr
 from dnw_graph.ops import static_graph
+from dnw_graph.ops.static_plan import GraphTensors
+
+STATE_DTYPES = {None: None, "bfloat16": torch.bfloat16}
 
 
 class Blocks(Layer):
@@ -79,10 +82,10 @@ class StaticGraph(Blocks):
 class FusedGraph(Blocks):
     """One or several static graphs in one operator, :func:`dnw_graph.ops.static_graph`, and a shift of the outputs.
 
-    Its input is what the input nodes receive. Arguments are those of the operator.
+    Its input is what the input nodes receive. Arguments are those of the operator, ``state_dtype`` by its name.
     """
 
-    options = ("sizes", "strides")
+    options = ("sizes", "strides", "state_dtype")
     rowptr: Tensor
     columns: Tensor
     values: Tensor
@@ -104,8 +107,10 @@ class FusedGraph(Blocks):
         kernel: Tensor,
         bias: Tensor | None,
         output_shift: Tensor,
+        state_dtype: str | None = None,
     ) -> None:
         super().__init__()
+        require(state_dtype in STATE_DTYPES, f"states have type {state_dtype!r:.50}")
         require_whole(sizes, 1, "sizes of blocks")
         require(len(sizes) == len(strides) >= 2, "a static graph needs a stride for every block")
         require(set(strides) <= {0, 1, 2}, f"strides are 0, 1 or 2; got {list(strides)}")
@@ -124,6 +129,7 @@ class FusedGraph(Blocks):
         self.sizes = list(sizes)
         self.sources = sum(sizes)
         self.strides = list(strides)
+        self.state_dtype = state_dtype
         self.register(
             rowptr=rowptr,
             columns=columns,
@@ -135,9 +141,19 @@ class FusedGraph(Blocks):
             output_shift=output_shift,
         )
 
+    @property
+    def rounding(self) -> torch.dtype | None:
+        """What states are rounded to, or None."""
+        return STATE_DTYPES[self.state_dtype]
+
+    def tensors(self) -> GraphTensors:
+        """Return the tensors that the operator takes."""
+        edges = (self.rowptr, self.columns, self.values)
+        return GraphTensors(*edges, self.scale, self.shift, self.kernel, self.bias)
+
     def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs h w"]:
         """Compute the blocks in order."""
         edges = (self.rowptr, self.columns, self.values)
         functions = (self.scale, self.shift, self.kernel)
-        z = static_graph(x, self.sizes, self.strides, *edges, *functions, bias=self.bias)
+        z = static_graph(x, self.sizes, self.strides, *edges, *functions, bias=self.bias, state_dtype=self.rounding)
         return z + self.output_shift.view(-1, 1, 1)

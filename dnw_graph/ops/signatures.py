@@ -60,16 +60,32 @@ def _by_source(targets: int, sources: int, edges: int) -> Arguments:
     return [*_csr(targets, edges), _index(sources + 1), _index(edges)]
 
 
-def _static_graph(
-    batch: int, height: int, width: int, edges: int, sizes: Sequence[int], strides: Sequence[int]
+def _static_plan(
+    edges: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    channels: int,
+    stem_stride: int,
+    relu: int,
+    pooled: int,
+    classes: int,
+    rounded: int,
 ) -> Arguments:
     functions = sum(size for size, stride in zip(sizes, strides, strict=True) if stride)
-    vector, kernels = _number(functions), _number(functions, 3, 3)
-    x, bias = _number(batch, sizes[0], height, width), _number(functions, optional=True)
-    for _ in range(strides.count(2)):
-        height, width = (height + 1) // 2, (width + 1) // 2
-    out = _number(batch, sizes[-1], height, width)
-    return [x, *_csr(sum(sizes[1:]), edges), _number(edges), vector, vector, kernels, bias, out]
+    vector = _number(functions)
+    csr = [*_csr(sum(sizes[1:]), edges), _number(edges)]
+    stem = [_number(sizes[0], channels, 3, 3, optional=True), _number(sizes[0], optional=True)]
+    classifier = [_number(classes, sizes[-1], optional=True), _number(classes, optional=True)]
+    graph = [*csr, vector, vector, _number(functions, 3, 3), vector._replace(optional=True)]
+    return [*graph, _number(sizes[-1], optional=True), *stem, *classifier, Expected("place", (1,))]
+
+
+def _static_run(plan: int, batch: int, channels: int, height: int, width: int, out_shape: Sequence[int]) -> Arguments:
+    return [_number(batch, channels, height, width), _number(*out_shape)]
+
+
+def _static_free() -> Arguments:
+    return [Expected("place", (1,))]
 
 
 def _sparse_linear(batch: int, inputs: int, outputs: int, edges: int, relu: int) -> Arguments:
@@ -158,7 +174,9 @@ SIGNATURES: dict[str, tuple[Callable[..., Arguments], tuple[str, ...]]] = {
     "sparse_product": (_sparse_product, ("number", "index")),
     "sampled_product": (_sampled_product, ("number", "index")),
     "by_source": (_by_source, ("index",)),
-    "static_graph": (_static_graph, ("number", "index")),
+    "static_plan": (_static_plan, ("number", "index")),
+    "static_run": (_static_run, ("number",)),
+    "static_free": (_static_free, ("place",)),
     "sparse_linear": (_sparse_linear, ("number", "index")),
     "sparse_convolution": (_sparse_convolution, ("number", "index")),
     "sparse_linear_grad": (_sparse_linear_grad, ("number", "index")),

@@ -10,11 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dnw_graph.arguments import check
+from dnw_graph.arguments import check, wrong
 from dnw_graph.errors import InputError
-from dnw_graph.ops.call import run
 from dnw_graph.ops.checks import check_csr, check_memory, check_pointers, check_tensors, check_types, is_half
 from dnw_graph.ops.sparse import product
+from dnw_graph.ops.static_plan import GraphTensors, StaticPlan
 
 
 def static_graph(
@@ -28,6 +28,7 @@ def static_graph(
     shift: Float[Tensor, " functions"],
     kernel: Float[Tensor, "functions 3 3"],
     bias: Float[Tensor, " functions"] | None = None,
+    state_dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "batch outputs h w"]:
     r"""Compute a static graph for inference, block by block, and return the states of its last block.
 
@@ -55,6 +56,8 @@ def static_graph(
         shift: b_v, likewise.
         kernel: k_v, likewise.
         bias: c_v, likewise, for a second norm and ReLU after the convolution.
+        state_dtype: ``torch.bfloat16``: states are rounded to it before they are sent, sums are not. Default: they are
+            sent as they are.
 
     Raises:
         InputError: If shapes, types or devices do not fit, or an edge does not lead from an earlier block with maps of
@@ -64,14 +67,15 @@ def static_graph(
     if bias is not None:
         check_tensors(bias=bias)
     sizes, strides = (check(name, each, Sequence[int]) for name, each in (("sizes", sizes), ("strides", strides)))
-    return _static_graph(x, list(sizes), list(strides), rowptr, columns, values, scale, shift, kernel, bias)
+    graph = (rowptr, columns, values, scale, shift, kernel, bias)
+    return _static_graph(x, list(sizes), list(strides), *graph, state_dtype)
 
 
 @torch.library.custom_op(
     "dnw_graph::static_graph",
     mutates_args=(),
     schema="(Tensor x, int[] sizes, int[] strides, Tensor rowptr, Tensor columns, Tensor values, Tensor scale, "
-    "Tensor shift, Tensor kernel, Tensor? bias) -> Tensor",
+    "Tensor shift, Tensor kernel, Tensor? bias, ScalarType? state_dtype=None) -> Tensor",
 )
 def _static_graph(
     x: Tensor,
@@ -84,18 +88,16 @@ def _static_graph(
     shift: Tensor,
     kernel: Tensor,
     bias: Tensor | None,
+    state_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    _check(x, sizes, strides, rowptr, columns, values, scale, shift, kernel, bias)
+    _check(x, sizes, strides, rowptr, columns, values, scale, shift, kernel, bias, state_dtype)
     dtype = x.dtype
     numbers = [x, values, scale, shift, kernel] + ([] if bias is None else [bias])
     x, values, *functions = [(number.float() if is_half(x) else number).contiguous() for number in numbers]
-    rowptr, columns = rowptr.contiguous(), columns.contiguous()
-    if x.device.type == "cpu":
-        out = x.new_empty(_output_shape(x, sizes, strides))
-        tensors = (x, rowptr, columns, values, *functions, *([None] if bias is None else []), out)
-        if run("static_graph", (x.size(0), *x.shape[2:], len(columns), sizes, strides), *tensors):
-            return out.to(dtype)
-    return _plain(x, sizes, strides, rowptr, columns, values, *functions).to(dtype)
+    graph = GraphTensors(rowptr.contiguous(), columns.contiguous(), values, *functions)
+    plan = StaticPlan.make(sizes, strides, graph, state_dtype) if x.device.type == "cpu" else None
+    out = None if plan is None else plan(x)
+    return (_plain(x, sizes, strides, graph, state_dtype) if out is None else out).to(dtype)
 
 
 @_static_graph.register_fake
@@ -119,7 +121,10 @@ def _check(
     shift: Tensor,
     kernel: Tensor,
     bias: Tensor | None,
+    state_dtype: torch.dtype | None = None,
 ) -> None:
+    if state_dtype not in (None, torch.bfloat16):
+        raise wrong("state_dtype", "torch.bfloat16 or None", state_dtype)
     if not sizes or len(sizes) != len(strides) or min(sizes) < 0 or not set(strides) <= {0, 1, 2}:
         raise InputError(f"every block needs a size and a stride of 0, 1 or 2; got sizes {sizes}, strides {strides}")
     if x.dim() != 4 or x.size(1) != sizes[0] or x.size(2) < 1 or x.size(3) < 1:
@@ -148,18 +153,10 @@ def _output_shape(x: Tensor, sizes: list[int], strides: list[int]) -> tuple[int 
 
 
 def _plain(
-    x: Tensor,
-    sizes: list[int],
-    strides: list[int],
-    rowptr: Tensor,
-    columns: Tensor,
-    values: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    kernel: Tensor,
-    bias: Tensor | None = None,
+    x: Tensor, sizes: list[int], strides: list[int], graph: GraphTensors, state_dtype: torch.dtype | None
 ) -> Tensor:
     """Compute the graph with PyTorch's operations, on any device."""
+    rowptr, columns, values, scale, shift, kernel, bias = graph.as_tuple()
     check_pointers(rowptr, columns)
     states: list[Tensor] = []  # Node-major.
     first = start = done = 0  # First node with maps of this size, first node of the block, node functions before it.
@@ -182,7 +179,7 @@ def _plain(
             z = z if bias is None else (z + bias[own].view(-1, 1, 1)).relu()
             received = z.transpose(0, 1)
             done += size
-        states.append(received)
+        states.append(received if state_dtype is None else received.to(state_dtype).to(received.dtype))
         start += size
     # A copy in any case: what an operator returns must not be what it was given.
     return received.transpose(0, 1).clone(memory_format=torch.contiguous_format)

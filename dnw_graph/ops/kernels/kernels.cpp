@@ -60,15 +60,28 @@ Convolution<T, Index> layer_convolution(
       return sampled_product(threads, targets, features, received, Rows<T>(pieces, sizes, z, features), edges, out);  \
     });                                                                                                               \
   }                                                                                                                   \
-  extern "C" int static_graph_##SUFFIX(                                                                               \
-      int64_t threads, int64_t batch, int64_t height, int64_t width, int64_t count, int64_t blocks,                   \
-      const int64_t *sizes, int64_t, const int64_t *strides, const T *x, const Index *rowptr, const Index *columns,   \
-      const T *values, const T *scale, const T *shift, const T *kernel, const T *bias, T *out) {                      \
-    const Edges<T, Index> edges{rowptr, columns, values, count};                                                      \
-    const StaticGraph<T, Index> graph{                                                                                \
-        blocks, sizes, strides, {height, width}, x, edges, scale, shift, kernel, bias, out};                          \
-    return guarded([&] { return graph.run(threads, batch); });                                                        \
-  }                                                                                                                   \
+  extern "C" int static_plan_##SUFFIX(                                                                                 \
+      int64_t, int64_t count, int64_t blocks, const int64_t *sizes, int64_t, const int64_t *strides, int64_t channels, \
+      int64_t stem_stride, int64_t relu, int64_t pooled, int64_t classes, int64_t rounded, const Index *rowptr,        \
+      const Index *columns, const T *values, const T *scale, const T *shift, const T *kernel, const T *bias,           \
+      const T *out_shift, const T *stem, const T *stem_bias, const T *weight, const T *classifier_bias,                \
+      int64_t *plan) {                                                                                                 \
+    return guarded([&] {                                                                                               \
+      Graph<T> graph;                                                                                                  \
+      graph.sizes.assign(sizes, sizes + blocks);                                                                       \
+      graph.strides.assign(strides, strides + blocks);                                                                 \
+      const int status = pack_edges(graph, Edges<T, Index>{rowptr, columns, values, count}, scale, shift, kernel, bias); \
+      if (status) return status;                                                                                       \
+      const int64_t outputs = sizes[blocks - 1];                                                                       \
+      if (out_shift) graph.out_shift.assign(out_shift, out_shift + outputs);                                           \
+      if (stem) graph.stem = Stem<T>(channels, sizes[0], stem_stride, stem, stem_bias);                                \
+      graph.relu = relu;                                                                                               \
+      graph.pooled = pooled;                                                                                           \
+      if (weight) graph.classifier = Classifier<T>(outputs, classes, weight, classifier_bias);                         \
+      *plan = reinterpret_cast<int64_t>(new_plan(std::move(graph), rounded));                                          \
+      return OK;                                                                                                       \
+    });                                                                                                                \
+  }                                                                                                                    \
   extern "C" int sparse_linear_##SUFFIX(                                                                              \
       int64_t threads, int64_t batch, int64_t inputs, int64_t outputs, int64_t count, int64_t relu, const T *x,       \
       const Index *rowptr, const Index *columns, const T *values, const T *bias, T *out) {                            \
@@ -111,6 +124,11 @@ SPARSE(float, int64_t, float32_int64)
 SPARSE(double, int32_t, float64_int32)
 SPARSE(double, int64_t, float64_int64)
 
+extern "C" int static_free_int64(int64_t, const int64_t *plan) {
+  delete reinterpret_cast<AnyPlan *>(*plan);
+  return OK;
+}
+
 #define INDICES(Index, SUFFIX)                                                                                        \
   extern "C" int by_source_##SUFFIX(                                                                                  \
       int64_t, int64_t targets, int64_t sources, int64_t count, const Index *rowptr, const Index *columns,            \
@@ -123,6 +141,11 @@ INDICES(int32_t, int32)
 INDICES(int64_t, int64)
 
 #define NUMBERS(T, SUFFIX)                                                                                            \
+  extern "C" int static_run_##SUFFIX(                                                                                  \
+      int64_t threads, int64_t plan, int64_t batch, int64_t, int64_t height, int64_t width, int64_t,                   \
+      const int64_t *, const T *x, T *out) {                                                                           \
+    return guarded([&] { return static_cast<PlanOf<T> *>(reinterpret_cast<AnyPlan *>(plan))->run(threads, batch, height, width, x, out); }); \
+  }                                                                                                                    \
   extern "C" int largest_##SUFFIX(                                                                                    \
       int64_t threads, int64_t count, int64_t k, int64_t low, int64_t high, const T *weight, int64_t *out,            \
       int64_t *found) {                                                                                               \

@@ -1,254 +1,501 @@
-// A static graph, block by block: sparse product, scale and shift, ReLU, 3×3 convolution, while a map is in cache.
+// Static graphs for inference, from an image to the states of the last block or to logits: a plan holds the graph, its
+// edges checked and packed, and runs it for images of any number and size.
+//
+// All maps of one size lie in tiles: some registers of the first map, as many of the second, and so on, then the next
+// ones of each. What the nodes of a block receive is formed tile by tile, so that the states that are read stay in
+// cache, and the node functions follow as soon as enough of it is there.
 
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
+#include <cstring>
+#include <limits>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <vector>
 
 #include <omp.h>
 
+#include "classifier.h"
+#include "memory.h"
 #include "sparse.h"
+#include "states.h"
+#include "stem.h"
 
 namespace {
 
-template <class T>
-T relu(T value) {
-  return value < 0 ? 0 : value;  // NaN stays NaN.
-}
+// Maps of one size. A row and at least one column of zeros make a pitch, an even one, so that rows can be taken apart
+// into even and odd columns; the column is the right border of its row and the left one of the next.
+template <class State>
+struct Maps {
+  using T = typename State::Number;
+  static constexpr int64_t lanes = Simd<T>::lanes, LINES = 2, SHARE = CACHE / 2;
+  int64_t height, width, pitch, registers;  // That a map takes.
+  int64_t tile, nodes;  // Registers of a tile; nodes with maps of this size.
+  std::vector<Bits<T>> mask;  // Ones where a map has a place.
 
-template <class T>
-struct Map {
-  int64_t height, width;
+  Maps(int64_t height, int64_t width, int64_t nodes) : height(height), width(width), nodes(std::max<int64_t>(nodes, 1)) {
+    pitch = round_up(width + 1, 2);
+    registers = round_up((height * pitch + lanes - 1) / lanes, State::together);
+    // All sources' tiles stay in a core's second-level cache; of two cache lines at least.
+    const int64_t fitting = SHARE / (this->nodes * lanes * int64_t(sizeof(typename State::Stored)));
+    const int64_t most = std::clamp<int64_t>(fitting, LINES * 64 / int64_t(lanes * sizeof(typename State::Stored)), MOST);
+    const int64_t tiles = (registers + most - 1) / most;
+    tile = std::min<int64_t>(round_up((registers + tiles - 1) / tiles, 2), MOST);
+    mask.resize(registers * lanes);
+    for (int64_t y = 0; y < height; ++y) std::fill_n(&mask[y * pitch], width, ~Bits<T>(0));
+  }
 
-  int64_t size() const { return height * width; }
-  Map<T> strided(int64_t stride) const {
-    return stride == 2 ? Map<T>{(height + 1) / 2, (width + 1) / 2} : *this;
+  int64_t tiles() const { return (registers + tile - 1) / tile; }
+  int64_t width_of(int64_t t) const { return std::min(tile, registers - t * tile); }
+  int64_t values() const { return registers * lanes; }
+  int64_t room() const { return nodes * values(); }
+  template <class Stored>
+  Stored *place(Stored *room, int64_t t, int64_t node) const {
+    return room + (t * tile * nodes + node * width_of(t)) * lanes;
   }
-  // Distance of two maps in memory: the last row may be written a whole number of vectors wide.
-  int64_t pitch() const {
-    constexpr int64_t lanes = Simd<T>::lanes;
-    return round_up((height - 1) * width + round_up(width, lanes), lanes);
-  }
-  // Length of a row with its borders of zero, and room for the vectors that begin in it.
-  int64_t padded_row() const {
-    return round_up(width + 2, Simd<T>::lanes) + 2 * Simd<T>::lanes;
-  }
+
 };
 
+// A 3×3 kernel, and the bias of a second ReLU if there is one, in registers.
 template <class T>
 struct NodeFunction {
-  T scale, shift, kernel[9], bias;
+  using S = Simd<T>;
+  typename S::Vector kernel[9], bias;
   bool second_relu;
 
-  typename Simd<T>::Vector finish(typename Simd<T>::Vector value) const {
+  NodeFunction(const T *from, const T *shift) : bias(typename S::Vector{} + (shift ? *shift : T(0))), second_relu(shift) {
+    for (int n = 0; n < 9; ++n) kernel[n] = typename S::Vector{} + from[n];
+  }
+  typename S::Vector finish(typename S::Vector value) const {
     if (!second_relu) return value;
     value += bias;
-    return value < 0 ? typename Simd<T>::Vector{} : value;
+    return value < 0 ? typename S::Vector{} : value;
   }
-
-  // out = k * relu(scale · in + shift); `padded` is scratch. Rows are written whole vectors wide, one after the other,
-  // each over what the one before wrote too much.
-  void stride1(const T *in, Map<T> map, T *padded, T *out) const {
-    using S = Simd<T>;
-    const int64_t row = map.padded_row();
-    std::fill(padded, padded + row, T(0));
-    std::fill(padded + (map.height + 1) * row, padded + (map.height + 2) * row, T(0));
-    for (int64_t y = 0; y < map.height; ++y) {
-      T *to = padded + (y + 1) * row;
-      to[0] = 0;
-      for (int64_t x = 0; x < map.width; x += S::lanes) {
-        const typename S::Vector value = scale * S::load(in + y * map.width + x) + shift;
-        S::store(to + 1 + x, value < 0 ? typename S::Vector{} : value);
-      }
-      to[map.width + 1] = 0;
-    }
-    for (int64_t y = 0; y < map.height; ++y)
-      for (int64_t x = 0; x < map.width; x += S::lanes) {
-        const T *from = padded + y * row + x;
-        typename S::Vector sum[3];
-        for (int dy = 0; dy < 3; ++dy, from += row)
-          sum[dy] = kernel[3 * dy] * S::load(from) + kernel[3 * dy + 1] * S::load(from + 1) +
-                    kernel[3 * dy + 2] * S::load(from + 2);
-        S::store(out + y * map.width + x, finish(sum[0] + sum[1] + sum[2]));
-      }
+  // For the places that begin one row and one column after `from`.
+  typename S::Vector at(const T *from, int64_t pitch) const {
+    typename S::Vector sum[3];
+    for (int dy = 0; dy < 3; ++dy, from += pitch)
+      sum[dy] = kernel[3 * dy] * S::load(from) + kernel[3 * dy + 1] * S::load(from + 1) +
+                kernel[3 * dy + 2] * S::load(from + 2);
+    return finish(sum[0] + sum[1] + sum[2]);
   }
-
-  // The same with stride 2. Even and odd columns of the padded map lie apart, so that neighbours are neighbours.
-  void stride2(const T *in, Map<T> map, T *padded, T *out) const {
-    using S = Simd<T>;
-    const Map<T> to = map.strided(2);
-    const int64_t row = to.padded_row(), rows = map.height + 2;
-    T *even = padded, *odd = padded + rows * row;
-    for (int64_t y = 0; y < rows; ++y) {
-      T *e = even + y * row, *o = odd + y * row;
-      if (y == 0 || y > map.height) {
-        std::fill(e, e + row, T(0));
-        std::fill(o, o + row, T(0));
-        continue;
-      }
-      const T *from = in + (y - 1) * map.width;
-      e[0] = 0;
-      for (int64_t x = 0; x < map.width / 2; ++x) {
-        o[x] = relu(scale * from[2 * x] + shift);
-        e[x + 1] = relu(scale * from[2 * x + 1] + shift);
-      }
-      if (map.width % 2) {
-        o[to.width - 1] = relu(scale * from[map.width - 1] + shift);
-        e[to.width] = 0;
-      }
-    }
-    for (int64_t y = 0; y < to.height; ++y)
-      for (int64_t x = 0; x < to.width; x += S::lanes) {
-        typename S::Vector sum[3];
-        for (int dy = 0; dy < 3; ++dy) {
-          const T *e = even + (2 * y + dy) * row + x, *o = odd + (2 * y + dy) * row + x;
-          sum[dy] = kernel[3 * dy] * S::load(e) + kernel[3 * dy + 1] * S::load(o) + kernel[3 * dy + 2] * S::load(e + 1);
-        }
-        S::store(out + y * to.width + x, finish(sum[0] + sum[1] + sum[2]));
-      }
+  // With a stride of 2, from the even and the odd columns.
+  typename S::Vector at(const T *even, const T *odd, int64_t pitch) const {
+    typename S::Vector sum[3];
+    for (int dy = 0; dy < 3; ++dy, even += pitch, odd += pitch)
+      sum[dy] = kernel[3 * dy] * S::load(odd - 1) + kernel[3 * dy + 1] * S::load(even) + kernel[3 * dy + 2] * S::load(odd);
+    return finish(sum[0] + sum[1] + sum[2]);
   }
 };
 
-template <class T, class Index>
-struct StaticGraph {
-  int64_t num_blocks;
-  const int64_t *sizes, *strides;
-  Map<T> map;
-  const T *x;
-  Edges<T, Index> edges;
-  const T *scale, *shift, *kernel, *bias;
-  T *out;
+// So many registers of states, for places that begin one row and one column after `from`. Not inlined: a kernel fills the
+// registers.
+template <class State>
+__attribute__((noinline)) void convolve(
+    const typename State::Number *from, int64_t pitch, const typename State::Number *kernel,
+    const typename State::Number *bias, int64_t count, typename State::Stored *to) {
+  using S = Simd<typename State::Number>;
+  const NodeFunction<typename State::Number> f(kernel, bias);
+  for (int64_t j = 0; j < count; j += State::together, to += State::together * S::lanes) {
+    typename S::Vector values[State::together];
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < State::together; ++i, from += S::lanes) values[i] = f.at(from, pitch);
+    State::store(to, values);
+  }
+}
 
-  bool valid() const {
-    int64_t nodes = 0, first = 0;
-    for (int64_t b = 0; b < num_blocks; nodes += sizes[b++]) {
-      if (b && !edges.sources_within(nodes - sizes[0], nodes - sizes[0] + sizes[b], first, nodes)) return false;
-      if (strides[b] == 2) first = nodes;
+// So many registers of states, as they are.
+template <class State>
+void keep(const typename State::Number *from, int64_t count, typename State::Stored *to) {
+  using S = Simd<typename State::Number>;
+  for (int64_t j = 0; j < count; j += State::together, to += State::together * S::lanes) {
+    typename S::Vector values[State::together];
+    for (int64_t i = 0; i < State::together; ++i, from += S::lanes) values[i] = S::load(from);
+    State::store(to, values);
+  }
+}
+
+// Where what the nodes of a block receive lies, between zeros: maps, or their even and then their odd columns with
+// strides of 2.
+template <class State>
+struct Received {
+  using T = typename State::Number;
+  static constexpr int64_t lanes = Simd<T>::lanes;
+  int64_t parts, values, lead, pitch;  // Values of a part, room around it, from node to node.
+
+  Received(const Maps<State> &in, int64_t stride) : parts(stride == 2 ? 2 : 1) {
+    values = round_up(in.values() / parts, lanes);
+    lead = round_up(in.pitch + 1, lanes);
+    pitch = parts * (values + 2 * lead);
+  }
+  int64_t size(int64_t nodes) const { return nodes * pitch + 2 * lanes; }
+  T *start(T *room, int64_t node) const { return room + node * pitch + lead; }
+  int64_t odd() const { return values + 2 * lead; }
+  void clear_borders(T *start) const {
+    for (int64_t part = 0; part < parts; ++part, start += odd()) {
+      std::fill_n(start - lead, lead, T(0));
+      std::fill_n(start + values, lead, T(0));
     }
-    return true;
+  }
+};
+
+// A block for images of one size.
+template <class State>
+struct Step {
+  int64_t size, stride, targets, functions;  // Of the nodes before it, those with edges and those with functions.
+  std::shared_ptr<const Maps<State>> in, out;
+  int64_t from, to;  // Number of its first node among those with maps of the sizes in and out.
+  Received<State> received;
+  int room;  // Which of two holds its sources; its states, if their maps are smaller, go to the other one.
+};
+
+template <class T>
+struct Graph {
+  std::vector<int64_t> sizes, strides;
+  std::vector<int64_t> rowptr;  // Of all nodes but the inputs.
+  std::vector<Edge<T>> edges;  // Sources counted from the first node with maps of the size; weights with the scale.
+  std::vector<T> scale, shift, kernel, bias;  // By function; the scale is left for the inputs alone.
+  std::vector<T> out_shift;  // Of the last block, or none.
+  Stem<T> stem;
+  Classifier<T> classifier;
+  bool relu = false, pooled = false;  // Behind the last block.
+};
+
+// Returns a status; fills a graph from the tensors of `static_graph`.
+template <class T, class Index>
+int pack_edges(
+    Graph<T> &graph, const Edges<T, Index> &edges, const T *scale, const T *shift, const T *kernel, const T *bias) {
+  int64_t nodes = 0, targets = 0, functions = 0;
+  for (int64_t size : graph.sizes) nodes += size;
+  targets = nodes - graph.sizes[0];
+  if (!edges.pointers_valid(targets)) return WRONG_EDGES;
+  if (nodes > std::numeric_limits<int32_t>::max()) return NO_MEMORY;
+  graph.rowptr.assign(edges.rowptr, edges.rowptr + targets + 1);
+  graph.edges.resize(edges.count);
+  nodes = targets = 0;
+  for (size_t b = 0, first = 0; b < graph.sizes.size(); ++b) {
+    const int64_t size = graph.sizes[b];
+    const bool has_function = graph.strides[b] != 0;
+    if (b && !edges.sources_within(targets, targets + size, first, nodes)) return WRONG_EDGES;
+    for (int64_t v = 0; b && v < size; ++v) {
+      const T factor = has_function ? scale[functions + v] : T(1);
+      for (int64_t e = edges.rowptr[targets + v]; e < edges.rowptr[targets + v + 1]; ++e)
+        graph.edges[e] = {int32_t(edges.columns[e] - first), edges.values[e] * factor};
+    }
+    if (graph.strides[b] == 2) first = nodes;
+    targets += b ? size : 0;
+    functions += has_function ? size : 0;
+    nodes += size;
+  }
+  graph.scale.assign(scale, scale + functions);
+  graph.shift.assign(shift, shift + functions);
+  graph.kernel.assign(kernel, kernel + 9 * functions);
+  if (bias) graph.bias.assign(bias, bias + functions);
+  return OK;
+}
+
+struct AnyPlan {
+  virtual ~AnyPlan() = default;
+};
+
+template <class T>
+struct PlanOf : AnyPlan {
+  virtual int run(int64_t threads, int64_t batch, int64_t height, int64_t width, const T *x, T *out) = 0;
+};
+
+template <class State>
+class Plan : public PlanOf<typename State::Number> {
+  using T = typename State::Number;
+  using Stored = typename State::Stored;
+  using S = Simd<T>;
+  using Vector = typename S::Vector;
+  static constexpr int64_t lanes = S::lanes, together = State::together;
+  static constexpr int64_t AT_ONCE = 32;  // Registers for which a node function is called, at least.
+
+ public:
+  explicit Plan(Graph<T> &&graph) : graph(std::move(graph)) {}
+
+  // Images are dealt out to the threads; what is left over, less than one for each, all threads share.
+  int run(int64_t threads, int64_t batch, int64_t height, int64_t width, const T *x, T *out) override {
+    if (too_large(threads, height, width)) return NO_MEMORY;
+    const std::shared_ptr<const Layout> layout = layout_of(height, width);
+    const int64_t alone = batch / threads * threads, outputs = graph.sizes.back();
+    std::vector<Memory> memories;
+    for (int64_t n = 0; n < threads; ++n) memories.push_back(pool.take(layout->bytes));
+    std::vector<std::atomic<int64_t>> team((batch - alone) * layout->steps.size());
+    std::vector<T> features(graph.classifier ? batch * outputs : 0);
+    const int64_t values = graph.pooled ? outputs : outputs * layout->steps.back().out->height * layout->steps.back().out->width;
+    T *results = graph.classifier ? features.data() : out;
+#pragma omp parallel num_threads(int(threads))
+    {
+      const int64_t number = omp_get_thread_num();
+      Worker own(graph, *layout, memories[number].get(), memories[number].get());
+#pragma omp for schedule(dynamic)
+      for (int64_t n = 0; n < alone; ++n) own.image(x + n * graph_inputs(height, width), results + n * values, nullptr);
+      Worker shared(graph, *layout, memories[number].get(), memories[0].get());
+      for (int64_t n = alone; n < batch; ++n)
+        shared.image(
+            x + n * graph_inputs(height, width), results + n * values, &team[(n - alone) * layout->steps.size()]);
+    }
+    for (Memory &memory : memories) pool.give_back(std::move(memory));
+    if (graph.classifier) graph.classifier.run(threads, batch, features.data(), out);
+    return OK;
   }
 
-  // Values that hold all states between two changes of the map's size; two such rooms take turns.
-  int64_t room() const {
-    int64_t largest = 0, held = 0;
-    Map<T> now = map;
-    for (int64_t b = 0; b < num_blocks; ++b) {
-      if (strides[b] == 2) held = 0;
-      now = now.strided(strides[b]);
-      held += sizes[b] * now.pitch();
-      largest = std::max(largest, held);
-    }
-    return round_up(largest, BYTES);
+ private:
+  struct Layout {
+    int64_t height, width, bytes, rooms, received, flat, raw;
+    std::vector<Step<State>> steps;
+  };
+
+  const Graph<T> graph;
+  Pool pool;
+  std::mutex mutex;
+  std::shared_ptr<const Layout> last;
+
+  int64_t graph_inputs(int64_t height, int64_t width) const {
+    return (graph.stem ? graph.stem.inputs : graph.sizes[0]) * height * width;
   }
 
   // Whether the sizes below may be larger than an integer: more than any memory holds.
-  bool too_large(int64_t threads) const {
-    double nodes = 0;
-    for (int64_t b = 0; b < num_blocks; ++b) nodes += double(sizes[b]);
-    const double places = (map.height + 2.0) * (map.width + 4.0 * BYTES);
-    return (nodes + 1) * places * threads * 16 * sizeof(T) > double(int64_t(1) << 62);
+  bool too_large(int64_t threads, int64_t height, int64_t width) const {
+    double nodes = 1;
+    for (int64_t size : graph.sizes) nodes += double(size);
+    const double places = (height + 8.0) * (width + 8.0 * BYTES);
+    return nodes * places * threads * 64 * sizeof(T) > double(int64_t(1) << 62);
   }
 
-  // One thread's room for what a node receives, its state, and the padded map.
-  int64_t scratch() const {
-    return round_up(2 * (map.pitch() + Simd<T>::lanes) + 2 * (map.height + 2) * map.padded_row(), BYTES);
+  std::shared_ptr<const Layout> layout_of(int64_t height, int64_t width) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!last || last->height != height || last->width != width) last = made_layout(height, width);
+    return last;
   }
 
-  NodeFunction<T> function(int64_t number) const {
-    NodeFunction<T> f{scale[number], shift[number], {}, bias ? bias[number] : T(0), bias != nullptr};
-    std::copy_n(kernel + 9 * number, 9, f.kernel);
-    return f;
-  }
-
-  // Nodes from … to - 1 of a block, for one image.
-  struct Place {
-    int64_t block, nodes, first, functions;  // Nodes before the block; first node with maps of this size.
-    Map<T> map, next;
-    T *sources, *states;  // Of node `first`; of the block's first node.
-  };
-
-  void nodes(const Place &at, int64_t from, int64_t to, const T *image, T *result, T *scratch) const {
-    const int64_t pitch = at.map.pitch(), size = at.map.size(), stride = strides[at.block];
-    const bool last = at.block == num_blocks - 1;
-    T *received = scratch, *own = received + map.pitch() + Simd<T>::lanes;
-    T *padded = own + map.pitch() + Simd<T>::lanes;
-    for (int64_t v = from; v < to; ++v) {
-      T *state = last ? own : at.states + v * at.next.pitch();
-      T *input = stride ? received : state;
-      if (at.block == 0)
-        std::copy_n(image + v * size, size, input);
-      else
-        weighted_sum(
-            edges, at.nodes - sizes[0] + v, Matrix<T>{at.sources, pitch, at.first}, 0,
-            round_up(size, Simd<T>::lanes), input);
-      if (stride == 1)
-        function(at.functions + v).stride1(input, at.map, padded, state);
-      else if (stride == 2)
-        function(at.functions + v).stride2(input, at.map, padded, state);
-      const int64_t outputs = at.next.size();
-      if (last)
-        std::copy_n(state, outputs, result + v * outputs);
-      else  // The last register of a map is read in full: no slow or stray numbers behind the map.
-        std::fill(state + outputs, state + at.next.pitch(), T(0));
-    }
-  }
-
-  // All blocks for one image. With a team, its threads share each block's nodes; all of them must call this.
-  void image(int64_t number, T *rooms, T *scratch, std::atomic<int64_t> *team) const {
-    Map<T> end = map;
-    for (int64_t b = 0; b < num_blocks; ++b) end = end.strided(strides[b]);
-    const T *image = x + number * sizes[0] * map.size();
-    T *result = out + number * sizes[num_blocks - 1] * end.size();
-    T *room[2] = {rooms, rooms + this->room()};
-    Place at{0, 0, 0, 0, map, map, room[0], room[0]};
-    for (; at.block < num_blocks; ++at.block) {
-      const int64_t size = sizes[at.block];
-      at.next = at.map.strided(strides[at.block]);
-      if (strides[at.block] == 2) {
-        std::swap(room[0], room[1]);
-        at.states = room[0];
+  std::shared_ptr<const Layout> made_layout(int64_t height, int64_t width) const {
+    auto made = std::make_shared<Layout>();
+    *made = {height, width, 0, 0, 0, 0, 0, {}};
+    if (graph.stem) height = graph.stem.output(height), width = graph.stem.output(width);
+    const auto &sizes = graph.sizes, &strides = graph.strides;
+    const int64_t blocks = sizes.size();
+    // Nodes whose states have the size that begins with a block; those of the last block are not kept.
+    const auto nodes_from = [&](int64_t b) {
+      int64_t nodes = sizes[b];
+      while (++b < blocks - 1 && strides[b] != 2) nodes += sizes[b];
+      return nodes;
+    };
+    auto maps = std::make_shared<const Maps<State>>(height, width, strides[0] == 2 ? 0 : nodes_from(0));
+    int64_t targets = -sizes[0], functions = 0, number = 0;
+    int room = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      Step<State> step{sizes[b], strides[b], targets, functions, maps, maps, number, number,
+                       {*maps, strides[b]}, room};
+      made->received = std::max(made->received, step.received.size(sizes[b]));
+      if (strides[b] == 2) {
+        maps = std::make_shared<const Maps<State>>((maps->height + 1) / 2, (maps->width + 1) / 2, nodes_from(b));
+        step.out = maps;
+        step.to = number = 0;
+        room = 1 - room;
       }
-      if (team) {
-        constexpr int64_t group = 4;
-        for (int64_t from; (from = team[at.block].fetch_add(group)) < size;)
-          nodes(at, from, std::min(from + group, size), image, result, scratch);
+      number += sizes[b];
+      made->rooms = std::max(made->rooms, maps->room());
+      made->flat = std::max({made->flat, step.in->values() + lanes, maps->values() + lanes});
+      targets += sizes[b];
+      functions += strides[b] ? sizes[b] : 0;
+      made->steps.push_back(std::move(step));
+    }
+    if (strides[0] == 2) made->raw = sizes[0] * made->steps[0].in->values();
+    for (int64_t *part : {&made->rooms, &made->received, &made->flat, &made->raw}) *part = round_up(*part, 64);
+    made->bytes = 2 * made->rooms * sizeof(Stored) + (made->received + made->flat + made->raw) * sizeof(T) +
+                  graph.stem.bytes(made->width);
+    return made;
+  }
+
+  // One thread at work on an image, alone or in a team that shares the states.
+  struct Worker {
+    const Graph<T> &graph;
+    const Layout &layout;
+    Stored *rooms[2];
+    T *received, *flat, *raw, *lines;
+
+    Worker(const Graph<T> &graph, const Layout &layout, char *own, char *shared) : graph(graph), layout(layout) {
+      const int64_t both = 2 * layout.rooms * sizeof(Stored);
+      rooms[0] = reinterpret_cast<Stored *>(shared);
+      rooms[1] = rooms[0] + layout.rooms;
+      received = reinterpret_cast<T *>(own + both);
+      flat = received + layout.received;
+      raw = flat + layout.flat;
+      lines = raw + layout.raw;
+    }
+
+    // All blocks for one image. With a team, its threads share each block's nodes; all of them must call this.
+    void image(const T *x, T *result, std::atomic<int64_t> *team) {
+      for (const Step<State> &step : layout.steps) {
+        if (!team) {
+          nodes(step, 0, step.size, x, result);
+          continue;
+        }
+        const int64_t group = std::max<int64_t>(round_up(step.size / (4 * omp_get_num_threads()), 4), 4);
+        for (int64_t from; (from = team[&step - layout.steps.data()].fetch_add(group)) < step.size;)
+          nodes(step, from, std::min(from + group, step.size), x, result);
 #pragma omp barrier
-      } else {
-        nodes(at, 0, size, image, result, scratch);
       }
-      if (strides[at.block] == 2) at.first = at.nodes, at.sources = room[0];
-      at.states += size * at.next.pitch();
-      at.nodes += size;
-      at.functions += strides[at.block] ? size : 0;
-      at.map = at.next;
     }
-  }
 
-  // Images are dealt out to the threads; what is left over, less than one for each, all threads share.
-  int run(int64_t threads, int64_t batch) const {
-    int64_t targets = -sizes[0];
-    for (int64_t b = 0; b < num_blocks; ++b) targets += sizes[b];
-    if (!edges.pointers_valid(targets) || !valid()) return WRONG_EDGES;
-    if (too_large(threads)) return NO_MEMORY;
-    const int64_t per_thread = 2 * room() + scratch(), alone = batch / threads * threads;
-    std::unique_ptr<T, decltype(&std::free)> memory(
-        static_cast<T *>(std::aligned_alloc(BYTES, threads * per_thread * sizeof(T))), &std::free);
-    if (!memory) return NO_MEMORY;
-    std::vector<std::atomic<int64_t>> team((batch - alone) * num_blocks);
-#pragma omp parallel num_threads(int(threads))
-    {
-      T *own = memory.get() + omp_get_thread_num() * per_thread;
-#pragma omp for schedule(dynamic)
-      for (int64_t n = 0; n < alone; ++n) image(n, own, own + 2 * room(), nullptr);
-      for (int64_t n = alone; n < batch; ++n)
-        image(n, memory.get(), own + 2 * room(), team.data() + (n - alone) * num_blocks);
+    // Nodes from … to - 1 of a block.
+    void nodes(const Step<State> &step, int64_t from, int64_t to, const T *x, T *result) {
+      const Maps<State> &in = *step.in, &out = *step.out;
+      const bool is_first = &step == layout.steps.data(), is_last = &step == &layout.steps.back();
+      Stored *states = rooms[step.stride == 2 ? 1 - step.room : step.room];
+      const auto own = [&](int64_t v) { return step.received.start(received, v - from); };
+      for (int64_t v = from; v < to; ++v) step.received.clear_borders(own(v));
+      std::optional<StemRows<T>> rows;
+      if (is_first && graph.stem) rows.emplace(graph.stem, x, layout.height, layout.width, lines);
+      for (int64_t t = 0, done = 0; t < in.tiles(); ++t) {
+        if (is_first) inputs(step, t, from, to, x, rows);
+        for (int64_t v = from; v < to && !is_first; ++v) sum(step, t, v, own(v));
+        const bool complete = t + 1 == in.tiles();
+        const int64_t ready = complete ? out.registers : ready_with(step, (t * in.tile + in.width_of(t)) * lanes);
+        if (is_last || !(complete || ready - done >= AT_ONCE)) continue;
+        for (int64_t v = from; v < to; ++v) apply(step, v, own(v), done, ready, states);
+        done = ready;
+      }
+      for (int64_t v = from; is_last && v < to; ++v) {
+        if (step.stride == 2) apply_stride2(step, v, own(v), 0, out.registers);
+        if (step.stride == 1)
+          convolve<Exact<T>>(own(v) - in.pitch - 1, in.pitch, kernel_of(step, v), bias_of(step, v), out.registers, flat);
+        leave(out, v, step.stride ? flat : own(v), result);
+      }
     }
-    return OK;
-  }
+
+    // The states of a node, registers from … to - 1, tile by tile.
+    void apply(const Step<State> &step, int64_t v, const T *own, int64_t from, int64_t to, Stored *states) {
+      const Maps<State> &out = *step.out;
+      const int64_t pitch = step.in->pitch;
+      if (step.stride == 2) apply_stride2(step, v, own, from, to);
+      for (int64_t t = from / out.tile; from < to; ++t) {
+        const int64_t end = std::min(to, (t + 1) * out.tile);
+        Stored *place = out.place(states, t, step.to + v) + (from - t * out.tile) * lanes;
+        if (step.stride == 1)
+          convolve<State>(
+              own + from * lanes - pitch - 1, pitch, kernel_of(step, v), bias_of(step, v), end - from, place);
+        else
+          keep<State>((step.stride ? flat : own) + from * lanes, end - from, place);
+        from = end;
+      }
+    }
+
+    // How many registers of the states can be computed when so many values of what is received are there.
+    static int64_t ready_with(const Step<State> &step, int64_t there) {
+      const int64_t pitch = step.in->pitch;
+      if (step.stride == 2) there = there / pitch / 2 * step.out->pitch;
+      if (step.stride == 1) there = std::max<int64_t>(there - pitch - 1, 0);
+      return there / lanes / together * together;
+    }
+
+    const T *kernel_of(const Step<State> &step, int64_t v) const { return &graph.kernel[9 * (step.functions + v)]; }
+    const T *bias_of(const Step<State> &step, int64_t v) const {
+      return graph.bias.empty() ? nullptr : &graph.bias[step.functions + v];
+    }
+
+    // A tile of what a node receives, with relu and zeros around it if a function follows.
+    void sum(const Step<State> &step, int64_t t, int64_t v, T *own) {
+      const Maps<State> &in = *step.in;
+      const int64_t number = step.targets + v, count = in.width_of(t), at = t * in.tile * lanes;
+      const Edge<T> *edges = graph.edges.data();
+      const T shift = step.stride ? graph.shift[step.functions + v] : T(0);
+      alignas(BYTES) T apart[MOST * lanes];
+      sum_tile_of<State>(count)(
+          edges + graph.rowptr[number], edges + graph.rowptr[number + 1], in.place(rooms[step.room], t, 0), shift,
+          step.stride ? &in.mask[at] : nullptr, step.stride == 2 ? apart : own + at);
+      if (step.stride == 2) split(step.received, apart, count, own + at / 2);
+    }
+
+    // So many registers into even and odd columns.
+    static void split(const Received<State> &received, const T *from, int64_t count, T *even) {
+      for (int64_t n = 0; n < count; n += 2, even += lanes) {
+        Vector e, o;
+        const Vector next = n + 1 < count ? S::load(from + (n + 1) * lanes) : Vector{};
+        take_apart(S::load(from + n * lanes), next, &e, &o, std::make_integer_sequence<int, lanes>());
+        S::store(even, e);
+        S::store(even + received.odd(), o);
+      }
+    }
+
+    // A tile of the inputs: rows of the image or of the stem, then scale, shift and relu.
+    void inputs(
+        const Step<State> &step, int64_t t, int64_t from, int64_t to, const T *x, std::optional<StemRows<T>> &rows) {
+      const Maps<State> &in = *step.in;
+      const int64_t at = t * in.tile * lanes, count = in.width_of(t);
+      const int64_t first = (at + in.pitch - 1) / in.pitch, end = (at + count * lanes + in.pitch - 1) / in.pitch;
+      const auto map_of = [&](int64_t v) {
+        return step.stride == 2 ? raw + (v - from) * in.values() : step.received.start(received, v - from);
+      };
+      for (int64_t y = first; y < std::min(end, in.height); ++y)
+        if (rows)
+          rows->compute(y, from, to, [&](int64_t v) { return map_of(v) + y * in.pitch; });
+        else
+          for (int64_t v = from; v < to; ++v)
+            std::memcpy(map_of(v) + y * in.pitch, x + (v * in.height + y) * in.width, in.width * sizeof(T));
+      if (!step.stride) return;
+      for (int64_t v = from; v < to; ++v) {
+        T *values = map_of(v) + at;
+        for (int64_t j = 0; j < count; ++j)
+          S::store(
+              values + j * lanes,
+              masked_relu<T>(graph.scale[v] * S::load(values + j * lanes) + graph.shift[v], &in.mask[at + j * lanes]));
+        if (step.stride == 2) split(step.received, values, count, step.received.start(received, v - from) + at / 2);
+      }
+    }
+
+    // States with a stride of 2: the rows that the registers from … to - 1 touch, in `flat`.
+    void apply_stride2(const Step<State> &step, int64_t v, const T *even, int64_t from, int64_t to) {
+      const Maps<State> &in = *step.in, &out = *step.out;
+      const NodeFunction<T> f(kernel_of(step, v), bias_of(step, v));
+      const int64_t pitch = in.pitch / 2, end = std::min((to * lanes + out.pitch - 1) / out.pitch, out.height);
+      const T *odd = even + step.received.odd();
+      for (int64_t y = from * lanes / out.pitch; y < end; ++y)
+        for (int64_t x = 0; x < out.width; x += lanes) {
+          const int64_t place = (2 * y - 1) * pitch + x;
+          S::store(flat + y * out.pitch + x, f.at(even + place, odd + place, pitch));
+        }
+    }
+
+    // What becomes of a node of the last block: shifted, with relu, as it is or its mean.
+    void leave(const Maps<State> &out, int64_t v, const T *map, T *result) const {
+      const T shift = graph.out_shift.empty() ? T(0) : graph.out_shift[v];
+      const auto value = [&](T place) { return graph.relu ? relu(place + shift) : place + shift; };
+      T *to = result + v * (graph.pooled ? 1 : out.height * out.width);
+      if (!graph.pooled) {
+        for (int64_t y = 0; y < out.height; ++y)
+          for (int64_t x = 0; x < out.width; ++x) to[y * out.width + x] = value(map[y * out.pitch + x]);
+        return;
+      }
+      Vector total{};
+      for (int64_t j = 0; j < out.registers; ++j) {
+        Vector places = S::load(map + j * lanes) + shift;
+        if (graph.relu) places = places < 0 ? Vector{} : places;
+        const auto mask = Simd<Bits<T>>::load(&out.mask[j * lanes]);
+        total += Vector(decltype(mask)(places) & mask);
+      }
+      *to = T(0);
+      for (int64_t lane = 0; lane < lanes; ++lane) *to += total[lane];
+      *to /= T(out.height * out.width);
+    }
+  };
 };
+
+template <class T>
+AnyPlan *new_plan(Graph<T> &&graph, bool) {
+  return new Plan<Exact<T>>(std::move(graph));
+}
+template <>
+AnyPlan *new_plan(Graph<float> &&graph, bool rounded) {
+  if (rounded) return new Plan<Rounded>(std::move(graph));
+  return new Plan<Exact<float>>(std::move(graph));
+}
 
 }  // namespace
