@@ -198,8 +198,13 @@ def test_options_that_cannot_be(changes: dict[str, object], message: str, option
 
 @pytest.mark.slow
 def test_a_compiled_run_learns_the_same(create: Create, small_digits: ImageData, options: Make, tmp_path: Path):
+    def calm(num_classes: int, image_size: int) -> nn.Module:
+        model = create(num_classes, image_size)
+        model.dropout.p = 0.0  # compiled, it draws other numbers
+        return model
+
     tops = [
-        run(create, {}, options(epochs=1, lr=0.1, compile=value, output=str(tmp_path / str(value))), small_digits)
+        run(calm, {}, options(epochs=1, lr=0.1, compile=value, output=str(tmp_path / str(value))), small_digits)
         for value in (False, True)
     ]
     first, second = (weights(tmp_path / str(value) / "last.ckpt") for value in (False, True))
