@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -59,7 +58,7 @@ class Task:
             try:
                 process.wait(max(seconds - LAST_WORDS, 1))
             except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGINT)
+                process.terminate()
                 try:
                     process.wait(LAST_WORDS)
                 except subprocess.TimeoutExpired:

@@ -29,6 +29,7 @@ __all__ = [
     "TorchDispatchMode",
     "as_plain_tensors",
     "backward_pass",
+    "convolves_as_pytorch",
     "functorch_active",
     "has_bfloat16_products",
     "has_hooks",
@@ -163,6 +164,15 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def has_hooks(module: nn.Module) -> bool:
     """Return whether a module has hooks, global ones included; PyTorch lists hooks in private fields only."""
     return has_own_hooks(module) or bool(nn.modules.module._has_any_global_hook())
+
+
+def convolves_as_pytorch(layer: nn.Conv2d) -> bool:
+    """Return whether the class of a convolution has PyTorch's forward pass.
+
+    That pass calls a private method, which subclasses of convolutions replace too.
+    """
+    kind = type(layer)
+    return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
 
 
 def has_own_hooks(module: nn.Module) -> bool:

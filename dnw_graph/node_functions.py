@@ -161,7 +161,7 @@ class NormReluConv(nn.Module):
         if norm is not None and not _node_wise(norm):
             raise InputError(f"only a plain instance norm can be applied to some nodes; got {type(norm).__name__}")
         if conv is not None and not (isinstance(conv, NodeConv) and conv.node_wise):
-            raise InputError(f"only an unchanged NodeConv can be applied to some nodes; got {type(conv).__name__}")
+            raise InputError(f"only a NodeConv as it was made can be applied to some nodes; got {conv!r}")
         for part in filter(None, (norm, conv)):
             counts = [getattr(part, "num_features", self.num_nodes), *map(len, part.parameters())]
             if set(counts) != {self.num_nodes}:

@@ -56,6 +56,18 @@ def test_dispatch_modes_see_operators_and_are_noticed():
     assert (inside, _compat.is_in_torch_dispatch_mode()) == (True, False), "is_in_torch_dispatch_mode tells nothing"
 
 
+def test_a_convolution_that_convolves_in_its_own_way_is_told():
+    class Own(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, 2 * weight, bias)
+
+    class Renamed(nn.Conv2d):
+        """Nothing of its own."""
+
+    told = [_compat.convolves_as_pytorch(kind(1, 1, 1)) for kind in (nn.Conv2d, Renamed, Own)]
+    assert told == [True, True, False], "torch.nn.Conv2d no longer calls _conv_forward"
+
+
 def test_tree_leaves_are_those_of_nested_containers():
     assert _compat.tree_leaves([1, {"a": (2, [3])}]) == [1, 2, 3], "torch.utils._pytree.tree_leaves has changed"
 

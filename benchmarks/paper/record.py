@@ -24,11 +24,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from timing import device_name
 
 from dnw_graph import InputError
+from dnw_graph.node_functions import EPS
 from dnw_graph.training import RunOptions
 from dnw_graph.whole_file import make_writable, write_whole
 
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "torchvision", "lightning")
+# What a run had, and a row means, where neither names the option.
+UNSAID = {"node_norm_eps": EPS, "warmup_epochs": 0}
 # Options that may change while a run is not complete: those of the machine.
 MACHINE = {option.name for option in fields(RunOptions) if not option.metadata["fixed"]} - {"data"}
 
@@ -124,7 +127,11 @@ def changed_options(table: Table, row: Row, result: dict[str, Any]) -> dict[str,
     """Return the options of a run that are not those of its row; None where only the row has one."""
     asked, configured = (_values(options) for options in (result["options"], table.configured(row)))
     names = sorted(asked.keys() | configured.keys())
-    return {name: asked.get(name) for name in names if asked.get(name) != configured.get(name)}
+    return {name: asked.get(name) for name in names if _of(asked, name) != _of(configured, name)}
+
+
+def _of(options: dict[str, Any], name: str) -> Any:
+    return options.get(name, UNSAID.get(name))
 
 
 def _values(options: dict[str, Any]) -> dict[str, Any]:

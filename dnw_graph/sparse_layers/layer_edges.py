@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from dnw_graph._compat import convolves_as_pytorch
 from dnw_graph.ops import sparse_conv2d, sparse_linear
 from dnw_graph.ops.build import kernels
 from dnw_graph.ops.layout import DTYPES, kernels_take
@@ -32,10 +33,9 @@ def suits(layer: nn.Module) -> bool:
     """
     if isinstance(layer, nn.Linear):
         return type(layer).forward is nn.Linear.forward
-    if not isinstance(layer, nn.Conv2d) or type(layer).forward is not nn.Conv2d.forward:
+    if not isinstance(layer, nn.Conv2d) or not convolves_as_pytorch(layer):
         return False
-    own = type(layer)._conv_forward is nn.Conv2d._conv_forward
-    return own and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def pays(weight: LayerWeight, num_real: int) -> bool:

@@ -93,7 +93,7 @@ class WeightGraph(Ranking):
             real = self._shaped(index, tensors)
         else:
             index = self.real_edges(tensors)
-            if as_edges and (self.wiring.gradient or self.wiring.trained) == "real":
+            if as_edges and index.is_cpu and (self.wiring.gradient or self.wiring.trained) == "real":
                 some = self._as_edges(index, tensors)
                 return some, [each if isinstance(each, Tensor) else None for each in some]
             real = self.derived(index, lambda: self._shaped(index, tensors))

@@ -26,7 +26,11 @@ def program(gpu, tmp_path, name, code):
 WRITES = (
     "import json; json.dump({'title': 'Steps', 'machine': {'device': 'a'}, 'rows': [{'ms': 2.5}]}, open(RESULT, 'w'))"
 )
-WAITS = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved')"
+WAITS = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("saved")))
+time.sleep(60)
+"""
 
 
 def test_what_is_done_is_not_done_again_and_what_takes_too_long_is_stopped(gpu, tmp_path, monkeypatch, capsys):
