@@ -115,9 +115,7 @@ def loss(graph):
 @pytest.mark.parametrize("rule", RULES)
 def test_fractions_need_to_know_how_long_training_is(rule):
     graph = NeuralGraph((3, 4, 2), 9, wiring=RULES[rule](), name="stage4")
-    with pytest.raises(
-        InputError, match=r"how many steps training has: give it to dnw_graph\.attach"
-    ) as error:
+    with pytest.raises(InputError, match=r"how many steps training has: give it to dnw_graph\.attach") as error:
         loss(graph)
     assert "\n" not in str(error.value)
     graph.eval()(torch.rand(2, 3, 4, 4))  # evaluation needs no schedule
