@@ -414,14 +414,18 @@ def doors() -> list[tuple[int, str, Door]]:
         "bias": (lambda: None, optional(tensor)),
     }
     run: dict[str, Argument] = {
-        field.name: (
+        name: (
             lambda value=value: value,  # type: ignore[misc]
-            {bool: truth, int: integer(0), float: number(0), str: text, type(None): optional(either(text, integer(0)))}[
-                type(value)
-            ],
+            {
+                bool: truth,
+                int: integer(0),
+                float: number(0),
+                str: text,
+                dict: a(dict),
+                type(None): optional(either(text, integer(0))),
+            }[type(value)],
         )
-        for field in RunOptions.__dataclass_fields__.values()
-        for value in [field.default]
+        for name, value in vars(RunOptions()).items()
     }
     steps: dict[str, Argument] = {"num_steps": num_steps, "steps_per_epoch": (lambda: 3, optional(integer()))}
     found: list[tuple[int, Callable[..., Any], dict[str, Argument]]] = [
