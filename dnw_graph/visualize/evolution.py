@@ -160,7 +160,7 @@ def _draw_fan(ax: matplotlib.axes.Axes, at: list[float], values: np.ndarray) -> 
     ax.fill_between(at, low, high, color="#E3E3E3", linewidth=0, label=f"{names[0]} to {names[-1]}")
     ax.fill_between(at, lower, upper, color=style.DEAD, linewidth=0, label=f"{names[1]} to {names[-2]}")
     ax.plot(at, middle, color=style.LIVE, label="median")
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(edgecolor="none", framealpha=0.9, fontsize="small")
 
 
 @checked
