@@ -19,30 +19,8 @@ from dnw_graph.candidates import CandidateEdges
 from dnw_graph.dynamics import Discrete, Static
 from dnw_graph.errors import InputError
 from dnw_graph.neural_graph import NeuralGraph
-from dnw_graph.node_functions import Blockwise
+from dnw_graph.node_functions import Biased, Blockwise
 from dnw_graph.wirings import Fixed
-
-
-class Biased(nn.Module):
-    """A bias per node, then an activation.
-
-    Args:
-        bias: Bias per node, or None.
-        activation: The activation.
-
-    Shapes:
-        - input and output: ``[batch, nodes]``
-    """
-
-    @checked
-    def __init__(self, bias: Tensor | None, activation: nn.Module) -> None:
-        super().__init__()
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        self.activation = activation
-
-    def forward(self, z: Float[Tensor, "batch nodes"]) -> Float[Tensor, "batch nodes"]:
-        """Add the bias and apply the activation."""
-        return self.activation(z if self.bias is None else z + self.bias)
 
 
 @checked

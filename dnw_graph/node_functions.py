@@ -221,6 +221,28 @@ class ReluConvSendNorm(NormReluConv):
         return self._compute(z, self.norm, False, None, nodes)
 
 
+class Biased(nn.Module):
+    """A bias per node, then an activation.
+
+    Args:
+        bias: Bias per node, or None.
+        activation: The activation.
+
+    Shapes:
+        - input and output: ``[batch, nodes]``
+    """
+
+    @checked
+    def __init__(self, bias: Tensor | None, activation: nn.Module) -> None:
+        super().__init__()
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.activation = activation
+
+    def forward(self, z: Float[Tensor, "batch nodes"]) -> Float[Tensor, "batch nodes"]:
+        """Add the bias and apply the activation."""
+        return self.activation(z if self.bias is None else z + self.bias)
+
+
 class Blockwise(nn.Module):
     """A separate module for each block of nodes, combined in one module over all nodes.
 

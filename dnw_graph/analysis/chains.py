@@ -7,9 +7,8 @@ from typing import TypeGuard, TypeVar
 
 from torch import nn
 
-from dnw_graph.models import GraphClassifier, MobileNetV1DNW, TinyClassifier
 from dnw_graph.neural_graph import NeuralGraph
-from dnw_graph.node_functions import NodeConv
+from dnw_graph.node_functions import Biased, NodeConv
 from dnw_graph.usual import keeps_methods
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,22 +28,27 @@ def channel_wise(module: nn.Module) -> bool:
     """Return whether a module treats every channel separately; False for subclasses and patched modules."""
     if _runs_as(module, nn.Conv2d):
         return module.groups == module.in_channels == module.out_channels
+    if _runs_as(module, Biased):
+        return channel_wise(module.activation)
     return type(module) in CHANNEL_WISE and keeps_methods(module)
 
 
 def parts(module: nn.Module) -> list[nn.Module] | None:
     """Return the modules that a module applies one after the other, or None if unknown.
 
-    Between and after them, models of this package treat every channel separately.
+    Those of an ``nn.Sequential``; of other modules those that their method ``modules_in_order`` returns, unless a
+    subclass has another forward pass.
     """
-    if _runs_as(module, nn.Sequential):
-        return list(module)
-    if _runs_as(module, MobileNetV1DNW):
-        return [module.stem, *module.stages, module.head, module.classifier]
-    if _runs_as(module, TinyClassifier):
-        return [module.stem, module.graph, module.classifier]
-    if _runs_as(module, GraphClassifier):
-        return [module.graph]
+    kind = type(module)
+    if not keeps_methods(module):
+        return None
+    if isinstance(module, nn.Sequential):
+        return list(module) if kind.forward is nn.Sequential.forward else None
+    for parent in kind.__mro__:
+        if "modules_in_order" in vars(parent):
+            return module.modules_in_order()  # type: ignore[operator]
+        if "forward" in vars(parent):
+            return None
     return None
 
 

@@ -17,12 +17,13 @@ from dnw_graph.compaction.plain_layers import (
     InstanceNorm,
     Layer,
     Linear,
+    MapMean,
     require,
     require_whole,
 )
 from dnw_graph.dynamics.recurrent import takes_time
-from dnw_graph.equivalence import Biased
-from dnw_graph.node_functions import Blockwise, NodeConv, NormReluConv, NormReluConvNormRelu, ReluConvSendNorm
+from dnw_graph.models.tiny import PatchMean
+from dnw_graph.node_functions import Biased, Blockwise, NodeConv, NormReluConv, NormReluConvNormRelu, ReluConvSendNorm
 from dnw_graph.usual import as_its_class
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
@@ -53,8 +54,10 @@ def steps(module: nn.Module) -> list[Layer] | None:
         return []
     if kind in ACTIVATION_MODULES:
         return [Activation(ACTIVATION_MODULES[kind])]
-    if isinstance(module, Affine):
+    if isinstance(module, Affine | MapMean):
         return [module]
+    if isinstance(module, PatchMean) and kind is PatchMean:
+        return [MapMean(module.start, module.stop)]
     if isinstance(module, NORMS) and kind.__module__.startswith("torch."):
         return _norm(module)
     if kind in (nn.Conv2d, NodeConv):

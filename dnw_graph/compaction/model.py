@@ -23,11 +23,11 @@ from dnw_graph.compaction.convert import (
 from dnw_graph.compaction.functions import NORMS, linear_or_conv, steps
 from dnw_graph.compaction.fusion import fold, fuse
 from dnw_graph.compaction.network import Network, norms_behind, traced
-from dnw_graph.compaction.plain_layers import Affine, Chain, Conv, Layer, Linear, MapMean, Select
+from dnw_graph.compaction.plain_layers import Affine, Chain, Conv, Layer, Linear, Select
 from dnw_graph.compaction.plans import apply
 from dnw_graph.compaction.report import Report, Size, relative_difference
 from dnw_graph.compaction.rows import layer_rows
-from dnw_graph.compaction.sequence import MODELS, chain, silent_features
+from dnw_graph.compaction.sequence import chain, silent_features
 from dnw_graph.compaction.sparse_layers import make_sparse, pays
 from dnw_graph.compaction.static_graphs import FusedGraph
 from dnw_graph.dynamics import Continuous
@@ -74,8 +74,9 @@ def compact(
     becomes part of the bias of the linear layer that reads it.
 
     The result is a :class:`CompactModel` for the models of this package, a :class:`~dnw_graph.NeuralGraph`, an
-    ``nn.Sequential`` of them and other layers, and networks with sparse layers, see below. Any other module is copied,
-    and each graph in it is replaced by such a model.
+    ``nn.Sequential`` of them and other layers, a module whose method ``modules_in_order`` returns the same, and
+    networks with sparse layers, see below. Any other module is copied, and each graph in it is replaced by such a
+    model.
 
     An adaptive solver takes other steps without the dead nodes, so that outputs change within its tolerance; the report
     says by how much.
@@ -213,7 +214,7 @@ class _Compactor:
         module = modules[-1]
         if isinstance(module, NeuralGraph) and can_be_compacted(module):
             return self._graph(module, wanted)
-        known = [module] if isinstance(module, MapMean) else steps(module)
+        known = steps(module)
         if known is not None:
             return [layer if wanted is None else layer.cut(wanted) for layer in known], wanted
         new = self._plain(module)
@@ -263,8 +264,9 @@ class _Compactor:
         for child in module.modules():
             if child in inside:
                 continue
-            if can_be_compacted(child) or (type(child) in MODELS and as_its_class(child)):
-                memo[id(child)] = CompactModel(self._layers(chain(child)))
+            modules: list[nn.Module] = [child] if isinstance(child, nn.Sequential) else chain(child)
+            if can_be_compacted(child) or modules != [child]:
+                memo[id(child)] = CompactModel(self._layers(modules))
                 inside |= set(child.modules())
             elif self.sparse and _is_sparse(child) and isinstance(layer := self._plain(child), Conv | Linear):
                 norms = norms_behind(module) if norms is None else norms

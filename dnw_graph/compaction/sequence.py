@@ -9,27 +9,14 @@ from dnw_graph.analysis.chains import parts
 from dnw_graph.compaction.functions import steps
 from dnw_graph.compaction.plain_layers import Activation, Affine, Layer, MapMean
 from dnw_graph.dynamics import Static
-from dnw_graph.models import GraphClassifier, MobileNetV1, MobileNetV1DNW, TinyClassifier
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.usual import as_its_class
-
-MODELS = (MobileNetV1, MobileNetV1DNW, TinyClassifier, GraphClassifier)
 
 
 def chain(model: nn.Module) -> list[nn.Module]:
     """Return the modules that a model applies one after the other, or the model alone."""
-    modules: list[nn.Module]
-    if not as_its_class(model):
-        return [model]
-    if type(model) in (nn.Sequential, MobileNetV1DNW):
-        modules = parts(model) or []
-    elif type(model) is MobileNetV1:
-        modules = [model.stem, model.features, MapMean(), model.classifier]
-    elif type(model) is TinyClassifier:
-        modules = [model.stem, model.graph, MapMean(2, 4), model.classifier]
-    elif type(model) is GraphClassifier:
-        modules = [model.graph, Affine(torch.ones_like(model.bias), model.bias.detach().clone())]
-    else:
+    modules = parts(model) if as_its_class(model) else None
+    if modules is None:
         return [model]
     flat = [part for module in modules for part in chain(module)]
     for place in reversed(range(len(flat) - 1)):
@@ -49,7 +36,7 @@ def silent_features(modules: list[nn.Module]) -> Tensor | None:
     """
     between: list[Layer] = []
     for module in reversed(modules):
-        known: list[Layer] | None = [module] if isinstance(module, MapMean) else steps(module)
+        known = steps(module)
         if known is not None and all(isinstance(layer, Affine | Activation | MapMean) for layer in known):
             between = known + between
             continue

@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dnw_graph.arguments import checked, fits, require, wrong
+from dnw_graph.arguments import checked, require
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
+from dnw_graph.models.image_classifier import ImageClassifier
 from dnw_graph.neural_graph import NeuralGraph
-from dnw_graph.node_functions import NodeFunction
+from dnw_graph.node_functions import Biased, NodeFunction
 from dnw_graph.propagation import Propagation
 from dnw_graph.wirings import Wiring, budget
 
@@ -32,20 +33,7 @@ def _check(width: float | int, num_classes: int, stem_stride: int) -> None:
     require(stem_stride in (1, 2), "stem_stride", "2, or 1 for small images", stem_stride)
 
 
-def check_images(model: nn.Module, x: object) -> None:
-    """Refuse anything but a batch of images for a model.
-
-    Raises:
-        InputError: If it is no tensor ``[batch, 3, height, width]`` of the type and on the device of the parameters.
-    """
-    weight = next(model.parameters())
-    if not fits(x, weight) or x.dim() != 4 or x.size(1) != 3 or not x.size(2) * x.size(3):
-        kind = str(weight.dtype).removeprefix("torch.")
-        expected = f"a tensor of {kind} [batch, 3, height, width] on {weight.device}"
-        raise wrong(f"the input of {type(model).__name__}", expected, x)
-
-
-class MobileNetV1(nn.Module):
+class MobileNetV1(ImageClassifier):
     """MobileNetV1 (Howard et al. 2017, arXiv 1704.04861), built of depthwise separable convolutions.
 
     Batch norm and ReLU follow each convolution. Channels are ⌊width · c⌋, at least 1.
@@ -83,12 +71,12 @@ class MobileNetV1(nn.Module):
                 layers += _conv_norm_relu(c_in, c_out, 1)
         self.features = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
         self.classifier = nn.Linear(scaled(STAGES[-1][-1]), num_classes)
 
-    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
-        """Return the logits."""
-        check_images(self, x)
-        return self.classifier(self.pool(self.features(self.stem(x))).flatten(1))
+    def modules_in_order(self) -> list[nn.Module]:
+        """Return the modules in the order in which they are applied."""
+        return [self.stem, self.features, self.pool, self.flatten, self.classifier]
 
 
 def _conv_norm_relu(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -127,8 +115,12 @@ class GraphClassifier(nn.Module):
         """Return the logits."""
         return self.graph(x) + self.bias
 
+    def modules_in_order(self) -> list[nn.Module]:
+        """Return the graph, and a layer with a copy of the bias."""
+        return [self.graph, Biased(self.bias, nn.Identity())]
 
-class MobileNetV1DNW(nn.Module):
+
+class MobileNetV1DNW(ImageClassifier):
     """MobileNetV1-DNW: one neural graph per resolution in place of MobileNetV1's layers (Section 2.4 of the paper).
 
     arXiv 1906.00586. Stage i is a static graph with the blocks of Table 5; its outputs are the inputs of the next
@@ -156,6 +148,8 @@ class MobileNetV1DNW(nn.Module):
     Raises:
         InputError: If an argument is out of range or a name unknown.
     """
+
+    memory_format = torch.channels_last
 
     @checked
     def __init__(
@@ -200,13 +194,9 @@ class MobileNetV1DNW(nn.Module):
         else:
             self.classifier = nn.Linear(num_features, num_classes)
 
-    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
-        """Return the logits."""
-        check_images(self, x)
-        z = self.stem(x.contiguous(memory_format=torch.channels_last))
-        for stage in self.stages:
-            z = stage(z)
-        return self.classifier(self.head(z))
+    def modules_in_order(self) -> list[nn.Module]:
+        """Return the modules in the order in which they are applied."""
+        return [self.stem, *self.stages, self.head, self.classifier]
 
 
 @checked

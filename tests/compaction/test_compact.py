@@ -86,6 +86,47 @@ def test_mobilenets_keep_their_outputs(kind, products, photos, trained):
     assert bool(compacted.report.kept) == (kind == "over all nodes")
 
 
+class InOrder(nn.Module):
+    """A user's own model of graphs one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = NeuralGraph((8, 6, 4), 12, name="second")
+        self.first = NeuralGraph((3, 6, 8), 30, name="first")
+
+    def modules_in_order(self):
+        return [self.first, self.second]
+
+    def forward(self, z):
+        return self.second(self.first(z))
+
+
+class TheFirstAlone(InOrder):
+    def forward(self, z):
+        return self.first(z)
+
+
+def test_a_model_that_lists_its_modules_is_treated_like_a_sequence(photos, trained):
+    model = trained(InOrder(), photos)
+    sequence = nn.Sequential(model.first, model.second)
+    assert not model.second.live_nodes()[:8].all()
+    assert [int(live.sum()) for live in live_nodes(model).values()] == [
+        int(live.sum()) for live in reversed(live_nodes(sequence).values())
+    ]
+    compacted = compact(model)
+    assert type(compacted) is CompactModel
+    assert compacted.report.after == compact(sequence).report.after
+    assert_same(model, compacted, photos)
+    inside = nn.ModuleDict({"model": model})
+    assert type(compact(inside)["model"]) is CompactModel
+
+
+def test_the_list_of_modules_of_a_parent_with_another_forward_pass_is_not_used(photos, trained):
+    model = trained(TheFirstAlone(), photos)
+    assert live_nodes(model)["first"][-8:].all()
+    assert_same(model, compact(model), photos)
+
+
 @pytest.mark.parametrize("products", PRODUCTS)
 def test_single_precision(products, photos, trained):
     model = trained(MobileNetV1DNW(wiring="random_graph"), photos.float())

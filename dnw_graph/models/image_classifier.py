@@ -1,0 +1,55 @@
+"""The base of models that apply modules to images, one after the other."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dnw_graph.arguments import fits, wrong
+
+
+class ImageClassifier(nn.Module):
+    """A model that applies modules to images, one after the other.
+
+    A subclass defines its modules and :meth:`modules_in_order`, by which ``cost`` and ``compact`` know what follows
+    what. They do not rely on it in a subclass with another ``forward``.
+
+    Attributes:
+        memory_format: Layout that the images get.
+        smallest: Smallest height and width of images.
+
+    Shapes:
+        - input: ``[batch, 3, height, width]``
+        - output: logits ``[batch, num_classes]``
+    """
+
+    memory_format: ClassVar[torch.memory_format] = torch.preserve_format
+    smallest: ClassVar[int] = 1
+
+    def modules_in_order(self) -> list[nn.Module]:
+        """Return the modules in the order in which they are applied."""
+        raise NotImplementedError
+
+    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
+        """Return the logits.
+
+        Raises:
+            InputError: If it is no tensor ``[batch, 3, height, width]`` of the type and on the device of the
+                parameters, or an image is too small.
+        """
+        self._check_images(x)
+        x = x.to(memory_format=self.memory_format)
+        for module in self.modules_in_order():
+            x = module(x)
+        return x
+
+    def _check_images(self, x: object) -> None:
+        weight = next(self.parameters())
+        if not fits(x, weight) or x.dim() != 4 or x.size(1) != 3 or min(x.shape[2:]) < self.smallest:
+            kind = str(weight.dtype).removeprefix("torch.")
+            size = f", {self.smallest} × {self.smallest} or more," if self.smallest > 1 else ""
+            expected = f"a tensor of {kind} [batch, 3, height, width]{size} on {weight.device}"
+            raise wrong(f"the input of {type(self).__name__}", expected, x)
