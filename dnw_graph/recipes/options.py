@@ -199,7 +199,6 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_fields(self, flag)
-        below = f"fewer than the {self.epochs} epochs of the run: give more --epochs"
         ranges: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
             ("epochs batch_size devices num_nodes accumulate", "1 or more", lambda x: x >= 1),
             (
@@ -216,13 +215,17 @@ class RunOptions:
             ("lr", "a number above 0", lambda x: x > 0),
             ("randaugment", "a magnitude from 0 to 30", lambda x: 0 <= x <= 30),
             ("momentum label_smoothing ema", "a number from 0 to below 1", lambda x: 0 <= x < 1),
-            ("warmup_epochs", below, lambda x: x < self.epochs),
             ("image_size", "8 or more", lambda x: x >= 8),
         )
         for names, expected, holds in ranges:
             for name in names.split():
                 value = getattr(self, name)
                 require(value is None or holds(value), flag(name), expected, value)
+        if self.warmup_epochs >= self.epochs:
+            raise InputError(
+                f"--epochs is {self.epochs}, with {self.warmup_epochs} epochs of warm-up: give more --epochs or fewer "
+                "--warmup-epochs"
+            )
         for name, known in NAMES.items():
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)

@@ -28,7 +28,7 @@ def second_stage(rule: str, directory: Path, complete: nn.Module, expected: dict
         InputError: If the directory holds no finished run of such a complete model.
     """
     if rule not in RULES:
-        raise InputError(f"--complete is for --wiring {' or '.join(RULES)}; got --wiring {rule}")
+        raise InputError(f"--complete goes with --wiring {' or '.join(RULES)}: give one of these rules")
     checkpoint = read_checkpoint(directory / LAST)
     options = checkpoint[SECTION]["options"]
     for name, value in {"wiring": "complete", **expected}.items():

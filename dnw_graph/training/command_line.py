@@ -172,6 +172,8 @@ def read_options(
             )
     file = file or started_from(given)
     held = _held(given, models, file) if file else {}
+    if file and given.get("evaluate") and "data" not in {**held, **given}:
+        raise InputError(f"{file.path} does not say where its test images are: name them with --data")
     values = {**vars(parser.get_defaults()), **held, **started, **given}
     if "warmup_epochs" not in given and type(values["epochs"]) is int:  # a default fits the epochs that are given
         values["warmup_epochs"] = max(0, min(values["warmup_epochs"], values["epochs"] - 1))

@@ -110,6 +110,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]):
         (["train", "--config", "mobilenet_v1_dnw_x225"], "did you mean mobilenet_v1_dnw_x0.225"),
         (["evaluate"], "evaluate needs a model"),
         (["evaluate", "nowhere"], "'nowhere' does not exist"),
+        (["evaluate", "x.safetensors"], "x.safetensors does not say where its test images are: name them with --data"),
         (["predict", "run"], "the following arguments are required: IMAGE"),
         (["predict", "run", "nothing.png"], "cannot read image nothing.png"),
         (["predict", "run", "run"], "run holds no image"),
@@ -138,7 +139,7 @@ def test_train_knows_the_models_by_name_configuration_and_checkpoint(runs: list[
     assert main(["train", "--config", "tiny_static_rg", "--data", "digits"]) == 0
     assert main(["train", "--config", "resnet50_sparse_0.1"]) == 0
     assert main(["evaluate", "x.safetensors", "--data", "digits"]) == 0
-    assert main(["evaluate", "run", "--workers", "0"]) == 0
+    assert main(["evaluate", "run", "--data", "digits", "--workers", "0"]) == 0
     assert [models for *_, models, _ in runs] == [
         *("mobilenet", "resnet", "tiny", "tiny", "resnet", "mobilenet", "mobilenet")
     ]
@@ -211,7 +212,7 @@ def test_a_command_reads_its_checkpoint_once(runs: list[Any], trained: Path, mon
     reader = checkpoint.read_checkpoint
     monkeypatch.setattr(loading, "read_checkpoint", lambda path: read.append(path) or reader(path))
     for option in ("--resume", "--evaluate", "--init-from"):
-        assert main(["train", option, "run/best.ckpt"]) == 0
+        assert main(["train", option, "run/best.ckpt", "--data", "digits"]) == 0
     assert read == [Path("run/best.ckpt")] * 3
     assert [file.path for *_, file in runs] == read
     assert [options["width"] for _, options, *_ in runs] == [0.1] * 3  # of the file, as it was trained

@@ -315,12 +315,12 @@ def test_no_weight_decay_on_the_norms_of_a_sparse_resnet(example: ModuleType):
         (("--wiring", "sparse_momemtum"), "did you mean 'sparse_momentum'"),
         (("--wiring", "sparse_momentum", "--wiring-options.prune_rate", "2.5"), "prune_rate must be a share"),
         (("--wiring", "sparse_momentum", "--wiring-options.rate", "0.2"), "unknown option of wiring"),
-        (("--wiring", "sparse_momentum", "--complete", "runs/1"), "--complete is for --wiring lottery_ticket"),
+        (("--wiring", "sparse_momentum", "--complete", "runs/1"), "--complete goes with --wiring lottery_ticket"),
         (("--wiring", "sparse_momentum", "--density", "1"), "give a --density below 1"),
         (("--first-layer-dense", "--density", "1"), "give a --density below 1"),
         (("--distribution", "unifrom"), "did you mean 'uniform'"),
         (("--momentum", "0", "--wiring", "sparse_momentum"), "SGD has no momentum for model.conv1.weight"),
-        (("--epochs", "1", "--warmup-epochs", "1"), "--warmup-epochs must be fewer than the 1 epochs"),
+        (("--epochs", "1", "--warmup-epochs", "1"), "--epochs is 1, with 1 epochs of warm-up"),
     ],
 )
 def test_bad_input(start: Callable[..., int], capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str):

@@ -25,7 +25,6 @@ from dnw_graph.training import RunOptions
         ("seed", 2**63),
         ("save_every", -1),
         ("warmup_epochs", -1),
-        ("warmup_epochs", 15),
         ("label_smoothing", -0.1),
         ("label_smoothing", 1.0),
         ("data", ""),

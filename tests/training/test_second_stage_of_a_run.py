@@ -132,7 +132,7 @@ def test_without_a_first_stage_it_is_refused_before_training(small_digits: Image
 @pytest.mark.parametrize("rule", ["dnw", "complete", "random_graph"])
 def test_rules_without_a_second_stage_are_refused(rule: str, first_stage: Path):
     with pytest.raises(
-        InputError, match=f"--complete is for --wiring lottery_ticket or fine_tune; got --wiring {rule}"
+        InputError, match="--complete goes with --wiring lottery_ticket or fine_tune: give one of these rules"
     ):
         second_stage(rule, first_stage, tiny(), SHARED)
 

@@ -140,7 +140,7 @@ def test_schedules_come_from_a_file_and_the_number_of_steps_from_the_run(tmp_pat
         (["--wiring", "fine_tune", "--wiring-options.trained", "a.ckpt"], "trained must be a tensor"),
         (["--wiring", "fine_tune", "--complete", "gone"], "'gone/last.ckpt' is not a file"),
         (["--wiring", "fine_tune", "--complete", ""], "--complete is ''"),
-        (["--complete", "complete"], "--complete is for --wiring lottery_ticket or fine_tune; got --wiring dnw"),
+        (["--complete", "complete"], "--complete goes with --wiring lottery_ticket or fine_tune"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
