@@ -104,7 +104,7 @@ class NeuralGraph(Ranking):
         name: str = "graph",
     ) -> None:
         super().__init__(name)
-        require(stride >= 1, f"{name}: stride", "an integer from 1 up", stride)
+        require(stride >= 1, f"{name}: stride", "an integer >= 1", stride)
         self.dynamics = make_dynamics(dynamics)
         self.dynamics.name = name
         self.dynamics.recompute = recompute

@@ -36,7 +36,7 @@ def make_norm(norm: str, num_nodes: int, eps: float = EPS) -> nn.Module:
     if norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)
     require(eps > 0, "eps of a norm", "above 0", eps)
-    require(num_nodes >= 1, "num_nodes", "an integer from 1 up", num_nodes)
+    require(num_nodes >= 1, "num_nodes", "an integer >= 1", num_nodes)
     return NORMS[norm](num_nodes, eps)
 
 
@@ -57,7 +57,7 @@ class NodeConv(nn.Conv2d):
     @checked
     def __init__(self, num_nodes: int, kernel_size: int, stride: int = 1) -> None:
         for name, number in (("num_nodes", num_nodes), ("kernel_size", kernel_size), ("stride", stride)):
-            require(number >= 1, name, "an integer from 1 up", number)
+            require(number >= 1, name, "an integer >= 1", number)
         require(kernel_size % 2 == 1, "kernel_size", "odd, so that stride 1 keeps the resolution", kernel_size)
         super().__init__(num_nodes, num_nodes, kernel_size, stride, kernel_size // 2, groups=num_nodes, bias=False)
 
@@ -325,8 +325,8 @@ def make_node_function(node_function: NodeFunction, num_nodes: int, stride: int 
         stride: Stride that the module must have.
 
     Raises:
-        InputError: If the name is unknown, a ready module cannot have the stride or is for another number of nodes, or
-            a factory fails or returns no module.
+        InputError: If the name is unknown, a module instance cannot have the stride or is for another number of nodes,
+            or a factory fails or returns no module.
     """
     if isinstance(node_function, str):
         if node_function not in NODE_FUNCTIONS:
@@ -335,7 +335,7 @@ def make_node_function(node_function: NodeFunction, num_nodes: int, stride: int 
     if isinstance(node_function, nn.Module):
         if stride != 1:
             raise InputError(
-                f"stride {stride} cannot be given to a ready module; "
+                f"stride {stride} cannot be given to a module instance; "
                 "pass a factory (num_nodes, stride) -> module as node_function"
             )
         if isinstance(node_function, NormReluConv) and node_function.num_nodes != num_nodes:

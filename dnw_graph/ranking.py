@@ -147,7 +147,7 @@ class Ranking(nn.Module):
         own = rule.own_num_edges(View(self, rule, 0))
         if num_edges is None:
             num_edges = next(number for number in (own, default, self.num_candidates) if number is not None)
-        require(num_edges >= 1, f"{self.name}: num_edges", "an integer from 1 up", num_edges)
+        require(num_edges >= 1, f"{self.name}: num_edges", "an integer >= 1", num_edges)
         if num_edges > self.num_candidates:
             raise InputError(
                 f"{self.name}: num_edges = {num_edges:,} is more than the {self.num_candidates:,} candidate edges; ask "
@@ -356,7 +356,7 @@ def has_numbers(tensor: Tensor) -> bool:
 
 
 def rule_hash(rule: type[Wiring]) -> int:
-    """Return a hash of a rule's name, an integer from 0 up, the same in every process."""
+    """Return a hash of a rule's name, an integer >= 0, the same in every process."""
     return int.from_bytes(hashlib.sha256(wiring_name(rule).encode()).digest()[:7], "big")
 
 

@@ -280,7 +280,7 @@ def attach(
         >>> _ = attach(model, optimizer, num_steps=1000)
     """
     for name, number in (("num_steps", num_steps), ("steps_per_epoch", steps_per_epoch)):
-        require(number is None or number >= 1, name, "an integer from 1 up", number)
+        require(number is None or number >= 1, name, "an integer >= 1", number)
     names: dict[Ranking, str] = {}
     for path, graph in rankings(unwrapped(model)):
         names.setdefault(graph, graph.full_name_at(unwrapped_name(path)))

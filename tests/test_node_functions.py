@@ -118,7 +118,7 @@ def test_a_ready_module_is_shared():
 
 
 def test_a_stride_cannot_be_given_to_a_ready_module():
-    with pytest.raises(InputError, match="ready module"):
+    with pytest.raises(InputError, match="module instance"):
         NeuralGraph((3, 4), 5, node_function=nn.ReLU(), stride=2)
 
 

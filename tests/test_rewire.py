@@ -49,7 +49,7 @@ class Refusing(Wiring):
 REFUSED = {
     "unknown name": ("dnv", 5, "unknown wiring 'dnv': did you mean 'dnw'"),
     "too many edges": (DNW(), 10_000, "num_edges = 10,000 is more than the"),
-    "no edges": ("dnw", 0, "num_edges must be an integer from 1 up; got 0"),
+    "no edges": ("dnw", 0, "num_edges must be an integer >= 1; got 0"),
     "repeated edge": (Fixed(EDGES[:, [0, 1, 1]]), 3, "1 of the fixed edges are repeated"),
     "no candidate": (Fixed(torch.tensor([[0], [99]])), 1, r"\(0, 99\) is not a candidate edge"),
     "wrong count": (Fixed(EDGES), 4, "3 fixed edges were given for num_edges = 4"),

@@ -47,7 +47,7 @@ class WiringMonitor(Callback):
 
     @checked
     def __init__(self, model: nn.Module, every: int = 50) -> None:
-        require(every >= 1, "every", "an integer from 1 up", every)
+        require(every >= 1, "every", "an integer >= 1", every)
         self.model = model
         self.every = every
         self.warned = False

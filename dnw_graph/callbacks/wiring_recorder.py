@@ -48,7 +48,7 @@ class WiringRecorder(Callback):
         pictures: str | Path | None = None,
         metrics: str | Path | None = None,
     ) -> None:
-        require(every_n_steps >= 0, "WiringRecorder: every_n_steps", "an integer from 0 up", every_n_steps)
+        require(every_n_steps >= 0, "WiringRecorder: every_n_steps", "an integer >= 0", every_n_steps)
         self.path = None if path is None else Path(path)
         self.every_n_steps = every_n_steps
         self.model = model

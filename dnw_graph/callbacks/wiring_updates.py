@@ -28,7 +28,7 @@ class WiringUpdates(Callback):
     @checked
     def __init__(self, num_steps: int | None = None, steps_per_epoch: int | None = None) -> None:
         for name, number in (("num_steps", num_steps), ("steps_per_epoch", steps_per_epoch)):
-            require(number is None or number >= 1, name, "an integer from 1 up", number)
+            require(number is None or number >= 1, name, "an integer >= 1", number)
         self.num_steps = num_steps
         self.steps_per_epoch = steps_per_epoch
         self.updates: list[Updates] = []

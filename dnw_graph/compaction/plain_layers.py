@@ -214,7 +214,7 @@ class InstanceNorm(ScaleAndShift):
 
     def __init__(self, scale: Tensor | None, shift: Tensor | None, eps: float) -> None:
         super().__init__(scale, shift)
-        require(isinstance(eps, float | int) and 0 <= eps < math.inf, f"eps is a number from 0 up; got {eps!r:.50}")
+        require(isinstance(eps, float | int) and 0 <= eps < math.inf, f"eps is a number >= 0; got {eps!r:.50}")
         self.eps = eps
 
     def cut(self, nodes: Tensor) -> InstanceNorm:

@@ -24,7 +24,7 @@ class Dynamics(nn.Module):
         name: Name of the graph, for messages; set by the graph.
         recompute: Whether node functions are recomputed in the backward pass; set by the graph.
         node_dim: The dimension of an input that counts the input nodes.
-        in_blocks: Whether the graph is given by blocks of nodes, or by the numbers of nodes, inputs and outputs.
+        in_blocks: Whether the graph is defined by blocks of nodes, rather than by numbers of nodes, inputs and outputs.
     """
 
     name: str = "graph"
@@ -45,16 +45,16 @@ class Dynamics(nn.Module):
         raise NotImplementedError
 
     def functions(self) -> list[tuple[nn.Module, range]]:
-        """Return the node functions, each with the nodes whose function it is."""
+        """Return the node functions, each with its nodes."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, propagate: Propagate, **options: Any) -> Any:
         """Return the states of the output nodes.
 
         Args:
-            x: What flows into the input nodes, ``[batch, inputs, *space]``.
+            x: The inputs of the input nodes, ``[batch, inputs, *space]``.
             propagate: The product Z → I over the real edges of this forward pass.
-            options: What else the dynamics can be asked for.
+            options: Further options of the dynamics.
         """
         raise NotImplementedError
 
@@ -71,7 +71,7 @@ class Dynamics(nn.Module):
         """
         call = function if call is None else call
         keeps = torch.is_grad_enabled() and not isinstance(function, nn.Identity)
-        # A compiler decides by itself what to recompute.
+        # A compiler decides itself what to recompute.
         if self.recompute and keeps and not torch.compiler.is_compiling():
             return recomputed(function, call, *arguments, **keywords)
         return call(*arguments, **keywords)

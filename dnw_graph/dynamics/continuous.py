@@ -24,9 +24,9 @@ from dnw_graph.propagation import Propagate
 from dnw_graph.propagation.base import autocast_dtype
 
 EXPLICIT = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams")
-"""Solvers with fixed steps that need no tolerance, so that a node's result does not depend on unrelated nodes."""
+"""Fixed-step solvers without a tolerance: a node's result does not depend on unrelated nodes."""
 FIXED_STEPS = (*EXPLICIT, "implicit_adams", "fixed_adams")
-"""All solvers with fixed steps, those included that solve an equation in every step up to a tolerance."""
+"""All fixed-step solvers, including those that solve an equation in every step up to a tolerance."""
 
 
 class Continuous(Recurrent):
@@ -35,8 +35,8 @@ class Continuous(Recurrent):
     Solved with torchdiffeq (arXiv 1806.07366); ``"dopri5"`` without options, where products are sparse, by
     :mod:`dnw_graph.dynamics.dormand_prince`, which makes the same steps in fewer passes over memory. With fewer inputs
     than nodes this is an Augmented Neural ODE (Dupont et al. 2019): the other nodes start at zero. Edges are chosen
-    once per forward pass, not per evaluation. Under autocast the solver computes in float32, and f_θ in the type of
-    autocast. ``torch.compile`` does not compile the solver.
+    once per forward pass, not per evaluation. Under autocast the solver computes in float32, and f_θ in the autocast
+    dtype. ``torch.compile`` does not compile the solver.
 
     Args:
         method: Name of a torchdiffeq solver.
@@ -58,8 +58,8 @@ class Continuous(Recurrent):
         - output: ``[batch, outputs, *space]``; with ``times=…``, ``[batch, times, outputs, *space]``
 
     Raises:
-        InputError: If the solver is unknown, a tolerance or the time span is invalid, or the solver yields no gradient
-            in training; if the inputs or the solution are not finite.
+        InputError: If the solver is unknown, if a tolerance or the time span is invalid, if the solver yields no
+            gradient in training, or if the inputs or the solution are not finite.
     """
 
     @checked
@@ -78,7 +78,7 @@ class Continuous(Recurrent):
         if method not in solver_names():
             raise unknown_name("solver", method, solver_names())
         require(len(set(t_span)) == len(t_span) == 2, "t_span", "two different times, start and end", t_span)
-        require(rtol >= 0, "rtol", "a number from 0 up", rtol)
+        require(rtol >= 0, "rtol", "a number >= 0", rtol)
         require(atol > 0, "atol", "a number above 0", atol)
         self.method = method
         self.rtol = rtol
@@ -129,8 +129,8 @@ class Continuous(Recurrent):
             )
         grid = torch.tensor([self.t_span[0], *ends], dtype=torch.float64, device=x.device).to(x.dtype)
         z = F.pad(x, (*[0, 0] * (x.dim() - 2), 0, self.nodes.num_nodes - x.size(1)))
-        # The solver's arithmetic makes tensors in the default layout. So it gets the states with their dimensions in
-        # memory order, unless a norm of the user's is to see them.
+        # The solver creates tensors in the default layout, so it gets the states with their dimensions in memory order,
+        # unless the user's norm sees them.
         own_norm = "norm" in self.options or "norm" in self.adjoint_options.get("adjoint_options", {})
         order = list(range(z.dim())) if own_norm else _memory_order(propagate.arrange(z))
         states = self._solve(_Field(self, propagate, order), z.permute(order).contiguous(), grid)
@@ -217,7 +217,7 @@ class _Field(torch.nn.Module):
         self._times.append(t.detach())
         if self.forward_done:
             dynamics.num_backward_evaluations += 1
-            # The adjoint solves again, from the end; no other check sees the states on its way.
+            # The adjoint solves again, from the end; nothing else checks these states.
             if not torch.isfinite(z).all():
                 raise InputError(dynamics._diverged(self.time, "the state is not finite, solved backwards"))
         else:

@@ -19,25 +19,25 @@ INPUT_MODES = ("initial", "hold", "sequence")
 class Discrete(Recurrent):
     r"""L steps of :math:`Z(\ell + 1) = f_\theta(A Z(\ell), \ell)`, Equations 11 and 12 of the paper.
 
-    At step 0 only the inputs are non-zero, and after the last step only the outputs are read: nothing else is computed
-    there, if the node function can be applied to part of the nodes.
+    At step 0 only the inputs are non-zero, and after the last step only the outputs are read. Nothing else is computed
+    there if the node function can be applied to some nodes only.
 
     Args:
-        steps: Number of steps L; with ``input_mode="sequence"`` it is the length of the sequence instead.
-        input_mode: ``"initial"``: the inputs are the state of the input nodes at step 0 (Equation 10). ``"hold"``: at
-            every step. ``"sequence"``: at step ℓ it is the ℓ-th element of a sequence.
-        function_per_step: Have a node function of its own, with its own parameters, for every step.
+        steps: Number of steps L. Leave it out with ``input_mode="sequence"``, where L is the length of the sequence.
+        input_mode: What sets the state of the input nodes. ``"initial"``: the input, at step 0 (Equation 10).
+            ``"hold"``: the input, at every step. ``"sequence"``: element ℓ of the input, at step ℓ.
+        function_per_step: Use a separate node function, with its own parameters, for every step.
 
     Shapes:
         - input: ``[batch, inputs, *space]``, or ``[batch, time, inputs, *space]`` for a sequence
         - output: the outputs after the last step, ``[batch, outputs, *space]``; with ``return_states=True`` the states
           of all nodes at steps 0 … L, ``[batch, L + 1, nodes, *space]``
-        - ``initial_states``, if given: states of all nodes at step 0, ``[batch, nodes, *space]``, of which x replaces
-          those of the inputs; to go on with a sequence where an earlier call ended, give its last states, and as
-          ``first_step`` the number of steps it took, for node functions that are told the step
+        - ``initial_states``, if given: states of all nodes at step 0, ``[batch, nodes, *space]``; x replaces those of
+          the inputs. To continue a sequence, give the last states of the earlier call. If node functions take the time,
+          also give the number of its steps as ``first_step``
 
     Raises:
-        InputError: If steps or input_mode are no such thing.
+        InputError: If ``steps`` or ``input_mode`` is invalid.
     """
 
     @checked
@@ -50,9 +50,9 @@ class Discrete(Recurrent):
         sequence = input_mode == "sequence"
         if sequence and (steps is not None or function_per_step):
             raise InputError(
-                "the steps of input_mode='sequence' are those of the input; give no steps and one function"
+                "input_mode='sequence' takes as many steps as the input has: leave out steps and function_per_step"
             )
-        require(sequence or (steps is not None and steps >= 1), "steps", "an integer from 1 up", steps)
+        require(sequence or (steps is not None and steps >= 1), "steps", "an integer >= 1", steps)
         self.steps = steps
         self.input_mode = input_mode
         self.function_per_step = function_per_step
@@ -63,10 +63,10 @@ class Discrete(Recurrent):
         count = self.steps if self.function_per_step and self.steps else 1
         self.node_functions = nn.ModuleList(make_function(self.nodes.all) for _ in range(count))
         if len(set(self.node_functions)) < count:
-            raise InputError("function_per_step needs a name or a factory as node_function; got a ready module")
+            raise InputError("function_per_step needs a name or a factory as node_function; got a module instance")
 
     def functions(self) -> list[tuple[nn.Module, range]]:
-        """Return the node functions, all of which act at all nodes."""
+        """Return the node functions; each acts on all nodes."""
         return [(function, self.nodes.all) for function in self.node_functions]
 
     def forward(
@@ -92,7 +92,7 @@ class Discrete(Recurrent):
         first = x[:, 0] if self.input_mode == "sequence" else x
         if initial_states is not None:
             self._check_initial(first, initial_states)
-        # Until the first step is done, z holds the states of the inputs alone, if all others are zero.
+        # Until the first step is done, z holds only the states of the inputs if all others are zero.
         z = first
         states = [self._with_inputs(first, initial_states)] if return_states else []
         for step in range(steps):
@@ -119,13 +119,13 @@ class Discrete(Recurrent):
             raise wrong(f"{self.name}: initial_states", f"a tensor of {x.dtype} {shape} on {x.device}", states)
 
     def _after(self, z: Tensor, x: Tensor, step: int) -> Tensor:
-        """Let the inputs of a step flow into states."""
+        """Set the inputs of a step in the states."""
         if self.input_mode == "initial":
             return z
         return self._with_inputs(x if self.input_mode == "hold" else x[:, step], z)
 
     def _with_inputs(self, x: Tensor, z: Tensor | None) -> Tensor:
-        """Put x in the place of the input nodes of z, or of zeros."""
+        """Replace the states of the input nodes by x, in z or in zeros."""
         if z is None:
             z = x.new_zeros(x.size(0), self.nodes.num_nodes, *x.shape[2:])
         return torch.cat([x, z[:, x.size(1) :]], dim=1)

@@ -1,8 +1,8 @@
-r"""Dormand–Prince's method of order 5(4) with fused arithmetic, for states that the kernels of this package take.
+r"""The Dormand–Prince method of order 5(4) with fused arithmetic, for states that the kernels of this package support.
 
-It makes the steps of torchdiffeq's ``dopri5`` (Dormand & Prince 1980; Shampine 1986 for the values between steps;
-Hairer, Nørsett & Wanner, *Solving Ordinary Differential Equations I*, II.4 for the size of steps), and has its
-gradients, those of the first step's size included. What it saves is passes over memory: each stage
+It takes the steps of torchdiffeq's ``dopri5`` (Dormand & Prince 1980; Shampine 1986 for the values between steps;
+Hairer, Nørsett & Wanner, *Solving Ordinary Differential Equations I*, II.4 for the step size), and has the same
+gradients, including those of the first step size. It makes fewer passes over memory: each stage
 
 .. math:: y_m = y_0 + \Delta t \sum_{j<m} a_{mj} k_j, \qquad k_m = f(t_m, y_m)
 
@@ -79,7 +79,7 @@ def dormand_prince(field: Field, y: Tensor, grid: Tensor, rtol: float, atol: flo
     states = []
     for target in grid[1:]:
         while target > time:
-            if not time + size > time:  # Not so of NaN either.
+            if not time + size > time:  # NaN included.
                 raise ArithmeticError("underflow in dt")
             tried = _Step(field, y, slope, time, size)
             error = error_norm(tried.times_size(ERROR), tried.stages, y.detach(), tried.end.detach(), rtol, atol)
@@ -138,7 +138,7 @@ class _Step:
             self.stages.append(slope.detach())
             self.end = self._combine(slope, self.times_size(row))
             at = (time + moment * size).to(y.dtype)
-            # Just before the end, in case that the field jumps there.
+            # Just before the end, in case the field jumps there.
             at = torch.nextafter(at, at - 1) if moment == 1 else at
             slope = field(at, self.end)
         self.slope = slope
@@ -164,7 +164,7 @@ class _Step:
         return self._combine(new, row.to(dtype) * self.size.to(dtype))
 
     def _combine(self, new: Tensor | None, row: Tensor) -> Tensor:
-        """Return y_0 plus a combination of all stages; the last one is given as well if it is new to them."""
+        """Return y_0 plus a combination of all stages; ``new`` is the last one, if no earlier combination had it."""
         y = self.start if self.chain is None else self.start.detach()
         result, self.chain = _Combination.apply(y, new, row, self.chain, tuple(self.stages), self.shared)
         return result
@@ -172,11 +172,11 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Shared:
-    """What the combinations of one step have in common.
+    """State shared by the combinations of one step.
 
     Attributes:
         rows: The coefficients of each.
-        grads: In a backward pass the gradients that have reached them.
+        grads: During a backward pass, the gradients that have reached them.
     """
 
     rows: list[Tensor]
@@ -186,8 +186,8 @@ class _Shared:
 class _Combination(torch.autograd.Function):
     """y_0 + Σ c_j k_j; its fourth argument and second result make a chain of a step's combinations.
 
-    In the backward pass of one of them those of all later ones are done, so that the gradient of the stage that is new
-    to it is complete.
+    The backward pass of a combination follows those of all later ones, so that the gradient of the stage that is new to
+    it is complete.
     """
 
     @staticmethod
@@ -212,7 +212,7 @@ class _Combination(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         known = ctx.shared.grads
         if grads[1] is None:
-            # No later combination has been here: a backward pass begins.
+            # No later combination came before: a backward pass begins.
             known.clear()
         if grads[0] is not None:
             known[ctx.number] = grads[0].contiguous()

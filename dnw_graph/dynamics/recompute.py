@@ -16,8 +16,8 @@ def recomputed(module: nn.Module, call: Callable[..., Tensor], *arguments: Any, 
     """Return ``call(*arguments, **keywords)``, and keep only the arguments for the backward pass.
 
     The backward pass repeats the call, with the same result bit for bit: it restores the state of random numbers, and
-    gives the module copies of its buffers, such as a norm's running statistics, as they were; so its own are updated
-    once. Transforms of ``torch.func`` do not support this: within them the call is made once.
+    gives the module copies of its earlier buffers, such as a norm's running statistics, so that its own are updated
+    only once. ``torch.func`` transforms do not support this: there, nothing is recomputed.
 
     Args:
         module: The module that computes.

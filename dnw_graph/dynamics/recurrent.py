@@ -1,4 +1,4 @@
-"""What discrete-time and continuous-time dynamics share: one state per node that changes with time."""
+"""The base of discrete-time and continuous-time dynamics: one state per node that changes with time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dnw_graph.propagation import Propagate
 
 
 class Recurrent(Dynamics):
-    """Dynamic neural graph (Section 2.3 of the paper): states Z_v(t), started at the inputs, zero elsewhere.
+    """Dynamic neural graph (Section 2.3 of the paper): states Z_v(t), initially the inputs, and zero elsewhere.
 
     The node function works on all nodes at once, inputs and outputs included, at every time. If its ``forward`` takes a
     second argument, it is given the time. If it has a method ``send``, states pass through that before they are

@@ -17,8 +17,8 @@ from dnw_graph.propagation import Propagate
 class Static(Dynamics):
     """Every node has one state, computed after those of all earlier blocks (Equation 1 and Section 2.4 of the paper).
 
-    Z_v = f_θv(Σ w_uv Z_u) block by block; the inputs are Z_v = f_θv(x_v), or x_v with ``input_function=False``. Only at
-    inputs and outputs a node function may change the size of the maps.
+    Z_v = f_θv(Σ w_uv Z_u) block by block; the inputs are Z_v = f_θv(x_v), or x_v with ``input_function=False``. A node
+    function may change the size of the maps only at inputs and outputs.
     """
 
     in_blocks = True
@@ -59,7 +59,7 @@ class Static(Dynamics):
         return z
 
     def _check(self, block: int, z: Tensor, received: Tensor) -> None:
-        """Refuse states that cannot be sources of one product with those of other blocks."""
+        """Refuse states whose shape does not match those of other blocks."""
         if z.shape == received.shape:
             return
         ends = block in (0, len(self.node_functions) - 1)

@@ -54,12 +54,12 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.M
     """Return a model by name.
 
     Args:
-        name: One of :func:`model_names`; of a trained model one that :func:`dnw_graph.pretrained` lists, or what comes
-            before its dot, for the first of those.
+        name: One of :func:`model_names`. For a trained model, a name that :func:`dnw_graph.pretrained` lists, or the
+            part before its dot, which stands for the first such model.
         pretrained: Return a trained model, as :func:`dnw_graph.load` does: in evaluation mode, with ``classes`` and
-            ``preprocess``. The weights are files of the package; nothing is downloaded. Hallucinated edges start at 0
-            where it is trained further.
-        options: Arguments of the model. A trained one has those it was trained with.
+            ``preprocess``. The weights are in the package; nothing is downloaded. If you train it further,
+            hallucinated edges start at 0.
+        options: Arguments of the model. A trained model keeps the ones it was trained with.
 
     Raises:
         InputError: If the name or an option is unknown.
@@ -68,8 +68,8 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.M
         file = require_pretrained(name)
         if options:
             raise InputError(
-                f"a pretrained {name} has the options it was trained with: leave out {', '.join(options)}; for other "
-                "classes replace its classifier, or start a run with --init-from"
+                f"a pretrained {name} keeps the options it was trained with: leave out {', '.join(options)}; for other "
+                "classes, replace its classifier or start a run with --init-from"
             )
         from dnw_graph.loading import load  # which makes models
 

@@ -1,4 +1,4 @@
-"""The base of models that apply modules to images, one after the other."""
+"""The base of image models that apply modules in sequence."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dnw_graph.arguments import fits, wrong
 
 
 class ImageClassifier(nn.Module):
-    """A model that applies modules to images, one after the other.
+    """A model that applies modules to images in sequence.
 
-    A subclass defines its modules and :meth:`modules_in_order`, by which ``cost`` and ``compact`` know what follows
-    what. They do not rely on it in a subclass with another ``forward``.
+    A subclass defines its modules and :meth:`modules_in_order`, from which ``cost`` and ``compact`` take the sequence,
+    unless the subclass overrides ``forward``.
 
     Attributes:
-        memory_format: Layout that the images get.
+        memory_format: Memory format to which images are converted.
         smallest: Smallest height and width of images.
 
     Shapes:
@@ -37,8 +37,8 @@ class ImageClassifier(nn.Module):
         """Return the logits.
 
         Raises:
-            InputError: If it is no tensor ``[batch, 3, height, width]`` of the type and on the device of the
-                parameters, or an image is too small.
+            InputError: If x is not a tensor ``[batch, 3, height, width]`` with the dtype and device of the parameters,
+                or an image is too small.
         """
         self._check_images(x)
         x = x.to(memory_format=self.memory_format)

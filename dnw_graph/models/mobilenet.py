@@ -21,7 +21,7 @@ from dnw_graph.propagation import Propagation
 from dnw_graph.wirings import Wiring, budget
 
 STAGES = ((32, 64), (64, 128, 128), (128, 256, 256), (256, *[512] * 6), (512, 1024, 1024))
-"""Channels of each stage at width 1: what enters it, then one number per pointwise convolution."""
+"""Channels of each stage at width 1: its inputs, then the outputs of each pointwise convolution."""
 
 WIDEST = 32
 """Largest width of MobileNetV1, with three billion weights."""
@@ -29,7 +29,7 @@ WIDEST = 32
 
 def _check(width: float | int, num_classes: int, stem_stride: int) -> None:
     require(width > 0, "width", "a positive number, such as 0.225", width)
-    require(num_classes >= 1, "num_classes", "an integer from 1 up", num_classes)
+    require(num_classes >= 1, "num_classes", "an integer >= 1", num_classes)
     require(stem_stride in (1, 2), "stem_stride", "2, or 1 for small images", stem_stride)
 
 
@@ -85,7 +85,7 @@ def _conv_norm_relu(c_in: int, c_out: int, kernel: int, stride: int = 1, groups:
 
 
 class GraphClassifier(nn.Module):
-    """A linear classifier of which only some edges are real: a bipartite neural graph and a bias.
+    """A linear classifier with few real edges: a bipartite neural graph and a bias.
 
     Args:
         num_features: Number of input features.
@@ -130,7 +130,7 @@ class MobileNetV1DNW(ImageClassifier):
 
     Args:
         width: Width multiplier d: it sets the number of edges, never the number of nodes. The rule
-            ``"nm"`` sets the number of edges by itself.
+            ``"nm"`` determines the number of edges itself.
         num_classes: Number of classes.
         stem_stride: Stride of the first convolution: 2, or 1 for small images.
         small: Learn the classifier's edges too, ⌊width · 1024 · num_classes⌋ of them (MobileNetV1-DNW-Small).

@@ -1,4 +1,4 @@
-"""The trained models that come with the package, and what is known of them."""
+"""The trained models in the package, and their data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Pretrained:
         parameters: Number of parameters, see :class:`~dnw_graph.analysis.cost.Cost`.
         multiply_adds: Multiply-adds for one image.
         file_size: Size of the file in bytes.
-        trained: How much of its training it has seen, such as ``"15 of 15 epochs"``.
+        trained: How far it is trained, such as ``"15 of 15 epochs"``.
         command: The command that trains it.
         commit: The version of the package that trained it.
     """
@@ -75,7 +75,7 @@ def pretrained() -> PretrainedModels:
 
 
 def pretrained_file(name: str) -> Path | None:
-    """Return the file of a trained model of the package; of those that share the name before a dot, the first.
+    """Return the file of a trained model, the first one if several share the name before the dot.
 
     Args:
         name: Such as ``"mobilenet_v1_dnw.cifar10"`` or ``"mobilenet_v1_dnw"``.

@@ -74,7 +74,7 @@ class TinyClassifier(ImageClassifier):
         super().__init__()
         if dynamics not in TINY_DYNAMICS:
             raise unknown_name("dynamics", dynamics, TINY_DYNAMICS)
-        require(num_classes >= 1, "num_classes", "an integer from 1 up", num_classes)
+        require(num_classes >= 1, "num_classes", "an integer >= 1", num_classes)
         self.stem = nn.Sequential(
             nn.Conv2d(3, 16, 3, 2, 1, bias=False),
             nn.BatchNorm2d(16),

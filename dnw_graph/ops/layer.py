@@ -43,7 +43,8 @@ def sparse_linear(
 
     Args:
         x: Inputs, channels last.
-        rowptr: Where the weights of each output start, and one past the last weight: ``[outputs + 1]``, from 0 up.
+        rowptr: Where the weights of each output start, and one past the last weight: ``[outputs + 1]``, ascending from
+            0.
         columns: Input of each weight, int32 or int64 like ``rowptr``.
         values: The weights.
         bias: b.

@@ -37,7 +37,7 @@ def sparse_product(
 
     Args:
         z: States, node-major; for images ``features = batch · height · width``.
-        rowptr: Where the edges of each target start, and one past the last edge: ``[targets + 1]``, from 0 up.
+        rowptr: Where the edges of each target start, and one past the last edge: ``[targets + 1]``, ascending from 0.
         columns: Source of each edge, int32 or int64 like ``rowptr``; in any order within a target, repeated or not.
         values: Weight of each edge.
 

@@ -50,7 +50,7 @@ class MessagePassingPropagation(Propagation):
                 "adjacency 'torch_sparse' needs torch-sparse, which is not installed; "
                 "use 'csr', or install the extra dnw-graph[pyg-ext]"
             )
-        require(max_message_bytes >= 0, "max_message_bytes", "an integer from 0 up", max_message_bytes)
+        require(max_message_bytes >= 0, "max_message_bytes", "an integer >= 0", max_message_bytes)
         self.adjacency = adjacency
         self.max_message_bytes = max_message_bytes
         # PyG is imported only if message passing is used.

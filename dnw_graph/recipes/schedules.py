@@ -17,14 +17,14 @@ Schedule = Callable[[Optimizer], LRScheduler]
 @checked
 def cosine(num_steps: int) -> Schedule:
     """Return a fall by (1 + cos(π t / T)) / 2 over T = ``num_steps`` steps: 1 at the first step, 0 after the last."""
-    require(num_steps >= 1, "num_steps", "an integer from 1 up", num_steps)
+    require(num_steps >= 1, "num_steps", "an integer >= 1", num_steps)
     return partial(CosineAnnealingLR, T_max=num_steps)
 
 
 @checked
 def step(num_steps: int) -> Schedule:
     """Return 1, ×0.1 after half and again after three quarters of ``num_steps``: after epochs 80 and 120 of 160."""
-    require(num_steps >= 1, "num_steps", "an integer from 1 up", num_steps)
+    require(num_steps >= 1, "num_steps", "an integer >= 1", num_steps)
     return partial(MultiStepLR, milestones=[math.ceil(num_steps / 2), math.ceil(num_steps * 3 / 4)])
 
 

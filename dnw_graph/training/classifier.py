@@ -67,12 +67,12 @@ class Classifier(LightningModule):
         accumulate: int = 1,
     ) -> None:
         super().__init__()
-        require(num_classes >= 1, "num_classes", "an integer from 1 up", num_classes)
+        require(num_classes >= 1, "num_classes", "an integer >= 1", num_classes)
         numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "seed": seed}
         for name, number in numbers.items():
             require(number >= 0, name, "0 or more", number)
         require(min(mixup, cutmix) >= 0, "mixup and cutmix", "0 or more", (mixup, cutmix))
-        require(accumulate >= 1, "accumulate", "an integer from 1 up", accumulate)
+        require(accumulate >= 1, "accumulate", "an integer >= 1", accumulate)
         require(0 <= label_smoothing <= 1, "label_smoothing", "a share, 0 … 1", label_smoothing)
         self.model = model
         self.schedule = schedule

@@ -181,7 +181,7 @@ def animate(graph: RecordedGraph, path: str | Path, frames: int = 60, seconds: f
     Raises:
         InputError: If an argument is out of range, the file cannot be written, or matplotlib is not installed.
     """
-    require(frames >= 1, "animate: frames", "an integer from 1 up", frames)
+    require(frames >= 1, "animate: frames", "an integer >= 1", frames)
     require(seconds > 0, "animate: seconds", "a number above 0", seconds)
     write_whole(Path(path), gif(graph, frames, seconds), "path")
 

@@ -152,7 +152,7 @@ def plot_change(
 
 
 def _check_top(top: int) -> None:
-    require(top >= 1, "top", "the largest number of edges to draw, an integer from 1 up", top)
+    require(top >= 1, "top", "the largest number of edges to draw, an integer >= 1", top)
 
 
 def _magnitude(data: Data) -> Tensor:

@@ -65,8 +65,8 @@ class Recording:
 
     @checked
     def __init__(self, model: nn.Module, every: int = 1, step: int = 0) -> None:
-        require(every >= 1, "Recording: every", "an integer from 1 up", every)
-        require(step >= 0, "Recording: step", "an integer from 0 up", step)
+        require(every >= 1, "Recording: every", "an integer >= 1", every)
+        require(step >= 0, "Recording: step", "an integer >= 0", step)
         self.every = every
         self.moments: list[Moment] = []
         self.graphs = {name: _recorded(name, graph, self.moments) for name, graph in _graphs_of(model).items()}
@@ -193,7 +193,7 @@ class Recording:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{name} is damaged: its head is no JSON ({error})") from error
         match(head, _HEAD, name)
-        require(head["every"] >= 1, f"{name}: every", "an integer from 1 up", head["every"])
+        require(head["every"] >= 1, f"{name}: every", "an integer >= 1", head["every"])
         for moment in head["moments"]:
             match(moment, [int, float | int | None], f"{name}: a moment")
         self.every = head["every"]

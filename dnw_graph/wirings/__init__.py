@@ -79,7 +79,7 @@ WIRINGS: dict[str, type[Wiring]] = {
 
 @checked
 def register_wiring(name: str, rule: type[Wiring]) -> None:
-    """Register a rule by a name, for graphs, command lines, YAML files and tables.
+    """Register a rule under a name, for graphs, command lines, YAML files and tables.
 
     Args:
         name: The name.
@@ -88,13 +88,13 @@ def register_wiring(name: str, rule: type[Wiring]) -> None:
     Raises:
         InputError: If another rule has the name, or it is empty or cannot be printed.
     """
-    require(name.isprintable() and name.strip() != "", "name", "a name in one line", name)
+    require(name.isprintable() and name.strip() != "", "name", "a name on one line", name)
     if WIRINGS.setdefault(name, rule) is not rule:
         raise InputError(f"the wiring {name!r} is {WIRINGS[name].__qualname__} already: choose another name")
 
 
 def wiring_name(rule: type[Wiring]) -> str:
-    """Return the name of a rule: the one it is registered by, or ``package.module.Class``."""
+    """Return the name of a rule: the one it is registered under, or ``package.module.Class``."""
     names = (name for name, known in WIRINGS.items() if known is rule)
     return next(names, f"{rule.__module__}.{rule.__qualname__}")
 
@@ -125,20 +125,20 @@ def budget(wiring: str | Wiring, num_edges: int) -> int | None:
 
 
 def _known(name: object) -> dict[str, type[Wiring]]:
-    """Return the rules by name, and with them the class of the given name if that is ``package.module.Class``."""
+    """Return the rules by name, including the class of the given name if that is ``package.module.Class``."""
     if not isinstance(name, str) or name in WIRINGS or "." not in name:
         return WIRINGS
     module, _, rule = name.rpartition(".")
     try:
         home = importlib.import_module(module)
     except (ImportError, ValueError) as error:
-        raise InputError(f"wiring {name!r} is no package.module.Class that can be imported: {error}") from error
+        raise InputError(f"wiring {name!r} cannot be imported as package.module.Class: {error}") from error
     found = getattr(home, rule, None)
     if found is None:
         there = [f"{module}.{each}" for each, value in vars(home).items() if _is_rule(value)]
         raise unknown_name("wiring", name, there or WIRINGS)
     if not _is_rule(found):
-        raise InputError(f"wiring {name!r} is no subclass of dnw_graph.Wiring; got {found!r}")
+        raise InputError(f"wiring {name!r} is not a subclass of dnw_graph.Wiring; got {found!r}")
     return {**WIRINGS, name: found}
 
 

@@ -18,7 +18,7 @@ COUNTERS = ("step", "num_steps", "seed")
 
 
 class Wiring(nn.Module):
-    r"""The rule that chooses the real edges of a graph, and says which candidates are trained.
+    r"""A rule that chooses the real edges of a graph and decides which candidates are trained.
 
     A subclass overrides :meth:`choose`, and other methods as needed. All methods get a
     :class:`~dnw_graph.wirings.View`: flat vectors in the order of the candidates. Keep state that must survive a
@@ -31,9 +31,9 @@ class Wiring(nn.Module):
 
     Attributes:
         trained: The candidates that the optimiser may change: ``"all"``, ``"real"``, or ``"own"`` for those that
-            :meth:`trained_edges` returns. All others keep weight and optimiser state bit for bit.
+            :meth:`trained_edges` returns. Weight and optimiser state of all others stay the same, bit for bit.
         gradient: The candidates whose gradient is added to ``.grad``. Default: ``trained``. The gradient of the others
-            is zero; those of them that are trained still move by momentum and weight decay.
+            is zero; momentum and weight decay still move those that are trained.
         ignores_k: Whether the rule does not depend on k, so that a state with another k may be loaded.
         decides_k: Whether the rule itself determines k, so that models leave it out.
         needs_momentum: Whether the rule needs an optimiser with momentum.
@@ -79,7 +79,7 @@ class Wiring(nn.Module):
         """Return the flat indices of the real edges, ascending. Must not change state.
 
         Called in evaluation after the weights changed, and whenever the wiring is read. The number of edges may differ
-        from k, for example be larger early in training.
+        from k; early in training it may be larger.
         """
         raise NotImplementedError
 
@@ -121,8 +121,8 @@ class Wiring(nn.Module):
     def after_step(self, view: View) -> None:
         """Act after an optimiser step. Changes to the view's vectors are written back; no gradient is recorded.
 
-        Called once per step by the hook of :func:`dnw_graph.attach`, when ``view.step`` steps are done; not before the
-        graph has had a gradient.
+        Called once per step by the hook of :func:`dnw_graph.attach`, when ``view.step`` steps are done, once the graph
+        has had a gradient.
         """
 
     @classmethod
@@ -149,7 +149,7 @@ class Wiring(nn.Module):
         return None
 
     def num_edges(self, k: int) -> int:
-        """Return the graph's present budget of edges: k, unless the rule moves budgets between graphs."""
+        """Return the graph's current number of edges: k, unless the rule moves edges between graphs."""
         return k
 
     def largest(self, view: View, k: int, among: Int[Tensor, " some"] | None = None) -> Int[Tensor, " edges"]:
@@ -176,9 +176,9 @@ class Wiring(nn.Module):
         return among[self._selector.select(weight.detach()[among], k, view.name, self._flag)]
 
     def raise_non_finite(self) -> None:
-        """Report weights that are not finite and that :meth:`largest` met on a GPU. Synchronises.
+        """Raise an error if :meth:`largest` found weights on a GPU that are not finite. Synchronises.
 
-        Called when the edges are read, in evaluation and at the switch to it, and before every ``state_dict``, so
+        Called when the edges are read, in evaluation and at the switch to it, and before every ``state_dict``, hence
         before a checkpoint is written.
 
         Raises:
@@ -187,7 +187,7 @@ class Wiring(nn.Module):
         self._selector.raise_non_finite(self._flag)
 
     def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
-        """Refuse a saved state that the rule cannot use. Called before anything of a graph is loaded.
+        """Refuse a saved state that the rule cannot use. Called before any part of a graph is loaded.
 
         Stored edges must be distinct candidates in ascending order, as many as the rule keeps.
 
@@ -198,7 +198,7 @@ class Wiring(nn.Module):
             name: The graph's name, for messages.
 
         Raises:
-            InputError: If it is no state of this rule for such a graph.
+            InputError: If it is not a state of this rule for such a graph.
         """
         if self.counts_steps:
             refuse_counts(saved, COUNTERS, f"{name}: wiring")
@@ -239,7 +239,7 @@ class Wiring(nn.Module):
                 missing_keys.append(key)
 
     def extra_repr(self) -> str:
-        """Options, for ``repr``: arguments of the constructor that are kept by their names."""
+        """Options, for ``repr``: constructor arguments stored under their names."""
         names = (name for name in inspect.signature(type(self)).parameters if name in vars(self))
         options = [(name, vars(self)[name]) for name in names if not isinstance(vars(self)[name], Tensor)]
         return ", ".join(f"{name}={repr(value) if isinstance(value, str) else value}" for name, value in options)

@@ -1,4 +1,4 @@
-"""Discovering neural wirings: the paper's own rule."""
+"""Discovering neural wirings: the paper's rule."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dnw_graph.wirings.view import View
 class DNW(Wiring):
     r"""The k candidates of largest |w| are real; every candidate gets a gradient.
 
-    Algorithm 1 of the paper (arXiv 1906.00586): a hallucinated edge (u, v) is moved by
-    :math:`\langle Z_u, -\alpha \, \partial L/\partial I_v \rangle` like a real one, and displaces the weakest real
-    edge once its magnitude is larger.
+    Algorithm 1 of the paper (arXiv 1906.00586): the weight of a hallucinated edge (u, v) changes by
+    :math:`\langle Z_u, -\alpha \, \partial L/\partial I_v \rangle` like that of a real one, and the edge replaces the
+    weakest real one once its magnitude is larger.
     """
 
     def choose(self, view: View) -> Tensor:

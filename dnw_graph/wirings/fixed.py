@@ -1,4 +1,4 @@
-"""Edges that are given and stay."""
+"""Given edges that never change."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dnw_graph.wirings.view import View
 class Fixed(ConstantEdges):
     """Given edges, never changed; only they get a gradient.
 
-    For a wiring that was found elsewhere or follows from a construction. The edges are a persistent buffer: they are
+    For a wiring that was found elsewhere or constructed. The edges are a persistent buffer: they are
     not a function of the weights.
 
     Args:
-        edge_index: The edges, row 0 the sources, row 1 the targets, without repetition, in any order; int64 or int32.
+        edge_index: The edges, distinct and in any order: sources in row 0, targets in row 1; int64 or int32.
 
     Shapes:
         - ``index``: ``[num_edges]``, flat indices, ascending
 
     Raises:
-        InputError: If it is no such tensor; when a graph takes the wiring, if an edge occurs twice, is no candidate of
-            the graph, or their number is not the graph's ``num_edges``.
+        InputError: If it is not such a tensor. When a graph takes the wiring: if an edge occurs twice or is not a
+            candidate of the graph, or if their number is not the graph's ``num_edges``.
     """
 
     def __init__(self, edge_index: Int[Tensor, "2 edges"]) -> None:

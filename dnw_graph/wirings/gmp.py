@@ -37,7 +37,7 @@ class GMP(ChangingEdges):
     @checked
     def __init__(self, begin: int | float = 0.0, until: int | float = 0.75, every: int = 100) -> None:
         super().__init__()
-        require(every >= 1, "every", "an integer from 1 up", every)
+        require(every >= 1, "every", "an integer >= 1", every)
         self.removal = Schedule(0.0, 1.0, begin, until, "cubic")
         self.begin, self.until, self.every = begin, until, every
 

@@ -25,8 +25,8 @@ class L1Anneal(ChangingEdges):
     the loss, as the examples do. A schedule that is not constant needs :func:`dnw_graph.attach`. Every training step
     synchronises with the device once, to find out which edges are left.
 
-    The paper gives no numbers. The defaults come from a small search on held-out training images; see the page on rules
-    in the documentation.
+    The paper gives no values. The defaults come from a small search on held-out training images, described on the
+    documentation's page on rules.
 
     Args:
         strength: λ, a number or a :class:`Schedule`.
@@ -52,18 +52,18 @@ class L1Anneal(ChangingEdges):
         self.removal = as_schedule("removal", removal)
         require(min(self.strength.start, self.strength.end) >= 0, "strength of the L1 term", "0 or more", strength)
         rises = 0 <= self.removal.start <= self.removal.end <= 1
-        require(rises, "removal", "a schedule that goes up within 0 (complete) … 1 (k edges left)", removal)
+        require(rises, "removal", "a schedule that increases within 0 (complete) … 1 (k edges left)", removal)
 
     @property
     def needs_steps(self) -> bool:
-        """Whether a schedule is not constant."""
+        """Whether a schedule changes."""
         return not (self.strength.constant and self.removal.constant)
 
     @not_compiled  # would be compiled anew for every step
     def choose_to_train(self, view: View) -> Tensor:
         """Remove the edges that are due in this step, and return the others."""
         share = self.removal.at(view)
-        # Never more than there are: a graph that gets the rule during training keeps its edges until removal is due.
+        # Never more than exist: a graph that gets the rule during training keeps its edges until removal is due.
         edges = self.choose(view)
         keep = min(edges.numel(), view.num_candidates - round(share * (view.num_candidates - view.k)))
         chosen = self.largest(view, keep, among=edges)

@@ -8,13 +8,13 @@ from math import floor
 
 
 def allot(total: int, shares: Sequence[float], bounds: Sequence[tuple[int, int]]) -> list[int]:
-    """Return integers in proportion to shares, each within its bounds, that add up to a total.
+    """Return integers in proportion to shares, each within its bounds, with a given total.
 
-    One whose part would leave its bounds stays at the bound, and the others divide what is left in proportion to their
-    shares. Fractions go to the largest remainders, ties to the earlier one. Where no share is left, all are equal.
+    A part that would leave its bounds stays at the bound; the others divide the rest in proportion to their shares.
+    Fractions go to the largest remainders, ties to the earlier one. If all shares are 0, all are equal.
 
     Args:
-        total: The sum, between that of the lower and that of the upper bounds.
+        total: The sum, between the sums of the lower and of the upper bounds.
         shares: Shares, 0 or more.
         bounds: Smallest and largest number of each.
     """
@@ -27,7 +27,7 @@ def allot(total: int, shares: Sequence[float], bounds: Sequence[tuple[int, int]]
         exact = {i: rest * part / sum(parts.values()) for i, part in parts.items()}
         below = {i: bounds[i][0] for i in exact if exact[i] < bounds[i][0]}
         above = {i: bounds[i][1] for i in exact if exact[i] > bounds[i][1]}
-        # What these leave to the others makes the parts of the others smaller or larger.
+        # Fixing these makes the parts of the others smaller or larger.
         excess = sum(exact[i] - bound for i, bound in (below | above).items())
         leaving = below | above if not excess else above if excess > 0 else below
         if not leaving:

@@ -35,7 +35,7 @@ class PruneAndGrow(ChangingEdges):
 
     def __init__(self, every: int | None) -> None:
         super().__init__()
-        require(every is None or every >= 1, "every", "an integer from 1 up", every)
+        require(every is None or every >= 1, "every", "an integer >= 1", every)
         self.every = every
 
     def setup(self, view: View) -> None:

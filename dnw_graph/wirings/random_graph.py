@@ -17,8 +17,8 @@ class RandomGraph(ConstantEdges):
     function of the trained weights.
 
     Args:
-        separate_scores: Draw the edges by random scores of their own instead of the initial weights, so that the
-            weights of the chosen edges keep the full uniform distribution.
+        separate_scores: Draw the edges by separate random scores instead of the initial weights, so that the weights of
+            the chosen edges keep the full uniform distribution.
 
     Shapes:
         - ``index``: ``[num_edges]``, flat indices, ascending

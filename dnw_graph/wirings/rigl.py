@@ -1,4 +1,4 @@
-"""Rigging the lottery."""
+"""RigL: Rigging the Lottery."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class RigL(PruneAndGrow):
     Hallucinated weights and their optimiser states are zero, and are not trained. The gradient of all candidates is
     computed only in steps with a round.
 
-    In a step with a round the candidates are not updated but other parameters are; in the published code none is. A
-    round that would exchange no edge is skipped, and its step is an ordinary one. With Adam, the first update of a
+    In a step with a round, only parameters other than the candidates are updated; in the published code, none are. A
+    round that would exchange no edge is skipped; its step is an ordinary one. With Adam, the first update of a
     grown edge is about three times the learning rate.
 
     Args:
         alpha: α, the share of edges in the first round.
-        every: ΔT, steps between rounds; None for those of an epoch.
+        every: ΔT, steps between rounds; None: one round per epoch.
         until: T_end, a step or a fraction of training.
         skip_update: Whether the candidates are not updated in a step with a round.
 
@@ -50,7 +50,7 @@ class RigL(PruneAndGrow):
         super().__init__(every)
         require(0 <= alpha <= 1, "alpha", "a share of the real edges, within 0 … 1", alpha)
         possible = until > 0 and (isinstance(until, int) or until <= 1)
-        require(possible, "until", "a step (an integer from 1 up) or a fraction of training (up to 1.0)", until)
+        require(possible, "until", "a step (an integer >= 1) or a fraction of training (up to 1.0)", until)
         self.alpha, self.until, self.skip_update = alpha, until, skip_update
 
     def share(self, view: View, step: int) -> float:

@@ -1,4 +1,4 @@
-"""Checks of a rule's saved state, which may come from a file and on which products over the edges rely."""
+"""Checks of a rule's saved state, which may come from a file; products over the edges rely on it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def refuse_edges(index: object, num_candidates: int, num_edges: int, what: str) 
     if bool((index.diff(prepend=bounds[0], append=bounds[1]) <= 0).any()):
         raise InputError(
             f"{what} must be distinct candidates in 0 … {num_candidates - 1:,}, ascending; got "
-            f"{_count(index, num_candidates)}: the file is damaged or of another graph"
+            f"{_count(index, num_candidates)}: the file is damaged or belongs to another graph"
         )
 
 
@@ -83,13 +83,13 @@ def refuse_spoiled(edges: Tensor, checksum: object, what: str) -> None:
         return
     if bool(edge_sum(edges) != checksum):
         raise InputError(
-            f"{what} are not the edges that the rule stored: an average of models must copy this buffer and not "
-            "average it, as AveragedModel(use_buffers=False) does; or the file is damaged"
+            f"{what} are not the edges that the rule stored: an average of models must copy this buffer, not average "
+            "it, as AveragedModel(use_buffers=False) does; or the file is damaged"
         )
 
 
 def refuse_counts(saved: Mapping[str, Any], names: Collection[str], what: str) -> None:
-    """Refuse counters, such as numbers of steps, that are not integers from 0 up.
+    """Refuse counters, such as numbers of steps, that are not integers >= 0.
 
     Args:
         saved: Saved state by name.

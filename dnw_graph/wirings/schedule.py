@@ -1,4 +1,4 @@
-"""Values that change while training goes on."""
+"""Values that change during training."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Schedule:
         check_fields(self, "{} of a schedule".format)
         for name, moment in (("begin", self.begin), ("until", self.until)):
             possible = moment >= 0 and (isinstance(moment, int) or moment <= 1)
-            expected = "a step (an integer from 0 up) or a fraction of training (0.0 … 1.0)"
+            expected = "a step (an integer >= 0) or a fraction of training (0.0 … 1.0)"
             require(possible, f"{name} of a schedule", expected, moment)
         if type(self.begin) is type(self.until) and self.begin > self.until:
-            raise InputError(f"a schedule cannot begin at {self.begin} and end before, at {self.until}")
+            raise InputError(f"a schedule cannot begin at {self.begin} and end earlier, at {self.until}")
         if self.shape not in tuple(SHAPES):
             raise unknown_name("shape of a schedule", self.shape, SHAPES)
 
@@ -71,7 +71,7 @@ class Schedule:
             after: Whether the step is done: then 1.0 means after the last step of training, not at that step.
 
         Raises:
-            InputError: If a moment is a fraction, and the number of steps is not known.
+            InputError: If a moment is a fraction and the number of steps is unknown.
         """
         if self.constant:
             return self.end
@@ -111,7 +111,7 @@ def share_over_time(what: str, value: Changing) -> Schedule:
     """Return a schedule within 0 … 1.
 
     Raises:
-        InputError: If it is none.
+        InputError: If the value is not such a schedule.
     """
     schedule = as_schedule(what, value)
     require(
@@ -131,7 +131,7 @@ def as_schedule(what: str, value: Changing) -> Schedule:
         value: The value.
 
     Raises:
-        InputError: If it is none of these.
+        InputError: If the value is none of these.
     """
     if isinstance(value, Schedule):
         return value

@@ -18,10 +18,10 @@ class STR(Wiring):
 
     .. math:: \mathrm{sign}(w) \, \mathrm{relu}(|w| - \sigma(s)),
 
-    where s is learned, one per graph, with its own weight decay, and σ is the sigmoid. k cannot be set. It results from
-    training, as ``num_real_edges``, and can be given to other rules as a budget (``distribution={…}``). Hallucinated
-    weights get no gradient, but weight decay acts on them. In float32 the gradient of s is exactly 0 below s = -104,
-    where only its weight decay changes it. On a GPU every forward pass synchronises, to count the edges.
+    where s is learned, one per graph, with its own weight decay, and σ is the sigmoid. k cannot be set. The number of
+    edges results from training (``num_real_edges``) and can be a budget for other rules (``distribution={…}``).
+    Hallucinated weights get no gradient, but weight decay acts on them. In float32 the gradient of s is exactly 0 below
+    s = -104, where only its weight decay changes it. On a GPU every forward pass synchronises to count the edges.
 
     Args:
         start: s₀. Published for ResNet-50 at 90%: -3200.
@@ -45,7 +45,7 @@ class STR(Wiring):
         self.threshold = nn.Parameter(torch.tensor(start))
 
     def setup(self, view: View) -> None:
-        """Start at s₀, in the type of the weights."""
+        """Start at s₀, in the dtype of the weights."""
         self.threshold.data = torch.full_like(view.weight[0], self.start)
 
     def choose(self, view: View) -> Tensor:

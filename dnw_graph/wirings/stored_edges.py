@@ -72,10 +72,10 @@ class ConstantEdges(Wiring):
 
 
 class ChangingEdges(Wiring):
-    """Edges that change between steps, in number too: persistent buffers, which an average of models must copy.
+    """Edges that change between steps, as does their number: persistent buffers, which an average of models must copy.
 
-    They are a mask of bytes, since PyTorch's averaging cannot subtract booleans. A checksum reveals whether the mask
-    was averaged.
+    The buffer is a mask of bytes, since PyTorch's averaging cannot subtract booleans. A checksum reveals whether the
+    mask was averaged.
 
     Shapes:
         - ``real``: ``[num_candidates]``, uint8

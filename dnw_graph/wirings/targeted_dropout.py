@@ -40,8 +40,8 @@ class TargetedDropout(Wiring):
         variant: ``"unconstrained"`` or ``"regular"``.
 
     Raises:
-        InputError: If ρ is no probability or the variant unknown; for the regular variant, if the target nodes of two
-            blocks of candidates overlap without being the same.
+        InputError: If ρ is not a probability or the variant is unknown. For the regular variant: if the target nodes of
+            two blocks of candidates overlap without being the same.
     """
 
     gradient = "real"
@@ -59,7 +59,7 @@ class TargetedDropout(Wiring):
 
     @property
     def needs_steps(self) -> bool:
-        """Whether ρ moves."""
+        """Whether ρ changes."""
         return isinstance(self.rho, Schedule) and not self.rho.constant
 
     def setup(self, view: View) -> None:
@@ -77,7 +77,7 @@ class TargetedDropout(Wiring):
 
     @not_compiled  # It would be recompiled in every step.
     def choose_to_train(self, view: View) -> Tensor:
-        """Return what stays in this step: the strongest, and those targets that are not dropped."""
+        """Return the edges of this step: the strongest, and the targets that are not dropped."""
         rho = self.rho.at(view) if isinstance(self.rho, Schedule) else 1 - view.k / view.num_candidates
         stays = torch.rand(view.num_candidates, generator=view.generator(), device=view.weight.device) >= rho
         stays[self.choose(view)] = True
@@ -86,7 +86,7 @@ class TargetedDropout(Wiring):
         return torch.nonzero(stays).flatten()
 
     def _strongest_per_node(self, magnitude: Float[Tensor, " candidates"], num_edges: int) -> Int[Tensor, " edges"]:
-        """Return, for every node, its edges but the ⌊γ · fan-in⌋ weakest, ties to the lower index."""
+        """Return the edges of every node except the ⌊γ · fan-in⌋ weakest, ties to the lower index."""
         candidates = magnitude.numel()
         stays = torch.zeros_like(magnitude, dtype=torch.bool)
         for blocks in self.groups.values():

@@ -19,7 +19,7 @@ class TopKAST(DNW):
     .. math:: \frac{\lambda}{2} \left(\|w_E\|^2 + \frac{1}{D} \|w_{B \setminus E}\|^2\right);
 
     add :func:`dnw_graph.wiring_penalty` to the loss. In sparseml's version λ is multiplied by momentum; here it is an
-    ordinary term of the loss. With M = n - k and λ = 0 it is ``"dnw"``.
+    ordinary term of the loss. With M = n - k and λ = 0 this is ``"dnw"``.
 
     Args:
         extra: M: a number of candidates, or a share of all of them.

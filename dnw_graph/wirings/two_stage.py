@@ -1,4 +1,4 @@
-"""Lottery Ticket and Fine Tune: the wiring of a trained complete graph, retrained; as rules, and for whole models."""
+"""Lottery Ticket and Fine Tune: retrain the wiring of a trained complete graph, as rules and for whole models."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SecondStage(ConstantEdges):
         self.complete = None if trained is None else trained.detach().clone()
         same = initial is trained
         self.start = self.complete if same else None if initial is None else initial.detach().clone()
-        self.known = False  # Whether the edges are known; on the host, so that nothing has to synchronise.
+        self.known = False  # Whether the edges are known; on the host, to avoid synchronisation.
 
     def setup(self, view: View) -> None:
         """Choose the edges and set the candidate weights."""
@@ -81,7 +81,7 @@ class SecondStage(ConstantEdges):
             )
 
     def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
-        """Refuse other than k edges, distinct and ascending, or as many that are all unknown."""
+        """Refuse anything but k distinct ascending edges, or k unknown ones."""
         index = saved.get("index")
         if isinstance(index, Tensor) and not index.is_meta and index.numel() and bool((index == UNKNOWN).all()):
             saved = {"index": torch.arange(len(index)).to(index.dtype)}
@@ -95,7 +95,7 @@ class SecondStage(ConstantEdges):
 
 
 class FineTune(SecondStage):
-    """The wiring and the weights of a trained complete graph, retrained, as a rule at another learning rate.
+    """The wiring and the weights of a trained complete graph, retrained, usually at another learning rate.
 
     "FT" in Section 3.3 of the paper (arXiv 1906.00586). For a whole model: :func:`fine_tune`.
 
@@ -107,7 +107,7 @@ class FineTune(SecondStage):
         - ``trained``: ``[num_candidates]``
 
     Raises:
-        InputError: If the number of weights is not the graph's; if edges are asked for that are not known.
+        InputError: If the number of weights is not the graph's, or if unknown edges are requested.
     """
 
     @checked

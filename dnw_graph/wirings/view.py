@@ -1,4 +1,4 @@
-"""The view of a graph that a rule gets: flat vectors in the order of the candidates."""
+"""A rule's view of its graph: flat vectors in the order of the candidates."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class View:
         graph: The graph; see :class:`dnw_graph.ranking.Ranking`.
         wiring: Its rule.
         k: Number of edges asked for.
-        tensors: The parameters as the forward pass sees them. Default: as they are.
+        tensors: The parameters as the forward pass sees them. Default: the parameters themselves.
         optimizer: The optimiser, after a step of it.
         copy: Whether ``weight`` is a copy even where the parameter is one vector.
 
@@ -120,7 +120,7 @@ class View:
         Raises:
             InputError: If it is not known.
         """
-        return self._known("steps_per_epoch", "how many steps an epoch has, which is its default for every=…")
+        return self._known("steps_per_epoch", "how many steps an epoch has, its default for every=…")
 
     def _known(self, argument: str, what: str) -> int:
         if value := getattr(self.wiring, argument):
@@ -155,7 +155,7 @@ class View:
     def state(self) -> dict[str, Float[Tensor, " candidates"]]:
         """The floating-point states of the optimiser by name; after a step only.
 
-        Includes states of the shape of their parameter. They are 0 in layers that have had no gradient yet.
+        Includes only states with the shape of their parameter. They are 0 in layers that have had no gradient yet.
         """
         assert self._optimizer is not None
         states = [tensor_state(self._optimizer, weight.parameter) for weight in self.graph.weights]
@@ -223,7 +223,7 @@ def tensor_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def new_seed() -> int:
-    """Return a seed derived from PyTorch's; never 0, which stands for no seed."""
+    """Return a seed derived from PyTorch's; never 0, which means no seed."""
     return mix(torch.initial_seed()) >> 1 | 1
 
 

@@ -429,7 +429,7 @@ def test_no_images_give_nothing_or_are_named_as_the_cause(x):
 
 @pytest.mark.parametrize("tolerances", [{"rtol": -1e-3}, {"atol": 0.0}, {"atol": -1.0}, {"rtol": float("nan")}])
 def test_tolerances_that_are_none_are_refused(tolerances):
-    with pytest.raises(InputError, match=r"[ra]tol must be (a number from 0 up|a number above 0|a finite number); got"):
+    with pytest.raises(InputError, match=r"[ra]tol must be (a number >= 0|a number above 0|a finite number); got"):
         Continuous(**tolerances)
 
 

@@ -320,14 +320,14 @@ def test_the_edges_are_chosen_once_per_forward_pass(maps):
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, "3", None])
 def test_steps_must_be_an_integer_from_one_up(steps, unchecked):
-    with pytest.raises(InputError, match=r"steps must be an integer( or None| from 1 up); got"):
+    with pytest.raises(InputError, match=r"steps must be an integer( or None| >= 1); got"):
         Discrete(steps)
 
 
 def test_a_sequence_brings_its_own_steps():
     with pytest.raises(InputError, match="the steps of input_mode='sequence' are those of the input; give no steps"):
         Discrete(3, input_mode="sequence")
-    with pytest.raises(InputError, match="give no steps and one function"):
+    with pytest.raises(InputError, match="leave out steps and function_per_step"):
         Discrete(input_mode="sequence", function_per_step=True)
 
 

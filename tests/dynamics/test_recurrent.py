@@ -225,7 +225,7 @@ class TestRefusals:
             make_graph(dynamics, nn.Tanh(), candidates=CandidateEdges.dynamic(6))
 
     def test_a_stride_for_a_ready_module(self, dynamics):
-        with pytest.raises(InputError, match="stride 2 cannot be given to a ready module"):
+        with pytest.raises(InputError, match="stride 2 cannot be given to a module instance"):
             make_graph(dynamics, nn.Tanh(), stride=2)
 
 

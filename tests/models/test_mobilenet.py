@@ -185,7 +185,7 @@ def test_create_model_passes_its_options_on():
         ({"width": -1.0}, "width must be a positive number"),
         ({"width": float("nan")}, "width must be a finite number"),
         ({"width": 0.001}, "leaves no edge"),
-        ({"num_classes": 0}, "num_classes must be an integer from 1 up"),
+        ({"num_classes": 0}, "num_classes must be an integer >= 1"),
         ({"stem_stride": 3}, "stem_stride must be 2, or 1"),
     ],
 )

@@ -77,7 +77,7 @@ def test_a_name_without_its_data_is_the_first_one():
     ("name", "options", "message"),
     [
         ("mobilenet_v1_dnv", {}, "unknown pretrained model 'mobilenet_v1_dnv': did you mean 'mobilenet_v1_dnw"),
-        ("mobilenet_v1_dnw", {"num_classes": 5}, "has the options it was trained with: leave out num_classes"),
+        ("mobilenet_v1_dnw", {"num_classes": 5}, "keeps the options it was trained with: leave out num_classes"),
     ],
 )
 def test_what_is_not_there_is_refused(name: str, options: dict[str, object], message: str):

@@ -129,7 +129,7 @@ def test_curves_of_a_run_are_those_of_its_table(tmp_path):
 
 def test_what_cannot_be_shown_is_refused(tmp_path):
     graph = recorded(2)["a</script>b"]
-    with pytest.raises(InputError, match="frames must be an integer from 1 up; got 0"):
+    with pytest.raises(InputError, match="frames must be an integer >= 1; got 0"):
         animate(graph, tmp_path / "a.gif", frames=0)
     with pytest.raises(InputError, match="seconds must be a number above 0; got -1"):
         animate(graph, tmp_path / "a.gif", seconds=-1)

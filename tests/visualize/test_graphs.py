@@ -305,7 +305,7 @@ def test_a_layout_without_places_is_refused(graph, places):
 
 @pytest.mark.parametrize("draw", [plot, lambda graph, top: plot_change(graph.to_data(), graph.to_data(), top)])
 def test_no_edges_to_draw_is_refused(graph, draw):
-    with pytest.raises(InputError, match="an integer from 1 up; got 0"):
+    with pytest.raises(InputError, match="an integer >= 1; got 0"):
         draw(graph, 0)
 
 

@@ -290,7 +290,7 @@ def test_what_cannot_be_is_refused(tmp_path):
             recording.add(step)
     with pytest.raises(InputError, match="neither a neural graph nor a sparse layer"):
         Recording(nn.Linear(2, 2))
-    with pytest.raises(InputError, match="every must be an integer from 1 up; got 0"):
+    with pytest.raises(InputError, match="every must be an integer >= 1; got 0"):
         Recording(model, every=0)
     with pytest.raises(InputError, match="cannot be read"):
         Recording.load(tmp_path / "missing")

@@ -293,7 +293,7 @@ def test_another_density_than_that_of_nm_is_refused():
     [
         (lambda: SET(1.5), "fraction must be a share within"),
         (lambda: RigL(alpha=-0.1), "alpha must be a share of the real edges"),
-        (lambda: RigL(every=0), "every must be an integer from 1 up"),
+        (lambda: RigL(every=0), "every must be an integer >= 1"),
         (lambda: RigL(until=1.5), "until must be a step"),
         (lambda: GMP(0.5, 0.25), "a schedule cannot begin at 0.5 and end before"),
         (lambda: TopKAST(-1), "extra must be a number of candidates"),

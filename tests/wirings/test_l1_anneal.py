@@ -189,15 +189,15 @@ def test_recomputation_removes_nothing_more(use_reentrant):
         ({"strength": "strong"}, "L1Anneal: strength must be a finite number, a Schedule or a mapping"),
         (
             {"removal": Schedule(0.0, 1.1)},
-            "removal must be a schedule that goes up within 0 (complete) … 1 (k edges left)",
+            "removal must be a schedule that increases within 0 (complete) … 1 (k edges left)",
         ),
         (
             {"removal": Schedule(-0.1, 1.0)},
-            "removal must be a schedule that goes up within 0 (complete) … 1 (k edges left)",
+            "removal must be a schedule that increases within 0 (complete) … 1 (k edges left)",
         ),
         (
             {"removal": Schedule(0.6, 0.5)},
-            "removal must be a schedule that goes up within 0 (complete) … 1 (k edges left)",
+            "removal must be a schedule that increases within 0 (complete) … 1 (k edges left)",
         ),
         ({"removal": {"start": 0.0}}, "the schedule of removal needs start and end"),
     ],

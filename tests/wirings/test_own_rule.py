@@ -66,7 +66,7 @@ def test_a_rule_goes_by_its_class_path_or_by_a_name_that_it_was_given():
         with pytest.raises(InputError, match="'strongest_positive' is StrongestPositive already"):
             register_wiring("strongest_positive", OneEdgeLess)
         for name in ("", " ", "two\nlines"):
-            with pytest.raises(InputError, match="name must be a name in one line"):
+            with pytest.raises(InputError, match="name must be a name on one line"):
                 register_wiring(name, OneEdgeLess)
         with pytest.raises(InputError, match="did you mean 'strongest_positive'"):
             create_wiring("strongest_positiv")
@@ -80,8 +80,8 @@ def test_a_rule_goes_by_its_class_path_or_by_a_name_that_it_was_given():
     [
         ("dnw_graph.wirings.dnw.DNV", r"did you mean .*'dnw_graph\.wirings\.dnw\.DNW'"),
         ("collections.Ordered", "unknown wiring 'collections.Ordered': known are 'ac_dc'"),
-        ("no_such_package.Rule", "is no package.module.Class that can be imported: No module named"),
-        ("collections.OrderedDict", "is no subclass of dnw_graph.Wiring"),
+        ("no_such_package.Rule", "cannot be imported as package.module.Class: No module named"),
+        ("collections.OrderedDict", "is not a subclass of dnw_graph.Wiring"),
     ],
 )
 def test_what_a_path_does_not_lead_to_is_said(path, message):
