@@ -1,4 +1,4 @@
-"""The README as an index of packages shows it, where paths of the repository lead nowhere; the rest: pyproject.toml."""
+"""What an index of packages shows, where paths of the repository lead nowhere; the rest: pyproject.toml."""
 
 import os
 import re
@@ -34,9 +34,23 @@ def for_index(text: str, site: str) -> str:
     return IMAGE.sub(lambda image: f'<img src="{address(image["path"])}"', LINK.sub(absolute, text))
 
 
+def urls(site: str) -> dict[str, str]:
+    """Return the links of the project.
+
+    Args:
+        site: Where the site is published; empty if nowhere.
+    """
+    found = {"Paper": "https://arxiv.org/abs/1906.00586", "Original code": "https://github.com/allenai/dnw"}
+    if site:
+        found |= {"Documentation": site, "Changelog": f"{site.rstrip('/')}/changelog.html"}
+    return found
+
+
 if __name__ == "__main__":
     readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    site = os.environ.get("SITE_URL", "")
     setup(
-        long_description=for_index(readme, os.environ.get("SITE_URL", "")),
+        long_description=for_index(readme, site),
         long_description_content_type="text/markdown",
+        project_urls=urls(site),
     )

@@ -43,14 +43,23 @@ def test_one_version_everywhere():
 
 
 @pytest.fixture
-def for_index():
+def setup_file():
     spec = importlib.util.spec_from_file_location("dnw_graph_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.for_index
+    return module
 
 
-def test_links_of_the_readme_hold_on_an_index(for_index):
+def test_urls_lead_to_a_site_that_is_published(setup_file):
+    assert list(setup_file.urls("")) == ["Paper", "Original code"]
+    urls = setup_file.urls("https://example.org/dnw/")
+    assert urls["Documentation"] == "https://example.org/dnw/"
+    assert urls["Changelog"] == "https://example.org/dnw/changelog.html"
+    assert (ROOT / "docs" / "changelog.md").is_file()
+
+
+def test_links_of_the_readme_hold_on_an_index(setup_file):
+    for_index = setup_file.for_index
     text = (ROOT / "README.md").read_text()
     for site in ("", "https://example.org/dnw/"):
         links = re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", for_index(text, site))

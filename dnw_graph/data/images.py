@@ -65,11 +65,9 @@ class ArrayImages(Images):
         return ArrayImages(self.pixels[index], self.labels[index])
 
 
+# Not torchvision's ImageFolder: its walk follows links in circles, and what it ignores cannot be counted per class.
 class FileImages(Images):
     """Images in ``root/<class>/``, at any depth.
-
-    As torchvision's ``ImageFolder``, which takes hidden directories for classes, walks in circles where a link leads
-    back, and knows images by their endings alone.
 
     Args:
         root: The directory with one directory per class.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
@@ -27,7 +27,7 @@ from dnw_graph.whole_file import write_whole
 CALLS_PER_LOOK_ON_GPUS = 5
 
 
-class WholeFileIO(CheckpointIO):
+class WholeFileIO(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all: a run that is killed, or a disk that is full, leaves the previous one.
 
     Args:
@@ -53,11 +53,8 @@ class WholeFileIO(CheckpointIO):
         content, self.content = self.content, None
         return content or read_checkpoint(path)
 
-    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Remove a checkpoint."""
-        Path(path).unlink(missing_ok=True)
 
-
+# Not Lightning's ModelCheckpoint: to stop all ranks after the same step, each of its hooks would be overridden.
 class Checkpoints(Checkpoint):
     """Writes ``last.ckpt`` at the end of every epoch, every so many steps and when a run is stopped; and two others.
 

@@ -21,6 +21,7 @@ from dnw_graph.stopping import is_first_process
 from dnw_graph.whole_file import unwritable, write_whole
 
 
+# Not Lightning's CSVLogger: it deletes the rows of a run that is resumed, and rewrites its file in place.
 class Table(Logger):
     """Writes ``metrics.csv``: a row per call, on the disk when the call returns.
 
