@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import dnw_graph
+from dnw_graph.training import read_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -21,8 +25,10 @@ OPTIONS = (
     *("--workers", "0", "--accelerator", "cpu"),
 )
 
+STEPS_PER_EPOCH = 2  # 1,437 digits in batches of 512
 
-def start(directory: Path, *words: str, **environ: str) -> subprocess.Popen[str]:
+
+def start(directory: Path, *words: str, group: int | None = None, **environ: str) -> subprocess.Popen[str]:
     root = str(Path(dnw_graph.__file__).parents[1])
     names = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER"))}
     return subprocess.Popen(
@@ -32,6 +38,7 @@ def start(directory: Path, *words: str, **environ: str) -> subprocess.Popen[str]
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        process_group=group,
     )
 
 
@@ -57,6 +64,26 @@ def test_torchrun_starts_one_run(tmp_path: Path, by_lightning: dict[str, object]
     assert process.returncode == 0, err
     assert out.count("written to runs/1: ") == 1
     assert summary_of(tmp_path) == by_lightning
+
+
+def test_ctrl_c_under_torchrun_leaves_a_run_that_goes_on(tmp_path: Path):
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29518")
+    # A group of its own, all of which gets the signal, as of a terminal.
+    process = start(tmp_path, *launcher, *COMMAND, "train", *OPTIONS, "--epochs", "4", group=0)
+    assert process.stdout is not None
+    assert next(line for line in process.stdout if line.startswith("epoch 1/4"))
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    with pytest.raises(ProcessLookupError):  # neither rank is left
+        os.killpg(process.pid, 0)
+    (stopped,) = re.findall(r"^stopped after step (\d+): continue with (.+)$", err, re.MULTILINE)
+    last = tmp_path / "runs" / "1" / "last.ckpt"
+    assert read_checkpoint(last)["global_step"] == int(stopped[0])
+    again = start(tmp_path, *shlex.split(stopped[1])[1:])
+    out, err = again.communicate(timeout=500)
+    assert again.returncode == 0, err
+    assert "epoch 4/4" in out
+    assert read_checkpoint(last)["global_step"] == 4 * STEPS_PER_EPOCH
 
 
 def test_slurm_starts_one_run(tmp_path: Path, by_lightning: dict[str, object]):
