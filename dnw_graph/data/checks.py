@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 from PIL import Image, UnidentifiedImageError
 
@@ -70,45 +71,51 @@ def check_images(paths: Sequence[str], threads: int = 16) -> list[str]:
     return [kind for kind, _ in found]
 
 
-def check_files(classes: Sequence[str], *parts: Images) -> None:
+def check_files(classes: Sequence[str], **parts: Images) -> None:
     """Look at the files of all images that are files, and say what each class has; in the first process of a run.
 
     Args:
         classes: Names of the classes.
-        parts: The images.
+        parts: The images by what they are for.
 
     Raises:
         InputError: If any of them is broken.
     """
-    files = [part for part in parts if isinstance(part, FileImages)]
+    files = {use.replace("_", " "): part for use, part in parts.items() if isinstance(part, FileImages)}
     if not files or not is_first_process():
         return
-    paths = [path for part in files for path in part.paths]
+    paths = [path for part in files.values() for path in part.paths]
     if len(paths) >= MANY_IMAGES:
         print(f"checking {len(paths):,} image files (--no-check-images skips this)", flush=True)
     kinds = check_images(paths)
-    labels = [int(label) for part in files for label in part.labels]
-    for line in class_lines(classes, labels, kinds, sum((part.ignored for part in files), Counter())):
+    labels = {use: [int(label) for label in part.labels] for use, part in files.items()}
+    ignored = {id(part.ignored): part.ignored for part in files.values()}  # which parts of the same images share
+    for line in class_lines(classes, labels, kinds, sum(ignored.values(), Counter())):
         print(line, flush=True)
 
 
 def class_lines(
-    classes: Sequence[str], labels: Sequence[int], kinds: Sequence[str], ignored: Counter[tuple[str, str]]
+    classes: Sequence[str],
+    labels: Mapping[str, Sequence[int]],
+    kinds: Sequence[str],
+    ignored: Counter[tuple[str, str]],
 ) -> list[str]:
     """Return a line per class: images, formats and modes, and other files; of many classes the first ones.
 
     Args:
         classes: Their names.
-        labels: Class of every image.
+        labels: Class of every image, by what the images are for.
         kinds: Format and mode of every image.
         ignored: Numbers of other files by class and ending.
     """
     counts: dict[int, Counter[str]] = {label: Counter() for label in range(len(classes))}
-    for label, kind in zip(labels, kinds, strict=True):
+    for label, kind in zip(chain(*labels.values()), kinds, strict=True):
         counts[label][kind] += 1
+    uses = {use: Counter(part) for use, part in labels.items()}
     lines = []
     for label, name in enumerate(classes[:MANY_CLASSES]):
-        held = ", ".join(f"{number:,} {kind}" for kind, number in counts[label].most_common()) or "no images"
+        formats = ", ".join(f"{number:,} {kind}" for kind, number in counts[label].most_common()) or "no images"
+        held = " + ".join(f"{number[label]:,} {use}" for use, number in uses.items()) + f": {formats}"
         others = ", ".join(f"{number:,} {ending}" for (of, ending), number in sorted(ignored.items()) if of == name)
         lines.append(f"class {label} {name[:50]!r}: {held}" + (f"; ignored: {others}" if others else ""))
     if len(classes) > MANY_CLASSES:

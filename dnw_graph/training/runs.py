@@ -144,7 +144,7 @@ def _train(
     card: ModelCard,
 ) -> Summary:
     if options.check_images:
-        check_files(data.images.classes, data.images.train, data.images.test)
+        check_files(data.images.classes, train=data.images.train, test=data.images.test)
     steps_per_row = min(STEPS_PER_ROW, data.steps_per_epoch)
     monitor, training_cost = WiringMonitor(module.model, max(1, steps_per_row)), TrainingCost(module.model)
     table = Table(directory, checkpoint[SECTION].get("metrics_rows") if checkpoint else 0)
@@ -211,7 +211,7 @@ def _evaluate(
     data = DataModule(images, options)
     data.preprocess = card.preprocess
     if options.check_images:
-        check_files(images.classes, images.test)
+        check_files(images.classes, test=images.test)
     check_step(model, size, options, on_gpu(options))
     # The images decide nothing: they are for counting and for tracing.
     example = torch.zeros(2, 3, size, size)

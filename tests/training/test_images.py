@@ -183,15 +183,17 @@ def test_there_is_a_line_per_class(image_directory: Path, capsys: pytest.Capture
     Image.new("L", (9, 9)).save(one / "grey.jpg")
     (one / "note.txt").touch()
     data = load_images(str(image_directory))
-    check_files(data.classes, data.train, data.test)
+    learned, held_out = (data.train.part(np.array(index)) for index in ([0, 1, 3, 4, 5, 6, *range(7, 13)], [2]))
+    check_files(data.classes, train=learned, held_out=held_out, test=data.test)
     assert capsys.readouterr().out.splitlines() == [
-        "class 0 'one': 12 PNG RGB, 1 JPEG L; ignored: 1 .txt",
-        "class 1 'zero': 12 PNG RGB",
+        "class 0 'one': 6 train + 1 held out + 6 test: 12 PNG RGB, 1 JPEG L; ignored: 1 .txt",
+        "class 1 'zero': 6 train + 0 held out + 6 test: 12 PNG RGB",
     ]
 
 
 def test_of_many_classes_the_first_are_listed():
-    lines = class_lines([f"c{n}" for n in range(60)], [0, 0, *range(60)], ["PNG RGB"] * 62, Counter())
+    labels = {"train": range(60), "held out": [0]}
+    lines = class_lines([f"c{n}" for n in range(60)], labels, ["PNG RGB"] * 61, Counter())
     assert len(lines) == 51
-    assert lines[0] == "class 0 'c0': 3 PNG RGB"
-    assert lines[-1] == "… and 10 more classes; 1 to 3 images in each"
+    assert lines[0] == "class 0 'c0': 1 train + 1 held out: 2 PNG RGB"
+    assert lines[-1] == "… and 10 more classes; 1 to 2 images in each"
