@@ -40,12 +40,12 @@ def needed_nodes(graph: NeuralGraph, wanted: Int[Tensor, " outputs"] | None) -> 
 
     live = reaching(graph.edge_index, live, widen)
     if not live[: graph.num_inputs].any():
-        live[0] = True  # The inputs give the sizes of batch and maps.
+        live[0] = True  # The inputs determine the sizes of batch and maps.
     return live
 
 
 def can_be_compacted(module: nn.Module) -> bool:
-    """Return whether a module is a graph with a dynamics of this package, without patches and hooks."""
+    """Return whether a module is a graph with dynamics of this package, without patches and hooks."""
     return type(module) is NeuralGraph and why_not(module) is None
 
 
@@ -197,7 +197,7 @@ class GraphConverter:
 
 
 def _steps_of(size: float, times: Tensor) -> Tensor:
-    """Return the times at which torchdiffeq's one-step solvers evaluate: steps of one size, the last one shorter."""
+    """Return the step bounds of torchdiffeq's one-step solvers: steps of equal size, the last one shorter."""
     start, end = times
     count = int(((end - start).abs() / size + 1).ceil())
     grid = start + torch.sign(end - start) * size * torch.arange(count, dtype=times.dtype, device=times.device)

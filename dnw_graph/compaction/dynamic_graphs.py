@@ -24,7 +24,8 @@ class Step(Layer):
     """One application of f_θ(A Z, t) in a dynamic graph.
 
     Args:
-        send: Applied to states before they are propagated, unless ``receive`` is a whole function with its own.
+        send: Applied to states before they are propagated, unless ``receive`` is a whole function with its own
+            ``send``.
         product: The product Z → I.
         receive: Computes states from what nodes receive.
     """
@@ -58,7 +59,7 @@ class Step(Layer):
 
 
 class DiscreteGraph(Layer):
-    """A discrete-time graph: steps one after the other.
+    """A discrete-time graph: steps in sequence.
 
     Args:
         steps: The different steps.
@@ -163,7 +164,7 @@ class ContinuousGraph(Layer):
 
     Args:
         step: The right-hand side f_θ(A Z, t).
-        method: As of :class:`~dnw_graph.Continuous`, like the rest.
+        method: As in :class:`~dnw_graph.Continuous`, like the following arguments.
         rtol: Relative tolerance.
         atol: Absolute tolerance.
         solver_options: Further options of the solver.
@@ -206,13 +207,13 @@ class ContinuousGraph(Layer):
         solver: dict[str, Any] = {"method": self.method, "options": self.solver_options}
         try:
             states = odeint(lambda time, z: self.step(z, time), z, times, rtol=self.rtol, atol=self.atol, **solver)
-        except AssertionError as error:  # torchdiffeq asserts, among other things, that its step stays above zero.
+        except AssertionError as error:  # Among other things, torchdiffeq asserts that its step stays above zero.
             raise InputError(f"{self.method} failed ({error}): the states grow without bound for this input") from error
         return states[-1]
 
 
 def _pad_nodes(x: Tensor, num_nodes: int) -> Tensor:
-    """Add nodes of state zero behind the inputs."""
+    """Add nodes of state zero after the inputs."""
     missing = num_nodes - x.size(1)
     return F.pad(x, (*[0, 0] * (x.dim() - 2), 0, missing)) if missing else x
 

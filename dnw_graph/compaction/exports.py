@@ -1,4 +1,4 @@
-"""Exports a compact model as one file for other programs, with everything that they need to use it."""
+"""Exports a compact model to one file for other programs, with everything they need to use it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_export(path: Path) -> None:
     if not os.path.isdir(path.parent):
         raise InputError(f"--export is {str(path)!r}: the directory {path.parent} does not exist")
     if os.path.isdir(path):
-        raise InputError(f"--export is {str(path)!r}: expected a file, and this is a directory")
+        raise InputError(f"--export is {str(path)!r}: expected a file; this is a directory")
     make_writable(path.parent, "--export")
 
 
@@ -85,31 +85,31 @@ def export(model: nn.Module, path: str | os.PathLike[str], example: Tensor, with
     Args:
         model: The model; what :func:`dnw_graph.load` returned has a card.
         path: The file.
-        example: A batch of two inputs or more, as the model takes them; the file takes any number of them.
+        example: A batch of two or more inputs of the model; the file accepts any batch size.
         with_preprocessing: Normalise inside the file, ``.pt2`` or ``.onnx``, which then takes images of 0 to 255
-            (uint8) in the size that the card says.
+            (uint8) in the size given by the card.
 
     Returns:
         One line: size of the file, and the median time for one image with the threads of this process.
 
     Raises:
-        InputError: If the file cannot be written, is ``.safetensors`` and ``compact`` makes no ``CompactModel`` of the
-            model, or the preprocessing is asked for and unknown.
+        InputError: If the file cannot be written, if it is ``.safetensors`` and ``compact`` does not return a
+            ``CompactModel``, or if the preprocessing is requested but unknown.
     """
     path = Path(path)
     check_export(path)
     card = card_of(model)
     if with_preprocessing and (card is None or path.suffix == ".safetensors"):
         raise InputError(
-            "preprocessing goes into .pt2 and .onnx files of models that say theirs, as those of dnw_graph.load do; a "
-            ".safetensors file always says it"
+            "preprocessing can be part of .pt2 and .onnx files of models that store it, as those of dnw_graph.load do; "
+            "a .safetensors file always stores it"
         )
     small = compact(model, products="dense" if path.suffix == ".onnx" else "sparse")
     if path.suffix == ".safetensors":
         if not isinstance(small, CompactModel):
             raise InputError(
-                "--export to .safetensors is for models made of neural graphs and networks of sparse layers, and "
-                f"{type(model).__name__} is none: give a file ending in .pt2 or .onnx"
+                "--export to .safetensors is for models made of neural graphs and networks of sparse layers, not for a "
+                f"{type(model).__name__}: give a file ending in .pt2 or .onnx"
             )
         save_compact(small, path)
         return _measured(path, load_compact(path), example)
@@ -138,9 +138,9 @@ def export(model: nn.Module, path: str | os.PathLike[str], example: Tensor, with
 def _measured(path: Path, function: Callable[[Tensor], Any] | None, example: Tensor) -> str:
     size = f"written to {path}: {os.path.getsize(path) / 1e6:,.2f} MB"
     if path.suffix == ".onnx":
-        size += " (dense, zeros included: ONNX has no sparse products)"
+        size += " (dense, with all zeros: ONNX has no sparse products)"
     if function is None:
-        return f"{size}; its time needs onnxruntime"
+        return f"{size}; measuring its time needs onnxruntime"
     seconds = []
     with torch.no_grad():
         for _ in range(WARM_UP_CALLS + CALLS):

@@ -64,13 +64,13 @@ KINDS: dict[str, type[Layer]] = {
     "static_graph": StaticGraph,
     "step": Step,
 }
-"""The layers that a file can hold. Adding one, or an option that has no default, makes a new version."""
+"""The layers that a file can hold. A new layer, or a new option without a default, needs a new version."""
 ROUNDED = ("values", "weight")  # Tensors that may be rounded; biases and folded norms may not.
 
 
 @checked
 def save_compact(module: nn.Module, path: str | os.PathLike[str], weight_dtype: torch.dtype | None = None) -> None:
-    """Write a compact model to a file from which :func:`load_compact` makes it again, without the original model.
+    """Write a compact model to a file, from which :func:`load_compact` restores it without the original model.
 
     Besides its value, an edge or a weight of a sparse layer takes one byte for its position: the number of zeros before
     it, with a further byte for every 255 of them. The file is written atomically. It includes the card of a model that
@@ -78,13 +78,13 @@ def save_compact(module: nn.Module, path: str | os.PathLike[str], weight_dtype: 
 
     Args:
         module: What :func:`~dnw_graph.compaction.compact` returned.
-        path: The file, by custom with the ending ``.safetensors``.
-        weight_dtype: ``torch.bfloat16`` or ``torch.float16``: weights are rounded to it in the file, half as large, and
-            have the type of the model again when they are loaded. Default: they are written as they are.
+        path: The file, usually with the suffix ``.safetensors``.
+        weight_dtype: ``torch.bfloat16`` or ``torch.float16``: weights are rounded to it in the file, at half the size,
+            and have the dtype of the model again when loaded. Default: no rounding.
 
     Raises:
-        InputError: If ``weight_dtype`` is another type, the model holds a module that is not a layer of this package,
-            or the file cannot be written.
+        InputError: If ``weight_dtype`` is another dtype, the model contains a module that is not a layer of this
+            package, or the file cannot be written.
     """
     from safetensors.torch import save
 
@@ -113,7 +113,7 @@ def load_compact(path: str | os.PathLike[str], device: str | torch.device = "cpu
         device: Where the tensors go.
 
     Raises:
-        InputError: If the file is missing, torn, damaged, not such a file, or of another version.
+        InputError: If the file is missing, truncated, damaged, not a compact model, or of another version.
     """
     from safetensors import safe_open
 
@@ -127,7 +127,7 @@ def load_compact(path: str | os.PathLike[str], device: str | torch.device = "cpu
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            # Copied, since the tensors read are views of the file, which may be overwritten later.
+            # Copied: the tensors are views of the file, which may be overwritten later.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # A damaged file can fail anywhere in the decoder.
         raise InputError(
@@ -142,7 +142,7 @@ def load_compact(path: str | os.PathLike[str], device: str | torch.device = "cpu
     except Exception as error:  # A wrong description can fail anywhere.
         raise InputError(f"{path} does not describe a compact model ({_short(error)}): it is damaged") from error
     if tensors or not isinstance(model, CompactModel):
-        raise InputError(f"{path} holds tensors of no layer ({', '.join(sorted(tensors)[:3]):.100}): it is damaged")
+        raise InputError(f"{path} holds unused tensors ({', '.join(sorted(tensors)[:3]):.100}): it is damaged")
     if "card" in metadata:
         try:
             ModelCard.from_dict(json.loads(metadata["card"])).describe(model)
@@ -160,7 +160,7 @@ def _check_format(path: Path, metadata: dict[str, str]) -> None:
         raise InputError(f"{path} is a safetensors file, but not of a compact model: give one that save_compact wrote")
     if metadata.get("version") != str(VERSION):
         raise InputError(
-            f"{path} has version {metadata.get('version')!r:.20} of the format, this package reads version {VERSION}: "
+            f"{path} has format version {metadata.get('version')!r:.20}, this package reads version {VERSION}: "
             "update dnw-graph, or save the model again"
         )
 

@@ -1,4 +1,4 @@
-"""Node functions and other modules that work on every channel by itself, as lists of plain layers."""
+"""Node functions and other modules that treat every channel separately, as lists of plain layers."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _norm(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm | nn.Instance
     mean, variance = norm.running_mean, norm.running_var
     if mean is None or variance is None:
         if not isinstance(norm, nn.InstanceNorm2d):
-            return None  # It normalises over the batch, in evaluation too.
+            return None  # It normalises over the batch even in evaluation.
         weight, bias = _scale_and_shift(norm, norm.weight) if norm.affine else (None, None)
         return [InstanceNorm(weight, bias, norm.eps)]
     weight, bias = _scale_and_shift(norm, mean)
@@ -157,7 +157,7 @@ class PerBlock(Layer):
         return sum(self.sizes)
 
     def cut(self, nodes: Tensor) -> PerBlock:
-        """Return the chains of some channels; blocks of which none is left are dropped."""
+        """Return the chains of some channels; empty blocks are dropped."""
         chains, sizes, start = [], [], 0
         for chain, size in zip(self.chains, self.sizes, strict=True):
             inside = nodes[(nodes >= start) & (nodes < start + size)] - start

@@ -9,7 +9,7 @@ from torch import Tensor
 from dnw_graph.compaction.plain_layers import require
 
 FAR = 255
-"""A byte that stands for this many zeros and no value."""
+"""A byte that encodes this many zeros and no value."""
 
 
 def to_gaps(rowptr: Int[Tensor, " rows"], columns: Int[Tensor, " values"], sources: int) -> UInt8[Tensor, " bytes"]:
@@ -41,7 +41,7 @@ def from_gaps(
     is_value = gaps != FAR
     require(not len(gaps) or bool(is_value[-1]), "gaps must end with a value")
     places = (gaps.long() + is_value.long()).cumsum(0)[is_value] - 1
-    require(rows >= 0 and sources >= 0 and rows * sources < 2**62, f"no memory holds {rows} × {sources} values")
+    require(rows >= 0 and sources >= 0 and rows * sources < 2**62, f"{rows} × {sources} values do not fit in memory")
     require(not len(places) or int(places[-1]) < rows * sources, f"a value lies outside {rows} rows of {sources}")
     rowptr = torch.searchsorted(places, torch.arange(rows + 1) * sources)
     return rowptr.to(index), (places % max(sources, 1)).to(index)

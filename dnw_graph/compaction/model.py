@@ -50,7 +50,7 @@ class CompactModel(Chain):
     report: Report | None = None
 
     def forward(self, z: Tensor, **options: Any) -> Tensor:
-        """Apply the layers; options of a graph, such as ``times``, are refused, since inner states are gone."""
+        """Apply the layers; options of a graph, such as ``times``, are refused, since inner states no longer exist."""
         if options:
             raise InputError(f"a compact model takes no options; got {', '.join(options)}: ask the original graph")
         if not isinstance(z, Tensor):
@@ -78,25 +78,25 @@ def compact(
     networks with sparse layers, see below. Any other module is copied, and each graph in it is replaced by such a
     model.
 
-    An adaptive solver takes other steps without the dead nodes, so that outputs change within its tolerance; the report
-    says by how much.
+    An adaptive solver takes other steps without the dead nodes, so outputs change within its tolerance; the report
+    gives the difference.
 
-    Linear layers and 2-dimensional convolutions with 4,096 weights or more, of which at most 30% are not zero, become
+    Linear layers and 2-dimensional convolutions with 4,096 weights or more, of which at most 30% are non-zero, become
     sparse layers, whether :func:`~dnw_graph.sparse_layers.sparsify` or another method made the zeros; other layers are
     faster dense. A module whose forward pass is a fixed network of layers, additions and pooling, such as torchvision's
-    ResNets, becomes a :class:`CompactModel` if it has sparse layers; in any other module they replace the layers that
-    they are made from.
+    ResNets, becomes a :class:`CompactModel` if it has sparse layers; in any other module they replace the original
+    layers.
 
     Args:
-        model: The model, which is not changed. The real edges are those of evaluation.
+        model: The model, which stays unchanged. The real edges are those of evaluation.
         products: ``"sparse"``: products over edges are sparse; static graphs of norm → ReLU → 3×3 convolution, and
             sparse layers, are single operators. ``"dense"``: matrices with zeros, in plain PyTorch operators (for
             ONNX).
         state_dtype: ``torch.bfloat16``: in static graphs that are single operators, the states that nodes send are
-            rounded to bfloat16, half as much memory to read; sums and convolutions are formed in float32. Default: the
-            type of the model.
-        example: A batch of inputs, for a model with a single argument. With it, the report has multiply-adds and the
-            difference of the outputs.
+            rounded to bfloat16, which halves the memory to read; sums and convolutions use float32. Default: the
+            dtype of the model.
+        example: A batch of inputs, for a model with a single argument. With it, the report includes multiply-adds and
+            the difference of the outputs.
 
     Returns:
         The compact model, in evaluation mode, with the :class:`~dnw_graph.compaction.Report` as its ``report``.
@@ -186,7 +186,7 @@ class _Compactor:
         return compacted
 
     def _network(self, model: nn.Module) -> Network | None:
-        """Return a module with sparse layers as a network of plain layers, or None where it is not known to be one."""
+        """Return a module with sparse layers as a network of plain layers, or None if it is not known to be one."""
         if not self.sparse or not any(_is_sparse(module) for module in model.modules()):
             return None
 

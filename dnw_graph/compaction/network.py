@@ -42,7 +42,7 @@ class Operation(Layer):
 
     Args:
         name: One of :data:`OPERATIONS`.
-        arguments: Its further arguments by name: numbers, booleans, lists of them or None.
+        arguments: Further arguments by name: numbers, booleans, lists of them or None.
     """
 
     options = ("name", "arguments")
@@ -61,7 +61,7 @@ class Operation(Layer):
 
 
 class Network(Layer):
-    """A directed acyclic graph of layers; the result of the last one is that of the network.
+    """A directed acyclic graph of layers; the last one returns the result of the network.
 
     Args:
         layers: The layers, in the order of their computation.
@@ -174,7 +174,7 @@ def traced(model: nn.Module, converted: Callable[[nn.Module], Sequence[nn.Module
 
 
 def norms_behind(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Return, for each module whose result is used once, by a single module, that module, as far as known."""
+    """Return, for each module whose result is used once, the module that uses it, as far as known."""
     graph = _trace(model)
     if graph is None:
         return {}
@@ -196,7 +196,7 @@ def _trace(model: nn.Module) -> fx.Graph | None:
         return None
     try:
         return fx.Tracer().trace(model)
-    except Exception:  # Any forward pass, run with symbolic tensors, can fail anywhere.
+    except Exception:  # A forward pass on symbolic tensors can fail anywhere.
         return None
 
 

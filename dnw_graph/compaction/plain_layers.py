@@ -1,7 +1,7 @@
-"""The layers of a compact model: plain modules over maps ``[batch, channels, *space]``, without parameters to train.
+"""The layers of a compact model: plain modules over maps ``[batch, channels, *space]``, without trainable parameters.
 
 A layer consists of tensors (buffers), options (plain values named in ``options``) and parts (other layers). A file
-holds exactly these three; constructors refuse arguments that do not fit together, from files as from programs.
+holds exactly these three; constructors refuse inconsistent arguments, from files and from code.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Layer(nn.Module):
     """A layer of a compact model.
 
     Attributes:
-        options: Names of the constructor's arguments that are plain values.
-        tensor_names: Names of those that are tensors, or None.
+        options: Names of the constructor arguments that are plain values.
+        tensor_names: Names of those that are tensors or None.
         label: Name of the layer in the original model, where the layer has a row in the report.
         sources: Number of columns of the sparse matrix ``rowptr``, ``columns``, ``values``, in a layer that has one.
     """
@@ -56,11 +56,11 @@ class Layer(nn.Module):
         return None
 
     def cut(self, nodes: Tensor) -> Layer:
-        """Return the layer for some of its channels; only for layers that treat every channel separately."""
+        """Return the layer for some of its channels; only layers that treat every channel separately have it."""
         raise NotImplementedError
 
     def absorb(self, scale: Tensor, shift: Tensor) -> bool:
-        """Fold a scale and a shift per channel into the layer if possible; return whether they were."""
+        """Fold a scale and a shift per channel into the layer if possible; return whether it was possible."""
         return False
 
     def extra_repr(self) -> str:
@@ -70,7 +70,7 @@ class Layer(nn.Module):
 
 
 class Chain(Layer):
-    """Layers one after the other."""
+    """Layers in sequence."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Select(Layer):
     """Some of the channels.
 
     Args:
-        index: Which ones.
+        index: Their indices.
         dim: The dimension that counts channels.
     """
 
@@ -197,7 +197,7 @@ class ScaleAndShift(Layer):
 
 
 class Affine(ScaleAndShift):
-    """A scale and a shift per channel: what a batch norm is in evaluation."""
+    """A scale and a shift per channel, such as a batch norm in evaluation."""
 
     scale: Tensor
     shift: Tensor
@@ -284,7 +284,7 @@ class Conv(Layer):
         return self.groups == self.num_inputs == self.num_outputs
 
     def cut(self, nodes: Tensor) -> Conv:
-        """Return the convolution that makes some of the channels."""
+        """Return the convolution for some of the output channels."""
         bias = None if self.bias is None else self.bias[nodes]
         groups = len(nodes) if self.single_channel else self.groups
         return Conv(self.weight[nodes], bias, self.stride, self.padding, self.dilation, groups)
@@ -353,10 +353,10 @@ class MapMean(Layer):
 
 
 def require_whole(numbers: object, least: int, what: str) -> None:
-    """Raise an InputError unless all numbers are integers from ``least`` up."""
+    """Raise an InputError unless all numbers are integers >= ``least``."""
     given = list(numbers) if isinstance(numbers, list | tuple) else [numbers]
     fits = all(isinstance(number, int) and not isinstance(number, bool) and number >= least for number in given)
-    require(fits, f"{what} must be integers from {least} up; got {reprlib.repr(numbers)}")
+    require(fits, f"{what} must be integers >= {least}; got {reprlib.repr(numbers)}")
 
 
 def require(condition: bool, message: str) -> None:

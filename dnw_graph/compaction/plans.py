@@ -1,7 +1,7 @@
-"""Static graphs of a compact model, with the layers around them, in one call of a kernel.
+"""Static graphs of a compact model, with the layers around them, in one kernel call.
 
-A convolution before such a graph, and a ReLU, the mean over maps and a linear layer behind it, take part. Layers are
-called one by one where that matters: hooks, gradients, autocast, compilers, other devices and types.
+The call includes a convolution before the graph, and a ReLU, the mean over maps and a linear layer after it. With
+hooks, gradients, autocast, compilers, and on other devices or dtypes, layers are called one by one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _RUNS: weakref.WeakKeyDictionary[nn.Module, tuple[list[nn.Module], dict[int, Run
 
 
 def apply(model: nn.Module, layers: Sequence[nn.Module], z: Tensor) -> Tensor:
-    """Apply the layers of a model one after the other, those of a run in one call where that gives the same."""
+    """Apply the layers of a model in sequence; those of a run in one call where the result is the same."""
     runs = _runs(model, list(layers)) if plain_eager() and not torch.is_autocast_enabled("cpu") else {}
     place = 0
     while place < len(layers):
@@ -40,7 +40,7 @@ def apply(model: nn.Module, layers: Sequence[nn.Module], z: Tensor) -> Tensor:
 
 
 def _runs(model: nn.Module, layers: list[nn.Module]) -> dict[int, Run]:
-    """Return the runs among the layers by the place where they begin."""
+    """Return the runs among the layers by the index of their first layer."""
     known, runs = _RUNS.get(model, ([], {}))
     if not _same(known, layers):
         found = [_run(layers, place) for place, layer in enumerate(layers) if isinstance(layer, FusedGraph)]
@@ -50,12 +50,12 @@ def _runs(model: nn.Module, layers: list[nn.Module]) -> dict[int, Run]:
 
 
 class Run:
-    """Layers that follow on each other, of which one is a static graph.
+    """Consecutive layers that include a static graph.
 
     Args:
         stem: The convolution before the graph, if there is one.
         graph: The graph.
-        behind: ReLU, mean and linear layer behind it, as far as they are there.
+        behind: ReLU, mean and linear layer after it, if present.
     """
 
     def __init__(self, stem: Conv | None, graph: FusedGraph, behind: Sequence[nn.Module]) -> None:
@@ -66,7 +66,7 @@ class Run:
         self._made: tuple[list[Tensor], list[int], StaticPlan | None] | None = None
 
     def __call__(self, z: Tensor) -> Tensor | None:
-        """Return what the layers make of z, or None if they have to be called one by one."""
+        """Return the result of the layers for z, or None if they have to be called one by one."""
         channels = self.graph.num_inputs if self.stem is None else self.stem.num_inputs
         if not (isinstance(z, Tensor) and readable(z) and z.dim() == 4 and z.size(1) == channels and z.numel()):
             return None
@@ -81,7 +81,7 @@ class Run:
         return None if plan is None else plan(z)
 
     def _plan(self, tensors: list[Tensor]) -> StaticPlan | None:
-        """Return the plan for the tensors as they are now, the last one unless they have changed."""
+        """Return the plan for the current tensors; a cached one unless they have changed."""
         versions = [version(tensor) for tensor in tensors]
         held, old, plan = self._made or ([], [], None)
         if not _same(held, tensors) or old != versions:
@@ -107,7 +107,7 @@ class Run:
 
 
 def _run(layers: list[nn.Module], place: int) -> Run:
-    """Return the static graph at a place with the layers around it that a plan takes."""
+    """Return the static graph at an index with the layers around it that a plan supports."""
     graph = layers[place]
     assert isinstance(graph, FusedGraph)
     before = layers[place - 1] if place else None

@@ -1,4 +1,4 @@
-"""The product Z → I of a compact graph: over a list of edges, or with a matrix."""
+"""The product Z → I of a compact graph: over an edge list, or with a matrix."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class DenseProduct(Layer):
         return self.weight != 0
 
     def own_parameters(self) -> int:
-        """Return the number of its parameters, zeros left out."""
+        """Return the number of its parameters, without zeros."""
         return int(self.edge_mask.sum()) + self.bias.numel()
 
     @property
@@ -120,7 +120,7 @@ Product = SparseProduct | DenseProduct
 
 
 def check_csr(rowptr: Tensor, columns: Tensor, values: Tensor, sources: int) -> None:
-    """Refuse tensors that are no sparse matrix in CSR.
+    """Refuse tensors that are not a sparse matrix in CSR.
 
     Raises:
         InputError: If shapes or types do not fit, an index lies outside the matrix, or the sources of a target do not
@@ -134,7 +134,7 @@ def check_csr(rowptr: Tensor, columns: Tensor, values: Tensor, sources: int) -> 
     require(values.is_floating_point(), "edges need floating-point numbers as weights")
     require(
         int(rowptr[0]) == 0 and int(rowptr[-1]) == len(columns) and bool((rowptr.diff() >= 0).all()),
-        f"row pointers must rise from 0 to the number of edges, {len(columns)}",
+        f"row pointers must ascend from 0 to the number of edges, {len(columns)}",
     )
     if len(columns):
         low, high = int(columns.min()), int(columns.max())

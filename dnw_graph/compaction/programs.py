@@ -43,7 +43,7 @@ def load_program(path: Path, card: ModelCard) -> nn.Module:
 
     Args:
         path: The file, ``.pt2`` or ``.onnx``.
-        card: Its card. ``preprocess`` of the model leaves out normalisation that is inside the file.
+        card: Its card. The model's ``preprocess`` omits normalisation that is part of the file.
 
     Raises:
         InputError: If it is damaged, or onnxruntime is not installed.

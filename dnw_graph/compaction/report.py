@@ -16,10 +16,10 @@ class Size:
     Attributes:
         nodes: Number of nodes.
         edges: Number of real edges.
-        parameters: Number of parameters as counted by :func:`~dnw_graph.analysis.cost.cost`, dead nodes included. Of a
-            compact model, all stored numbers (a discrete graph stores its first and its last step separately).
-        multiply_adds: Multiply-adds for one image of the example, likewise; None without example, or if those of an
-            operator are unknown.
+        parameters: Number of parameters as counted by :func:`~dnw_graph.analysis.cost.cost`, including dead nodes. For
+            a compact model, all stored numbers (a discrete graph stores its first and last step separately).
+        multiply_adds: Multiply-adds for one image of the example, counted likewise; None without example, or if those
+            of an operator are unknown.
     """
 
     nodes: int = 0
@@ -35,11 +35,11 @@ class LayerRow:
     Attributes:
         name: Its name in the original model.
         weights: Number of its weights, without those of dead channels.
-        kept: Number of those that are not zero.
+        kept: Number of non-zero weights.
         form: ``"sparse"`` or ``"dense"``.
         why_dense: Why it is dense, or empty.
         bytes: Size of weights and bias in a file.
-        multiply_adds: Multiply-adds with weights that are not zero, for one image of the example; None without example.
+        multiply_adds: Multiply-adds with non-zero weights, for one image of the example; None without example.
     """
 
     name: str
@@ -59,12 +59,12 @@ class Report:
         before: Size of the model with all its nodes.
         after: Size of the compact model.
         graphs: Nodes and edges before and after, by graph.
-        layers: A row for every linear layer and convolution; printed where one of them has zeros.
+        layers: A row for every linear layer and convolution; printed if one of them has zeros.
         kept: Node functions that could not be cut to single nodes and are kept whole.
         adaptive: Names of the graphs with an adaptive solver, whose steps depend on the nodes.
         difference: ‖compact − original‖ / ‖original‖ of the outputs for the example, None without example.
-        tolerance_difference: With an adaptive solver, the same between the original's outputs with a tenth of its
-            tolerances and with its own tolerances.
+        tolerance_difference: With an adaptive solver, the same between the original's outputs with its tolerances and
+            with a tenth of them.
     """
 
     before: Size = field(default_factory=Size)
@@ -105,7 +105,7 @@ class Report:
         if self.difference is not None:
             lines.append(f"outputs differ by {self.difference:.1e}")
         if self.tolerance_difference is not None:
-            lines.append(f"a tenth of the solver's tolerances moves the original's by {self.tolerance_difference:.1e}")
+            lines.append(f"a tenth of the tolerances changes the original's by {self.tolerance_difference:.1e}")
         elif self.adaptive:
             lines.append(
                 f"{', '.join(self.adaptive)}: an adaptive solver depends on all nodes, so outputs differ within its "

@@ -23,7 +23,7 @@ def layer_rows(model: nn.Module, compacted: nn.Module, example: Tensor | None) -
     Args:
         model: The model, with zeros for hallucinated weights.
         compacted: The compact model.
-        example: A batch of inputs, for the multiply-adds of one of them.
+        example: A batch of inputs; multiply-adds are for one of them.
     """
     made: dict[str, nn.Module] = {}
     made |= {layer.label: layer for layer in compacted.modules() if isinstance(layer, Layer) and layer.label}

@@ -1,4 +1,4 @@
-"""Models as chains of modules that are applied one after the other."""
+"""Models as sequences of modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dnw_graph.usual import as_its_class
 
 
 def chain(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that a model applies one after the other, or the model alone."""
+    """Return the modules that a model applies in sequence, or the model alone."""
     modules = parts(model) if as_its_class(model) else None
     if modules is None:
         return [model]

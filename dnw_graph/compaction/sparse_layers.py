@@ -16,10 +16,10 @@ from dnw_graph.ops import sparse_conv2d, sparse_linear
 from dnw_graph.ops.layer import LARGEST
 
 DENSEST = 0.3
-"""Largest share of weights with which a layer runs over them alone: ``benchmarks/sparse_layers.py`` prints at which
-share dense and sparse layers take equally long, and the least of them is above this one."""
+"""Largest share of non-zero weights for a sparse layer: below the smallest share at which dense and sparse layers take
+equally long, see ``benchmarks/sparse_layers.py``."""
 SMALLEST = 4096
-"""Weights, zeros included, below which a layer stays dense: there is nothing to gain."""
+"""A layer with fewer weights, zeros included, stays dense: there is nothing to gain."""
 
 
 class SparseLayer(Layer):
@@ -157,7 +157,7 @@ class SparseConv(SparseLayer):
 
 
 def pays(weight: Tensor) -> bool:
-    """Return whether a layer with this weight is faster as a sparse one: the rule of :func:`compact`."""
+    """Return whether a layer with this weight becomes sparse: the rule of :func:`compact`."""
     return weight.numel() >= SMALLEST and int(weight.count_nonzero()) <= DENSEST * weight.numel()
 
 
@@ -177,7 +177,7 @@ def sparse_form(layer: Conv | Linear) -> SparseLayer | None:
     if isinstance(layer.padding, list):
         padding = layer.padding
     elif layer.padding == "same" and any(each % 2 for each in reach):
-        return None  # Its padding differs between the two sides.
+        return None  # The padding differs between the two sides.
     if max(*kernel, *layer.stride, *padding, *layer.dilation) > LARGEST:
         return None
     window = (kernel, layer.stride, padding, layer.dilation)
@@ -187,7 +187,7 @@ def sparse_form(layer: Conv | Linear) -> SparseLayer | None:
 
 
 def make_sparse(model: nn.Module) -> None:
-    """Replace the layers within a compact model that are faster as sparse ones."""
+    """Replace the layers within a compact model that are faster as sparse layers."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             form = sparse_form(child) if isinstance(child, Conv | Linear) else None

@@ -19,7 +19,7 @@ STATE_DTYPES = {None: None, "bfloat16": torch.bfloat16}
 
 
 class Blocks(Layer):
-    """A graph of blocks of nodes, of which the first are inputs and the last outputs.
+    """A graph of blocks of nodes: the first are inputs, the last outputs.
 
     Attributes:
         sizes: Number of nodes of each block.
@@ -82,7 +82,7 @@ class StaticGraph(Blocks):
 class FusedGraph(Blocks):
     """One or several static graphs in one operator, :func:`dnw_graph.ops.static_graph`, and a shift of the outputs.
 
-    Its input is what the input nodes receive. Arguments are those of the operator, ``state_dtype`` by its name.
+    Its input is the input of the input nodes. Arguments are those of the operator; ``state_dtype`` is a name.
     """
 
     options = ("sizes", "strides", "state_dtype")
@@ -125,7 +125,7 @@ class FusedGraph(Blocks):
         check_csr(rowptr, columns, values, sum(sizes))
         for size, start in zip(sizes[1:], accumulate(sizes), strict=False):
             first, last = rowptr[[start - sizes[0], start - sizes[0] + size]].tolist()
-            require(bool((columns[first:last] < start).all()), f"an edge to the nodes from {start} on starts there")
+            require(bool((columns[first:last] < start).all()), f"an edge to nodes >= {start} starts there")
         self.sizes = list(sizes)
         self.sources = sum(sizes)
         self.strides = list(strides)
@@ -143,7 +143,7 @@ class FusedGraph(Blocks):
 
     @property
     def rounding(self) -> torch.dtype | None:
-        """What states are rounded to, or None."""
+        """The dtype that states are rounded to, or None."""
         return STATE_DTYPES[self.state_dtype]
 
     def tensors(self) -> GraphTensors:

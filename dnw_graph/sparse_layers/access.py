@@ -59,8 +59,8 @@ def weight_graphs(module: nn.Module) -> dict[str, WeightGraph]:
     """Return the graphs of a module's sparse weights by name: one per weight, or a single one with ``"global"``.
 
     The graph of a single weight is listed under every name of the weight in this module, one per path to its layer. The
-    graph of all layers is ``"all layers"``. If several parts were sparsified, each with ``"global"``, further ones have
-    the name of their first weight.
+    graph of all layers is ``"all layers"``. If several parts were sparsified, each with ``"global"``, further graphs
+    have the name of their first weight.
     """
     graphs: dict[str, WeightGraph] = {}
     for name, (_, graph) in sparse_weights(module).items():

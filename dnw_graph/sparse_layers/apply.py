@@ -38,20 +38,20 @@ def sparsify(
 
     Section 3.4 of the paper. Every weight tensor of a linear layer, a convolution, a transposed convolution or an
     attention projection becomes a graph: its entries are the candidates, k of them are real, and the others are zero in
-    the forward pass. With the rule ``"dnw"`` all of them get the dense gradient. Biases, norms and everything else stay
-    as they are. The module is changed in place; its parameters stay the same objects, so that an optimiser may be made
-    before or after. :func:`densify` makes plain parameters again.
+    the forward pass. With the rule ``"dnw"`` all of them get the dense gradient. Biases, norms and everything else
+    stay unchanged. The module is changed in place; its parameters stay the same objects, so you can create the
+    optimiser before or after. :func:`densify` restores plain parameters.
 
-    In training the real weights are chosen once per forward pass of the outermost module that is called; in evaluation
-    when the weights have changed. Both are as in :class:`~dnw_graph.NeuralGraph`. Reading a weight outside of a forward
-    pass gives the real weights of evaluation; its gradient and its hooks are those of all candidates. Writing into it,
-    as ``nn.init`` and ``layer.reset_parameters()`` do, is refused: initialise first, assign a new weight, or write to
+    In training the real weights are chosen once per forward pass of the outermost module called; in evaluation when the
+    weights have changed, as in :class:`~dnw_graph.NeuralGraph`. Reading a weight outside of a forward pass returns the
+    real weights of evaluation; its gradient and its hooks are those of all candidates. Writing to it, as ``nn.init``
+    and ``layer.reset_parameters()`` do, raises an error: initialise first, assign a new weight, or write to
     ``layer.parametrizations.weight.original``.
 
     Args:
         module: The module.
-        density: Share of weights to keep: k = n - ⌊(1 - density) · n⌋ of n, at least 1. Default: 0.1, or what the rule
-            decides (``"nm"``).
+        density: Share of weights to keep: k = n - ⌊(1 - density) · n⌋ of n, at least 1. Default: 0.1, or the
+            density of the rule (``"nm"``).
         wiring: The rule: a name or a :class:`~dnw_graph.wirings.Wiring`, which is copied for every weight.
         skip: What stays dense: name patterns (``*`` and ``?``) of modules or parameters, and types of modules, with
             everything inside such modules.
@@ -59,16 +59,16 @@ def sparsify(
             ``"global"`` (one ranking of all weights), or a mapping from patterns of weight names to densities. See
             ``dnw_graph.sparse_layers.budget``.
         sparse_kernels: On a CPU, whether layers whose hallucinated weights get no gradient compute over their real
-            weights alone, in the forward and in the backward pass, where ``dnw_graph.sparse_layers.layer_edges.pays``
-            says so. The edges are the same, results are equal up to rounding. False: always with a dense weight.
+            weights alone, in the forward and backward pass, where ``dnw_graph.sparse_layers.layer_edges.pays`` is true.
+            The edges are the same; results are equal up to rounding. False: always use a dense weight.
 
     Returns:
         A table of all parameters with two or more dimensions, sparse or dense.
 
     Raises:
-        InputError: If a density is out of range, a name or pattern is unknown, there is nothing to make sparse, or a
-            weight is sparse already, shared by two layers, lazy, quantised or without values, or its layer computes
-            with other values than the weight's (see :func:`register_layer`). Nothing is changed then.
+        InputError: If a density is out of range, a name or pattern is unknown, there is nothing to make sparse, a
+            weight is already sparse, shared by two layers, lazy, quantised or without values, or a layer computes with
+            other values than its weight's (see :func:`register_layer`). Nothing is changed then.
 
     Examples:
         >>> from torch import nn
@@ -133,7 +133,7 @@ def _table(
 
 
 def _attach(module: nn.Module, graphs: Sequence[WeightGraph], sparse_kernels: bool) -> None:
-    """Parametrize the weights, and let all modules around them choose edges when their forward pass begins."""
+    """Parametrize the weights, and make all modules around them choose edges when their forward pass begins."""
     parts: dict[tuple[nn.Module, str], list[tuple[LayerWeight, WeightGraph]]] = {}
     for graph in graphs:
         for weight in graph.weights:
@@ -180,7 +180,7 @@ def _links(module: nn.Module, graphs: Sequence[WeightGraph]) -> list[tuple[nn.Mo
 
 
 def _assign(otherwise: Callable[[nn.Module, str, Any], None]) -> Callable[[nn.Module, str, Any], None]:
-    """Return a ``__setattr__`` that makes an assigned parameter the candidates, and calls another one otherwise."""
+    """Return a ``__setattr__`` that makes an assigned parameter the candidates; otherwise it calls another one."""
 
     def assign(layer: nn.Module, name: str, value: Any) -> None:
         chain: Any = isinstance(value, nn.Parameter) and sparse_chain(layer, name)

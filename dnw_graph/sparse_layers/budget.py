@@ -38,7 +38,7 @@ def edges_per_weight(
     - ``"erdos_renyi"``: the density of a layer is proportional to (inputs + outputs) / (inputs · outputs), counted in
       channels (Mocanu et al. 2018).
     - ``"erdos_renyi_kernel"``: the same with the sides of the kernel in both terms (Evci et al. 2020).
-    - a mapping from name patterns to densities; the first matching pattern counts, and ``density`` where none matches.
+    - a mapping from name patterns to densities: the first matching pattern applies, or ``density`` if none matches.
 
     Erdős–Rényi densities are at most 1, and the total number of real weights is exactly that of ``"uniform"`` for all
     weights together.
@@ -63,7 +63,7 @@ def edges_per_weight(
     sides = [weight.shape if distribution == "erdos_renyi_kernel" else weight.shape[:2] for weight in weights]
     shares = [size * sum(side) / side.numel() for size, side in zip(sizes, sides, strict=True)]
     if (total := kept(sum(sizes), density)) < len(sizes):
-        raise InputError(f"the density leaves {total} weights for {len(sizes)} layers: give a larger one")
+        raise InputError(f"the density leaves {total} weights for {len(sizes)} layers: give a larger density")
     return allot(total, shares, [(1, size) for size in sizes])
 
 

@@ -18,7 +18,7 @@ Skip = str | type[nn.Module]
 
 
 def reasons_to_skip(module: nn.Module, skip: Skip | Iterable[Skip]) -> dict[str, str]:
-    """Return why modules and parameters stay dense, by name: those that ``skip`` matches, with all inside them.
+    """Return why modules and parameters stay dense, by name: those that ``skip`` matches, and all inside them.
 
     Raises:
         InputError: If an entry is neither a pattern nor a type of module, or matches nothing.
@@ -60,7 +60,7 @@ def refuse_module(module: nn.Module, reasons: Mapping[str, str]) -> None:
     """Refuse a module with layers that cannot be made sparse.
 
     Raises:
-        InputError: If it is a script, or a layer that is not skipped is lazy, quantised or sparse already.
+        InputError: If it is scripted, or a layer that is not skipped is lazy, quantised or already sparse.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise InputError("a scripted module cannot be changed: make its weights sparse before torch.jit")
@@ -76,7 +76,7 @@ def refuse_module(module: nn.Module, reasons: Mapping[str, str]) -> None:
     for path, _, name, _ in sparse_parameters(module):
         full = f"{path}.{name}" if path else name
         if path not in reasons and full not in reasons:
-            raise InputError(f"{full} is sparse already: densify(…) it first, or skip it")
+            raise InputError(f"{full} is already sparse: densify(…) it first, or skip it")
 
 
 def names_of_owners(module: nn.Module) -> dict[Tensor, list[str]]:
@@ -92,7 +92,7 @@ def refuse_weights(module: nn.Module, weights: Sequence[LayerWeight]) -> None:
     """Refuse weights that cannot be ranked.
 
     Raises:
-        InputError: If there is none, or one is shared with another layer, not of real numbers or without values.
+        InputError: If there are no weights, or one is shared by two layers, not of real numbers or without values.
     """
     if not weights:
         raise InputError(
@@ -105,7 +105,7 @@ def refuse_weights(module: nn.Module, weights: Sequence[LayerWeight]) -> None:
         if len(names := owners[parameter]) > 1:
             raise InputError(f"{' and '.join(names)} are one shared weight: skip one of them, or give each its own")
         if parameter.is_meta:
-            raise InputError(f"{weight.name} is on the meta device, without values: give it some first")
+            raise InputError(f"{weight.name} is on the meta device, without values: initialise it first")
         if not parameter.is_floating_point() or type(parameter) is not nn.Parameter:
             raise InputError(
                 f"{weight.name} is a {type(parameter).__name__} of {parameter.dtype}: expected a plain parameter of "

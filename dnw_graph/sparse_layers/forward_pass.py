@@ -33,7 +33,7 @@ class RealWeights(nn.Module):
     Args:
         weights: The sparse parts of the parameter: all of it, or some of the three projections of ``in_proj_weight``.
         graphs: The graph of each part.
-        owned: The graphs that are registered here; a graph of several layers is registered in the first of them.
+        owned: The graphs registered here; a graph of several layers is registered in the first of them.
         order: Names of the layer's own parameters before any became sparse.
         over_edges: Whether the layer has a forward pass over edges alone, see ``over_edges``.
 
@@ -65,7 +65,7 @@ class RealWeights(nn.Module):
         self.register_state_dict_pre_hook(_refuse_pretrained)
 
     def begin_pass(self, real: Tensor | LayerEdges, learning: Tensor | None) -> None:
-        """Take what is real during a forward pass: as masks, see :meth:`assemble`, or as edges."""
+        """Set the real weights of a forward pass: as masks, see :meth:`assemble`, or as edges."""
         if isinstance(real, LayerEdges):
             self.edges = real
         else:
@@ -87,11 +87,11 @@ class RealWeights(nn.Module):
 
     @property
     def learning(self) -> Tensor | None:
-        """During a forward pass 1 for those that get a gradient; None if all do."""
+        """During a forward pass 1 for weights that get a gradient, 0 for others; None if all do."""
         return self._learning if self.edges is None else self.edges.mask
 
     def real_values(self) -> Float[Tensor, " edges"]:
-        """Return what the edges of a forward pass compute with."""
+        """Return the values of the edges in a forward pass."""
         ((weight, graph),) = self.parts
         assert self.edges is not None
         parameter = graph.guarded(weight.parameter) if weight is graph.weights[0] else weight.parameter
@@ -102,7 +102,7 @@ class RealWeights(nn.Module):
         if self.in_pass or traced():
             return self._real(weight)
         if torch.is_inference_mode_enabled():
-            # Tensors made in inference mode do not record that they are written to.
+            # Tensors made in inference mode do not record writes.
             with torch.inference_mode(False), torch.no_grad():
                 return ReadWeight.of(self._real(weight), self.name, weight)
         return ReadWeight.of(self._real(weight), self.name, weight)
@@ -156,7 +156,7 @@ class RealWeights(nn.Module):
         return weight.detach().clone()
 
     def take(self, weight: Tensor) -> None:
-        """Prepare for a replacement of the candidates."""
+        """Prepare to replace the candidates."""
         shape = self.parts[0][0].parameter.shape
         if weight.shape != shape:
             raise wrong(self.name, f"a weight of {list(shape)}, or densify(…) the model first", weight)
@@ -169,8 +169,8 @@ class RealWeights(nn.Module):
         """Assemble the parameter's masks from those of its parts; dense projections count as real.
 
         Returns:
-            1 for real weights; 1 for those that get a gradient, None if all do, the same tensor if the real ones do.
-            Or the real weights as edges, and None.
+            Two masks: 1 for real weights; 1 for those that get a gradient (None if all do, the same tensor if only the
+            real ones do). Or the real weights as edges, and None.
         """
         edges = real[self.parts[0][0]]
         if isinstance(edges, LayerEdges):
@@ -216,7 +216,7 @@ def part(below: Collection[RealWeights], others: Iterable[RealWeights] = ()) -> 
 
 
 def _refuse_pretrained(real: RealWeights, *_: Any) -> None:
-    """Refuse a save that ``from_pretrained`` could not load: it makes a dense model and would redraw the weight."""
+    """Refuse a save that ``from_pretrained`` could not load: it would make a dense model and redraw the weight."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "save_pretrained":
@@ -228,7 +228,7 @@ def _refuse_pretrained(real: RealWeights, *_: Any) -> None:
 
 
 class ForwardPass:
-    """Chooses the real weights below a module when its forward pass begins, unless one around it has begun.
+    """Chooses the real weights below a module when its forward pass begins, unless an outer one has begun.
 
     Args:
         weights: The sparse parameters below the module.
@@ -264,7 +264,7 @@ class ForwardPass:
         """Forward pre-hook of the module.
 
         Raises:
-            InputError: If the module is a copy that ``nn.DataParallel`` made on another device.
+            InputError: If the module is a replica that ``nn.DataParallel`` made on another device.
         """
         if is_replica(module):
             raise InputError(
@@ -337,7 +337,7 @@ _TOKENS = itertools.count()
 _PASSES: weakref.WeakValueDictionary[str, ForwardPass] = weakref.WeakValueDictionary()
 
 
-# Masks that are kept must not be in the memory of a CUDA graph: the compiler captures only the parts around this.
+# Stored masks must not be in the memory of a CUDA graph: the compiler captures only the parts around this.
 _UNSAFE: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
@@ -353,7 +353,7 @@ def _real_masks(parameters: Sequence[Tensor], like: Sequence[Tensor], token: str
         raise InputError("the model that was compiled or exported here is gone: call densify(…) before exporting one")
     current = _PASSES[token]
     owned = [weight.parameter for graph in current.graphs() for weight in graph.weights]
-    # Compiled code passes aliases; only the parameters themselves tell whether they have changed.
+    # Compiled code passes aliases; only the parameters themselves show whether they have changed.
     same = all(a.data_ptr() == b.data_ptr() for a, b in zip(owned, parameters, strict=True))
     chosen = current.choose(owned if same else parameters, begins_pass)
     pairs = zip(current.weights, chosen, strict=True)
@@ -365,7 +365,7 @@ def _real_masks(parameters: Sequence[Tensor], like: Sequence[Tensor], token: str
 
 @_real_masks.register_fake
 def _(parameters: Sequence[Tensor], like: Sequence[Tensor], token: str, begins_pass: bool) -> list[Tensor]:
-    # An exported program cannot call the object that chooses. Refused here, where no compiler traces the check.
+    # An exported program cannot call the object that chooses. Refused here, where the check is not traced.
     if torch.compiler.is_exporting():
         raise InputError("a module with sparse weights cannot be exported: densify(…) it first, or a copy of it")
     return [torch.empty_like(weight) for weight in like]

@@ -19,17 +19,17 @@ from dnw_graph.propagation.gradient import with_dense_gradient
 from dnw_graph.sparse_layers.layers import LayerWeight
 
 DENSEST: dict[type[nn.Module], float] = {nn.Linear: 0.1, nn.Conv2d: 0.3}
-"""Largest share of real weights with which a layer computes over them alone: ``benchmarks/sparse_training.py`` prints
-at which share a dense and a sparse layer take equally long to train, and the least of them are above these."""
+"""Largest share of real weights with which a layer computes over them alone: below the smallest share at which dense
+and sparse layers take equally long to train, see ``benchmarks/sparse_training.py``."""
 SMALLEST = 4096
-"""Weights, hallucinated ones included, below which a layer computes with a dense weight: there is nothing to gain."""
+"""A layer with fewer weights, hallucinated ones included, uses a dense weight: there is nothing to gain."""
 
 
 def suits(layer: nn.Module) -> bool:
-    """Return whether there are kernels for what a layer does.
+    """Return whether there are kernels for a layer.
 
-    For PyTorch's ``nn.Linear``, and for its ``nn.Conv2d`` with zeros around the maps, as many as a number says; for
-    subclasses too that have no forward pass of their own.
+    There are for ``nn.Linear``, for ``nn.Conv2d`` with zero padding given as numbers, and for subclasses that do not
+    override their forward pass.
     """
     if isinstance(layer, nn.Linear):
         return type(layer).forward is nn.Linear.forward
@@ -41,12 +41,12 @@ def suits(layer: nn.Module) -> bool:
 def pays(weight: LayerWeight, num_real: int) -> bool:
     """Return whether a layer computes over its real weights alone.
 
-    That is so on a CPU with compiled kernels, in float32 and float64, with 4,096 weights or more of which at
-    most 10% (of a linear layer) or 30% (of a convolution) are real.
+    It does on a CPU with compiled kernels, in float32 and float64, if it has 4,096 weights or more, of which at most
+    10% (linear layer) or 30% (convolution) are real.
 
     Args:
         weight: The weight.
-        num_real: How many of its candidates are real.
+        num_real: Number of its real candidates.
     """
     densest = DENSEST[nn.Linear if isinstance(weight.layer, nn.Linear) else nn.Conv2d]
     return (
@@ -76,11 +76,11 @@ class LayerEdges:
 
     @cached_property
     def mask(self) -> Float[Tensor, "rows ..."]:
-        """1 for real weights and 0 for hallucinated ones; made when somebody reads the layer's weight."""
+        """1 for real weights and 0 for hallucinated ones; computed when the layer's weight is read."""
         return self.weight.mask(self.index, self.weight.parameter)
 
     def takes(self, x: Tensor) -> bool:
-        """Return whether the layer's own operation takes such inputs."""
+        """Return whether the sparse operation supports such inputs."""
         parameter, layer = self.weight.parameter, self.weight.layer
         if not kernels_take(x) or x.dtype != parameter.dtype or torch.is_autocast_enabled("cpu"):
             return False
@@ -89,13 +89,13 @@ class LayerEdges:
         return x.dim() == 4 and x.size(1) == self.weight.channels[0]
 
     def compute(self, x: Tensor, values: Float[Tensor, " edges"], bias: Tensor | None, probe: Tensor | None) -> Tensor:
-        """Return what the layer does, with gradients of x and values over the edges alone.
+        """Return the layer's outputs, with gradients of x and values over the edges alone.
 
         Args:
             x: The inputs.
-            values: What the real weights compute with.
+            values: The values of the real weights.
             bias: The layer's bias.
-            probe: Gets the gradient of all candidates, if there is one.
+            probe: Receives the gradient of all candidates, if given.
         """
         layer = self.weight.layer
         if isinstance(layer, nn.Linear):

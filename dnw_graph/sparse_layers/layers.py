@@ -23,15 +23,15 @@ LAYERS: dict[type[nn.Module], tuple[tuple[str, ...], bool]] = {
     **{kind: (("weight",), kind in TRANSPOSED) for kind in CONVOLUTIONS},
     nn.MultiheadAttention: (("in_proj_weight", *(f"{each}_proj_weight" for each in PROJECTIONS)), False),
 }
-"""Types of layers, with the names of their weights and whether these have their input channels first."""
+"""Layer types, with the names of their weights and whether these have their input channels first."""
 
 
 @checked
 def register_layer(kind: type[nn.Module], weights: Sequence[str] = ("weight",), *, inputs_first: bool = False) -> None:
-    """Register a type of layers for :func:`sparsify`, with subclasses that do not override its methods.
+    """Register a layer type for :func:`sparsify`, including subclasses that do not override its methods.
 
-    A layer must use its weight unchanged: y = W x, at every position of a map. For a subclass of a PyTorch layer with a
-    forward pass of its own, ``sparsify`` finds this out by a trial; registering the subclass asserts it.
+    A layer must use its weight unchanged: y = W x, at every position of a map. For subclasses of PyTorch's layers that
+    override the forward pass, ``sparsify`` tests this by a trial; registering the subclass asserts it.
 
     Args:
         kind: The type.
@@ -75,7 +75,7 @@ class LayerWeight:
             ``.q``, ``.k`` or ``.v``.
         layer: The module that the parameter belongs to.
         parameter_name: The parameter's name in that module.
-        third: Index of the third of the parameter's rows that is this weight; None for all rows.
+        third: Which third of the parameter's rows this weight is; None for all rows.
         transposed: Whether the parameter has its input channels first, as transposed convolutions do.
     """
 
@@ -92,7 +92,7 @@ class LayerWeight:
 
     @property
     def parameter(self) -> Tensor:
-        """The parameter as the optimiser has it, sparse already or not."""
+        """The parameter as the optimiser has it, sparse or not."""
         if parametrize.is_parametrized(self.layer, self.parameter_name):
             return self.layer.parametrizations[self.parameter_name].original  # type: ignore[union-attr, index]
         return getattr(self.layer, self.parameter_name)
@@ -104,7 +104,7 @@ class LayerWeight:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the weight, a third of the rows where it is one."""
+        """Shape of the weight; of a projection, a third of the parameter's rows."""
         rows, *others = self.parameter.shape
         return torch.Size([rows if self.third is None else rows // 3, *others])
 
@@ -148,7 +148,7 @@ class LayerWeight:
 
         Args:
             index: Flat indices of the candidates.
-            like: A tensor of the type that the mask is to have.
+            like: A tensor with the dtype of the mask.
         """
         return self.shaped(like.detach().new_zeros(self.numel).index_fill_(0, index, 1))
 
@@ -204,12 +204,12 @@ def find_weights(module: nn.Module) -> Iterator[LayerWeight]:
 
 
 def own_parameters(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of a layer itself, each by every name that it has there."""
+    """Yield a layer's own parameters, each under every name that it has there."""
     return layer.named_parameters(recurse=False, remove_duplicate=False)
 
 
 def weight_name(parameter: str, third: int | None) -> str:
-    """Return the name of a weight from that of its parameter: a projection in ``in_proj_weight`` adds its letter."""
+    """Return the name of a weight from its parameter's: a projection in ``in_proj_weight`` adds its letter."""
     return parameter if third is None else f"{parameter}.{PROJECTIONS[third]}"
 
 

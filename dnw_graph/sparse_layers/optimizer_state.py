@@ -16,12 +16,12 @@ from dnw_graph.sparse_layers.layers import own_parameters
 
 @checked
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any], module: nn.Module) -> None:
-    """Load the state of an optimiser from before ``sparsify`` or ``densify`` into one that was made after it.
+    """Load the state of an optimiser created before ``sparsify`` or ``densify`` into one created afterwards.
 
     ``Optimizer.load_state_dict`` matches parameters by position, but a sparse layer lists its parameters in another
-    order than a dense one. This function matches by name: by the names in the state (of an optimiser made from
-    ``named_parameters()``), or else by those of the dense model, group by group in its order. An optimiser that was
-    made before and is still in use does not need it.
+    order than a dense one. This function matches by name: by the names in the state (if the optimiser was created from
+    ``named_parameters()``), or else by those of the dense model, group by group in its order. An optimiser that stays
+    in use does not need it.
 
     Args:
         optimizer: The optimiser of the module's parameters as they are now.
@@ -43,13 +43,13 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state_dict: Mapping[s
     state, groups = {}, []
     for number, (group, new_ids, old) in enumerate(zip(optimizer.param_groups, ids, old_groups, strict=True)):
         if strange := [tuple(p.shape) for p in group["params"] if id(p) not in names]:
-            raise InputError(f"the optimiser has parameters that the module lacks, of the shapes {strange}")
+            raise InputError(f"the optimiser has parameters that the module lacks, with shapes {strange}")
         own = [names[id(parameter)] for parameter in group["params"]]
         known = _dense_names(old.get("param_names") or sorted(own, key=place.__getitem__))
         if sorted(known) != sorted(own) or len(known) != len(old["params"]):
             raise InputError(
                 f"group {number} of the optimiser has {len(own)} parameters, that of the state {len(old['params'])} or "
-                "others: make the optimiser with the groups that it had"
+                "different ones: create the optimiser with the same groups as before"
             )
         before = dict(zip(known, old["params"], strict=True))
         for name, new_id, parameter in zip(own, new_ids, group["params"], strict=True):
@@ -63,7 +63,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state_dict: Mapping[s
 
 
 def dense_named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters by the names and in the order that they have without sparse weights."""
+    """Yield the parameters with the names and in the order of the model without sparse weights."""
     sparse: dict[nn.Module, dict[str, nn.Parameter]] = {}
     orders: dict[nn.Module, Sequence[str]] = {}
     inside: set[nn.Module] = set()
@@ -92,10 +92,10 @@ def _check_shapes(name: str, parameter: Tensor, state: Mapping[str, Any]) -> Non
     for key, value in state.items():
         if not isinstance(value, Tensor) or not value.dim():
             continue
-        # Adafactor keeps means over rows and columns: sides of length 1.
+        # Adafactor stores means over rows and columns: dimensions of length 1.
         sides = zip(value.shape, parameter.shape, strict=False)
         if value.dim() != parameter.dim() or any(a not in (1, b) for a, b in sides):
             raise InputError(
-                f"{key} of {name} has the shape {list(value.shape)}, the parameter {list(parameter.shape)}: the state "
-                "is of another model, or of other groups of parameters"
+                f"{key} of {name} has shape {list(value.shape)}, the parameter {list(parameter.shape)}: the state "
+                "belongs to another model, or to other parameter groups"
             )

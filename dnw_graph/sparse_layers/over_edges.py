@@ -1,4 +1,4 @@
-"""The forward pass of a layer over its real weights alone, in the place of the one with a dense weight."""
+"""The forward pass of a layer over its real weights alone, in place of the dense one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def over_edges(otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the forward pass of a linear layer or convolution with a sparse weight.
 
     Args:
-        otherwise: What computes with a dense weight, where edges do not pay.
+        otherwise: The forward pass with a dense weight, used where edges do not pay.
     """
 
     def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

@@ -42,7 +42,7 @@ class ReadWeight(Tensor):
         Args:
             values: The values.
             name: Name of the weight.
-            candidates: The parameter, if the values are all that is read from it.
+            candidates: The parameter, if the values are all of it.
         """
         read = values.as_subclass(cls)
         read._name, read._candidates = name, candidates
@@ -78,7 +78,7 @@ class ReadWeight(Tensor):
         layer, _, parameter = self._name.rpartition(".")
         prefix = f"{layer}." if layer else ""
         return InputError(
-            f"{self._name} is sparse, and a write into what is read from it would be lost: densify(…) the model first, "
+            f"{self._name} is sparse, and writing to the values read from it is lost: densify(…) the model first, "
             f"assign a new weight, or write to {prefix}parametrizations.{parameter}.original"
         )
 
@@ -93,7 +93,7 @@ class ReadWeight(Tensor):
 
 
 def _view(out: Any, read: Sequence[ReadWeight]) -> Any:
-    """Wrap results that share memory with values that were read."""
+    """Wrap results that share memory with the values read."""
     if not isinstance(out, Tensor) or out.layout != torch.strided:
         return out
     place = out.untyped_storage().data_ptr()

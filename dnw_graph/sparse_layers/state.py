@@ -16,7 +16,7 @@ from dnw_graph.sparse_layers.access import sparse_parameters
 def before_loading(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
     """Convert the state of a dense layer for a sparse one, and refuse edges that the layer cannot have.
 
-    A pre-hook of ``load_state_dict``. If the state is dense, rules keep their own state.
+    A pre-hook of ``load_state_dict``. With a dense state, rules keep their own state.
 
     Raises:
         InputError: See :meth:`~dnw_graph.wirings.Wiring.check_saved`.
@@ -32,7 +32,7 @@ def before_loading(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *o
         for number, graph in enumerate(real.owned):
             saved = state_dict.get(f"{chain}0.owned.{number}.num_edges")
             if graph.has_parted and isinstance(saved, Tensor) and 1 <= int(saved) <= graph.num_candidates:
-                graph._num_edges = int(saved)  # After layers have left it depends on their weights.
+                graph._num_edges = int(saved)  # After layers have left, it depends on their weights.
             check_saved(graph, state_dict, f"{chain}0.owned.{number}.")
 
 

@@ -16,7 +16,7 @@ class SparsityRow:
             ``.v``.
         shape: Its shape.
         weights: Number of weights.
-        kept: Number of real ones; all of them where the weight stays dense.
+        kept: Number of real weights; all if the weight stays dense.
         dense_because: Why the weight stays dense, or empty.
     """
 

@@ -1,4 +1,4 @@
-"""densify: makes sparse weights plain parameters again."""
+"""densify: turns sparse weights into plain parameters again."""
 
 from __future__ import annotations
 

@@ -35,13 +35,13 @@ SCALED = frozenset(("mul", "div"))
 
 
 def refuse_other_values(weight: LayerWeight) -> None:
-    """Refuse the weight of a layer that computes with other values, so that zeros may not stay zero.
+    """Refuse the weight of a layer that computes with other values, so that zeros might not stay zero.
 
-    For example layers that standardise or normalise their weight. A layer with the methods of its registered type uses
-    its weight unchanged; for any other, a copy is tried on a small batch.
+    Layers that standardise or normalise their weight are examples. A layer with the methods of its registered type uses
+    its weight unchanged; any other is tested with a copy on a small batch.
 
     Raises:
-        InputError: If the layer uses other values, or if that cannot be found out.
+        InputError: If the layer uses other values, or if that cannot be determined.
     """
     layer, kind = weight.layer, registered(weight.layer)
     assert kind is not None
@@ -58,8 +58,8 @@ def refuse_other_values(weight: LayerWeight) -> None:
         watch.other = watch.other or " ".join(str(error).split())[:100]
     if watch.other or not watch.used:
         raise InputError(
-            f"{weight.name}: a {name} is not known to compute with its weight as it is, so that zeros stay zero "
-            f"({watch.other or 'it does not use it'}): {dense}, register_layer({name}) asserts that it does"
+            f"{weight.name}: a {name} may not use its weight unchanged, so zeros might not stay zero "
+            f"({watch.other or 'it does not use it'}): {dense}, register_layer({name}) asserts that they do"
         )
 
 
@@ -101,7 +101,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _inputs(weight: LayerWeight) -> list[Tensor]:
-    """Return inputs for a layer: maps as large as its kernel requires, or vectors."""
+    """Return inputs for a layer: maps at least as large as its kernel, or vectors."""
     layer = weight.layer
     if isinstance(layer, nn.MultiheadAttention):
         return [torch.ones(2, 1, size) for size in (layer.embed_dim, layer.kdim, layer.vdim)]

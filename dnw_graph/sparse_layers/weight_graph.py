@@ -70,8 +70,8 @@ class WeightGraph(Ranking):
         for weight, parameter in zip(self.weights, self.tensors() if tensors is None else tensors, strict=True):
             if hasattr(parameter, "full_tensor"):
                 raise InputError(
-                    f"{weight.name} is sharded, and is ranked as a whole: call fully_shard on the whole model alone, "
-                    "and unshard() on it before you look at its weights"
+                    f"{weight.name} is sharded but ranked as a whole: call fully_shard on the whole model only, "
+                    "and unshard() before reading its weights"
                 )
         return super().view(tensors, **options)
 
@@ -80,13 +80,13 @@ class WeightGraph(Ranking):
     ) -> tuple[list[Tensor | LayerEdges], list[Tensor | None]]:
         """Return, in the shape of each of ``weights``, 1 for real weights and 1 for those that get a gradient.
 
-        Hallucinated ones, and those that get none, are 0; None where all get one.
+        All others are 0. The second is None if all get a gradient.
 
         Args:
             tensors: The parameters of the weights as the forward pass sees them.
             begins_pass: Whether a forward pass begins: in training its edges are chosen again, by the rule for
                 training. Otherwise a weight is being read: the edges are those of evaluation, and no state changes.
-            as_edges: Whether real weights may be returned as edges, where layers compute over them alone.
+            as_edges: Whether real weights may be returned as edges for layers that compute over them alone.
         """
         if self.training and not begins_pass and not self.recomputes:
             index = self.real_index
@@ -129,7 +129,7 @@ class WeightGraph(Ranking):
         return other
 
     def _as_edges(self, index: Int[Tensor, " edges"], tensors: Sequence[Tensor]) -> list[Tensor | LayerEdges]:
-        """Return the real weights of each layer, made once for edges that stay: as edges, or as a mask."""
+        """Return the real weights of each layer, as edges or as a mask; cached while the edges stay the same."""
         key = version(index), tensors[0].dtype, len(tensors)
         if self._edges is None or self._edges[0] is not index or self._edges[1] != key or key[0] == -1:
             self._edges = index, key, self._made_edges(index, tensors)
@@ -146,7 +146,7 @@ class WeightGraph(Ranking):
         return found
 
     def _split(self, index: Int[Tensor, " edges"]) -> tuple[Tensor, ...]:
-        # In the type of the weights: on a CPU multiplying by a mask is several times faster than torch.where.
+        # In the dtype of the weights: on a CPU, multiplying by a mask is several times faster than torch.where.
         real = self.weights[0].parameter.new_zeros(self.num_candidates).index_fill_(0, index, 1)
         return real.split([weight.numel for weight in self.weights])
 

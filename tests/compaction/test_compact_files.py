@@ -146,7 +146,7 @@ def test_shapes_and_indices_are_checked(saved):
         rowptr, columns = from_gaps(gaps, *sizes, torch.int32)
         assert torch.equal(to_gaps(rowptr, columns, sizes[1]), gaps)
     refused("describe", {name: tensor for name, tensor in tensors.items() if not name.endswith("kernel")})
-    refused("tensors of no layer", {**tensors, "more": torch.zeros(3)})
+    refused("holds unused tensors", {**tensors, "more": torch.zeros(3)})
     refused(
         "cannot take|do not fit|does not fit", tensors, config={"parts.layers.2.parts.products.0.options.sources": 9}
     )
@@ -158,7 +158,7 @@ def test_shapes_and_indices_are_checked(saved):
     refused("node|stride|pointer", tensors, config={"parts.layers.1.options.sizes": [4, 3, 3]})
     rowptr, later = from_gaps(tensors[f"{fused}.gaps"], 8, 12, torch.int32)
     later[rowptr[1] - 1] = 4  # the first inner node, from itself
-    refused("on starts there", {**tensors, f"{fused}.gaps": to_gaps(rowptr, later, 12)})
+    refused("starts there", {**tensors, f"{fused}.gaps": to_gaps(rowptr, later, 12)})
     refused("strides", tensors, config={"parts.layers.1.options.strides": [1, 7, 0]})
     refused("describe", tensors, config={"parts.layers.0.kind": "os.system"})
     refused("no options", tensors, config={"parts.layers.0.options.hook": "print"})

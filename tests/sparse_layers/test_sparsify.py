@@ -228,7 +228,7 @@ def sparse():
         (tied, "embedding.weight and head.weight are one shared weight"),
         (lambda: nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)), "1 is lazy"),
         (quantised, "1 is quantised"),
-        (sparse, "0.weight is sparse already"),
+        (sparse, "0.weight is already sparse"),
         (lambda: nn.ReLU(), "ReLU has no weight"),
         (lambda: torch.jit.script(nn.Linear(2, 2)), "scripted"),
         (lambda: nn.Linear(2, 2, device="meta"), "meta device"),

@@ -184,7 +184,7 @@ def grow(model):
         (
             lambda model: torch.optim.SGD(list(model.parameters())[::-1], 0.1, momentum=0.9),
             MAKE["sgd"],
-            "momentum_buffer of 0.bias has the shape \\[4, 8\\], the parameter \\[8\\]",
+            "momentum_buffer of 0.bias has shape \\[4, 8\\], the parameter \\[8\\]",
         ),
     ],
 )

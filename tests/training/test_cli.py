@@ -116,7 +116,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]):
         (["predict", "run", "run"], "run holds no image"),
         (["predict", "run", "images", "--top", "0"], "--top is 0"),
         (["export", "run", "x.txt"], "expected a file ending in"),
-        (["export", "run", "x.safetensors", "--with-preprocessing"], "preprocessing goes into .pt2 and .onnx"),
+        (["export", "run", "x.safetensors", "--with-preprocessing"], "preprocessing can be part of .pt2 and .onnx"),
         (["info", "images/deep/0.png"], "0.png cannot be read"),
         (["compare", "--rules", "rigel"], "unknown wiring 'rigel': did you mean 'rigl'"),
         (["compare", "--rules", "dnw", "--wiring", "set"], "--wiring is set for every run"),
