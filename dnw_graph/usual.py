@@ -26,4 +26,4 @@ def keeps_methods(module: nn.Module) -> bool:
 
 @functools.cache
 def _methods(kind: Any) -> frozenset[str]:
-    return frozenset(name for name in dir(kind) if callable(getattr(kind, name)))
+    return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))

@@ -1,4 +1,4 @@
-"""Finds chains of modules: which layers and graphs feed a single graph and nothing else."""
+"""Finds chains of modules: layers and graphs that feed a single graph and nothing else."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def channel_wise(module: nn.Module) -> bool:
 
 
 def parts(module: nn.Module) -> list[nn.Module] | None:
-    """Return the modules that a module applies one after the other, or None if unknown.
+    """Return the modules that a module applies in sequence, or None if unknown.
 
-    Those of an ``nn.Sequential``; of other modules those that their method ``modules_in_order`` returns, unless a
-    subclass has another forward pass.
+    They are known for an ``nn.Sequential``, and for modules with a method ``modules_in_order``, unless a subclass
+    overrides the forward pass.
     """
     kind = type(module)
     if not keeps_methods(module):
@@ -53,12 +53,12 @@ def parts(module: nn.Module) -> list[nn.Module] | None:
 
 
 def reading_graphs(model: nn.Module) -> dict[nn.Module, NeuralGraph]:
-    """Return, for graphs and layers whose output channels are used as the inputs of a graph only, that graph."""
+    """Return, for each graph or layer whose output channels feed only the inputs of one graph, that graph."""
     uses = _uses(model)
     found: dict[nn.Module, NeuralGraph] = {}
 
     def walk(module: nn.Module, reader: NeuralGraph | None) -> NeuralGraph | None:
-        """Given the graph that reads what a module returns, return the one that reads what flows into it."""
+        """Given the graph that reads a module's output, return the one that reads its input."""
         chain = parts(module)
         if chain is not None:
             reader = reader if uses[module] <= 1 else None
@@ -79,7 +79,7 @@ def reading_graphs(model: nn.Module) -> dict[nn.Module, NeuralGraph]:
 
 
 def _uses(model: nn.Module) -> Counter[nn.Module]:
-    """Return in how many places each module lies; one in a shared module lies in one place."""
+    """Return the number of places of each module; a module inside a shared one has one place."""
     paths = dict(model.named_modules(remove_duplicate=False))
     ends = ((path.rpartition("."), module) for path, module in paths.items() if path)
     return Counter({(paths[parent], name): module for (parent, _, name), module in ends}.values())

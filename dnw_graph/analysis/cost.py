@@ -34,7 +34,7 @@ NORMS = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
-"""Modules whose weights and biases are those of a norm."""
+"""Modules whose weights and biases are parameters of norms."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class CostRow:
     """Cost of one part of a model.
 
     Attributes:
-        name: A neural graph's name, or the name of the submodule; what belongs to no submodule goes by the model's
-            class.
+        name: A neural graph's name, or the name of the submodule; costs outside of submodules have the name of the
+            model's class.
         parameters: Number of parameters, see :class:`Cost`.
         multiply_adds: Multiply-adds for one image, see :class:`Cost`.
     """
@@ -58,19 +58,19 @@ class Cost:
     """Cost of a model; ``print`` shows it as a table.
 
     Attributes:
-        rows: The stages or other parts of the model that cost anything, in its order.
+        rows: The stages or other parts of the model with a cost, in order.
     """
 
     rows: tuple[CostRow, ...]
 
     @property
     def parameters(self) -> int:
-        """Number of parameters: those of live real edges, live nodes and all other layers; norms are among them."""
+        """Number of parameters: those of live real edges, live nodes and all other layers, including norms."""
         return sum(row.parameters for row in self.rows)
 
     @property
     def multiply_adds(self) -> int:
-        """Multiply-adds of products, convolutions and edges for one image: what the paper calls FLOPs."""
+        """Multiply-adds of products, convolutions and edges for one image; the paper calls them FLOPs."""
         return sum(row.multiply_adds for row in self.rows)
 
     def __str__(self) -> str:
@@ -105,7 +105,7 @@ def live_nodes(
 
     Args:
         model: The model.
-        real_index: Known real edges by name of the graph, which saves choosing them again. Default: the present ones.
+        real_index: Known real edges by graph name, to avoid choosing them again. Default: the current ones.
     """
     graphs = neural_graphs(model)
     known = {graphs[name]: index for name, index in (real_index or {}).items() if name in graphs}
@@ -130,21 +130,21 @@ def live_nodes(
 def cost(model: nn.Module, input_size: Sequence[int], *, paper: bool = False, dead_nodes: bool = False) -> Cost:
     """Count the parameters and multiply-adds of a model, part by part, without its dead nodes.
 
-    One image of zeros is sent through the model in evaluation mode. Counted are: live real edges, at every product,
-    each step of a discrete graph and each evaluation of a continuous one; node functions at live nodes; a convolution
-    or linear layer that feeds only a graph, in an ``nn.Sequential`` or a model of this package, at the graph's live
-    inputs; everything else as by PyTorch's ``FlopCounterMode``, two operations being one multiply-add. Activations,
-    norms and pooling are not counted. The model is left as it was: modes, hooks, wiring and random state.
+    One image of zeros is sent through the model in evaluation mode. The count includes live real edges, at every
+    product, step of a discrete graph and evaluation of a continuous one; node functions at live nodes; the channels for
+    live inputs of a convolution or linear layer that feeds only a graph, in an ``nn.Sequential`` or a model of this
+    package; and everything else as in PyTorch's ``FlopCounterMode``, with two FLOPs per multiply-add. It excludes
+    activations, norms and pooling. Modes, hooks, wiring and random state of the model stay unchanged.
 
-    With ``paper=True`` the count is that of Table 3 of the paper, without the parameters of norms. Dead nodes are found
-    by one look at each graph: an input or inner node is dead if no real edge leaves it, whether or not its targets or
-    later stages are of use; all real edges count; and where a linear ``classifier`` reads the outputs of the last graph
-    beside it, it has no column for an output at which no real edge arrives.
+    With ``paper=True`` the count is that of Table 3 of the paper, without the parameters of norms. Each graph is
+    considered alone: an input or inner node is dead if no real edge leaves it, whether or not its targets reach an
+    output; all real edges count; and a linear ``classifier`` that reads the outputs of the last graph has no column for
+    outputs at which no real edge arrives.
 
     Args:
         model: Any module, with or without neural graphs, such as those of torchvision and timm.
         input_size: Size of one image without the batch, such as ``(3, 224, 224)``.
-        paper: Count as the paper does.
+        paper: Count as in the paper.
         dead_nodes: Count dead nodes, and the edges into them, like the others.
 
     Raises:
@@ -196,7 +196,7 @@ def cost_of(model: nn.Module, image: Tensor | None, paper: bool = False, dead_no
 
 def _send_image(model: nn.Module, image: Tensor, counter: MultiplyAdds) -> None:
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise InputError(f"{type(model).__name__} has scripted modules, whose work cannot be seen: count it unscripted")
+        raise InputError(f"{type(model).__name__} has scripted modules, whose cost is unknown: count it unscripted")
     try:
         with counter.listening():
             model.eval()(image)
@@ -212,7 +212,7 @@ def _send_image(model: nn.Module, image: Tensor, counter: MultiplyAdds) -> None:
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put back modes, chosen edges, what else a forward pass notes on its modules, and the random state."""
+    """Restore modes, chosen edges, other state that a forward pass sets on modules, and the random state."""
     attributes = {module: dict(vars(module)) for module in model.modules()}
     devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
@@ -236,7 +236,7 @@ def _with_output_edge(graphs: dict[str, NeuralGraph]) -> dict[NeuralGraph, Tenso
 
 
 def _rows(model: nn.Module) -> dict[nn.Module, str]:
-    """Return under which name every module is counted: that of a child of the model, or of an entry of a list."""
+    """Return the name under which every module is counted: that of a child of the model, or of an entry of a list."""
     graph_names: dict[nn.Module, str] = {graph: name for name, graph in neural_graphs(model).items()}
     if model in graph_names:
         return dict.fromkeys(model.modules(), graph_names[model])
@@ -262,7 +262,7 @@ def _count_parameters(
     columns: dict[nn.Module, Tensor],
     left_out: tuple[type[nn.Module], ...],
 ) -> Counter[str]:
-    """Count all parameters but those of edges and of some types of modules, the shared ones once."""
+    """Count all parameters except those of edges and of some module types; shared ones once."""
     counts: Counter[str] = Counter()
     counted: set[nn.Parameter] = set()
     real = {

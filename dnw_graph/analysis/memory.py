@@ -30,7 +30,7 @@ def free_memory() -> int | None:
         if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
             free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for group, limit, used in GROUPS:
-        with suppress(OSError, ValueError, KeyError):  # There is no such group, or its limit is "max".
+        with suppress(OSError, ValueError, KeyError):  # No such group, or its limit is "max".
             stat = dict(line.split() for line in Path(group, "memory.stat").read_text().splitlines())
             cached = int(stat["inactive_file"])  # Freed when needed.
             free.append(int(Path(group, limit).read_text()) - int(Path(group, used).read_text()) + cached)
@@ -38,9 +38,9 @@ def free_memory() -> int | None:
 
 
 def memory_of(model: nn.Module, size: Sequence[int], training: bool) -> int:
-    """Return the bytes that a forward pass stores for the backward pass, or without one those of its largest output.
+    """Return the bytes that a training pass stores for the backward pass, or those of the largest output in evaluation.
 
-    A copy of the model is run; the model and the random number generators stay as they are.
+    A copy of the model is run; the model and the random number generators stay unchanged.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""Counts multiply-adds of operators, layers and edges, of a forward pass by module, and of a training step."""
+"""Counts multiply-adds of operators, layers and edges, by module in a forward pass, and of a training step."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ class MultiplyAdds(TorchDispatchMode):
     multiply-add per counted real edge and pixel, however many zeros an implementation multiplies.
 
     Args:
-        rows: The name of the row that each module counts for.
-        live: Modules of which some channels may be dead, with the masks of their live channels: one for each place
-            where the module is used.
+        rows: The row name of each module.
+        live: Modules with possibly dead channels, with the masks of their live channels: one for each place where the
+            module is used.
         counted_targets: For every graph, the nodes whose incoming real edges are counted.
 
     Attributes:
@@ -103,7 +103,7 @@ class MultiplyAdds(TorchDispatchMode):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Count the model's computations; operators that hide fused products are disabled."""
+        """Count the model's operators; those that hide fused products are disabled."""
         with ExitStack() as scope:
             for module in self._rows:
                 scope.callback(module.register_forward_pre_hook(self._start, with_kwargs=True).remove)
@@ -120,7 +120,7 @@ class MultiplyAdds(TorchDispatchMode):
             yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count an operator that cannot be split into others."""
+        """Count an operator that does not decompose into others."""
         kwargs = kwargs or {}
         if func is not torch.ops.prim.device.default:
             with self:
@@ -161,7 +161,7 @@ class MultiplyAdds(TorchDispatchMode):
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         share = Fraction(1)
         if module in self._live:
-            # A node function may be applied to some of its nodes.
+            # A node function may be applied to some nodes only.
             nodes = next((value for value in (*args, *kwargs.values()) if isinstance(value, range)), None)
             channels = torch.cat([mask[nodes.start : nodes.stop] if nodes else mask for mask in self._live[module]])
             share = Fraction(int(channels.sum()), len(channels))
@@ -183,7 +183,7 @@ class MultiplyAdds(TorchDispatchMode):
 
     @contextmanager
     def _product(self, name: str, multiply_adds: int) -> Iterator[None]:
-        """Count a product over edges, and none of its operators."""
+        """Count a product over edges, but not its operators."""
         self._add(name, multiply_adds)
         self._in_product = True
         yield
@@ -191,7 +191,7 @@ class MultiplyAdds(TorchDispatchMode):
 
 
 class _CountedEdges(Propagate):
-    """Products over edges that are counted as such, block by block."""
+    """Products over edges, counted as such, block by block."""
 
     def __init__(
         self, own: Propagate, source: Tensor, target: Tensor, counted: Callable[[int], AbstractContextManager[None]]
@@ -235,7 +235,7 @@ def layer_step(layer: nn.Module, x: Tensor, output: Tensor) -> int:
 
 
 def _weight(layer: nn.Module) -> tuple[Tensor, Fraction, Fraction]:
-    """Return a layer's weight, which share of it is real in this step, and which share gets a gradient."""
+    """Return a layer's weight, the share of it that is real in this step, and the share that gets a gradient."""
     if not parametrize.is_parametrized(layer, "weight"):
         return layer.get_parameter("weight"), Fraction(1), Fraction(1)
     weight = layer.get_parameter("parametrizations.weight.original")
@@ -249,7 +249,7 @@ def _weight(layer: nn.Module) -> tuple[Tensor, Fraction, Fraction]:
 
 
 def _passes(weight: Tensor, to_source: bool) -> tuple[int, int]:
-    """Return how often a product runs, forward and for the gradient of its source, and for that of its weight."""
+    """Return how often a product runs: forward and for the gradient of its source; and for that of its weight."""
     backward = torch.is_grad_enabled()
     return 1 + (backward and to_source), backward and weight.requires_grad
 
@@ -259,8 +259,8 @@ class GraphStep:
 
     Attributes:
         edges: The real edges of the step.
-        through_edges: Products forward, and backward to the states, if every candidate were real.
-        to_weights: Those for the gradient of the weights, likewise.
+        through_edges: Products forward, and backward to the states, as if every candidate were real.
+        to_weights: Products for the gradient of the weights, likewise.
     """
 
     def __init__(self) -> None:
@@ -311,7 +311,7 @@ class _CountedStep(Propagate):
 
 
 class _CountedStates(States):
-    """The states of a static graph, as the propagation keeps them, so that counting needs no further memory."""
+    """The states of a static graph, as the propagation stores them, so that counting needs no extra memory."""
 
     def __init__(self, counter: GraphStep, propagate: Propagate, feeding: Sequence[slice]) -> None:
         self.counter, self.weights, self.feeding = counter, propagate.weights, feeding

@@ -1,4 +1,4 @@
-"""Silent nodes: those at which nothing arrives, whose norms make gradients burst."""
+"""Silent nodes: nodes without incoming real edges, whose norms make gradients explode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dnw_graph.arguments import checked
 
 @dataclass(frozen=True)
 class SilentBlock:
-    """A block of which most outputs are silent.
+    """A block most of whose outputs are silent.
 
     Attributes:
         graph: Name of the graph.
@@ -33,9 +33,9 @@ class SilentBlock:
 
 @checked
 def silent_nodes(model: nn.Module) -> dict[str, Bool[Tensor, " nodes"]]:
-    """Return, by graph name, at which nodes no real edge arrives; inputs are not among them.
+    """Return, by graph name, the nodes without incoming real edges; inputs are not among them.
 
-    The map of such a node has no variance, so that its norm multiplies gradients by 1/√eps.
+    The map of such a node has no variance, so its norm multiplies gradients by 1/√eps.
     """
     return {name: graph.silent_nodes() for name, graph in neural_graphs(model).items()}
 

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, by Lightning, with wirings that stay whole."""
+"""An exponential moving average of the weights, by Lightning, with valid wirings."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dnw_graph.ranking import NUMBERS
 
 
 class Averages(EMAWeightAveraging):
-    """Evaluates an exponential moving average of the weights, which checkpoints hold beside the weights of training.
+    """Evaluates an exponential moving average of the weights, which checkpoints hold beside the training weights.
 
-    Candidate weights are averaged, and real edges are chosen among the averages as among any weights, so that there are
-    exactly k. Buffers (edges that a rule stores, statistics of norms) are those of training: an average of masks would
-    be none.
+    Candidate weights are averaged, and real edges are chosen among the averages as among any weights, so exactly k are
+    real. Buffers (edges that a rule stores, statistics of norms) are those of training: an average of masks is not a
+    mask.
 
     Args:
-        decay: Weight of the average so far, such as 0.999; the weights of a step have 1 − decay.
+        decay: Weight of the average so far, such as 0.999; the weights of a step get 1 − decay.
 
     Raises:
-        InputError: If the decay is no number from 0 to below 1.
+        InputError: If the decay is not in [0, 1).
     """
 
     @checked
@@ -31,7 +31,7 @@ class Averages(EMAWeightAveraging):
         super().__init__(decay=decay, use_buffers=False)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the average in the place of the weights; how many edges there are is no part of it."""
+        """Replace the weights by the average; numbers of edges are not averaged."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         for name, value in checkpoint.get("current_model_state", {}).items():
             if name.rpartition(".")[2] in NUMBERS:

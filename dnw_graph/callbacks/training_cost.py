@@ -1,4 +1,4 @@
-"""Counts what a training costs in multiply-adds."""
+"""Counts the cost of training in multiply-adds."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ class TrainingCost(Callback):
 
     A convolution or linear layer of M multiply-adds per image costs M forward, M for the gradient of its weights and M
     for that of its input, if its input has one. A product over a graph's edges costs one multiply-add per *real* edge
-    and place forward and for the gradient of the states; for the gradient of the weights one per *candidate* if the
-    wiring updates hallucinated edges, else one per real edge. So much the method asks for; what an implementation
-    computes beyond it, such as products with zeros, is not counted.
+    and pixel forward, and one for the gradient of the states; for the gradient of the weights one per *candidate* if
+    the wiring updates hallucinated edges, else one per real edge. This is what the method requires; extra work of an
+    implementation, such as products with zeros, is not counted.
 
-    A layer with sparse weights is counted like a graph: forward and for its input one multiply-add per real weight and
-    place, for the gradient of its weights one per weight if the wiring updates hallucinated ones, else one per real
-    weight.
+    A layer with sparse weights is counted like a graph: one multiply-add per real weight and pixel forward, and one for
+    the gradient of its input; for the gradient of its weights one per weight if the wiring updates hallucinated ones,
+    else one per real weight.
 
-    The number of a graph's real edges is that of each step. What else a step computes, and the number of a layer's real
-    weights, is counted once per epoch: the former changes for adaptive solvers only, whose evaluations count in full
-    even where they only choose the size of a step. Where a product concerns a part of the nodes, the real edges are
-    taken as evenly spread.
+    The number of a graph's real edges is that of each step. Everything else in a step, and the number of a layer's real
+    weights, is counted once per epoch. Only with adaptive solvers does it change between steps; their evaluations count
+    in full even if they only choose the step size. If a product involves only some nodes, the real edges are assumed to
+    be evenly spread.
 
     Args:
-        model: The model that is trained, of convolutions, linear layers and neural graphs.
+        model: The model in training, made of convolutions, linear layers and neural graphs.
 
     Attributes:
-        multiply_adds: Of all training images of all steps so far, on all devices; part of the checkpoint.
+        multiply_adds: Total for all training images and steps so far, on all devices; part of the checkpoint.
     """
 
     @checked
@@ -52,18 +52,18 @@ class TrainingCost(Callback):
         self._counted_epoch = -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to the products of every graph."""
+        """Start counting the products of every graph."""
         for name, graph in neural_graphs(self.model).items():
             hook = partial(self._on_edges, self._graphs[name])
             self._listening.append(graph.propagation.register_forward_hook(hook))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen no more."""
+        """Stop counting."""
         while self._listening:
             self._listening.pop().remove()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count in full what the first step of an epoch computes."""
+        """Count the first step of an epoch in full."""
         self._in_step = True
         if self._counted_epoch != trainer.current_epoch:
             self._counted_epoch = trainer.current_epoch
@@ -76,7 +76,7 @@ class TrainingCost(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Sequence[Tensor], batch_idx: int
     ) -> None:
-        """Add this step, for all images of all devices."""
+        """Add this step, for all images on all devices."""
         self._in_step = False
         for handle in self._counting:
             handle.remove()
@@ -97,7 +97,7 @@ class TrainingCost(Callback):
         return counter.listen(output) if self._counting else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sum so far, and what was counted in this epoch."""
+        """Return the total so far and the counts of this epoch."""
         counted = {name: (each.through_edges, each.to_weights) for name, each in self._graphs.items()}
         return {
             "multiply_adds": self.multiply_adds,
@@ -107,7 +107,7 @@ class TrainingCost(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take all of it from a checkpoint."""
+        """Restore both from a checkpoint."""
         self.multiply_adds = state_dict["multiply_adds"]
         self._counted_epoch = state_dict["epoch"]
         self._layers = state_dict["layers"]

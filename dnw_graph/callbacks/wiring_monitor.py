@@ -1,4 +1,4 @@
-"""Watches how the wiring of a model changes while it trains."""
+"""Monitors how the wiring of a model changes in training."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from dnw_graph.arguments import checked, require
 
 
 def real_edges(model: nn.Module) -> dict[str, Tensor]:
-    """Return, per graph, which candidates are real now: ascending flat indices ``[num_edges]``, on the CPU."""
+    """Return the current real edges of each graph: ascending flat indices ``[num_edges]``, on the CPU."""
     return {name: graph.real_index.to("cpu", torch.int32) for name, graph in neural_graphs(model).items()}
 
 
 def edges_swapped(before: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, int]:
-    """Return, per graph, how many real edges were hallucinated before."""
+    """Return, per graph, the number of real edges that were hallucinated before."""
     return {name: int(torch.isin(now[name], before[name], invert=True).sum()) for name in now}
 
 
 class WiringMonitor(Callback):
-    """Logs, per graph and in total, the edges swapped in each epoch and what there is at its end.
+    """Logs, per graph and in total, the edges swapped in each epoch and the state at its end.
 
-    That is the share of live nodes, the share of silent ones and the largest |w| of a candidate. Once, it warns when
+    The state is the share of live nodes, the share of silent ones and the largest |w| of a candidate. It warns once if
     most outputs of a block are silent (:func:`~dnw_graph.analysis.silent.silent_nodes`).
 
     An edge counts as swapped if it is real at the end of the epoch and was not at its start. A node is live if a
     path of real edges leads from it to an output of the model. The sets of real edges at the start of the run and of
-    the epoch are part of the checkpoint, so a resumed run counts as an unbroken one does.
+    the epoch are part of the checkpoint, so a resumed run counts like an uninterrupted one.
 
     Args:
-        model: The model that is trained, as it is within the LightningModule.
-        every: Steps between two looks for silent blocks; there is one at the end of every epoch besides.
+        model: The model in training, as found in the LightningModule.
+        every: Steps between checks for silent blocks; there is also one at the end of every epoch.
 
     Attributes:
         initial: Real edges per graph when training started.
         epoch_start: Real edges per graph when the epoch started.
-        swapped: Edges swapped in the last epoch, in total.
-        live: Share of live nodes at its end, in total; None for a model without neural graphs.
+        swapped: Total number of edges swapped in the last epoch.
+        live: Overall share of live nodes at its end; None for a model without neural graphs.
     """
 
     @checked
@@ -57,17 +57,17 @@ class WiringMonitor(Callback):
         self.live: float | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the wiring that training starts from, unless a checkpoint brought it."""
+        """Store the wiring at the start of training, unless a checkpoint had it."""
         self.initial = self.initial or real_edges(self.model)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the wiring that the epoch starts from."""
+        """Store the wiring at the start of the epoch."""
         self.epoch_start = real_edges(self.model)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look for silent blocks if it is time."""
+        """Check for silent blocks if it is time."""
         if trainer.global_step % self.every == 0:
             self._warn(trainer.global_step)
 
@@ -78,12 +78,12 @@ class WiringMonitor(Callback):
         self.warned = True
         rank_zero_warn(
             f"step {step}: no real edge arrives at {', '.join(map(str, blocks))}. The norms of such nodes multiply "
-            "gradients by 1/√eps, so that the weights of edges to them can burst and the wiring freezes: a larger eps "
-            "(--node-norm-eps 1e-3) and a warm-up (--warmup-epochs) prevent it"
+            "gradients by 1/√eps, so the weights of edges to them can explode and the wiring freezes: a larger eps "
+            "(--node-norm-eps 1e-3) and a warm-up (--warmup-epochs) prevent this"
         )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what changed."""
+        """Log the changes."""
         now = real_edges(self.model)
         if not now:
             return
@@ -102,8 +102,8 @@ class WiringMonitor(Callback):
             **{f"wiring/silent_nodes/{name}": nodes.float().mean().item() for name, nodes in silent.items()},
             **{f"wiring/largest_weight/{name}": weight for name, weight in largest.items()},
         }
-        # Straight to the loggers: what Lightning collects for the end of the epoch it writes only after the epoch's
-        # checkpoint, and a run that stops in between would lack it.
+        # Directly to the loggers: Lightning writes its own epoch-end metrics only after the epoch's checkpoint, and a
+        # run that stops in between would lack them.
         for logger in trainer.loggers:
             logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step - 1)
             logger.save()
@@ -113,6 +113,6 @@ class WiringMonitor(Callback):
         return {"initial": self.initial, "epoch_start": self.epoch_start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take both sets of real edges from a checkpoint."""
+        """Restore both sets of real edges from a checkpoint."""
         self.initial = state_dict["initial"]
         self.epoch_start = state_dict["epoch_start"]

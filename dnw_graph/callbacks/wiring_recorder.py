@@ -1,4 +1,4 @@
-"""Records how the wirings of a model change while it trains."""
+"""Records how the wirings of a model change in training."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from dnw_graph.visualize.recording import Recording
 
 
 class WiringRecorder(Callback):
-    """Makes a :class:`~dnw_graph.visualize.Recording` of a Lightning run, after every epoch or so many steps.
+    """Makes a :class:`~dnw_graph.visualize.Recording` of a Lightning run, after every epoch or every few steps.
 
-    The recording is part of the checkpoint, so a resumed run records the same as an unbroken one. It comes before the
-    callback that writes checkpoints. On several devices the first process records.
+    The recording is part of the checkpoint, so a resumed run records the same as an uninterrupted one. Put it before
+    the callback that writes checkpoints. On several devices the first process records.
 
     Args:
-        path: File that the recording is written to after every epoch; None for none.
-        every_n_steps: Also record after so many optimiser steps; 0 for the ends of epochs alone.
-        model: The model to record, as it is within the LightningModule. Default: all of that.
-        pictures: Directory for pictures at the end of training: curves, an animation of each graph and a page. Loggers
-            for TensorBoard and W&B get them too. None for none.
-        metrics: The table of the run, ``metrics.csv``, that the curves are drawn from; None for no curves.
+        path: File to which the recording is written after every epoch; None: no file.
+        every_n_steps: Also record every this many optimiser steps; 0: only at the end of epochs.
+        model: The model to record, as found in the LightningModule. Default: the whole LightningModule.
+        pictures: Directory for pictures at the end of training: curves, an animation of each graph and a page; they are
+            also sent to TensorBoard and W&B. None: no pictures.
+        metrics: The run's table, ``metrics.csv``, from which the curves are drawn; None: no curves.
 
     Attributes:
-        recording: The recording; None before training, and of a model without a graph or sparse layer.
+        recording: The recording; None before training, and for a model without graphs and sparse layers.
 
     Examples:
         >>> from lightning.pytorch import Trainer
@@ -58,7 +58,7 @@ class WiringRecorder(Callback):
         self._saved: Tensor | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the wiring that training starts from, or go on with the recording of a checkpoint."""
+        """Record the wiring at the start of training, or continue the recording of a checkpoint."""
         model = self.model or pl_module
         if self._saved is not None:
             self.recording, self._saved = read(self._saved, model), None
@@ -79,14 +79,14 @@ class WiringRecorder(Callback):
             self.recording.save(self.path)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw what was recorded."""
+        """Draw the recording."""
         if self.recording is not None and self.pictures is not None and trainer.is_global_zero:
             pictures = draw_pictures(self.recording, self.metrics)
             write_pictures(pictures, self.pictures)
             log_pictures(pictures, trainer.loggers, trainer.global_step - 1)
 
     def _record(self, trainer: Trainer, epoch: float) -> None:
-        # Batches whose gradients are accumulated end without a step.
+        # With gradient accumulation, not every batch ends with a step.
         if self.recording is not None and trainer.global_step > self.recording.moments[-1].step:
             self.recording.add(trainer.global_step, epoch)
 
@@ -97,7 +97,7 @@ class WiringRecorder(Callback):
         return {"recording": torch.frombuffer(bytearray(self.recording.to_bytes()), dtype=torch.uint8)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the recording of a checkpoint."""
+        """Restore the recording from a checkpoint."""
         self._saved = state_dict.get("recording")
 
 
@@ -105,6 +105,6 @@ def read(content: Tensor, model: nn.Module) -> Recording:
     """Return the recording that a checkpoint holds as bytes.
 
     Raises:
-        InputError: If it is damaged, or of another model.
+        InputError: If it is damaged, or belongs to another model.
     """
     return Recording.from_bytes(content.cpu().numpy().tobytes(), model)

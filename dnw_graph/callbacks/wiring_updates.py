@@ -11,13 +11,13 @@ from dnw_graph.updates import Updates, attach
 
 
 class WiringUpdates(Callback):
-    """Calls :func:`dnw_graph.attach` before training starts: all that rules need of a Lightning run.
+    """Calls :func:`dnw_graph.attach` before training starts: all that rules need in a Lightning run.
 
-    It comes before the optimiser's state is restored, so that a resumed run goes on as an unbroken one does.
+    This happens before the optimiser's state is restored, so a resumed run continues like an uninterrupted one.
 
     Args:
-        num_steps: Optimiser steps of the whole run. Default: what the trainer expects.
-        steps_per_epoch: Optimiser steps of an epoch. Default: the same.
+        num_steps: Optimiser steps of the whole run. Default: the trainer's estimate.
+        steps_per_epoch: Optimiser steps per epoch. Default: the trainer's estimate.
 
     Examples:
         >>> from lightning.pytorch import Trainer
@@ -45,7 +45,7 @@ class WiringUpdates(Callback):
             self.updates.append(attach(pl_module, optimizer, num_steps, steps_per_epoch=steps_per_epoch))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the optimiser."""
+        """Detach from the optimiser."""
         for updates in self.updates:
             updates.remove()
         self.updates = []

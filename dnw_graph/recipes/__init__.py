@@ -1,1 +1,1 @@
-"""What is trained and how: the options of models and runs, models by name, schedules of the learning rate."""
+"""Recipes: the options of models and runs, models by name, learning-rate schedules."""

@@ -1,4 +1,4 @@
-"""The models that the command trains, by name: their options, and how these make a model."""
+"""The models that the command line trains, by name: their options, and the models that these make."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ MOBILENETS = ("mobilenet_v1_dnw", "mobilenet_v1")
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 TINY = "tiny_classifier"
 NODE_NORM_EPS = 1e-3
-"""In the norms of nodes, where the paper does not decide it: with less, nodes without input freeze early stages."""
+"""Eps of node norms, outside of the paper's configurations; with less, nodes without input freeze early stages."""
 
 
 @dataclass(frozen=True)
 class WiringOptions(ModelOptions):
-    """Which rule chooses the real edges. An example adds its model's own options and :meth:`with_wiring`."""
+    """The rule that chooses the real edges. An example adds its model's options and :meth:`with_wiring`."""
 
     wiring: str = option("dnw", f"rule that chooses the real edges: one of {', '.join(sorted(WIRINGS))}")
     wiring_options: dict[str, Any] = option(  # noqa: RUF009  # a field with a factory
-        {}, "options of the rule, such as --wiring-options.rho 0.9 for targeted_dropout; in a YAML file a mapping"
+        {}, "options of the rule, such as --wiring-options.rho 0.9 for targeted_dropout; a mapping in a YAML file"
     )
     complete: str | None = option(
-        None, "lottery_ticket and fine_tune: directory of the finished run with --wiring complete that they start from"
+        None, "lottery_ticket and fine_tune: directory of the finished run with --wiring complete to start from"
     )
 
     @abstractmethod
@@ -47,7 +47,7 @@ class WiringOptions(ModelOptions):
         """Return the model with a wiring for all of its graphs."""
 
     def create(self, num_classes: int, image_size: int) -> nn.Module:
-        """Return the model; the second stage of a trained complete one, if ``complete`` names it."""
+        """Return the model; if ``complete`` is given, the second stage of that trained complete model."""
         wiring = create_wiring(self.wiring, **self.wiring_options)
         if self.complete is None:
             return self.with_wiring(wiring, num_classes, image_size)
@@ -57,19 +57,19 @@ class WiringOptions(ModelOptions):
         return second_stage(self.wiring, Path(self.complete), complete, {"image_size": image_size})
 
     def identity(self) -> dict[str, Any]:
-        """Return all options but the directory of the first stage, which a resumed run does not need."""
+        """Return all options except the directory of the first stage, which a resumed run does not need."""
         return {name: value for name, value in super().identity().items() if name != "complete"}
 
 
 @dataclass(frozen=True)
 class MobileNetOptions(WiringOptions):
-    """Which MobileNetV1. The first convolution has stride 2, or 1 for images smaller than 64 pixels."""
+    """Options of MobileNetV1. The first convolution has stride 2, or 1 for images smaller than 64 pixels."""
 
     model: str = option("mobilenet_v1_dnw", f"one of {', '.join(MOBILENETS)}")
     width: float = option(0.225, "width multiplier")
     small: bool = option(False, "mobilenet_v1_dnw: learn the edges of the classifier too (DNW-Small)")
     node_norm_eps: float | None = option(
-        None, f"mobilenet_v1_dnw: number that the norms of nodes add to the variance. Default: {NODE_NORM_EPS}"
+        None, f"mobilenet_v1_dnw: eps of the norms of nodes, added to the variance. Default: {NODE_NORM_EPS}"
     )
 
     def with_wiring(self, wiring: Wiring, num_classes: int, image_size: int) -> nn.Module:
@@ -89,25 +89,25 @@ class MobileNetOptions(WiringOptions):
 
     @property
     def eps(self) -> float:
-        """What the norms of nodes add to the variance."""
+        """Eps of the norms of nodes."""
         default = EPS if self.model == "mobilenet_v1" else NODE_NORM_EPS
         return default if self.node_norm_eps is None else self.node_norm_eps
 
     def identity(self) -> dict[str, Any]:
-        """Return all options, eps as it is used."""
+        """Return all options, with the eps in use."""
         return {**super().identity(), "node_norm_eps": self.eps}
 
 
 @dataclass(frozen=True)
 class TinyOptions(WiringOptions):
-    """Which of the tiny classifiers."""
+    """Options of the tiny classifiers."""
 
     dynamics: str = option("static", f"one of {', '.join(TINY_DYNAMICS)}")
     node_function: str | None = option(
-        None, f"one of {', '.join(NODE_FUNCTIONS)}; by default that of the paper's classifier of these dynamics"
+        None, f"one of {', '.join(NODE_FUNCTIONS)}; default: that of the paper for these dynamics"
     )
-    node_norm_eps: float = option(NODE_NORM_EPS, "number that the norms of nodes add to the variance")
-    adjoint: bool = option(False, "continuous: train by the adjoint equation instead of through the solver")
+    node_norm_eps: float = option(NODE_NORM_EPS, "eps of the norms of nodes, added to the variance")
+    adjoint: bool = option(False, "continuous: train with the adjoint equation instead of through the solver")
 
     def with_wiring(self, wiring: Wiring, num_classes: int, image_size: int) -> nn.Module:
         """Return the model with a wiring."""
@@ -128,16 +128,14 @@ class TinyOptions(WiringOptions):
 
 @dataclass(frozen=True)
 class ResNetOptions(WiringOptions):
-    """Which ResNet of torchvision. The first convolution has stride 2, or 1 for images smaller than 64 pixels."""
+    """Options of torchvision's ResNets. The first convolution has stride 2, or 1 for images smaller than 64 pixels."""
 
     model: str = option("resnet18", f"one of {', '.join(RESNETS)}")
     density: float | None = option(
-        None, "share of weights that every layer keeps, 0.1 if the rule does not decide it; 1 for the dense network"
+        None, "share of weights that every layer keeps, 1 for the dense network. Default: 0.1, or that of the rule"
     )
     first_layer_dense: bool = option(False, "keep all weights of the first convolution (First Layer Dense)")
-    distribution: str = option(
-        "uniform", f"how the weights are divided among layers: one of {', '.join(DISTRIBUTIONS)}"
-    )
+    distribution: str = option("uniform", f"how the budget is divided among layers: one of {', '.join(DISTRIBUTIONS)}")
 
     def with_wiring(self, wiring: Wiring, num_classes: int, image_size: int) -> nn.Module:
         """Return the model with a wiring for the weights of every layer."""
@@ -162,13 +160,13 @@ class ResNetOptions(WiringOptions):
 
     @property
     def share(self) -> float | None:
-        """The density; None where the rule decides it."""
+        """The density; None if the rule determines it."""
         if self.density is None and create_wiring(self.wiring, **self.wiring_options).decides_k:
             return None
         return 0.1 if self.density is None else self.density
 
     def identity(self) -> dict[str, Any]:
-        """Return all options, the density as it is used."""
+        """Return all options, with the density in use."""
         return {**super().identity(), "density": self.share}
 
 
@@ -179,7 +177,7 @@ class Family:
     Attributes:
         options: Their options.
         defaults: Default values of the options of a run.
-        names: Their names, as ``--model`` takes them.
+        names: Their names, for ``--model``.
     """
 
     options: type[ModelOptions]
@@ -204,16 +202,16 @@ FAMILIES: dict[str, Family] = {
     "resnet": Family(ResNetOptions, RESNET_RECIPE, RESNETS),
     "tiny": Family(TinyOptions, TINY_RECIPE, (TINY,)),
 }
-"""The options of models, by the names that files have for them."""
+"""The options of models, by their names in files."""
 
 
 @checked
 def register_models(name: str, options: type[ModelOptions], defaults: RunOptions | None = None) -> None:
-    """Let :func:`dnw_graph.load` and the command make models of your own from their files, and train them by name.
+    """Make :func:`dnw_graph.load` and the command line load your own models from files, and train them by name.
 
     Args:
         name: The name, for files and for ``dnw-graph train --model``.
-        options: The options that make the model.
+        options: The options class that makes the model.
         defaults: Default values of the options of a run.
 
     Raises:
@@ -225,19 +223,19 @@ def register_models(name: str, options: type[ModelOptions], defaults: RunOptions
 
 
 def family_name(options: type[ModelOptions]) -> str | None:
-    """Return the name that options are registered by, or None."""
+    """Return the name under which options are registered, or None."""
     return next((name for name, family in FAMILIES.items() if family.options is options), None)
 
 
 def family_with(names: Iterable[str]) -> str | None:
-    """Return the family that alone has one of some options, or None."""
+    """Return the only family that has one of some options, or None."""
     counts = Counter(f.name for each in FAMILIES.values() for f in fields(each.options))
     given = {name for name in names if counts[name] == 1}
     return next((name for name, each in FAMILIES.items() if given & {f.name for f in fields(each.options)}), None)
 
 
 def options_from_file(path: str, models: str | None, options: dict[str, Any]) -> ModelOptions:
-    """Return the options of a model as a file has them.
+    """Return the options of a model from a file.
 
     Args:
         path: The file, for messages.

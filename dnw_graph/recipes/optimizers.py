@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from dnw_graph.errors import InputError, unknown_name
 
 OPTIMIZERS = {"adamw": "torch.optim.AdamW", "sgd": "torch.optim.SGD"}
-"""Names and class paths; others are given by their own class path."""
+"""Class paths by name; give others by their class path."""
 
 
 def make_optimizer(
@@ -23,7 +23,7 @@ def make_optimizer(
     Args:
         name: One of ``OPTIMIZERS``, or the class path of an optimiser.
         groups: Groups of parameters.
-        common: Learning rate, weight decay, momentum: each is given to an optimiser that knows it.
+        common: Learning rate, weight decay, momentum: each is passed if the optimiser has that argument.
         options: Further arguments.
 
     Raises:
@@ -37,7 +37,7 @@ def make_optimizer(
     except (ImportError, AttributeError) as error:
         raise InputError(f"--optimizer is {name!r}, which cannot be imported ({error}): give package.Class") from error
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
-        raise InputError(f"--optimizer is {name!r}, which is no torch.optim.Optimizer: give the class path of one")
+        raise InputError(f"--optimizer is {name!r}, which is not a torch.optim.Optimizer: give the class path of one")
     known = inspect.signature(cls).parameters
     try:
         return cls(groups, **{key: value for key, value in common.items() if key in known}, **options)

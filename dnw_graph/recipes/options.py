@@ -1,4 +1,4 @@
-"""The options that every training run has, whatever its model."""
+"""The options of every training run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from dnw_graph.node_functions import EPS
 from dnw_graph.recipes.schedules import SCHEDULES
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true")
-# Options that take one of some names.
+# Options with a choice of names.
 NAMES = {"schedule": SCHEDULES, "precision": PRECISIONS, "accelerator": ("auto", "cpu", "gpu")}
-# What one command does, and with which files.
+# Options of one command: its action and its files.
 ACTIONS = {"output", "resume", "init_from", "evaluate", "compact", "export", "with_preprocessing"}
 
 
@@ -27,7 +27,7 @@ def option(default: Any, description: str, *, fixed: bool = False) -> Any:
 
     Args:
         default: Its default value.
-        description: What ``--help`` says about it.
+        description: Its text in ``--help``.
         fixed: Whether a resumed run must have the same value as the run that it continues.
     """
     metadata = {"help": description, "fixed": fixed}
@@ -42,7 +42,7 @@ def flag(name: str) -> str:
 
 
 def completed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options in a file, with what those lacked that were written before there was an option."""
+    """Return the options in a file, completed with those that did not exist when it was written."""
     node_function = "norm_relu_conv" if options.get("dynamics") == "continuous" else None
     recipe = {"optimizer": "sgd", "optimizer_options": {}, "ema": 0.0, "randaugment": 0, "mixup": 0.0, "cutmix": 0.0}
     recipe |= {"clip_grad_norm": 0.0, "accumulate": 1}
@@ -51,10 +51,10 @@ def completed(options: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ModelOptions(ABC):
-    """The options that are an example's own: fields made by :func:`option`, and the model that they describe."""
+    """The options of one example: fields made by :func:`option`, and the model that they describe."""
 
     def __post_init__(self) -> None:
-        """Refuse values of other types than those of the fields; a subclass with checks of its own calls this first."""
+        """Check the types of the fields; a subclass with further checks calls this first."""
         check_fields(self, flag)
 
     @abstractmethod
@@ -70,7 +70,7 @@ class ModelOptions(ABC):
 class RunOptions:
     """Data, schedule, machine and files of one run.
 
-    Every field is a command-line option; its description is in its metadata, where ``--help`` finds it.
+    Every field is a command-line option; its description for ``--help`` is in its metadata.
 
     Raises:
         InputError: If a value is out of range or an unknown name.
@@ -89,69 +89,70 @@ class RunOptions:
     )
     check_images: bool = option(
         True,
-        "before training, open every image file of a directory and look for broken ones, so that none stops the run "
-        "later. ImageNet's 1.33 million files take 2 to 4 minutes on a local disk",
+        "before training, open every image file of a directory to find broken ones, so that none stops the run later. "
+        "ImageNet's 1.33 million files take 2 to 4 minutes on a local disk",
     )
     held_out: int = option(
         0,
-        "evaluate on so many of the training images, which then are not trained on, instead of the test images: for "
-        "choosing options. The same ones for every seed",
+        "evaluate on this many training images, left out of training, instead of on the test images: for choosing "
+        "options. They are the same for every seed",
         fixed=True,
     )
     epochs: int = option(15, "passes over the training images", fixed=True)
-    batch_size: int = option(64, "images per step over all devices together", fixed=True)
-    lr: float = option(0.05, "learning rate of the first step, or of the end of the warm-up", fixed=True)
+    batch_size: int = option(64, "images per step, over all devices", fixed=True)
+    lr: float = option(0.05, "learning rate of the first step, or at the end of the warm-up", fixed=True)
     schedule: str = option(
         "cosine",
-        "how the learning rate falls: 'cosine' to 0 with every step, or 'step', x0.1 after half and after three "
-        "quarters of all steps",
+        "learning-rate schedule: 'cosine', down to 0, or 'step', x0.1 after half and after three quarters of all steps",
         fixed=True,
     )
     warmup_epochs: int = option(
-        0, "epochs in which the learning rate rises linearly to --lr, before it falls; part of --epochs", fixed=True
+        0, "epochs in which the learning rate rises linearly to --lr; part of --epochs", fixed=True
     )
-    optimizer: str = option(
-        "sgd", "'sgd', 'adamw', or the class path of another one, such as torch.optim.NAdam", fixed=True
-    )
+    optimizer: str = option("sgd", "'sgd', 'adamw', or a class path such as torch.optim.NAdam", fixed=True)
     optimizer_options: dict[str, Any] = option(  # noqa: RUF009  # a field with a factory
         {}, "further arguments of the optimiser, such as --optimizer-options.nesterov true", fixed=True
     )
     momentum: float = option(0.9, "momentum of SGD", fixed=True)
     weight_decay: float = option(5e-5, "weight decay of the optimiser, on all parameters", fixed=True)
     norm_weight_decay: bool = option(
-        True, "weight decay on the weights and biases of norms too; --no-norm-weight-decay leaves them out", fixed=True
+        True,
+        "apply weight decay to the weights and biases of norms too; --no-norm-weight-decay excludes them",
+        fixed=True,
     )
     label_smoothing: float = option(
-        0.0, "in training, share of each label that is spread evenly over all classes", fixed=True
+        0.0, "label smoothing: share of each label that is spread evenly over all classes in training", fixed=True
     )
     ema: float = option(
         0.0,
-        "decay of an exponential moving average of the weights, such as 0.999, which is what is evaluated and what "
-        "files hold; 0 for none",
+        "decay of an exponential moving average of the weights, such as 0.999; the average is evaluated and saved; "
+        "0 for none",
         fixed=True,
     )
     randaugment: int = option(
         0, "magnitude of two random operations per training image (RandAugment), such as 9; 0 for none", fixed=True
     )
     mixup: float = option(0.0, "alpha of Mixup, such as 0.2; 0 for none", fixed=True)
-    cutmix: float = option(0.0, "alpha of CutMix, such as 1; 0 for none. With --mixup one of them per step", fixed=True)
+    cutmix: float = option(
+        0.0, "alpha of CutMix, such as 1; 0 for none. With --mixup, one of both per step", fixed=True
+    )
     clip_grad_norm: float = option(0.0, "clip the norm of the gradient of all parameters; 0 for none", fixed=True)
     accumulate: int = option(
-        1, "parts of a batch that go through the model one after the other, for less memory", fixed=True
+        1, "split each batch into this many parts and accumulate their gradients, for less memory", fixed=True
     )
     compile: bool = option(False, "compile the model with torch.compile")
     precision: str = option("32-true", f"number format: one of {', '.join(PRECISIONS)}", fixed=True)
-    seed: int = option(0, "decides initial weights, order of images and augmentation", fixed=True)
+    seed: int = option(0, "seed of initial weights, order of images and augmentation", fixed=True)
     recompute: bool = option(
         False,
-        "models with neural graphs: compute the node functions again in the backward pass, which takes less memory and "
-        "more time; the numbers are the same",
+        "models with neural graphs: recompute node functions in the backward pass (activation checkpointing): less "
+        "memory, more time, the same results",
     )
     accelerator: str = option("auto", "'cpu', 'gpu' or 'auto' (a GPU if there is one)")
     devices: int = option(1, "devices per machine: GPUs, or processes on a CPU")
     num_nodes: int = option(1, "machines; start the same command on each, as for any Lightning run")
     workers: int | None = option(
-        None, "processes per device that load images. Default: 0 for digits, else one per CPU core, at most 8"
+        None, "data-loading processes per device. Default: 0 for digits, else one per CPU core, at most 8"
     )
     output: str | None = option(
         None,
@@ -159,17 +160,17 @@ class RunOptions:
         "checkpoint's directory with --resume",
     )
     save_every: int = option(
-        0, "also write last.ckpt every so many steps; 0: at the end of every epoch only, and when interrupted"
+        0, "also write last.ckpt every this many steps; 0: only at the end of every epoch, and when interrupted"
     )
     record_every: int = option(
-        0, "record the wiring every so many steps too; 0: after every epoch only. See wiring.recording"
+        0, "also record the wiring every this many steps; 0: only after every epoch. See wiring.recording"
     )
     pictures: bool = option(
-        False, "at the end, write curves, an animation of each graph and a page into pictures/, and into the logs"
+        False, "at the end, write curves, an animation of each graph and a page to pictures/ and to the logs"
     )
-    wandb: str | None = option(None, "log to this project of Weights & Biases too (the extra dnw-graph[wandb])")
+    wandb: str | None = option(None, "also log to this Weights & Biases project (needs the extra dnw-graph[wandb])")
     mlflow: str | None = option(
-        None, "log to this MLflow tracking URI too, such as sqlite:///mlflow.db (the extra dnw-graph[mlflow])"
+        None, "also log to this MLflow tracking URI, such as sqlite:///mlflow.db (needs the extra dnw-graph[mlflow])"
     )
     resume: str | None = option(
         None,
@@ -182,14 +183,14 @@ class RunOptions:
         "classes are others",
     )
     evaluate: str | None = option(
-        None, "model to evaluate, with the options that it holds; nothing is trained, and no train/ is needed"
+        None, "model to evaluate, with its stored options; nothing is trained, and no train/ is needed"
     )
     compact: bool = option(
-        False, "with --evaluate: evaluate the model without its dead nodes, with sparse products over the real edges"
+        False, "with --evaluate: evaluate the model without dead nodes, with sparse products over the real edges"
     )
     export: str | None = option(
         None,
-        "with --evaluate: write the model without its dead nodes to this file: .safetensors (wiring and weights), .pt2 "
+        "with --evaluate: write the model without dead nodes to this file: .safetensors (wiring and weights), .pt2 "
         "(torch.export) or .onnx",
     )
     with_preprocessing: bool = option(
@@ -206,7 +207,7 @@ class RunOptions:
                 "0 or more",
                 lambda x: x >= 0,
             ),
-            ("seed", "a number from 0 to below 2^63", lambda x: 0 <= x < 2**63),
+            ("seed", "in [0, 2^63)", lambda x: 0 <= x < 2**63),
             (
                 "data output resume init_from evaluate export wandb mlflow",
                 "a path",
@@ -214,7 +215,7 @@ class RunOptions:
             ),
             ("lr", "a number above 0", lambda x: x > 0),
             ("randaugment", "a magnitude from 0 to 30", lambda x: 0 <= x <= 30),
-            ("momentum label_smoothing ema", "a number from 0 to below 1", lambda x: 0 <= x < 1),
+            ("momentum label_smoothing ema", "in [0, 1)", lambda x: 0 <= x < 1),
             ("image_size", "8 or more", lambda x: x >= 8),
         )
         for names, expected, holds in ranges:
@@ -251,7 +252,7 @@ class RunOptions:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["fixed"]}
 
     def machine(self) -> dict[str, Any]:
-        """Return the options that a resumed run takes over and may change: data, processor, workers."""
+        """Return the options that a resumed run inherits and may change: data, processor, workers."""
         names = {f.name for f in fields(self) if not f.metadata["fixed"]} - ACTIONS
         machine = {name: getattr(self, name) for name in names}
         if os.path.isdir(self.data):

@@ -1,4 +1,4 @@
-"""How the learning rate changes over a run, by PyTorch's schedulers: each function returns what makes one."""
+"""Learning-rate schedules: each function returns a factory of a PyTorch scheduler."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Schedule = Callable[[Optimizer], LRScheduler]
 
 @checked
 def cosine(num_steps: int) -> Schedule:
-    """Return a fall by (1 + cos(π t / T)) / 2 over T = ``num_steps`` steps: 1 at the first step, 0 after the last."""
+    """Return the factor (1 + cos(π t / T)) / 2 over T = ``num_steps`` steps: 1 at the first step, 0 after the last."""
     require(num_steps >= 1, "num_steps", "an integer >= 1", num_steps)
     return partial(CosineAnnealingLR, T_max=num_steps)
 
 
 @checked
 def step(num_steps: int) -> Schedule:
-    """Return 1, ×0.1 after half and again after three quarters of ``num_steps``: after epochs 80 and 120 of 160."""
+    """Return the factor 1, ×0.1 after half and again after three quarters of ``num_steps`` (epochs 80, 120 of 160)."""
     require(num_steps >= 1, "num_steps", "an integer >= 1", num_steps)
     return partial(MultiStepLR, milestones=[math.ceil(num_steps / 2), math.ceil(num_steps * 3 / 4)])
 
@@ -32,7 +32,7 @@ def step(num_steps: int) -> Schedule:
 def after_warmup(schedule: Callable[[int], Schedule], warmup_steps: int, num_steps: int) -> Schedule:
     """Return a linear rise over the first W = ``warmup_steps`` steps, followed by a schedule over the others.
 
-    Step t < W has the factor (t + 1) / W, so that the first step has 1 / W and the last one of the rise has 1.
+    Step t < W has the factor (t + 1) / W: 1 / W at the first step, 1 at the last step of the rise.
 
     Args:
         schedule: One of ``SCHEDULES``.

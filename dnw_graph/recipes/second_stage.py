@@ -1,4 +1,4 @@
-"""The second stage of Lottery Ticket and Fine Tune: a model from the checkpoints of a trained complete one."""
+"""The second stage of Lottery Ticket and Fine Tune: a model from the checkpoints of a trained complete model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def second_stage(rule: str, directory: Path, complete: nn.Module, expected: dict
     Args:
         rule: One of ``RULES``.
         directory: Directory of a finished run with ``--wiring complete``.
-        complete: A model like the one that was trained, whose graphs know k.
+        complete: A model like the trained one, whose graphs know k.
         expected: Options that the run must share, such as the size of the images.
 
     Raises:
@@ -40,7 +40,7 @@ def second_stage(rule: str, directory: Path, complete: nn.Module, expected: dict
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
     if epochs != options.get("epochs"):
         raise InputError(
-            f"{directory / LAST} stands at epoch {epochs} of {options.get('epochs')!r:.20}: finish the run first, "
+            f"{directory / LAST} is at epoch {epochs} of {options.get('epochs')!r:.20}: finish the run first, "
             "with --resume"
         )
     complete.load_state_dict(_weights(directory / LAST, checkpoint, complete))

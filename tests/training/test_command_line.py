@@ -45,7 +45,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]):
     text = capsys.readouterr().out
     for name in (*RunOptions.__dataclass_fields__, *TinyOptions.__dataclass_fields__):
         assert f"--{name.replace('_', '-')}" in text
-    assert "images per step over all devices together" in " ".join(text.split())
+    assert "images per step, over all devices" in " ".join(text.split())
 
 
 def test_options_come_from_defaults_then_file_then_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -280,7 +280,5 @@ def test_onnx_carries_the_card(with_preprocessing: bool, directory: Path, card: 
 
 def test_preprocessing_that_is_not_known_is_not_baked_in(directory: Path, model: nn.Module):
     for source, name in ((model, "x.pt2"), (load(directory), "x.safetensors")):
-        with pytest.raises(
-            InputError, match=r"preprocessing can be part of .pt2 and .onnx files of models"
-        ):
+        with pytest.raises(InputError, match=r"preprocessing can be part of .pt2 and .onnx files of models"):
             export(source, directory / name, torch.zeros(2, 3, 16, 16), with_preprocessing=True)

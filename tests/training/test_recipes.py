@@ -184,7 +184,7 @@ def test_what_is_no_optimiser_is_refused(name: str, options: dict[str, object], 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ema": 1.0}, "--ema must be a number from 0 to below 1"),
+        ({"ema": 1.0}, "--ema must be in [0, 1)"),
         ({"randaugment": 31}, "--randaugment must be a magnitude from 0 to 30"),
         ({"mixup": -1.0}, "--mixup must be 0 or more"),
         ({"accumulate": 3}, "3 parts cannot share a batch of 16 images evenly"),

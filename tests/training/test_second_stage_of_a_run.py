@@ -143,7 +143,7 @@ def test_an_unfinished_run_is_refused_until_it_is_finished(small_digits: ImageDa
     chosen = run_options(directory, save_every=1)
     with pytest.raises(StoppedError):
         run(lambda *_: stopping(tiny(), 6), COMPLETE, chosen, small_digits)
-    with pytest.raises(InputError, match=r"last.ckpt stands at epoch 1 of 2: finish the run first, with --resume"):
+    with pytest.raises(InputError, match=r"last.ckpt is at epoch 1 of 2: finish the run first, with --resume"):
         second_stage("fine_tune", directory, tiny(), SHARED)
     run(lambda *_: tiny(), COMPLETE, replace(chosen, resume=str(directory / "last.ckpt")), small_digits)
     assert_starts_from(second_stage("lottery_ticket", directory, tiny(), SHARED), directory / "first.ckpt")
@@ -160,7 +160,7 @@ def test_a_run_stopped_before_its_last_evaluation_is_unfinished(small_digits: Im
 
     with pytest.raises(StoppedError):
         run(lambda *_: fail_in_evaluation(tiny()), COMPLETE, run_options(tmp_path, epochs=1), small_digits)
-    with pytest.raises(InputError, match="stands at epoch 0 of 1: finish the run first"):
+    with pytest.raises(InputError, match="is at epoch 0 of 1: finish the run first"):
         second_stage("fine_tune", tmp_path, tiny(), SHARED)
 
 
