@@ -191,6 +191,19 @@ class CandidateEdges(nn.Module):
         weight = self.weight if weight is None else weight
         return weight[block.flat].view(block.shape)
 
+    def by_target(self) -> list[list[Block]]:
+        """Return the blocks grouped by their targets, so that a group has all candidates into its targets.
+
+        Raises:
+            InputError: If the targets of two blocks overlap without being the same.
+        """
+        groups: dict[range, list[Block]] = {}
+        for block in self.blocks:
+            groups.setdefault(block.targets, []).append(block)
+        if sum(map(len, groups)) > sum(map(len, _union(groups))):
+            raise InputError("to rank the candidates into a node, blocks must have the same targets or none in common")
+        return list(groups.values())
+
     @checked
     def pairs(self, index: Int[Tensor, " edges"]) -> Int[Tensor, "2 edges"]:
         """Return the nodes (u, v) of flat indices: row 0 the sources, row 1 the targets.

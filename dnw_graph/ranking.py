@@ -147,6 +147,11 @@ class Ranking(nn.Module):
         own = rule.own_num_edges(View(self, rule, 0))
         if num_edges is None:
             num_edges = next(number for number in (own, default, self.num_candidates) if number is not None)
+        if own not in (None, num_edges):
+            raise InputError(
+                f"{self.name}: the rule {type(rule).__name__} has {own:,} of {self.num_candidates:,} edges; got "
+                f"num_edges = {num_edges:,}: leave num_edges or density out"
+            )
         require(num_edges >= 1, f"{self.name}: num_edges", "an integer >= 1", num_edges)
         if num_edges > self.num_candidates:
             raise InputError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dnw_graph.arguments import checked
@@ -47,6 +47,13 @@ def select_top_k(weight: Float[Tensor, " candidates"], k: int, name: str = "grap
     index = selector.select(weight, k, name, flag)
     selector.raise_non_finite(flag)
     return index
+
+
+def largest_along(magnitude: Shaped[Tensor, ...], k: int, dim: int) -> Bool[Tensor, ...]:
+    """Return which values are among the k largest of their vector along a dimension, ties to the lower index."""
+    threshold = magnitude.topk(k, dim, sorted=False).values.amin(dim, keepdim=True)
+    above, ties = magnitude > threshold, magnitude == threshold
+    return above | (ties & (ties.cumsum(dim) <= k - above.sum(dim, keepdim=True)))
 
 
 def new_flag(device: torch.device | None = None) -> Int[Tensor, ""]:
@@ -154,9 +161,7 @@ def _ranked(magnitude: Int[Tensor, " candidates"], k: int) -> Int[Tensor, " edge
     """Return the indices of the k largest, ascending, ties to the lower index; no shape depends on a value."""
     if k == magnitude.numel():
         return torch.arange(k, device=magnitude.device)
-    threshold = torch.topk(magnitude, k, sorted=False).values.amin()
-    above, ties = magnitude > threshold, magnitude == threshold
-    chosen = above | (ties & (ties.cumsum(0) <= k - above.sum()))
+    chosen = largest_along(magnitude, k, 0)
     return torch.searchsorted(chosen.cumsum(0), torch.arange(1, k + 1, device=magnitude.device))
 
 

@@ -52,7 +52,7 @@ REFUSED = {
     "no edges": ("dnw", 0, "num_edges must be an integer >= 1; got 0"),
     "repeated edge": (Fixed(EDGES[:, [0, 1, 1]]), 3, "1 of the fixed edges are repeated"),
     "no candidate": (Fixed(torch.tensor([[0], [99]])), 1, r"\(0, 99\) is not a candidate edge"),
-    "wrong count": (Fixed(EDGES), 4, "3 fixed edges were given for num_edges = 4"),
+    "wrong count": (Fixed(EDGES), 4, "the rule Fixed has 3 of .* edges; got num_edges = 4"),
     "fails late": (Refusing(), 5, "no$"),
 }
 

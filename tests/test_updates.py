@@ -316,9 +316,9 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_changed(state):
 def test_edges_that_an_average_has_spoiled_are_refused():
     class Turning(PruneAndGrow):
         def after_step(self, view):
-            self.exchange(view, 3, torch.rand(view.num_candidates, generator=view.generator()))
+            self.exchange(view, 3, 3, torch.rand(view.num_candidates, generator=view.generator()))
 
-    model = make("perceptron", Turning(1))
+    model = make("perceptron", Turning(Schedule(0.5, 0.5), 1))
     own = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     attach(model, own)
     average = copy.deepcopy(model)
@@ -342,9 +342,9 @@ def test_exchanged_edges_are_counted_and_real_ones_keep_weight_and_state():
     class Turning(PruneAndGrow):
         def after_step(self, view):
             self.before = view.weight.clone(), view.momentum.clone(), self.real
-            self.exchange(view, 3, torch.rand(view.num_candidates, generator=view.generator()))
+            self.exchange(view, 3, 3, torch.rand(view.num_candidates, generator=view.generator()))
 
-    model = make("graph", Turning(1))
+    model = make("graph", Turning(Schedule(0.5, 0.5), 1))
     own = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     attach(model, own)
     sets = [model.real_index.tolist()]

@@ -46,6 +46,4 @@ class Fixed(ConstantEdges):
         index = view.candidates.flat_index(self.edge_index.to(view.weight.device)).unique()
         if index.numel() != self.edge_index.size(1):
             raise InputError(f"{view.name}: {self.edge_index.size(1) - index.numel()} of the fixed edges are repeated")
-        if index.numel() != view.k:
-            raise InputError(f"{view.name}: {index.numel()} fixed edges were given for num_edges = {view.k}")
         self.store(index)

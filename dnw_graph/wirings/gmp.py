@@ -46,7 +46,7 @@ class GMP(ChangingEdges):
         since = view.step - moment(view, self.begin)
         if since < 0 or (since % self.every and view.step < moment(view, self.until)):
             return
-        keep = round(view.num_candidates - (view.num_candidates - view.k) * self.removal.at(view, after=True))
+        keep = round(view.num_candidates - (view.num_candidates - view.k) * self.removal.at(view, after=view.step))
         edges = self.choose(view)
         if keep < edges.numel():
             self.store(view, self.largest(view, keep, among=edges))

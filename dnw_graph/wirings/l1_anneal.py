@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dnw_graph._compat import not_compiled
 from dnw_graph.arguments import checked, require
-from dnw_graph.wirings.schedule import Changing, Schedule, as_schedule
+from dnw_graph.wirings.schedule import Changing, Schedule, as_schedule, share_over_time
 from dnw_graph.wirings.stored_edges import ChangingEdges
 from dnw_graph.wirings.view import View
 
@@ -49,10 +49,8 @@ class L1Anneal(ChangingEdges):
     ) -> None:
         super().__init__()
         self.strength = as_schedule("strength", strength)
-        self.removal = as_schedule("removal", removal)
-        require(min(self.strength.start, self.strength.end) >= 0, "strength of the L1 term", "0 or more", strength)
-        rises = 0 <= self.removal.start <= self.removal.end <= 1
-        require(rises, "removal", "a schedule that increases within 0 (complete) … 1 (k edges left)", removal)
+        self.removal = share_over_time("removal", removal)
+        require(self.removal.start <= self.removal.end, "removal", "a schedule that increases", removal)
 
     @property
     def needs_steps(self) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from dnw_graph.arguments import checked, require
-from dnw_graph.errors import InputError
+from dnw_graph.selection import largest_along
 from dnw_graph.wirings.base import Wiring
 from dnw_graph.wirings.view import View
 
@@ -42,16 +41,9 @@ class NM(Wiring):
 
     def own_num_edges(self, view: View) -> int:
         """Return the number of edges that the groups determine."""
-        blocks = ((*block.shape, p) for block, p in zip(view.candidates.blocks, view.candidates.places, strict=True))
-        return sum(rows * p * sum(min(self.n, c // p - at) for at in range(0, c // p, self.m)) for rows, c, p in blocks)
-
-    def setup(self, view: View) -> None:
-        """Refuse another k."""
-        if view.k != self.own_num_edges(view):
-            raise InputError(
-                f"{view.name}: keeping {self.n} of every {self.m} makes {self.own_num_edges(view):,} edges of "
-                f"{view.num_candidates:,}; got num_edges = {view.k:,}: leave num_edges or density out"
-            )
+        blocks = zip(view.candidates.blocks, view.candidates.places, strict=True)
+        sizes = [(len(block.targets) * places, len(block.sources) // places) for block, places in blocks]
+        return sum(rows * (c // self.m * self.n + min(self.n, c % self.m)) for rows, c in sizes)
 
     def choose(self, view: View) -> Tensor:
         """Return the n strongest of every group, ties to the lower index."""
@@ -61,14 +53,10 @@ class NM(Wiring):
     def _real(self, view: View) -> Tensor:
         parts = []
         for block, places in zip(view.candidates.blocks, view.candidates.places, strict=True):
-            channels = block.shape[1] // places
+            channels = len(block.sources) // places
             size = view.weight.detach()[block.flat].abs().view(-1, channels, places)
-            padded = size.new_full((len(size), math.ceil(channels / self.m) * self.m, places), -1.0)
-            padded[:, :channels] = size
-            groups = padded.unflatten(1, (-1, self.m))
-            order = groups.sort(dim=2, descending=True, stable=True).indices[:, :, : self.n]
-            real = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, order, True)
-            parts.append(real.flatten(1, 2)[:, :channels].flatten())
+            groups = F.pad(size, (0, 0, 0, -channels % self.m), value=-1.0).unflatten(1, (-1, self.m))
+            parts.append(largest_along(groups, self.n, dim=2).flatten(1, 2)[:, :channels].flatten())
         return torch.cat(parts)
 
     def penalty(self, view: View) -> Float[Tensor, ""] | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dnw_graph.arguments import require
 from dnw_graph.selection import select_top_k
+from dnw_graph.wirings.schedule import Schedule
 from dnw_graph.wirings.stored_edges import ChangingEdges
 from dnw_graph.wirings.view import View
 
@@ -18,12 +19,15 @@ from dnw_graph.wirings.view import View
 class PruneAndGrow(ChangingEdges):
     """Starts with k random edges, drawn by PyTorch's generator; hallucinated weights are zero and are not trained.
 
-    A subclass defines the :meth:`share` of edges that a round exchanges, and the :meth:`scores` by which edges grow.
+    After a step of a round the weakest edges are dropped, and as many grow. A subclass says by which :meth:`scores`
+    they grow; those of RigL, the gradients of all candidates, are the default.
 
     Attributes:
         regrown_are_new: Whether an edge that is dropped and grown in the same round also starts from zero.
+        skip_update: Whether the candidates are not updated in a step with a round.
 
     Args:
+        fraction: Share of k that a round exchanges, rounded down.
         every: Steps between rounds. Default: the steps of an epoch, which ``attach`` or the callback must know.
 
     Raises:
@@ -32,11 +36,12 @@ class PruneAndGrow(ChangingEdges):
 
     trained = "real"
     regrown_are_new: ClassVar[bool] = False
+    skip_update = False
 
-    def __init__(self, every: int | None) -> None:
+    def __init__(self, fraction: Schedule, every: int | None) -> None:
         super().__init__()
         require(every is None or every >= 1, "every", "an integer >= 1", every)
-        self.every = every
+        self.fraction, self.every = fraction, every
 
     def setup(self, view: View) -> None:
         """Draw k edges, and set all other weights to zero."""
@@ -47,40 +52,45 @@ class PruneAndGrow(ChangingEdges):
         """Return whether a round follows a step, counted from 1."""
         return step > 0 and step % (self.every or view.steps_per_epoch) == 0
 
-    def share(self, view: View, step: int) -> float:
-        """Return the share of the edges that the round after a step exchanges."""
-        raise NotImplementedError
+    def number(self, view: View, step: int) -> int:
+        """Return how many edges are dropped after a step, counted from 1."""
+        return math.floor(self.fraction.at(view, after=step) * view.k) if self.is_round(view, step) else 0
 
     def scores(self, view: View) -> Float[Tensor, " candidates"]:
         """Return a score per candidate; edges of largest |score| are grown."""
-        raise NotImplementedError
+        return view.gradient
 
-    def number(self, view: View, step: int) -> int:
-        """Return how many edges are exchanged after a step, counted from 1: ⌊share · k⌋ in a round."""
-        return math.floor(self.share(view, step) * view.k) if self.is_round(view, step) else 0
+    def needs_gradient(self, view: View) -> bool:
+        """Return whether the next step has a round, and edges are grown by their gradient."""
+        return type(self).scores is PruneAndGrow.scores and self.number(view, view.step + 1) > 0
+
+    def skips_update(self, view: View) -> bool:
+        """Return whether the next step has a round, if that skips the update."""
+        return self.skip_update and self.number(view, view.step + 1) > 0
 
     def after_step(self, view: View) -> None:
         """Do a round if it is time."""
         if number := self.number(view, view.step):
-            self.exchange(view, number, self.scores(view))
+            self.exchange(view, number, number, self.scores(view))
 
-    def exchange(self, view: View, number: int, scores: Float[Tensor, " candidates"]) -> None:
-        """Drop the real edges of least |w|, and grow as many by the largest |score| among all that are not kept.
+    def exchange(self, view: View, dropped: int, grown: int, scores: Float[Tensor, " candidates"]) -> None:
+        """Drop the real edges of least |w|, and grow others by the largest |score| among all that are not kept.
 
-        Grown edges start with weight and optimiser state zero.
+        Grown edges start with weight zero. So does the optimiser state of all candidates that are not trained.
 
         Args:
             view: The candidates.
-            number: Number of edges.
+            dropped: Number of edges to drop.
+            grown: Number of edges to grow.
             scores: A score per candidate.
         """
         before = self.mask
         edges = self.choose(view)
-        kept = top(view, edges, edges.numel() - number, view.weight)
+        kept = top(view, edges, edges.numel() - dropped, view.weight)
         others = torch.ones_like(before).index_fill_(0, kept, False).nonzero().flatten()
-        self.store(view, torch.cat([kept, top(view, others, number, scores)]))
+        self.store(view, torch.cat([kept, top(view, others, grown, scores)]))
         stay = torch.zeros_like(before).index_fill_(0, kept, True) if self.regrown_are_new else before & self.mask
-        view.clear(~stay)
+        view.clear(~stay, state=self.trained == "real")
 
 
 def top(

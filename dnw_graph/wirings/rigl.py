@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
-from torch import Tensor
-
-from dnw_graph.arguments import checked, require
+from dnw_graph.arguments import checked
 from dnw_graph.wirings.prune_and_grow import PruneAndGrow
-from dnw_graph.wirings.schedule import moment
-from dnw_graph.wirings.view import View
+from dnw_graph.wirings.schedule import Schedule, share_over_time
 
 
 class RigL(PruneAndGrow):
@@ -47,25 +42,5 @@ class RigL(PruneAndGrow):
     def __init__(
         self, alpha: float = 0.3, every: int | None = 100, until: int | float = 0.75, skip_update: bool = True
     ) -> None:
-        super().__init__(every)
-        require(0 <= alpha <= 1, "alpha", "a share of the real edges, within 0 … 1", alpha)
-        possible = until > 0 and (isinstance(until, int) or until <= 1)
-        require(possible, "until", "a step (an integer >= 1) or a fraction of training (up to 1.0)", until)
+        super().__init__(share_over_time("alpha", Schedule(alpha, 0.0, 0, until, "cosine")), every)
         self.alpha, self.until, self.skip_update = alpha, until, skip_update
-
-    def share(self, view: View, step: int) -> float:
-        """Return f(t)."""
-        end = moment(view, self.until)
-        return self.alpha / 2 * (1 + math.cos(math.pi * step / end)) if step < end else 0.0
-
-    def needs_gradient(self, view: View) -> bool:
-        """Return whether the next step has a round."""
-        return self.number(view, view.step + 1) > 0
-
-    def scores(self, view: View) -> Tensor:
-        """Return the gradient of all candidates."""
-        return view.gradient
-
-    def skips_update(self, view: View) -> bool:
-        """Return whether the next step has a round, unless ``skip_update`` is off."""
-        return self.skip_update and self.needs_gradient(view)

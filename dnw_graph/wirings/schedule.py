@@ -63,19 +63,20 @@ class Schedule:
         """Whether the value never changes."""
         return self.start == self.end
 
-    def at(self, view: View, *, after: bool = False) -> float:
-        """Return the value for the next step of a graph, or after the last one.
+    def at(self, view: View, *, after: int | None = None) -> float:
+        """Return the value for the next step of a graph, or after a step.
 
         Args:
             view: The graph, with its numbers of steps so far and of the whole training.
-            after: Whether the step is done: then 1.0 means after the last step of training, not at that step.
+            after: Number of steps done: 1.0 then means after the last step of training, not at that step.
 
         Raises:
             InputError: If a moment is a fraction and the number of steps is unknown.
         """
         if self.constant:
             return self.end
-        return self.value(view.step, view.num_steps + after if self.in_fractions else 0)
+        step, done = (view.step, 0) if after is None else (after, 1)
+        return self.value(step, view.num_steps + done if self.in_fractions else 0)
 
     def __str__(self) -> str:
         if self.constant:
@@ -108,23 +109,14 @@ Changing = float | Schedule | Mapping[str, int | float | str]
 
 
 def share_over_time(what: str, value: Changing) -> Schedule:
-    """Return a schedule within 0 … 1.
-
-    Raises:
-        InputError: If the value is not such a schedule.
-    """
+    """Return a schedule within 0 … 1, see :func:`as_schedule`."""
     schedule = as_schedule(what, value)
-    require(
-        0 <= min(schedule.start, schedule.end) <= max(schedule.start, schedule.end) <= 1,
-        what,
-        "a share within 0 … 1",
-        value,
-    )
+    require(max(schedule.start, schedule.end) <= 1, what, "a share within 0 … 1", value)
     return schedule
 
 
 def as_schedule(what: str, value: Changing) -> Schedule:
-    """Return a schedule from one, from its arguments, or from a constant.
+    """Return a schedule >= 0, from one, from its arguments, or from a constant.
 
     Args:
         what: Name of the value in messages.
@@ -133,8 +125,6 @@ def as_schedule(what: str, value: Changing) -> Schedule:
     Raises:
         InputError: If the value is none of these.
     """
-    if isinstance(value, Schedule):
-        return value
     if isinstance(value, Mapping):
         known = {field.name for field in fields(Schedule)}
         for name in value:
@@ -142,5 +132,8 @@ def as_schedule(what: str, value: Changing) -> Schedule:
                 raise unknown_name(f"argument of the schedule of {what}", str(name), known)
         if not {"start", "end"} <= set(value):
             raise InputError(f"the schedule of {what} needs start and end; got {dict(value)}")
-        return Schedule(**value)  # type: ignore[arg-type]  # checked by Schedule
-    return Schedule(value, value, 0, 0)
+        schedule = Schedule(**value)  # type: ignore[arg-type]  # checked by Schedule
+    else:
+        schedule = value if isinstance(value, Schedule) else Schedule(value, value, 0, 0)
+    require(min(schedule.start, schedule.end) >= 0, what, "0 or more", value)
+    return schedule

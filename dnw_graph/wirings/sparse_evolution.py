@@ -37,12 +37,7 @@ class SET(PruneAndGrow):
 
     @checked
     def __init__(self, fraction: Changing = 0.3, every: int | None = None) -> None:
-        super().__init__(every)
-        self.fraction = share_over_time("fraction", fraction)
-
-    def share(self, view: View, step: int) -> float:
-        """Return ζ."""
-        return self.fraction.at(view, after=True)
+        super().__init__(share_over_time("fraction", fraction), every)
 
     def number(self, view: View, step: int) -> int:
         """Return d."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.wirings.proportion import allot
-from dnw_graph.wirings.prune_and_grow import PruneAndGrow, top
+from dnw_graph.wirings.prune_and_grow import PruneAndGrow
 from dnw_graph.wirings.schedule import Changing, Schedule, share_over_time
 from dnw_graph.wirings.view import View
 
@@ -63,54 +63,43 @@ class SparseMomentum(PruneAndGrow):
 
     @checked
     def __init__(self, prune_rate: Changing = COSINE, every: int | None = None) -> None:
-        super().__init__(every)
-        self.prune_rate = share_over_time("prune_rate", prune_rate)
+        super().__init__(share_over_time("prune_rate", prune_rate), every)
+        self.prune_rate = self.fraction
 
     def num_edges(self, k: int) -> int:
         """Return the number of edges of this graph after the rounds so far."""
         return int(self.mask.sum())
 
+    def number(self, view: View, step: int) -> int:
+        """Return how many edges a round prunes: ⌈p · n_i⌉, but not all."""
+        edges = self.num_edges(view.k)
+        return min(math.ceil(self.fraction.at(view, after=step) * edges), edges - 1)
+
+    def scores(self, view: View) -> Float[Tensor, " candidates"]:
+        """Return the momentum."""
+        state = view.state
+        momentum = view.momentum / (state["exp_avg_sq"].sqrt() + 1e-8) if "exp_avg_sq" in state else view.momentum
+        if not momentum.isfinite().all():
+            raise InputError(f"{view.name}: the momentum is NaN or infinite; lower the learning rate")
+        return momentum
+
     def after_step(self, view: View) -> None:
         """Set hallucinated weights back to zero."""
-        view.weight.mul_(self.real)
+        view.clear(~self.mask, state=False)
 
     @classmethod
     def after_steps(cls, views: Sequence[View]) -> None:
         """Do a round over all graphs whose round is due."""
         super().after_steps(views)
-        rules = [(view.wiring, view) for view in views if isinstance(view.wiring, SparseMomentum)]
-        due = [(rule, view) for rule, view in rules if rule.is_round(view, view.step)]
-        momenta = [_momentum(view) for _, view in due]
-        means = [_mean(view, momentum[rule.mask]) for (rule, view), momentum in zip(due, momenta, strict=True)]
-        pruned = [rule.prune(view) for rule, view in due]
-        room = [int((~rule.mask).sum()) for rule, _ in due]
-        grown = allot(sum(pruned), means, [(0, each) for each in room])
-        for (rule, view), momentum, number in zip(due, momenta, grown, strict=True):
-            rule.grow(view, momentum, number)
-
-    def prune(self, view: View) -> int:
-        """Prune the real edges of smallest |w|, and return their number."""
-        edges = self.choose(view)
-        before = edges.numel()
-        stay = max(1, before - math.ceil(self.prune_rate.at(view, after=True) * before))
-        self.store(view, self.largest(view, stay, among=edges))
-        return before - stay
-
-    def grow(self, view: View, momentum: Float[Tensor, " candidates"], number: int) -> None:
-        """Make ``number`` edges real, by the largest magnitude of momentum."""
-        grown = top(view, torch.nonzero(~self.mask).flatten(), number, momentum)
-        self.store(view, torch.cat([self.choose(view), grown]))
-        view.weight.mul_(self.real)
-
-
-def _momentum(view: View) -> Float[Tensor, " candidates"]:
-    if "exp_avg_sq" in view.state:
-        return view.momentum / (view.state["exp_avg_sq"].sqrt() + 1e-8)
-    return view.momentum
-
-
-def _mean(view: View, momentum: Float[Tensor, " real"]) -> float:
-    mean = float(momentum.abs().mean(dtype=torch.float64))
-    if not math.isfinite(mean):
-        raise InputError(f"{view.name}: the momentum is NaN or infinite; lower the learning rate")
-    return mean
+        due = [
+            (rule, view) for view in views if isinstance(rule := view.wiring, cls) and rule.is_round(view, view.step)
+        ]
+        pruned = [rule.number(view, view.step) for rule, view in due]
+        room = [(0, int((~rule.mask).sum()) + number) for (rule, _), number in zip(due, pruned, strict=True)]
+        momenta = [rule.scores(view) for rule, view in due]
+        means = [
+            float(each[rule.mask].abs().mean(dtype=torch.float64)) for (rule, _), each in zip(due, momenta, strict=True)
+        ]
+        grown = allot(sum(pruned), means, room)
+        for (rule, view), number, new, momentum in zip(due, pruned, grown, momenta, strict=True):
+            rule.exchange(view, number, new, momentum)

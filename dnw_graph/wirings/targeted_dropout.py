@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from dnw_graph._compat import not_compiled
 from dnw_graph.arguments import checked
-from dnw_graph.candidates import Block
 from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.selection import largest_along
 from dnw_graph.wirings.base import Wiring
 from dnw_graph.wirings.schedule import Changing, Schedule, share_over_time
 from dnw_graph.wirings.view import View
@@ -64,16 +61,23 @@ class TargetedDropout(Wiring):
 
     def setup(self, view: View) -> None:
         """Group the candidates by target."""
-        self.groups = _by_target(view.candidates.blocks)
-        if self.variant == "regular":
-            _refuse_overlap(list(self.groups))
+        self.groups = view.candidates.by_target() if self.variant == "regular" else []
 
     def choose(self, view: View) -> Tensor:
         """Return the edges that stay after pruning: all but the targets."""
         if self.variant == "unconstrained":
             return self.largest(view, view.k)
         self.largest(view, 1)  # refuses weights that are not finite
-        return self._strongest_per_node(view.weight.detach().abs(), view.k)
+        size = view.weight.detach().abs()
+        stays = torch.zeros_like(size, dtype=torch.bool)
+        for blocks in self.groups:
+            into = torch.cat([view.candidates.block_weight(block, size) for block in blocks], dim=1)
+            fan_in = into.size(1)
+            dropped = (view.num_candidates - view.k) * fan_in // view.num_candidates
+            kept = largest_along(into, fan_in - dropped, dim=1)
+            for block, part in zip(blocks, kept.split([len(block.sources) for block in blocks], dim=1), strict=True):
+                stays[block.flat] = part.flatten()
+        return torch.nonzero(stays).flatten()
 
     @not_compiled  # It would be recompiled in every step.
     def choose_to_train(self, view: View) -> Tensor:
@@ -84,35 +88,3 @@ class TargetedDropout(Wiring):
         if not self.needs_steps and view.graph.updates is None:
             self.step += 1
         return torch.nonzero(stays).flatten()
-
-    def _strongest_per_node(self, magnitude: Float[Tensor, " candidates"], num_edges: int) -> Int[Tensor, " edges"]:
-        """Return the edges of every node except the ⌊γ · fan-in⌋ weakest, ties to the lower index."""
-        candidates = magnitude.numel()
-        stays = torch.zeros_like(magnitude, dtype=torch.bool)
-        for blocks in self.groups.values():
-            into = torch.cat([magnitude[block.flat].view(block.shape) for block in blocks], dim=1)
-            fan_in = into.size(1)
-            keep = fan_in - (candidates - num_edges) * fan_in // candidates
-            weakest = into.topk(keep, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-            above, ties = into > weakest, into == weakest
-            kept = above | (ties & (ties.cumsum(dim=1) <= keep - above.sum(dim=1, keepdim=True)))
-            for block, part in zip(blocks, kept.split([block.shape[1] for block in blocks], dim=1), strict=True):
-                stays[block.flat] = part.flatten()
-        return torch.nonzero(stays).flatten()
-
-
-def _by_target(blocks: tuple[Block, ...]) -> dict[range, list[Block]]:
-    groups: dict[range, list[Block]] = {}
-    for block in blocks:
-        groups.setdefault(block.targets, []).append(block)
-    return groups
-
-
-def _refuse_overlap(targets: list[range]) -> None:
-    ordered = sorted(targets, key=lambda nodes: nodes.start)
-    for first, second in pairwise(ordered):
-        if first.stop > second.start:
-            raise InputError(
-                f"regular targeted dropout ranks the candidates into each node: blocks with the targets {first} and "
-                f"{second} must have the same targets or none in common"
-            )

@@ -181,9 +181,14 @@ class View:
         found = ", ".join(sorted(self.state)) or "no state"
         raise InputError(f"{self.name}: the optimiser has no momentum, but {found}: give SGD momentum=0.9, or use Adam")
 
-    def clear(self, chosen: Shaped[Tensor, " chosen"]) -> None:
-        """Set the weight and optimiser state of some candidates, given by indices or a mask, to zero."""
-        for vector in (self.weight, *self.state.values()):
+    def clear(self, chosen: Shaped[Tensor, " chosen"], *, state: bool = True) -> None:
+        """Set the weight and, by default, the optimiser state of some candidates to zero.
+
+        Args:
+            chosen: Indices, or a mask.
+            state: Whether the optimiser state becomes zero too.
+        """
+        for vector in (self.weight, *(self.state.values() if state else ())):
             vector[chosen] = 0
 
     def generator(self) -> torch.Generator:

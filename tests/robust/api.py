@@ -339,7 +339,7 @@ RULES: dict[type[Wiring], dict[str, Argument]] = {
     RigL: {
         "alpha": (lambda: 0.5, number(0, 1)),
         "every": every,
-        "until": (lambda: 0.75, moment(1e-300)),
+        "until": (lambda: 0.75, moment()),
         "skip_update": on,
     },
     SparseMomentum: {"prune_rate": share, "every": every},

@@ -278,10 +278,10 @@ def test_groups_of_nm_are_input_channels_at_one_place_of_the_kernel(layer, chann
 
 
 def test_another_density_than_that_of_nm_is_refused():
-    message = r"0\.weight: keeping 2 of every 4 makes 16 edges of 32; got num_edges = 8: leave"
+    message = r"0\.weight: the rule NM has 16 of 32 edges; got num_edges = 8: leave"
     with pytest.raises(InputError, match=message):
         sparsify(nn.Sequential(nn.Linear(8, 4)), 0.25, "nm")
-    with pytest.raises(InputError, match=r"keeping 2 of every 4 makes .* got num_edges = 9"):
+    with pytest.raises(InputError, match=r"the rule NM has .* got num_edges = 9"):
         NeuralGraph((6, 5, 4), 9, wiring="nm")
     sparsify(nn.Sequential(nn.Linear(8, 4)), 0.5, "nm")
     assert NeuralGraph((6, 5, 4), wiring="nm").num_edges == 5 * 4 + 4 * 6
@@ -292,10 +292,10 @@ def test_another_density_than_that_of_nm_is_refused():
     ("make", "message"),
     [
         (lambda: SET(1.5), "fraction must be a share within"),
-        (lambda: RigL(alpha=-0.1), "alpha must be a share of the real edges"),
+        (lambda: RigL(alpha=-0.1), "alpha must be 0 or more"),
         (lambda: RigL(every=0), "every must be an integer >= 1"),
-        (lambda: RigL(until=1.5), "until must be a step"),
-        (lambda: GMP(0.5, 0.25), "a schedule cannot begin at 0.5 and end before"),
+        (lambda: RigL(until=1.5), "until of a schedule must be a step"),
+        (lambda: GMP(0.5, 0.25), "a schedule cannot begin at 0.5 and end earlier"),
         (lambda: TopKAST(-1), "extra must be a number of candidates"),
         (lambda: TopKAST(strength=-1.0), "strength must be 0 or more"),
         (lambda: ACDC(()), "switches must be an odd number of ascending moments"),

@@ -332,7 +332,7 @@ def test_regular_refuses_targets_that_overlap_in_part(overlap):
     ("options", "message"),
     [
         ({"rho": 1.5}, "rho must be a share within 0 … 1; got 1.5"),
-        ({"rho": -0.1}, "rho must be a share within 0 … 1; got -0.1"),
+        ({"rho": -0.1}, "rho must be 0 or more; got -0.1"),
         ({"rho": Schedule(0.5, 1.1)}, "rho must be a share within 0 … 1; got Schedule"),
         ({"rho": "gama"}, "rho must be a number in 0 … 1, 'gamma' or a schedule; got 'gama'"),
         ({"rho": float("nan")}, "rho must be a finite number"),
