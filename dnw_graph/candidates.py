@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from dnw_graph.arguments import checked
@@ -60,7 +60,43 @@ class Block:
         return targets, sources
 
 
-class CandidateEdges(nn.Module):
+class RankedWeight:
+    """A parameter, or a part of one, that holds candidate weights; here a vector in the order of the candidates."""
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter as the optimiser has it."""
+        raise NotImplementedError
+
+    @property
+    def holder(self) -> Any:
+        """The module whose ``probe`` accumulates the gradient of all candidates, if a rule asks for it."""
+        return self
+
+    @property
+    def numel(self) -> int:
+        """Number of candidates."""
+        return self.parameter.numel()
+
+    @property
+    def matrices(self) -> Sequence[tuple[int, int, int]]:
+        """First index, rows and columns of each matrix of the weight, in the flattened parameter."""
+        raise NotImplementedError
+
+    def flat(self, parameter: Shaped[Tensor, ...]) -> Shaped[Tensor, " candidates"]:
+        """Return the weight's part of a tensor of the parameter's shape as a vector; a view where possible."""
+        return parameter
+
+    def write(self, flat: Shaped[Tensor, " candidates"], parameter: Shaped[Tensor, ...]) -> None:
+        """Set the weight's part of a tensor of the parameter's shape: the inverse of :meth:`flat`."""
+        parameter.copy_(flat)
+
+    def positions(self, index: Int[Tensor, " edges"]) -> Int[Tensor, " edges"]:
+        """Return the positions of candidates in the flattened parameter."""
+        return index
+
+
+class CandidateEdges(nn.Module, RankedWeight):
     """The candidate edges of one graph and their weights.
 
     The weights are one flat parameter, ordered by block, target and source. So selection ranks one vector, the
@@ -155,36 +191,13 @@ class CandidateEdges(nn.Module):
 
     @property
     def parameter(self) -> Tensor:
-        """The weights. From here on, the interface of ``dnw_graph.wirings.view.RankedWeight``."""
+        """The weights."""
         return self.weight
-
-    @property
-    def holder(self) -> nn.Module:
-        """The module that has the probe: itself."""
-        return self
-
-    @property
-    def numel(self) -> int:
-        """Number of candidates."""
-        return self.num_candidates
-
-    def flat(self, parameter: Tensor) -> Tensor:
-        """Return a tensor of the shape of the weights as a vector: itself."""
-        return parameter
-
-    def write(self, flat: Tensor, parameter: Tensor) -> None:
-        """Set a tensor of the shape of the weights from a vector."""
-        parameter.copy_(flat)
 
     @property
     def matrices(self) -> list[tuple[int, int, int]]:
         """First index, rows and columns of every block."""
         return [(block.offset, *block.shape) for block in self.blocks]
-
-    @staticmethod
-    def positions(index: Int[Tensor, " edges"]) -> Int[Tensor, " edges"]:
-        """Return the positions of candidates in the vector: the indices themselves."""
-        return index
 
     def block_weight(self, block: Block, weight: Tensor | None = None) -> Float[Tensor, "targets sources"]:
         """View of a block's weights, or of the same part of another flat vector."""

@@ -10,9 +10,6 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from dnw_graph._compat import version
-from dnw_graph.errors import InputError
-from dnw_graph.ops.layout import plain_eager
-from dnw_graph.wirings.base import Wiring
 
 WHOLE = 2048
 """Parameters of up to this size are compared as a whole."""
@@ -44,7 +41,7 @@ class Chosen:
         """Keep a sample of the weights.
 
         Args:
-            weights: The parts of the parameters, see :class:`~dnw_graph.wirings.view.RankedWeight`.
+            weights: The parts of the parameters, see :class:`~dnw_graph.candidates.RankedWeight`.
             others: Other tensors that the choice depends on; they are kept whole.
         """
         if type(self.index) is not Tensor or self.index.is_meta:
@@ -90,38 +87,3 @@ def _across(weight: Any, like: Tensor) -> Iterator[Tensor]:
 def _captured() -> bool:
     """Return whether a CUDA graph is being captured: the host cannot wait then, and a replay does not call this."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def check_index(index: object, wiring: Wiring, num_candidates: int, name: str, *, wait: bool) -> None:
-    """Refuse indices that the products cannot use; they rely on ascending flat indices.
-
-    Values are checked only for rules from outside this package.
-
-    Args:
-        index: The rule's choice.
-        wiring: The rule.
-        num_candidates: Number of candidate edges.
-        name: Name of the graph, for messages.
-        wait: Whether the host may synchronise with a device; if not, values are checked on a CPU only.
-
-    Raises:
-        InputError: If it is no int64 vector or, where values are checked, not strictly ascending or out of range.
-    """
-    if not isinstance(index, Tensor):
-        raise _wrong(wiring, num_candidates, name, f"a {type(index).__name__}")
-    if index.dtype != torch.int64 or index.dim() != 1:
-        raise _wrong(wiring, num_candidates, name, f"{index.dtype} of shape {list(index.shape)}")
-    readable = index.is_cpu or (wait and not index.is_meta)
-    if type(wiring).__module__.startswith("dnw_graph.") or not readable or not plain_eager():
-        return
-    wrong = index.diff(prepend=index.new_tensor([-1]), append=index.new_tensor([num_candidates])) <= 0
-    if wrong.any():
-        found = f"{len(index)} indices from {int(index.min())} to {int(index.max())}, {int(wrong.sum())} of them wrong"
-        raise _wrong(wiring, num_candidates, name, found)
-
-
-def _wrong(wiring: Wiring, num_candidates: int, name: str, found: str) -> InputError:
-    return InputError(
-        f"{name}: {type(wiring).__name__} must choose an int64 vector of indices in 0 … {num_candidates - 1:,}, "
-        f"strictly ascending (indices.sort().values, mask.nonzero().flatten()); got {found}"
-    )

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from dnw_graph._compat import backward_pass, in_backward_pass
 from dnw_graph.arguments import checked, require, wrong
-from dnw_graph.candidates import CandidateEdges
-from dnw_graph.chosen import Chosen, check_index
+from dnw_graph.candidates import CandidateEdges, RankedWeight
+from dnw_graph.chosen import Chosen
 from dnw_graph.errors import InputError
-from dnw_graph.ops.layout import transformed
+from dnw_graph.ops.layout import plain_eager, transformed
 from dnw_graph.wirings import WIRINGS, View, Wiring, make_wiring, wiring_name
 from dnw_graph.wirings.base import COUNTERS
-from dnw_graph.wirings.view import RankedWeight
+from dnw_graph.wirings.saved import refuse_edges, saved_number
 
 T = TypeVar("T")
 
@@ -196,7 +196,8 @@ class Ranking(nn.Module):
             InputError: If the state lacks the weights, or one is NaN or infinite; nothing is changed then.
         """
         flat = state if isinstance(state, Tensor) else self._weights_in(state)
-        if flat is None or flat.shape != (self.num_candidates,) or not has_numbers(flat):
+        numbers = flat is not None and flat.is_floating_point() and flat.layout is torch.strided and not flat.is_meta
+        if flat is None or not numbers or flat.shape != (self.num_candidates,):
             expected = f"the {self.num_candidates:,} candidate weights, as a vector or in a state_dict"
             raise wrong(f"{self.name}: the state", expected, state if flat is None else flat)
         if not flat.isfinite().all():
@@ -228,18 +229,14 @@ class Ranking(nn.Module):
         Args:
             tensors: The parameters as the forward pass sees them.
         """
-        wiring = self.wiring
-        choose = wiring.choose_to_train if self.training else wiring.choose
         if torch.compiler.is_compiling() or transformed():
             # Compiled code recomputes by itself, and cannot detect changes of the weights. Tensors within a transform
             # of torch.func have no storage to detect them by, and must not outlive the transform.
+            choose = self.wiring.choose_to_train if self.training else self.wiring.choose
             return choose(self.view(tensors))
         if self._chosen is not None and (in_backward_pass() if self.training else self._chosen.fits(tensors)):
             return self._chosen.index
-        index = choose(self.view(tensors))
-        if not self.training:
-            wiring.raise_non_finite()
-        check_index(index, wiring, self.num_candidates, self.name, wait=not self.training)
+        index = self._choose(tensors, to_train=self.training)
         self._keep(tensors, index)
         return index
 
@@ -252,12 +249,9 @@ class Ranking(nn.Module):
             chosen.derived = make()
         return chosen.derived
 
-    def trained_edges(self, tensors: Sequence[Tensor] | None = None) -> Int[Tensor, " trained"] | None:
+    def trained_edges(self) -> Int[Tensor, " trained"] | None:
         """Return the flat indices of the trained candidates, for the present weights; None for all."""
-        if self.wiring.trained == "all":
-            return None
-        view = self.view(tensors)
-        return self.wiring.choose(view) if self.wiring.trained == "real" else self.wiring.trained_edges(view)
+        return self._edges_of(self.wiring.trained)
 
     def learning_edges(
         self, index: Int[Tensor, " edges"], tensors: Sequence[Tensor]
@@ -268,11 +262,14 @@ class Ranking(nn.Module):
             index: The real edges of the forward pass.
             tensors: The parameters as the forward pass sees them.
         """
-        wiring = self.wiring
-        kind = wiring.gradient or wiring.trained
-        if kind == "all":
-            return None
-        return index if kind == "real" else self.trained_edges(tensors)
+        return self._edges_of(self.wiring.gradient or self.wiring.trained, index, tensors)
+
+    def _edges_of(
+        self, kind: str, real: Tensor | None = None, tensors: Sequence[Tensor] | None = None
+    ) -> Tensor | None:
+        if kind == "all" or (kind == "real" and real is not None):
+            return None if kind == "all" else real
+        return (self.wiring.choose if kind == "real" else self.wiring.trained_edges)(self.view(tensors))
 
     def guarded(self, weight: Tensor) -> Tensor:
         """Raise an error at the second backward pass if the rule needs an attached optimiser and has none.
@@ -321,10 +318,16 @@ class Ranking(nn.Module):
         """Choose the edges again at their next use, after a step."""
         self._chosen = None
 
-    def _choose(self) -> Tensor:
-        index = self.wiring.choose(self.view())
-        self.wiring.raise_non_finite()
-        check_index(index, self.wiring, self.num_candidates, self.name, wait=True)
+    def _choose(self, tensors: Sequence[Tensor] | None = None, *, to_train: bool = False) -> Tensor:
+        rule, view = self.wiring, self.view(tensors)
+        index = rule.choose_to_train(view) if to_train else rule.choose(view)
+        if not to_train:
+            rule.raise_non_finite()
+        # Only a rule from outside this package can choose wrongly. A training step reads nothing from a device.
+        own = type(rule).__module__.startswith("dnw_graph.")
+        read = not own and plain_eager() and isinstance(index, Tensor) and (index.is_cpu or not to_train)
+        what = f"{self.name}: the choice of {type(rule).__name__}"
+        refuse_edges(index, self.num_candidates, what, read=read, hint="mask.nonzero().flatten(), index.sort().values")
         return index
 
     def _keep(self, tensors: Sequence[Tensor], index: Tensor) -> None:
@@ -353,11 +356,6 @@ class Ranking(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_chosen": None, "_updates": None, "_backward_pass": None}
-
-
-def has_numbers(tensor: Tensor) -> bool:
-    """Return whether a tensor holds floating-point numbers in dense form."""
-    return tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_meta
 
 
 def rule_hash(rule: type[Wiring]) -> int:
@@ -406,7 +404,7 @@ def check_saved(graph: Ranking, state_dict: Mapping[str, Any], prefix: str) -> N
             :meth:`~dnw_graph.wirings.Wiring.check_saved`.
     """
     k = graph.view().k
-    saved_k, rule = (_scalar(graph, state_dict, prefix, name) for name in ("num_edges", "rule"))
+    saved_k, rule = (saved_number(state_dict, prefix + name, f"{graph.name}: {name}") for name in NUMBERS)
     if saved_k not in (None, k) and not graph.wiring.ignores_k:
         raise InputError(
             f"{graph.name}: the state has num_edges = {saved_k:,}, the graph {k:,}: make the model with "
@@ -421,15 +419,6 @@ def check_saved(graph: Ranking, state_dict: Mapping[str, Any], prefix: str) -> N
             "make the model with that rule, or take the weights alone with graph.load_weights(state)"
         )
     graph.wiring.check_saved(saved, graph.num_candidates, k, graph.name)
-
-
-def _scalar(graph: Ranking, state_dict: Mapping[str, Any], prefix: str, name: str) -> int | None:
-    value = state_dict.get(prefix + name)
-    if value is None or (isinstance(value, Tensor) and value.is_meta):
-        return None
-    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim():
-        raise InputError(f"{graph.name}: {name} must be one int64 number; the file is damaged")
-    return int(value)
 
 
 def _forget(graph: Ranking, *_: Any) -> None:

@@ -15,11 +15,12 @@ from torch.utils.hooks import RemovableHandle
 
 from dnw_graph._compat import backward_pass, unwrapped, unwrapped_name, version
 from dnw_graph.arguments import checked, require
+from dnw_graph.candidates import RankedWeight
 from dnw_graph.errors import InputError
 from dnw_graph.partial_step import PartialStep, can_be_partial
 from dnw_graph.ranking import Ranking, rankings
 from dnw_graph.wirings import View, Wiring
-from dnw_graph.wirings.view import RankedWeight, new_seed
+from dnw_graph.wirings.view import new_seed
 
 
 class Updates:

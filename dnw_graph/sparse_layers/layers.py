@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dnw_graph.arguments import checked
-from dnw_graph.candidates import CandidateEdges
+from dnw_graph.candidates import CandidateEdges, RankedWeight
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -67,7 +67,7 @@ def registered(layer: nn.Module) -> type[nn.Module] | None:
 
 
 @dataclass(frozen=True, eq=False)
-class LayerWeight:
+class LayerWeight(RankedWeight):
     """One weight of a layer, ranked as a vector in the order output channel, input channel, position in the kernel.
 
     Attributes:

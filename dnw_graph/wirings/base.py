@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dnw_graph.selection import Selector, new_flag
-from dnw_graph.wirings.saved import refuse_counts
+from dnw_graph.wirings.saved import saved_number
 from dnw_graph.wirings.view import View
 
 COUNTERS = ("step", "num_steps", "seed")
@@ -200,8 +200,8 @@ class Wiring(nn.Module):
         Raises:
             InputError: If it is not a state of this rule for such a graph.
         """
-        if self.counts_steps:
-            refuse_counts(saved, COUNTERS, f"{name}: wiring")
+        for counter in COUNTERS if self.counts_steps else ():
+            saved_number(saved, counter, f"{name}: wiring.{counter}")
 
     def forget_weights(self) -> None:
         """Reset the cached threshold and the error flag. Called when the weights were replaced."""
@@ -219,19 +219,10 @@ class Wiring(nn.Module):
         if self.counts_steps:
             destination.update({prefix + name: torch.tensor(getattr(self, name)) for name in COUNTERS})
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        _, strict, missing_keys, *_ = args
         counters = {prefix + name: name for name in COUNTERS} if self.counts_steps else {}
-        others = {key: value for key, value in state_dict.items() if key not in counters}
-        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict({k: v for k, v in state_dict.items() if k not in counters}, prefix, *args)
         for key, name in counters.items():
             if key in state_dict:
                 setattr(self, name, int(state_dict[key]))

@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dnw_graph.arguments import require, shown
 from dnw_graph.errors import InputError
 
+DAMAGED = "the file is damaged or of another graph"
 
-def refuse_edges(index: object, num_candidates: int, num_edges: int, what: str) -> None:
-    """Refuse indices that are not k distinct candidates in ascending order.
+
+def refuse_edges(
+    index: object, num_candidates: int, what: str, *, number: int | None = None, read: bool = True, hint: str = DAMAGED
+) -> None:
+    """Refuse anything but distinct candidates in ascending order, on which products over the edges rely.
 
     Args:
         index: The flat indices of the edges.
         num_candidates: Number of candidates.
-        num_edges: k.
         what: Name of the indices in messages.
+        number: Number of edges. Default: any.
+        read: Whether values are checked; those on the meta device never are.
+        hint: What to do about it, for messages.
 
     Raises:
-        InputError: If it is another tensor; values on the meta device are not checked.
+        InputError: If it is anything else.
     """
-    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.shape != (num_edges,):
-        raise InputError(f"{what} must be an int64 tensor of the {num_edges:,} edges; got {_shown(index)}")
-    if index.is_meta:
+    found = None
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1:
+        found = shown(index)
+    elif number not in (None, len(index)):
+        found = f"{len(index):,}"
+    elif read and not index.is_meta:
+        ends = index.new_tensor([-1]), index.new_tensor([num_candidates])
+        if bool((index.diff(prepend=ends[0], append=ends[1]) <= 0).any()):
+            outside = int(((index < 0) | (index >= num_candidates)).sum())
+            repeated = len(index) - len(index.unique())
+            found = f"{outside:,} outside, {repeated:,} repeated, {int((index.diff() < 0).sum()):,} out of order"
+    if found is None:
         return
-    bounds = index.new_tensor([-1]), index.new_tensor([num_candidates])
-    if bool((index.diff(prepend=bounds[0], append=bounds[1]) <= 0).any()):
-        raise InputError(
-            f"{what} must be distinct candidates in 0 … {num_candidates - 1:,}, ascending; got "
-            f"{_count(index, num_candidates)}: the file is damaged or belongs to another graph"
-        )
+    edges = "" if number is None else f"{number:,} edges, "
+    raise InputError(
+        f"{what} must be an int64 vector of {edges}distinct candidates in 0 … {num_candidates - 1:,}, ascending; "
+        f"got {found}: {hint}"
+    )
 
 
 def refuse_mask(mask: object, num_candidates: int, what: str) -> None:
@@ -45,13 +60,11 @@ def refuse_mask(mask: object, num_candidates: int, what: str) -> None:
         what: Name of the mask in messages.
 
     Raises:
-        InputError: If it is another tensor or selects none; values on the meta device are not checked.
+        InputError: If it is anything else; values on the meta device are not checked.
     """
-    kinds = (torch.uint8, torch.bool)
-    if not isinstance(mask, Tensor) or mask.dtype not in kinds or mask.shape != (num_candidates,):
-        raise InputError(f"{what} must be a uint8 tensor of the {num_candidates:,} candidates; got {_shown(mask)}")
-    if not mask.is_meta and not mask.any():
-        raise InputError(f"{what} must hold at least one candidate; got none: the file is damaged")
+    fits = isinstance(mask, Tensor) and mask.dtype in (torch.uint8, torch.bool)
+    some = isinstance(mask, Tensor) and mask.shape == (num_candidates,) and (mask.is_meta or bool(mask.any()))
+    require(fits and some, what, f"a uint8 vector of the {num_candidates:,} candidates, at least one of them 1", mask)
 
 
 def edge_sum(edges: Tensor) -> Int[Tensor, ""]:
@@ -88,30 +101,19 @@ def refuse_spoiled(edges: Tensor, checksum: object, what: str) -> None:
         )
 
 
-def refuse_counts(saved: Mapping[str, Any], names: Collection[str], what: str) -> None:
-    """Refuse counters, such as numbers of steps, that are not integers >= 0.
+def saved_number(saved: Mapping[str, Any], key: str, what: str) -> int | None:
+    """Return a saved integer, or None if it is missing or without a value.
 
     Args:
         saved: Saved state by name.
-        names: Names of the counters; they may be missing.
-        what: Name of the state in messages.
+        key: Its name.
+        what: Its name in messages.
 
     Raises:
-        InputError: If a counter is something else.
+        InputError: If it is no int64 scalar >= 0.
     """
-    for key in saved.keys() & names:
-        value = saved[key]
-        if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim():
-            raise InputError(f"{what}.{key} must be one int64 number; got {_shown(value)}")
-        if not value.is_meta and int(value) < 0:
-            raise InputError(f"{what}.{key} must be 0 or more; got {int(value)}: the file is damaged")
-
-
-def _count(index: Tensor, num_candidates: int) -> str:
-    outside = int(((index < 0) | (index >= num_candidates)).sum())
-    repeated = len(index) - len(index.unique())
-    return f"{outside:,} outside, {repeated:,} repeated, {int((index.diff() < 0).sum()):,} out of order"
-
-
-def _shown(value: object) -> str:
-    return f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if (value := saved.get(key)) is None:
+        return None
+    scalar = isinstance(value, Tensor) and value.dtype == torch.int64 and not value.dim()
+    require(scalar and (value.is_meta or int(value) >= 0), what, "one int64 number >= 0", value)
+    return None if value.is_meta else int(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,25 +15,59 @@ from dnw_graph.wirings.saved import edge_sum, refuse_edges, refuse_mask, refuse_
 from dnw_graph.wirings.view import View
 
 
-class ConstantEdges(Wiring):
-    """Edges that ``setup`` chooses and that never change; only they get a gradient.
+class StoredEdges(Wiring):
+    """Edges that are not a function of the weights, in a persistent buffer, which an average of models must copy.
 
-    They are a persistent buffer, since they are not a function of the weights. Their checksum, another buffer, reveals
-    whether the buffers were averaged.
+    Their checksum, another buffer, reveals whether the buffers were averaged.
+
+    Attributes:
+        buffer: Name of the buffer.
 
     Shapes:
-        - ``index``: ``[num_edges]``, flat indices, ascending
         - ``checksum``: scalar, int64
     """
 
-    gradient = "real"
-    index: Tensor
+    buffer: ClassVar[tuple[str, torch.dtype]]
     checksum: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("index", torch.empty(0, dtype=torch.long))
+        name, dtype = self.buffer
+        self.register_buffer(name, torch.empty(0, dtype=dtype))
         self.register_buffer("checksum", torch.tensor(0))
+
+    def refuse(self, saved: object, num_candidates: int, num_edges: int, what: str) -> None:
+        """Refuse what the buffer cannot be."""
+        raise NotImplementedError
+
+    def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
+        """Refuse edges that the rule cannot have, or that do not match their checksum."""
+        super().check_saved(saved, num_candidates, num_edges, name)
+        if self.buffer[0] in saved:
+            edges, what = saved[self.buffer[0]], f"{name}: wiring.{self.buffer[0]}"
+            self.refuse(edges, num_candidates, num_edges, what)
+            refuse_spoiled(edges, saved.get("checksum"), what)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        name, dtype = self.buffer
+        saved = state_dict.get(prefix + name)
+        if saved is not None:  # Older files have no checksum, or a mask of booleans.
+            state_dict = {prefix + "checksum": edge_sum(saved), **state_dict, prefix + name: saved.to(dtype)}
+            if saved.shape != getattr(self, name).shape:  # check_saved has accepted the number.
+                setattr(self, name, getattr(self, name).new_empty(saved.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class ConstantEdges(StoredEdges):
+    """Edges that ``setup`` chooses and that never change; only they get a gradient.
+
+    Shapes:
+        - ``index``: ``[num_edges]``, flat indices, ascending
+    """
+
+    gradient = "real"
+    buffer = "index", torch.int64
+    index: Tensor
 
     def store(self, index: Int[Tensor, " edges"]) -> None:
         """Make these edges, ascending, the real ones."""
@@ -56,39 +90,23 @@ class ConstantEdges(Wiring):
         """Keep the edges among the candidates that stay, by their new indices."""
         self.store((stay.cumsum(0) - 1)[self.index[stay[self.index]]])
 
-    def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
-        """Refuse edges that are not k distinct ascending ones, or that do not match their checksum."""
-        if "index" in saved:
-            refuse_edges(saved["index"], num_candidates, num_edges, f"{name}: wiring.index")
-            refuse_spoiled(saved["index"], saved.get("checksum"), f"{name}: wiring.index")
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        saved = state_dict.get(prefix + "index")
-        if saved is not None:  # Older files have no checksum.
-            state_dict = {prefix + "checksum": edge_sum(saved), **state_dict}
-            if saved.shape != self.index.shape:  # check_saved has accepted the number.
-                self.index = self.index.new_empty(saved.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def refuse(self, saved: object, num_candidates: int, num_edges: int, what: str) -> None:
+        """Refuse edges that are not k distinct ascending ones."""
+        refuse_edges(saved, num_candidates, what, number=num_edges)
 
 
-class ChangingEdges(Wiring):
-    """Edges that change between steps, as does their number: persistent buffers, which an average of models must copy.
-
-    The buffer is a mask of bytes, since PyTorch's averaging cannot subtract booleans. A checksum reveals whether the
-    mask was averaged.
+class ChangingEdges(StoredEdges):
+    """Edges that change between steps, in number too: a mask of bytes, since averages cannot subtract booleans.
 
     Shapes:
         - ``real``: ``[num_candidates]``, uint8
-        - ``checksum``: scalar, int64
     """
 
+    buffer = "real", torch.uint8
     real: Tensor
-    checksum: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("real", torch.empty(0, dtype=torch.uint8))
-        self.register_buffer("checksum", torch.tensor(0))
         self._found: tuple[Tensor, tuple[int, bool], Tensor] | None = None  # The last ``real``, and its edges.
 
     def setup(self, view: View) -> None:
@@ -125,19 +143,9 @@ class ChangingEdges(Wiring):
         self.real = self.real[stay]
         self.checksum = edge_sum(torch.nonzero(self.real).flatten())
 
-    def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
-        """Refuse edges that do not match their checksum."""
-        super().check_saved(saved, num_candidates, num_edges, name)
-        if "real" in saved:
-            refuse_mask(saved["real"], num_candidates, f"{name}: wiring.real")
-            refuse_spoiled(saved["real"], saved.get("checksum"), f"{name}: wiring.real")
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "real" in state_dict:  # Older files have booleans, no checksum, or a count.
-            state_dict = {key: value for key, value in state_dict.items() if key != prefix + "count"}
-            real = state_dict[prefix + "real"].to(torch.uint8)
-            state_dict = {prefix + "checksum": edge_sum(real), **state_dict, prefix + "real": real}
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def refuse(self, saved: object, num_candidates: int, num_edges: int, what: str) -> None:
+        """Refuse a mask that selects none, or of another number of candidates."""
+        refuse_mask(saved, num_candidates, what)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_found": None}

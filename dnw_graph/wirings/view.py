@@ -5,10 +5,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -22,35 +22,6 @@ if TYPE_CHECKING:
 
 MOMENTA = ("momentum_buffer", "exp_avg", "momentum")
 """The names of the momentum in optimisers: SGD and Muon, Adam and its variants, SGDP."""
-
-
-class RankedWeight(Protocol):
-    """A parameter, or a part of one, that holds candidate weights."""
-
-    @property
-    def parameter(self) -> Tensor:
-        """The parameter as the optimiser has it."""
-
-    @property
-    def holder(self) -> Any:
-        """The module whose ``probe`` accumulates the gradient of all candidates, if a rule asks for it."""
-
-    @property
-    def numel(self) -> int:
-        """Number of candidates."""
-
-    def flat(self, parameter: Shaped[Tensor, ...]) -> Shaped[Tensor, " candidates"]:
-        """Return the weight's part of a tensor of the parameter's shape as a vector; a view where possible."""
-
-    def write(self, flat: Shaped[Tensor, " candidates"], parameter: Shaped[Tensor, ...]) -> None:
-        """Set the weight's part of a tensor of the parameter's shape: the inverse of :meth:`flat`."""
-
-    @property
-    def matrices(self) -> Sequence[tuple[int, int, int]]:
-        """First index, rows and columns of each matrix of the weight, in the flattened parameter."""
-
-    def positions(self, index: Int[Tensor, " edges"]) -> Int[Tensor, " edges"]:
-        """Return the positions of candidates in the flattened parameter."""
 
 
 class View:
@@ -199,7 +170,10 @@ class View:
     def reset_momentum(self) -> None:
         """Set the momentum of all parameters of the optimiser to zero; after a step only."""
         assert self._optimizer is not None
-        reset_momentum(self._optimizer)
+        for state in list(self._optimizer.state.values()):
+            for name in MOMENTA:
+                if isinstance(state.get(name), Tensor):
+                    state[name].zero_()
 
     def write_back(self) -> None:
         """Write changes back into parameters and optimiser state. Called by the engine."""
@@ -230,12 +204,3 @@ def tensor_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
 def new_seed() -> int:
     """Return a seed derived from PyTorch's; never 0, which means no seed."""
     return mix(torch.initial_seed()) >> 1 | 1
-
-
-def reset_momentum(optimizer: Optimizer) -> None:
-    """Set the momentum of all parameters of an optimiser to zero."""
-    with torch.no_grad():
-        for state in list(optimizer.state.values()):
-            for name in MOMENTA:
-                if isinstance(state.get(name), Tensor):
-                    state[name].zero_()
