@@ -5,8 +5,9 @@ beside the dense layer, with the share at which both take equally long; the rule
 computes over edges (``dnw_graph.sparse_layers.layer_edges``) comes from it. Then whole steps, with forward pass, loss,
 backward pass and SGD with momentum and weight decay, of ResNet-18 for images of 32 pixels and of a network 3072 – 768 –
 3072: dense in PyTorch; sparse with masked weights (``sparse_kernels=False``); sparse over edges. The last columns say
-what the rest of the step is: all modules but sparse layers, forward and backward, and the optimiser, which steps over
-all candidates; and how much memory a step takes at most beyond the model. CPU time, so that others at work on the
+where the time goes: products; passes over the dense weight and its ``.grad``, from which real weights are read and into
+which their gradients are written; the optimiser, which reads and writes weights, gradients and states that are dense
+too; everything else. And how much memory a step takes at most beyond the model. CPU time, so that others at work on the
 machine disturb little; all ways take turns. Run with ``python benchmarks/sparse_training.py --threads 1``.
 """
 
@@ -159,17 +160,19 @@ class Step:
         F.cross_entropy(self.model(self.x), self.y).backward()
         self.optimizer.step()
 
-    def shares(self) -> dict[str, float]:
-        """Return which shares of the time the layers, the optimiser and everything else take."""
+    def shares(self) -> dict[str, str]:
+        """Return which shares of the time each part and everything else take, of several steps."""
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            self()
-        spent = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
-        total = sum(spent.values())
-        layers = sum(time for key, time in spent.items() if any(word in key for word in PRODUCTS))
-        optimiser = sum(
-            event.cpu_time_total for event in profiled.key_averages() if event.key.startswith("Optimizer.step")
-        )
-        return {"layers": layers / total, "optimiser": optimiser / total, "rest": 1 - (layers + optimiser) / total}
+            for _ in range(5):
+                self()
+        events = profiled.key_averages()
+        total = sum(event.self_cpu_time_total for event in events)
+        spent = {
+            "layers": sum(event.self_cpu_time_total for event in events if any(word in event.key for word in PRODUCTS)),
+            **{part: sum(each.cpu_time_total for each in events if each.key.startswith(PARTS[part])) for part in PARTS},
+        }
+        shares = {part: time / total for part, time in spent.items()}
+        return {part: f"{share:.0%}" for part, share in {**shares, "rest": 1 - sum(shares.values())}.items()}
 
     def peak(self) -> int:
         """Return how many bytes a step allocates at most beyond what it starts with."""
@@ -184,8 +187,10 @@ class Step:
         return most
 
 
-PRODUCTS = ("convolution", "addmm", "aten::mm", "sparse_linear")
+PRODUCTS = ("convolution", "addmm", "aten::mm", "_TrainedLinear")
 """What the operators of layers have in their names."""
+PARTS = {"reading weights, writing .grad": "_AtPositions", "optimiser": "Optimizer.step"}
+"""How the names of other parts of a step begin, with everything that they call."""
 
 
 def _break_even(times: Mapping[float, float], dense: float) -> str:

@@ -156,7 +156,8 @@ def _positions(graph: Ranking, trained: Tensor, optimizer: Optimizer) -> dict[Te
         whole = weight.numel == parameter.numel()
         if not whole or not can_be_partial(optimizer, parameter, last - first):
             return None
-        found[parameter] = weight.positions(trained[first:last] - start)
+        own = trained[first:last]
+        found[parameter] = weight.positions(own - start if start else own)
     return found
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dnw_graph.errors import InputError
+from dnw_graph.ops.build import kernels
 from dnw_graph.ops.call import run
 from dnw_graph.ops.checks import (
+    batched,
     check_csr,
     check_memory,
     check_pointers,
@@ -22,8 +24,8 @@ from dnw_graph.ops.checks import (
     check_types,
     is_half,
 )
-from dnw_graph.ops.layout import plain_eager
-from dnw_graph.ops.sparse import targets_of
+from dnw_graph.ops.layout import detach_view, kernels_take, plain_eager
+from dnw_graph.ops.sparse import by_source, targets_of
 
 LARGEST = 4096  # Upper bound of a kernel's sides, stride, padding and dilation.
 
@@ -56,6 +58,86 @@ def sparse_linear(
     check_tensors(x=x, rowptr=rowptr, columns=columns, values=values, **({} if bias is None else {"bias": bias}))
     call = _linear if _plain(x, values, bias) else _sparse_linear
     return call(x, rowptr, columns, values, bias, relu)
+
+
+class Turned(NamedTuple):
+    """Edges in CSR by what they leave.
+
+    Attributes:
+        rowptr: Where the edges of each input start.
+        columns: Output of each edge.
+        order: The number of each edge by what it goes to.
+    """
+
+    rowptr: Int[Tensor, " inputs_and_one"]
+    columns: Int[Tensor, " weights"]
+    order: Int[Tensor, " weights"]
+
+
+def turned(rowptr: Int[Tensor, " rows"], columns: Int[Tensor, " weights"], inputs: int) -> Turned:
+    """Return edges by input.
+
+    Raises:
+        InputError: If an index is out of range.
+    """
+    starts, order = by_source(rowptr.contiguous(), columns.contiguous(), inputs)
+    return Turned(starts, targets_of(rowptr, columns).index_select(0, order), order)
+
+
+def trained_linear(
+    x: Float[Tensor, "*batch inputs"],
+    rowptr: Int[Tensor, " rows"],
+    columns: Int[Tensor, " weights"],
+    values: Float[Tensor, " weights"],
+    bias: Float[Tensor, " outputs"] | None,
+    by_input: Callable[[], Turned],
+) -> Float[Tensor, "*batch outputs"]:
+    """Return :func:`sparse_linear` of edges that stay for many steps, in plain eager mode.
+
+    Args:
+        x: Inputs, channels last.
+        rowptr: As in :func:`sparse_linear`.
+        columns: Input of each weight.
+        values: The weights.
+        bias: What is added to the outputs.
+        by_input: Returns the same edges turned; called in a backward pass that needs them.
+    """
+    return _TrainedLinear.apply(x, values, bias, (rowptr, columns), by_input)
+
+
+class _TrainedLinear(torch.autograd.Function):
+    """The layer with edges that are turned once for many backward passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        csr: tuple[Tensor, Tensor],
+        by_input: Callable[[], Turned],
+    ) -> Tensor:
+        ctx.csr, ctx.by_input = csr, by_input
+        ctx.save_for_backward(x, values)
+        return detach_view(_linear(x, *csr, values, bias, False))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, values = ctx.saved_tensors
+        return *_linear_grads(grads[0], x, ctx.csr, values, ctx.needs_input_grad[:3], ctx.by_input), None, None
+
+
+def spread(values: Float[Tensor, " some"], places: Int[Tensor, " some"], size: int) -> Float[Tensor, " all"]:
+    """Return a vector with values at ascending places and zeros elsewhere.
+
+    Raises:
+        InputError: If places are out of range or not ascending.
+    """
+    if not torch.is_grad_enabled() and plain_eager() and not batched(values) and values.device.type == "cpu":
+        out = values.new_empty(size)
+        if run("spread", (size, len(places)), places, values.contiguous(), out):
+            return out
+    return values.new_zeros(size).index_copy(0, places, values)
 
 
 def sparse_conv2d(
@@ -289,14 +371,40 @@ def _linear_grad(
     if is_half(x):
         single = grad.float(), x.float(), rowptr, columns, values.float(), of_x, of_values
         return _rounded(_linear_grad(*single), x.dtype)
-    rows, sent = (each.reshape(-1, each.size(-1)).contiguous() for each in (grad, x))
-    x_grad, values_grad = torch.empty_like(sent) if of_x else None, torch.empty_like(values) if of_values else None
-    csr = rowptr.contiguous(), columns.contiguous(), values.contiguous()
-    numbers = (len(sent), x.size(-1), grad.size(-1), len(columns))
-    if x.device.type == "cpu" and run("sparse_linear_grad", numbers, rows, sent, *csr, x_grad, values_grad):
-        return x.new_empty(0) if x_grad is None else x_grad.view(x.shape), _or_empty(values_grad, x)
-    weight = dense_weight(rowptr, columns, values, x.size(-1))
-    return _linear_formula(grad, x, weight, (rowptr, columns), of_x, of_values)
+    csr = rowptr, columns
+    found = _linear_kernels(grad, x, csr, values, lambda: turned(*csr, x.size(-1)), of_x, of_values)
+    if found is not None:
+        return found
+    return _linear_formula(grad, x, dense_weight(*csr, values, x.size(-1)), csr, of_x, of_values)
+
+
+def _linear_kernels(
+    grad: Tensor,
+    x: Tensor,
+    csr: tuple[Tensor, Tensor],
+    values: Tensor,
+    by_input: Callable[[], Turned],
+    of_x: bool,
+    of_values: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """Return the same by the kernels; None if they do not take the tensors."""
+    if kernels() is None or not (kernels_take(grad) and kernels_take(x) and kernels_take(values)):
+        return None
+    csr = csr[0].contiguous(), csr[1].contiguous()
+    received, sent = (each.reshape(-1, each.size(-1)).contiguous() for each in (grad, x))
+    (batch, outputs), inputs, x_grad, values_grad = received.shape, sent.size(1), x.new_empty(0), x.new_empty(0)
+    if of_values:
+        # The rows of the longer side take turns, and those of the shorter one stay in cache.
+        values_grad = torch.empty_like(values, memory_format=torch.contiguous_format)
+        if inputs > outputs:
+            numbers = (batch, outputs, inputs, len(values))
+            run("sampled_linear", numbers, sent, received, *by_input(), values_grad)
+        else:
+            run("sampled_linear", (batch, inputs, outputs, len(values)), received, sent, *csr, None, values_grad)
+    if of_x:
+        rowptr, columns, order = by_input()
+        x_grad = _linear(received, rowptr, columns, values.index_select(0, order), None, False).view(x.shape)
+    return x_grad, values_grad
 
 
 def _linear_formula(
@@ -390,14 +498,31 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, rowptr, columns, values, out = ctx.saved_tensors
     grad = grad if out is None else grad * (out > 0)
-    needed = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    of_x, _, _, of_values, of_bias, _ = ctx.needs_input_grad
+    x_grad, values_grad, bias_grad = _linear_grads(grad, x, (rowptr, columns), values, (of_x, of_values, of_bias))
+    return x_grad, None, None, values_grad, bias_grad, None
+
+
+def _linear_grads(
+    grad: Tensor,
+    x: Tensor,
+    csr: tuple[Tensor, Tensor],
+    values: Tensor,
+    needed: tuple[bool, ...],
+    by_input: Callable[[], Turned] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients that are needed, of inputs, weights and bias."""
+    of_x, of_values, of_bias = needed
+    found = None
     if torch.is_grad_enabled():  # create_graph=True
-        weight = dense_weight(rowptr, columns, values, x.size(-1))
-        x_grad, values_grad = _linear_formula(grad, x, weight, (rowptr, columns), *needed)
-    else:
-        x_grad, values_grad = _linear_grad(grad, x, rowptr, columns, values, *needed)
-    bias_grad = grad.reshape(-1, grad.size(-1)).sum(0) if ctx.needs_input_grad[4] else None
-    return x_grad if needed[0] else None, None, None, values_grad if needed[1] else None, bias_grad, None
+        weight = dense_weight(*csr, values, x.size(-1))
+        found = _linear_formula(grad, x, weight, csr, of_x, of_values)
+    elif by_input is not None and plain_eager() and not batched(grad):
+        found = _linear_kernels(grad, x, csr, values, by_input, of_x, of_values)
+    if found is None:
+        found = _linear_grad(grad, x, *csr, values, of_x, of_values)
+    bias_grad = grad.reshape(-1, grad.size(-1)).sum(0) if of_bias else None
+    return found[0] if of_x else None, found[1] if of_values else None, bias_grad
 
 
 def _save_convolution(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

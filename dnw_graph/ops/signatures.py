@@ -109,9 +109,13 @@ def _sparse_convolution(
     return [*first, bias, add, _number(batch, outputs, *out_maps)]
 
 
-def _sparse_linear_grad(batch: int, inputs: int, outputs: int, edges: int) -> Arguments:
-    first = [_number(batch, outputs), _number(batch, inputs), *_csr(outputs, edges), _number(edges)]
-    return [*first, _number(batch, inputs, optional=True), _number(edges, optional=True)]
+def _sampled_linear(batch: int, sources: int, targets: int, edges: int) -> Arguments:
+    order = _index(edges)._replace(optional=True)
+    return [_number(batch, targets), _number(batch, sources), *_csr(targets, edges), order, _number(edges)]
+
+
+def _spread(size: int, count: int) -> Arguments:
+    return [Expected("place", (count,)), _number(count), _number(size)]
 
 
 def _sparse_convolution_grad(
@@ -179,7 +183,8 @@ SIGNATURES: dict[str, tuple[Callable[..., Arguments], tuple[str, ...]]] = {
     "static_free": (_static_free, ("place",)),
     "sparse_linear": (_sparse_linear, ("number", "index")),
     "sparse_convolution": (_sparse_convolution, ("number", "index")),
-    "sparse_linear_grad": (_sparse_linear_grad, ("number", "index")),
+    "sampled_linear": (_sampled_linear, ("number", "index")),
+    "spread": (_spread, ("number",)),
     "sparse_convolution_grad": (_sparse_convolution_grad, ("number", "index")),
     "largest": (_largest, ("number",)),
     "node_function": (_node_function, ("number",)),

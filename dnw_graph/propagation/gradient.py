@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dnw_graph.ops.layer import spread
 from dnw_graph.propagation.base import RealEdges
 
 
@@ -75,7 +76,7 @@ def masked_weights(
 
 
 def at_positions(weight: Float[Tensor, ...], positions: Int[Tensor, " edges"]) -> Float[Tensor, " edges"]:
-    """Return the weights at positions of the flattened tensor, each once; all others get a gradient of zero."""
+    """Return the weights at ascending positions of the flattened tensor; all others get a gradient of zero."""
     return _AtPositions.apply(weight, positions)
 
 
@@ -108,8 +109,7 @@ class _AtPositions(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (positions,) = ctx.saved_tensors
-        flat = grads[0].new_zeros(ctx.shape.numel())
-        return flat.index_copy_(0, positions, grads[0]).view(ctx.shape), None
+        return spread(grads[0], positions, ctx.shape.numel()).view(ctx.shape), None
 
 
 class _WithDenseGradient(torch.autograd.Function):

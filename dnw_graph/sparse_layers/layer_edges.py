@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from dnw_graph._compat import convolves_as_pytorch
-from dnw_graph.ops import sparse_conv2d, sparse_linear
+from dnw_graph.ops import sparse_conv2d
 from dnw_graph.ops.build import kernels
+from dnw_graph.ops.layer import Turned, trained_linear, turned
 from dnw_graph.ops.layout import DTYPES, kernels_take
 from dnw_graph.propagation.gradient import with_dense_gradient
 from dnw_graph.sparse_layers.layers import LayerWeight
@@ -79,6 +80,11 @@ class LayerEdges:
         """1 for real weights and 0 for hallucinated ones; computed when the layer's weight is read."""
         return self.weight.mask(self.index, self.weight.parameter)
 
+    @cached_property
+    def turned(self) -> Turned:
+        """The edges of a linear layer by input; made once for all backward passes over them."""
+        return turned(self.rowptr, self.columns, self.weight.shape[1])
+
     def takes(self, x: Tensor) -> bool:
         """Return whether the sparse operation supports such inputs."""
         parameter, layer = self.weight.parameter, self.weight.layer
@@ -99,7 +105,7 @@ class LayerEdges:
         """
         layer = self.weight.layer
         if isinstance(layer, nn.Linear):
-            y = sparse_linear(x, self.rowptr, self.columns, values, bias)
+            y = trained_linear(x, self.rowptr, self.columns, values, bias, lambda: self.turned)
             return y if probe is None else with_dense_gradient(y, x, probe, _linear_gradient)
         assert isinstance(layer, nn.Conv2d)
         window: Any = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}

@@ -166,7 +166,7 @@ class LayerWeight(RankedWeight):
     def positions(self, index: Shaped[Tensor, " edges"]) -> Shaped[Tensor, " edges"]:
         """Return the positions of candidates in the flattened parameter."""
         if not self.transposed:
-            return (self.third or 0) * self.numel + index
+            return index + self.third * self.numel if self.third else index
         inputs, outputs = self.channels
         sizes = torch.Size([self.groups, outputs // self.groups, inputs // self.groups, self.kernel.numel()])
         group, target, source, place = torch.unravel_index(index, sizes)

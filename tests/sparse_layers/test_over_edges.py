@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dnw_graph import attach
 from dnw_graph.ops.build import kernels
-from dnw_graph.sparse_layers import densify, sparsify, weight_graphs
+from dnw_graph.ops.layer import turned
+from dnw_graph.sparse_layers import densify, layer_edges, sparsify, weight_graphs
 from dnw_graph.sparse_layers.layer_edges import DENSEST, LayerEdges
 from dnw_graph.wirings import GMP, SET, STR, FineTune, RandomGraph, RigL, SparseMomentum
 
@@ -205,6 +206,22 @@ def test_accumulated_gradients_hooks_and_channels_last():
             F.cross_entropy(model(x.to(memory_format=torch.channels_last)), y).backward()
         found.append([*seen, *(parameter.grad for parameter in model.parameters())])
     assert_close(*found)
+
+
+def test_edges_are_turned_once_and_outputs_may_be_changed_in_place(monkeypatch):
+    calls = []
+    monkeypatch.setattr(layer_edges, "turned", lambda *csr: (calls.append(csr), turned(*csr))[1])
+    found = []
+    for sparse_kernels in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(96, 64), nn.ReLU(inplace=True), nn.Linear(64, 96)).double()
+        sparsify(model, 0.05, "random_graph", sparse_kernels=sparse_kernels)
+        for seed in range(3):
+            x = torch.randn(2, 4, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            model(x).square().sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert_close(*found)
+    assert len(calls) == 2
 
 
 def test_recomputation_takes_the_same_edges(computed):

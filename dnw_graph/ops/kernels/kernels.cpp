@@ -110,12 +110,12 @@ Convolution<T, Index> layer_convolution(
       return convolution_grad(threads, layer, grad, x, x_grad, values_grad);                                          \
     });                                                                                                               \
   }                                                                                                                   \
-  extern "C" int sparse_linear_grad_##SUFFIX(                                                                         \
-      int64_t threads, int64_t batch, int64_t inputs, int64_t outputs, int64_t count, const T *grad, const T *x,      \
-      const Index *rowptr, const Index *columns, const T *values, T *x_grad, T *values_grad) {                        \
-    const Edges<T, Index> edges{rowptr, columns, values, count};                                                      \
+  extern "C" int sampled_linear_##SUFFIX(                                                                             \
+      int64_t threads, int64_t batch, int64_t sources, int64_t targets, int64_t count, const T *received,             \
+      const T *sent, const Index *rowptr, const Index *columns, const Index *order, T *out) {                         \
+    const Edges<T, Index> edges{rowptr, columns, nullptr, count};                                                     \
     return guarded([&] {                                                                                              \
-      return sparse_linear_grad(threads, batch, inputs, outputs, grad, x, edges, x_grad, values_grad);                \
+      return sampled_linear(threads, batch, sources, targets, received, sent, edges, order, out);                     \
     });                                                                                                               \
   }
 
@@ -178,6 +178,10 @@ INDICES(int64_t, int64)
       int64_t threads, int64_t count, int64_t terms, double rtol, double atol, const T *c, const T *const *x,         \
       const T *y, const T *z, double *squares) {                                                                      \
     return error_squares(threads, count, terms, rtol, atol, c, x, y, z, squares);                                     \
+  }                                                                                                                   \
+  extern "C" int spread_##SUFFIX(                                                                                     \
+      int64_t threads, int64_t size, int64_t count, const int64_t *places, const T *values, T *out) {                 \
+    return spread(threads, size, count, places, values, out);                                                         \
   }                                                                                                                   \
   extern "C" int exchanged_##SUFFIX(                                                                                  \
       int64_t threads, int64_t first, int64_t middle, int64_t last, const T *from, T *to) {                           \

@@ -8,17 +8,27 @@
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "layer.h"
 
 namespace {
 
-// The sums of all lanes of four registers.
+// The sums of all lanes of four registers. Registers are zipped and halves added, so that few lanes are left to add.
 template <class T>
 void add_lanes(const typename Simd<T>::Vector (&sums)[4], T *out) {
-  for (int n = 0; n < 4; ++n)
-    for (int64_t lane = 0; lane < Simd<T>::lanes; ++lane) out[n] += sums[n][lane];
+  constexpr int64_t lanes = Simd<T>::lanes;
+  if constexpr (lanes < 4) {
+    for (int n = 0; n < 4; ++n)
+      for (int64_t lane = 0; lane < lanes; ++lane) out[n] += sums[n][lane];
+  } else {
+    constexpr std::make_index_sequence<lanes> all{};
+    const auto halved = [&](auto a, auto b) { return zipped<false>(a, b, all) + zipped<true>(a, b, all); };
+    const auto both = halved(halved(sums[0], sums[1]), halved(sums[2], sums[3]));
+    constexpr int places[] = {0, 2, 1, 3};  // Where zipping twice has led.
+    for (int64_t lane = 0; lane < lanes; ++lane) out[places[lane % 4]] += both[lane];
+  }
 }
 
 // Adds ⟨row, source_e⟩ to out[order[e]], or out[e], for the edges begin … end - 1: four at a time, so that each value of
@@ -26,7 +36,7 @@ void add_lanes(const typename Simd<T>::Vector (&sums)[4], T *out) {
 template <class T, class Index, class Source>
 void add_products(
     const T *row, int64_t length, const Index *columns, int64_t begin, int64_t end, const Source &source, T *out,
-    const int64_t *order) {
+    const Index *order) {
   using S = Simd<T>;
   for (int64_t e = begin; e < end; e += 4) {
     const int64_t last = end - 1;
@@ -53,16 +63,16 @@ void add_products(
   }
 }
 
-// Edges turned round: in the order of what they leave, and of each the number that it had.
+// Edges turned round: in the order of what they leave.
 template <class T>
 struct Turned {
-  std::vector<int64_t> rowptr, columns, order;
+  std::vector<int64_t> rowptr, columns;
   std::vector<T> values;
 
   // `row` and `column` say where an edge goes to from its target and its place.
   template <class Index, class Row, class Column>
   Turned(const Edges<T, Index> &edges, int64_t targets, int64_t rows, Row row, Column column)
-      : rowptr(rows + 1), columns(edges.count), order(edges.count), values(edges.count) {
+      : rowptr(rows + 1), columns(edges.count), values(edges.count) {
     for (int64_t v = 0; v < targets; ++v)
       for (int64_t e = edges.rowptr[v]; e < edges.rowptr[v + 1]; ++e) ++rowptr[row(v, edges.columns[e]) + 1];
     std::partial_sum(rowptr.begin(), rowptr.end(), rowptr.begin());
@@ -72,7 +82,6 @@ struct Turned {
         const int64_t at = next[row(v, edges.columns[e])]++;
         columns[at] = column(v, edges.columns[e]);
         values[at] = edges.values[e];
-        order[at] = e;
       }
   }
   Edges<T, int64_t> edges() const { return {rowptr.data(), columns.data(), values.data(), int64_t(columns.size())}; }
@@ -127,7 +136,7 @@ void convolution_weight_grad(
         }
         add_products(
             from.direct ? own : row, length, layer.edges.columns, layer.edges.rowptr[v], layer.edges.rowptr[v + 1],
-            from.group(v / (layer.outputs / layer.groups)), values_grad, nullptr);
+            from.group(v / (layer.outputs / layer.groups)), values_grad, static_cast<const Index *>(nullptr));
       }
     }
   }
@@ -160,46 +169,48 @@ void pack_images(int64_t threads, const T *rows, int64_t features, int64_t image
     }
 }
 
-// What the weights of a linear layer get. The rows of the longer side take turns, and those of the shorter one, so many
-// images of them, stay in cache.
+// What the weights of a linear layer get: of every edge the product of its target's and its source's row, images side by
+// side. The targets take turns; so many images of all sources are packed that they stay in cache.
 template <class T, class Index>
-void linear_weight_grad(
-    int64_t threads, int64_t batch, int64_t inputs, int64_t outputs, const T *grad, const T *x,
-    const Edges<T, Index> &edges, const Turned<T> &turned, T *values_grad) {
+int sampled_linear(
+    int64_t threads, int64_t batch, int64_t sources, int64_t targets, const T *received, const T *sent,
+    const Edges<T, Index> &edges, const Index *order, T *out) {
   constexpr int64_t lanes = Simd<T>::lanes;
-  const bool by_input = inputs > outputs;
-  const int64_t fitting = CACHE / int64_t(sizeof(T)) / std::min(inputs, outputs) / lanes;
+  if (!edges.pointers_valid(targets) || !edges.sources_within(0, targets, 0, sources)) return WRONG_EDGES;
+  for (int64_t e = 0; order && e < edges.count; ++e)
+    if (order[e] < 0 || order[e] >= edges.count) return WRONG_EDGES;
+  std::fill_n(out, edges.count, T(0));
+  if (!batch || !sources || !targets) return OK;
+  const int64_t fitting = CACHE / int64_t(sizeof(T)) / sources / lanes;
   const int64_t set = std::min(std::max<int64_t>(fitting, 16) * lanes, round_up(batch, lanes));
-  const auto sent = zeros<T>(double(inputs) * double(set)), received = zeros<T>(double(outputs) * double(set));
+  const auto from = zeros<T>(double(sources) * double(set)), to = zeros<T>(double(targets) * double(set));
   for (int64_t first = 0; first < batch; first += set) {
     const int64_t images = std::min(set, batch - first), width = round_up(images, lanes);
-    pack_images(threads, x + first * inputs, inputs, images, width, sent.get());
-    pack_images(threads, grad + first * outputs, outputs, images, width, received.get());
+    pack_images(threads, sent + first * sources, sources, images, width, from.get());
+    pack_images(threads, received + first * targets, targets, images, width, to.get());
 #pragma omp parallel for schedule(dynamic, 8) num_threads(team(threads, double(edges.count) * double(width)))
-    for (int64_t row = 0; row < std::max(inputs, outputs); ++row)
-      if (by_input)
-        add_products(
-            sent.get() + row * width, width, turned.columns.data(), turned.rowptr[row], turned.rowptr[row + 1],
-            Matrix<T>{received.get(), width, 0}, values_grad, turned.order.data());
-      else
-        add_products(
-            received.get() + row * width, width, edges.columns, edges.rowptr[row], edges.rowptr[row + 1],
-            Matrix<T>{sent.get(), width, 0}, values_grad, nullptr);
+    for (int64_t v = 0; v < targets; ++v)
+      add_products(
+          to.get() + v * width, width, edges.columns, edges.rowptr[v], edges.rowptr[v + 1],
+          Matrix<T>{from.get(), width, 0}, out, order);
   }
+  return OK;
 }
 
-template <class T, class Index>
-int sparse_linear_grad(
-    int64_t threads, int64_t batch, int64_t inputs, int64_t outputs, const T *grad, const T *x,
-    const Edges<T, Index> &edges, T *x_grad, T *values_grad) {
-  if (!edges.pointers_valid(outputs) || !edges.sources_within(0, outputs, 0, inputs)) return WRONG_EDGES;
-  if (values_grad) std::fill_n(values_grad, edges.count, T(0));
-  if (!batch || !inputs || !outputs) return OK;
-  const Turned<T> turned(
-      edges, outputs, inputs, [](int64_t, int64_t place) { return place; }, [](int64_t v, int64_t) { return v; });
-  if (values_grad) linear_weight_grad(threads, batch, inputs, outputs, grad, x, edges, turned, values_grad);
-  const Finish<T> nothing{nullptr, nullptr, false};
-  return x_grad ? sparse_linear(threads, batch, outputs, inputs, grad, turned.edges(), nothing, x_grad) : OK;
+// Values at ascending places of a row of zeros, written in one pass.
+template <class T>
+int spread(int64_t threads, int64_t size, int64_t count, const int64_t *places, const T *values, T *out) {
+  constexpr int64_t piece = 4096;
+  for (int64_t e = 0; e < count; ++e)
+    if (places[e] < 0 || places[e] >= size || (e && places[e] <= places[e - 1])) return WRONG_EDGES;
+#pragma omp parallel for schedule(static) num_threads(team(threads, double(size)))
+  for (int64_t start = 0; start < size; start += piece) {
+    const int64_t end = std::min(start + piece, size);
+    std::fill(out + start, out + end, T(0));
+    for (int64_t e = std::lower_bound(places, places + count, start) - places; e < count && places[e] < end; ++e)
+      out[places[e]] = values[e];
+  }
+  return OK;
 }
 
 }  // namespace
