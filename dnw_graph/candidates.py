@@ -96,6 +96,20 @@ class RankedWeight:
         return index
 
 
+def split_index(index: Int[Tensor, " edges"], weights: Sequence[RankedWeight]) -> list[Int[Tensor, " part"]]:
+    """Return the edges in each of several weights, counted from its first candidate.
+
+    Args:
+        index: Flat indices among the candidates of all weights, ascending.
+        weights: The weights.
+    """
+    if len(weights) == 1:
+        return [index]
+    starts = [0, *accumulate(weight.numel for weight in weights)]
+    bounds = torch.searchsorted(index, torch.tensor(starts, device=index.device)).tolist()
+    return [index[first:last] - start for start, (first, last) in zip(starts, pairwise(bounds), strict=False)]
+
+
 class CandidateEdges(nn.Module, RankedWeight):
     """The candidate edges of one graph and their weights.
 

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from dnw_graph._compat import version
+from dnw_graph.candidates import RankedWeight, split_index
 
 WHOLE = 2048
 """Parameters of up to this size are compared as a whole."""
@@ -37,7 +38,7 @@ class Chosen:
         self._chosen_for = [(weight, weight.detach(), version(weight)) for weight in tensors]
         self._sample: list[tuple[Tensor, Tensor | None, Tensor]] = []
 
-    def remember(self, weights: Sequence[Any], others: Iterable[Tensor]) -> None:
+    def remember(self, weights: Sequence[RankedWeight], others: Iterable[Tensor]) -> None:
         """Keep a sample of the weights.
 
         Args:
@@ -46,15 +47,11 @@ class Chosen:
         """
         if type(self.index) is not Tensor or self.index.is_meta:
             return  # There are no values.
-        real, start = self.index[:: 1 + self.index.numel() // REAL], 0
-        places: list[Tensor | None] = []
-        for weight in weights:
-            inside = real[(real >= start) & (real < start + weight.numel)] - start
-            places.append(
-                None if weight.numel <= WHOLE else torch.cat([weight.positions(inside), *_across(weight, inside)])
-            )
-            start += weight.numel
-        known = [(weight, alias, at) for (weight, alias, _), at in zip(self._chosen_for, places, strict=True)]
+        real = split_index(self.index[:: 1 + self.index.numel() // REAL], weights)
+        known = []
+        for (parameter, alias, _), weight, own in zip(self._chosen_for, weights, real, strict=True):
+            at = None if weight.numel <= WHOLE else torch.cat([weight.positions(own), *_across(weight, own)])
+            known.append((parameter, alias, at))
         for tensor, values, at in [*known, *((each, each, None) for each in others)]:
             if type(tensor) in (Tensor, nn.Parameter):
                 # A vector is read faster; other layouts would be copied.
@@ -76,7 +73,7 @@ def _taken(tensor: Tensor, at: Tensor | None) -> Tensor:
     return tensor.index_select(0, at) if tensor.dim() == 1 else torch.take(tensor, at)
 
 
-def _across(weight: Any, like: Tensor) -> Iterator[Tensor]:
+def _across(weight: RankedWeight, like: Tensor) -> Iterator[Tensor]:
     """Yield positions in a parameter that are spread evenly over the rows and columns of a weight's matrices."""
     for offset, rows, columns in weight.matrices:
         longer = max(rows, columns)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dnw_graph._compat import backward_pass, unwrapped, unwrapped_name, version
 from dnw_graph.arguments import checked, require
-from dnw_graph.candidates import RankedWeight
+from dnw_graph.candidates import RankedWeight, split_index
 from dnw_graph.errors import InputError
 from dnw_graph.partial_step import PartialStep, can_be_partial
 from dnw_graph.ranking import Ranking, rankings
@@ -146,18 +145,12 @@ class Updates:
 
 def _positions(graph: Ranking, trained: Tensor, optimizer: Optimizer) -> dict[Tensor, Tensor] | None:
     """Return where the candidates that are trained lie in each parameter, or None if it cannot step on them alone."""
-    starts = [0, *accumulate(weight.numel for weight in graph.weights)]
     found = {}
-    bounds = [0, len(trained)]
-    if len(graph.weights) > 1:
-        bounds = torch.searchsorted(trained, torch.tensor(starts, device=trained.device)).tolist()
-    for weight, start, (first, last) in zip(graph.weights, starts, pairwise(bounds), strict=False):
+    for weight, own in zip(graph.weights, split_index(trained, graph.weights), strict=True):
         parameter = weight.parameter
-        whole = weight.numel == parameter.numel()
-        if not whole or not can_be_partial(optimizer, parameter, last - first):
+        if weight.numel != parameter.numel() or not can_be_partial(optimizer, parameter, len(own)):
             return None
-        own = trained[first:last]
-        found[parameter] = weight.positions(own - start if start else own)
+        found[parameter] = weight.positions(own)
     return found
 
 
@@ -283,10 +276,8 @@ def attach(
     """
     for name, number in (("num_steps", num_steps), ("steps_per_epoch", steps_per_epoch)):
         require(number is None or number >= 1, name, "an integer >= 1", number)
-    names: dict[Ranking, str] = {}
-    for path, graph in rankings(unwrapped(model)):
-        names.setdefault(graph, graph.full_name_at(unwrapped_name(path)))
-    graphs = {name: graph for graph, name in names.items() if graph.wiring.counts_steps}
+    found = {graph.full_name_at(unwrapped_name(path)): graph for path, graph in rankings(unwrapped(model))}
+    graphs = {name: graph for name, graph in found.items() if graph.wiring.counts_steps}
     if graphs:
         _refuse_optimizer(optimizer)
     for name, graph in graphs.items():

@@ -31,15 +31,15 @@ class SparseLayer(Layer):
     bias: Tensor | None
     relu: bool
 
-    def _register(
-        self, rowptr: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None, relu: bool, sources: int
+    def __init__(
+        self, rowptr: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None, sources: int, relu: bool
     ) -> None:
+        super().__init__()
         check_csr(rowptr, columns, values, sources)
-        self.sources = sources
         require(bias is None or len(bias) + 1 == len(rowptr), "a sparse layer's bias must have one value per output")
         require(isinstance(relu, bool), "relu is true or false")
         self.register(rowptr=rowptr, columns=columns, values=values, bias=bias)
-        self.relu = relu
+        self.sources, self.relu = sources, relu
 
     def absorb(self, scale: Tensor, shift: Tensor) -> bool:
         """Scale the weights of every output and shift the bias."""
@@ -65,18 +65,11 @@ class SparseLinear(SparseLayer):
     options = ("inputs", "relu")
 
     def __init__(
-        self,
-        rowptr: Tensor,
-        columns: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        inputs: int,
-        relu: bool = False,
+        self, rowptr: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None, inputs: int, relu: bool = False
     ) -> None:
-        super().__init__()
         require_whole(inputs, 1, "inputs")
+        super().__init__(rowptr, columns, values, bias, inputs, relu)
         self.inputs = inputs
-        self._register(rowptr, columns, values, bias, relu, inputs)
 
     def forward(self, z: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """Multiply and add the bias."""
@@ -116,15 +109,14 @@ class SparseConv(SparseLayer):
         groups: int,
         relu: bool = False,
     ) -> None:
-        super().__init__()
         require_whole([inputs, groups, *kernel, *stride, *dilation], 1, "inputs, groups, kernel, stride and dilation")
         require_whole(list(padding), 0, "padding")
         sides = (kernel, stride, padding, dilation)
         require(all(len(each) == 2 and max(each) <= LARGEST for each in sides), "a convolution needs two of each side")
         require(inputs % groups == 0 and (len(rowptr) - 1) % groups == 0, f"channels are not {groups} groups")
+        super().__init__(rowptr, columns, values, bias, inputs // groups * math.prod(kernel), relu)
         self.inputs, self.groups = inputs, groups
         self.kernel, self.stride, self.padding, self.dilation = map(list, sides)
-        self._register(rowptr, columns, values, bias, relu, inputs // groups * math.prod(kernel))
 
     @property
     def num_inputs(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dnw_graph._compat import version
-from dnw_graph.candidates import CandidateEdges
+from dnw_graph.candidates import CandidateEdges, split_index
 from dnw_graph.errors import InputError
 from dnw_graph.ranking import Ranking
 from dnw_graph.sparse_layers.layer_edges import LayerEdges, pays
@@ -136,11 +135,8 @@ class WeightGraph(Ranking):
         return self._edges[2]
 
     def _made_edges(self, index: Int[Tensor, " edges"], tensors: Sequence[Tensor]) -> list[Tensor | LayerEdges]:
-        starts = [0, *accumulate(weight.numel for weight in self.weights)]
-        bounds = torch.searchsorted(index, torch.tensor(starts, device=index.device)).tolist()
         found: list[Tensor | LayerEdges] = []
-        for weight, start, (first, last), like in zip(self.weights, starts, pairwise(bounds), tensors, strict=False):
-            own = index[first:last] - start
+        for weight, own, like in zip(self.weights, split_index(index, self.weights), tensors, strict=True):
             edges = weight.holder.over_edges and pays(weight, len(own))
             found.append(LayerEdges(weight, own) if edges else weight.mask(own, like))
         return found
