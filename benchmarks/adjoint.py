@@ -35,7 +35,7 @@ class ConvTanh(nn.Module):
 def gradient(
     node_function: Callable[..., nn.Module], tolerance: float, adjoint: bool, device: torch.device
 ) -> tuple[Tensor, Continuous]:
-    """Return the gradient of the candidates, and the dynamics with its counts of evaluations."""
+    """Return the gradient of the candidates, and the dynamics with its evaluation counts."""
     torch.manual_seed(0)
     dynamics = Continuous(rtol=tolerance, atol=tolerance, adjoint=adjoint)
     graph = NeuralGraph(

@@ -1,4 +1,4 @@
-"""Whether a model and its reference formulation have the same loss and gradients."""
+"""Checks that a model and its reference formulation have the same loss and gradients."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def check(ours: nn.Module, reference: nn.Module, x: Tensor, labels: Tensor, tolerance: float) -> float:
-    """Make sure that a model and its reference formulation have the same loss and gradients.
+    """Check that a model and its reference formulation have the same loss and gradients.
 
-    The error of a tensor is ‖a - b‖ / ‖b‖. Gradients that vanish but for rounding, such as that of a shift before an
-    instance norm, are measured against a millionth of the norm of all gradients instead.
+    The error of a tensor is ‖a - b‖ / ‖b‖. For gradients that vanish up to rounding, such as that of a shift before an
+    instance norm, the denominator is a millionth of the norm of all gradients.
 
     Args:
         ours: The model, in training mode.

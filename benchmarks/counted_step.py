@@ -1,11 +1,11 @@
-"""Operations and bytes of a training step as PyTorch executes it, and the least time that they take on a given machine.
+"""FLOPs and bytes of a training step as PyTorch executes it, and the least time that they take on a given machine.
 
-Nothing is computed and no accelerator is needed: the step runs on PyTorch's ``meta`` device, and each operator that it
-calls, one after the other, reads its arguments from main memory and writes its results once. It takes at least the
-longer of operations / peak and bytes / bandwidth; the sum over the operators bounds what the step takes without a
-compiler. Beside it stands the floor of ``roofline.py`` for the same machine. What a library does worse than that, and
-what a compiler fuses, is not in these figures. In half precision the whole model is cast, where autocast leaves norms
-and parameters in single precision.
+Nothing is computed and no accelerator is needed: the step runs on PyTorch's ``meta`` device. Each operator is assumed
+    to
+read its arguments from main memory and to write its results once, in at least max(FLOPs / peak, bytes / bandwidth); the
+sum over the operators is a lower bound for the step without a compiler. The floor of ``roofline.py`` for the same
+machine is shown for comparison. The figures do not include inefficiency of libraries or fusion by a compiler. In half
+precision the whole model is cast, whereas autocast leaves norms and parameters in single precision.
 
 The default machine is an NVIDIA H200 by its data sheet: 4.8 TB/s; 67 TFLOP/s in float32 without TF32, 989 in bfloat16.
 Run with ``python benchmarks/counted_step.py --dtype bfloat16 --operators 10``.
@@ -36,7 +36,7 @@ WRITES_ONLY = {"zeros", "zeros_like", "new_zeros", "ones_like", "full", "full_li
 
 @dataclass(frozen=True)
 class Call:
-    """One operator call: its name, its operations, and the bytes that it reads and writes."""
+    """One operator call: its name, its FLOPs, and the bytes that it reads and writes."""
 
     name: str
     operations: float
@@ -48,7 +48,7 @@ class Call:
 
 
 class Counter(TorchDispatchMode):
-    """Collects the calls of all operators that are no views."""
+    """Collects the calls of all operators except views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def calls_of(model: nn.Module, images: Tensor) -> list[Call]:
     """
     labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-    for _ in range(2):  # The first step makes the momentum.
+    for _ in range(2):  # The first step creates the momentum.
         optimizer.zero_grad()
         with Counter() as counter:
             F.cross_entropy(model(images), labels).backward()
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the model")
     parser.add_argument("--peak", type=float, default=None, help="TFLOP/s of dense products (default: of an H200)")
     parser.add_argument("--bandwidth", type=float, default=4.8, help="TB/s of main memory")
-    parser.add_argument("--operators", type=int, default=0, help="print so many operators that take longest")
+    parser.add_argument("--operators", type=int, default=0, help="print this many of the slowest operators")
     options = parser.parse_args(namespace=Namespace(device=torch.device("meta")))
     dtype = DTYPES[options.dtype]
     machine = Machine(1e12 * (options.peak or H200[dtype]), 1e12 * options.bandwidth)

@@ -1,11 +1,11 @@
-"""Everything that wants measuring on a GPU, in slices of few minutes: each call does what is left, in this order.
+"""All GPU measurements, in slices of a few minutes: each call does what remains, in this order.
 
-The tests that need a GPU; training steps beside the reference formulation and the roofline (float32, bfloat16,
+The tests that need a GPU; training steps compared with the reference formulation and the roofline (float32, bfloat16,
 compiled, as CUDA graphs); inference; then the rows of the paper's Tables 1, 2 and 6 on CIFAR-10 that have no record in
-benchmarks/results. A call ends within its minutes: a measurement that would not is begun anew by the next call, a
-training goes on from its last checkpoint. Run with ``make gpu``, or ``python benchmarks/gpu.py --minutes 9 --data
-cifar10``, again and again until it says that nothing is left; every call prints what there is so far, and writes it to
-gpu.md and gpu.json in the directory of the results. With ``--dry-run`` all of it runs on a CPU with tiny sizes.
+benchmarks/results. A call ends within its minutes: the next call restarts an unfinished measurement, and resumes a
+training run from its last checkpoint. Run ``make gpu``, or ``python benchmarks/gpu.py --minutes 9 --data cifar10``,
+repeatedly until nothing is left; every call prints the results so far, and writes them to gpu.md and gpu.json in the
+results directory. With ``--dry-run`` everything runs on a CPU with tiny sizes.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from timing import table_lines
 from dnw_graph.whole_file import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-LAST_WORDS = 30.0  # Seconds that a training has for its last checkpoint.
+LAST_WORDS = 30.0  # Seconds that a training run has for its last checkpoint.
 TABLES = ("table1", "table2", "table6")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A part of what is to be done.
+    """One measurement or training run.
 
     Attributes:
         name: Its name.
-        command: What is called, after the interpreter.
-        result: The file that is there when it is done.
-        log: Where its output goes.
+        command: The arguments of the interpreter.
+        result: The file that exists once it is done.
+        log: The file for its output.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Task:
         return self.result.exists()
 
     def run(self, seconds: float) -> str:
-        """Run for so many seconds at most; return ``done``, ``stopped`` or ``failed``."""
+        """Run for at most this many seconds; return ``done``, ``stopped`` or ``failed``."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a") as log:
             process = subprocess.Popen([sys.executable, *self.command], stdout=log, stderr=log, cwd=ROOT)
@@ -69,11 +69,11 @@ class Task:
 
 
 def tasks(output: Path, data: str, dry_run: bool) -> Iterator[Task]:
-    """Yield everything that is to be done, what matters most first.
+    """Yield all tasks, the most important first.
 
     Args:
         output: Directory of all results.
-        data: Images for the trainings.
+        data: Images for the training runs.
         dry_run: On a CPU, with tiny sizes.
     """
     output = output.resolve()
@@ -106,7 +106,7 @@ def tasks(output: Path, data: str, dry_run: bool) -> Iterator[Task]:
 
 
 def rows(table: str) -> list[str]:
-    """Return the rows of a table that have no record, first stages before what starts from them."""
+    """Return the rows of a table without a record; first stages come before the rows that start from them."""
     sys.path.insert(0, str(ROOT / "benchmarks" / "paper"))
     found: Any = __import__(table).TABLE
     kept = {path.name.split("-seed")[0] for path in (ROOT / "benchmarks" / "results").glob("*/*.json")}
@@ -115,7 +115,7 @@ def rows(table: str) -> list[str]:
 
 
 def summary(every: Sequence[Task], states: dict[str, str]) -> tuple[list[str], dict[str, Any]]:
-    """Return what there is so far, as the lines of a page and as figures."""
+    """Return the results so far, as the lines of a page and as figures."""
     lines, figures = ["# On a GPU", ""], {}
     for each in every:
         state = "done" if each.done else states.get(each.name, "left")
@@ -132,12 +132,12 @@ def summary(every: Sequence[Task], states: dict[str, str]) -> tuple[list[str], d
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what is left for some minutes; return 0 unless something failed."""
+    """Do what remains for some minutes; return 0 unless something failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--minutes", type=float, default=9, help="after which this call ends (default: 9)")
-    parser.add_argument("--data", default="cifar10", help="images for the trainings (default: cifar10)")
+    parser.add_argument("--minutes", type=float, default=9, help="length of this call (default: 9)")
+    parser.add_argument("--data", default="cifar10", help="images for the training runs (default: cifar10)")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="directory of all results")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny sizes")
     options = parser.parse_args(argv)
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_whole(options.output / "gpu.json", (json.dumps(figures, indent=1) + "\n").encode(), "--output")
     failed = [name for name, state in states.items() if state == "failed"]
     left_over = [each.name for each in every if not each.done]
-    print(f"\n{len(left_over)} of {len(every)} left: the same command goes on" if left_over else "\nnothing is left")
+    print(f"\n{len(left_over)} of {len(every)} left: run the same command again" if left_over else "\nnothing is left")
     return 1 if failed else 0
 
 

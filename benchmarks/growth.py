@@ -1,7 +1,7 @@
 """How the time of a training step grows with the number of candidates and of real edges: ``train_step.py --growth``.
 
-The graph is stage 4 of MobileNetV1-DNW ×0.225, with its blocks of nodes halved and doubled while k stays, and with a
-quarter to sixteen times as many real edges while the nodes stay.
+The graph is stage 4 of MobileNetV1-DNW ×0.225, with its blocks of nodes halved and doubled at constant k, and with a
+quarter to sixteen times as many real edges at a constant number of nodes.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ CANDIDATES, REAL = "candidates", "real edges"
 
 
 def rows(options: Namespace) -> list[dict[str, Any]]:
-    """Time every graph, all in turns, and return a row for each.
+    """Time all graphs, interleaved, and return a row for each.
 
     Args:
-        options: ``batch``, ``size`` (of the network's images: the stage's maps are an eighth of it, or a sixteenth from
-            64 pixels up), ``dtype``, ``rounds``, and what :func:`steps.steps_of` reads.
+        options: ``batch``, ``size`` (of the network's images: the stage's maps are an eighth of it, or a sixteenth for
+            64 pixels and more), ``dtype``, ``rounds``, and the options of :func:`steps.steps_of`.
     """
     side, dtype = options.size // (16 if options.size >= 64 else 8), DTYPES[options.dtype]
     sizes = [(CANDIDATES, tuple(int(size * scale) for size in BLOCKS), EDGES) for scale in SCALES]

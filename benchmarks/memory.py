@@ -1,9 +1,9 @@
-"""Memory of a training step per image: what the backward pass needs of the forward pass, and the peak.
+"""Memory of a training step per image: what the forward pass keeps for the backward pass, and the peak.
 
-*Kept* is what a forward pass with loss has allocated and not freed when it ends: the activations that wait for the
-backward pass. *Peak* is the most that forward and backward pass have allocated at one time, the parameters' gradients
-included, beyond what model and batch take. On a CPU both come from the allocations that PyTorch's profiler records, on
-a GPU from the allocator's statistics. With ``recompute=True`` node functions are computed again in the backward pass.
+*Kept* is the memory that a forward pass with loss has allocated and not freed at its end: the activations for the
+backward pass. *Peak* is the most memory that forward and backward pass have allocated at any time, including the
+parameters' gradients, but not model and batch. On a CPU both come from the allocations that PyTorch's profiler records,
+on a GPU from the allocator's statistics. With ``recompute=True`` the backward pass recomputes node functions.
 Run with ``python benchmarks/memory.py``.
 """
 
@@ -31,20 +31,20 @@ BACKWARD = "backward pass"
 def kept_and_peak(
     model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[int, int]:
-    """Return the bytes that are kept for the backward pass and the largest number at one time.
+    """Return the bytes that are kept for the backward pass, and the peak.
 
     Args:
         model: A classifier, in training mode.
         images: A batch.
         labels: Its classes.
-        dtype: ``torch.float32``, or what autocast shall use.
+        dtype: ``torch.float32``, or the dtype for autocast.
     """
 
     def loss_of() -> Tensor:
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             return F.cross_entropy(model(images), labels)
 
-    loss_of().backward()  # allocates what stays
+    loss_of().backward()  # allocates permanent memory
     model.zero_grad()
     return (_on_cuda if images.device.type == "cuda" else _on_cpu)(loss_of)
 
@@ -68,7 +68,7 @@ def _on_cpu(loss_of: Callable[[], Tensor]) -> tuple[int, int]:
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     start = next(event["ts"] for event in events if event["name"] == BACKWARD)
-    # In the order of time; what is freed counts as negative.
+    # In order of time; freed memory is negative.
     found = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
     kept = sum(size for time, size in found if time < start)
     return kept, max(accumulate(size for _, size in found))

@@ -1,7 +1,7 @@
-"""Times the ways of propagation against each other: evaluation, and a training step's forward and backward pass.
+"""Compares the times of the propagations: evaluation, and a training step's forward and backward pass.
 
-Each row is one static graph of two blocks with node functions at both, random edges of the given density (so that
-nothing is ranked), and maps that arrive as a convolution leaves them, channels-last. Run with
+Each row is one static graph of two blocks, both with node functions, random edges of the given density (so that nothing
+is ranked), and channels-last maps, as after a convolution. Run with
 ``python benchmarks/propagation.py``; with the extension packages installed, ``torch_sparse`` adjacencies are timed too.
 """
 
@@ -51,7 +51,7 @@ SHAPES = (
 
 
 class Drawn(Wiring):
-    """Edges that are drawn once; every candidate gets its gradient."""
+    """Edges that are drawn once; every candidate gets a gradient."""
 
     index: Tensor
 
@@ -65,7 +65,7 @@ class Drawn(Wiring):
 
 
 def ways() -> dict[str, Propagation]:
-    """Return every way that can run here."""
+    """Return every propagation that can run here."""
     found: dict[str, Propagation] = {
         "block": BlockPropagation(),
         "sparse": SparsePropagation(),
@@ -81,7 +81,7 @@ def main() -> None:
     """Time every shape and print one row for evaluation and one for training."""
     parser = arguments(__doc__ or "")
     others = [name for name in ways() if name != "block"]
-    parser.add_argument("--ways", nargs="+", choices=others, default=others, help="ways to compare with block")
+    parser.add_argument("--ways", nargs="+", choices=others, default=others, help="propagations to compare with block")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -102,7 +102,7 @@ def main() -> None:
             )
             try:
                 graph.to(options.device).eval()(x)
-            except InputError:  # Messages that do not fit, or another device, are no way for this shape.
+            except InputError:  # Not available for this shape: messages that do not fit, or another device.
                 continue
             graphs[name] = graph
         block = graphs["block"]
@@ -119,7 +119,7 @@ def main() -> None:
                 | {f"{name} / block": times[name] / times["block"] if name in times else None for name in options.ways}
                 | {"auto takes": takes.lower()}
             )
-    report("Propagation: time of each way relative to the block path", rows, options)
+    report("Propagation: time relative to the block path", rows, options)
 
 
 def _evaluate(graph: NeuralGraph, x: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""Times the recorder of wirings against the training steps between two moments.
+"""Times the recorder of wirings, compared with the training steps between two moments.
 
-MobileNetV1-DNW trains on random images, from its first step on, when most edges change. For each n, a
-``Recording`` adds a moment after every n steps; the share is the time of that over the time of the n steps. Run with
+MobileNetV1-DNW trains on random images, from its first step, when most edges change. For each n, a ``Recording`` adds a
+moment after every n steps; the share is its time divided by the time of the n steps. Run with
 ``python benchmarks/recorder.py --threads 2``.
 """
 
@@ -21,7 +21,7 @@ from dnw_graph.visualize import Recording
 def main() -> None:
     """Time every n and print one row for each."""
     parser = arguments(__doc__ or "")
-    parser.add_argument("--every", type=int, nargs="+", default=[1, 5, 10, 20], help="steps from moment to moment")
+    parser.add_argument("--every", type=int, nargs="+", default=[1, 5, 10, 20], help="steps between moments")
     parser.add_argument("--batch", type=int, default=128, help="images in a batch")
     options = parser.parse_args()
     if options.threads:

@@ -1,10 +1,10 @@
-"""The networks of the paper as they are usually written in plain PyTorch: what the other benchmarks compare with.
+"""The networks of the paper as usually written in plain PyTorch: the reference of the other benchmarks.
 
-The candidates are ranked by one full sort per forward pass, and the real edges are the non-zero entries of masked dense
-weights. In a static graph each block of nodes, once its states are known, is sent through one 1×1 convolution to all
-later nodes, and what arrives is added up at each later block. A dynamic graph applies one 1×1 convolution over all
-nodes per step or evaluation; the original code even sorted at each of them. Node functions are PyTorch's norms,
-ReLU and depthwise convolutions. In evaluation the masked weights are made once and kept.
+One full sort per forward pass ranks the candidates; the real edges are the non-zero entries of masked dense weights. In
+a static graph a 1×1 convolution sends the states of each block to all later nodes, and each later block sums what it
+receives. A dynamic graph applies one 1×1 convolution over all nodes per step or evaluation; the original code even
+sorted at each of them. Node functions are PyTorch's norms, ReLU and depthwise convolutions. In evaluation the masked
+weights are computed once and cached.
 
 Ties go to the lower index, so that the real edges are exactly those of the package.
 """
@@ -26,7 +26,7 @@ from dnw_graph.models import MobileNetV1DNW, TinyClassifier
 
 
 class _Masked(torch.autograd.Function):
-    """The weights of real edges, zero elsewhere; every candidate gets its gradient."""
+    """The weights of real edges, zero elsewhere; every candidate gets a gradient."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
@@ -52,12 +52,12 @@ class NodeFunction(nn.Module):
         self.conv.load_state_dict(conv.state_dict())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the states that follow from the inputs."""
+        """Return the states for the inputs."""
         return self.conv(F.relu(self.norm(x), inplace=True))
 
 
 class DenseGraph(nn.Module):
-    """What static and dynamic graphs share: dense weights, a ranking of the candidates, node functions.
+    """Base of static and dynamic graphs: dense weights, a ranking of the candidates, node functions.
 
     Args:
         graph: A graph of this package with the rule ``dnw``, or ``random_graph`` and no training.
@@ -76,15 +76,15 @@ class DenseGraph(nn.Module):
         self._kept: list[Tensor] | None = None
 
     def set_weights(self, flat: Tensor) -> None:
-        """Take the candidate weights of the package's flat vector."""
+        """Set the candidate weights from the package's flat vector."""
         self.weights = nn.ParameterList(nn.Parameter(part.contiguous()) for part in self.matrices(flat.detach()))
 
     def matrices(self, flat: Tensor) -> list[Tensor]:
-        """Cut a vector in the order of the package's candidates into matrices like the weights."""
+        """Split a vector in the order of the package's candidates into matrices like the weights."""
         raise NotImplementedError
 
     def flat(self, matrices: Sequence[Tensor]) -> Tensor:
-        """Return the numbers of such matrices in the order of the package's candidates."""
+        """Return the values of such matrices in the order of the package's candidates."""
         raise NotImplementedError
 
     def real_weights(self) -> list[Tensor]:
@@ -109,7 +109,7 @@ class DenseGraph(nn.Module):
 
 
 class StaticGraph(DenseGraph):
-    """A static graph: one matrix ``[all later nodes, block]`` per block of nodes but the last."""
+    """A static graph: one matrix ``[all later nodes, block]`` per block of nodes except the last."""
 
     def __init__(self, graph: NeuralGraph) -> None:
         super().__init__(graph)
@@ -166,14 +166,14 @@ class DynamicGraph(DenseGraph):
         return F.pad(x, (0, 0, 0, 0, 0, self.num_nodes - x.size(1)))
 
     def received(self, z: Tensor, kernel: Tensor) -> Tensor:
-        """Return what follows from states: ReLU → depthwise convolution → 1×1 convolution → norm."""
+        """Return f(Z) for states Z: ReLU → depthwise convolution → 1×1 convolution → norm."""
         (function,) = self.functions
         assert isinstance(function, NodeFunction)
         return function.norm(F.conv2d(function.conv(F.relu(z)), kernel))
 
 
 class DiscreteGraph(DynamicGraph):
-    """As many steps as the graph takes."""
+    """A fixed number of steps."""
 
     def __init__(self, graph: NeuralGraph) -> None:
         super().__init__(graph)
@@ -220,7 +220,7 @@ class ReferenceModel(nn.Module):
 
     Args:
         stem: Layers before the graphs.
-        graphs: The graphs, one after the other.
+        graphs: The graphs, in order.
         head: From the last graph's outputs to features.
         classifier: From features to logits.
         layout: Memory format of the feature maps.

@@ -1,8 +1,8 @@
 """The least time that a training step can take on a machine: a roofline over fused groups of operations.
 
-A group takes at least max(operations / peak, bytes / bandwidth), with the peak of square matrix products in the dtype
-of the step and the bandwidth of a copy, both measured here; the floor of a step is the sum over its groups. A
-multiply-add is two operations. Those of products and convolutions are counted; norms, ReLU and sums are not.
+A group takes at least max(FLOPs / peak, bytes / bandwidth), with the peak of square matrix products in the dtype of the
+step and the bandwidth of a copy, both measured here; the floor of a step is the sum over its groups. A multiply-add is
+two FLOPs. Products and convolutions are counted; norms, ReLU and sums are not.
 
 Bytes are those of the algorithm's tensors, once per necessary read and write: node inputs I, states Z, their gradients
 and the candidate weights. The groups of a graph are:
@@ -10,12 +10,13 @@ and the candidate weights. The groups of a graph are:
 - *product*: reads the sources' Z and the real edges (a weight and an index of 4 bytes each), writes I. Statistics for a
   norm are taken while I is written.
 - *node function*: writes Z. A batch norm needs the statistics of the whole batch before it can normalise, so I is read
-  again; an instance norm needs one map, and is taken as done within the product, which keeps I for the backward pass.
-- *backward of states*, for each group of sources: reads ∂L/∂I of all its targets and gathers ∂L/∂Z. Instance norm: goes
-  on to read I and write ∂L/∂I. Batch norm: two sums over the batch come first, so one pass reads I and writes ∂L/∂Z,
-  another reads both and writes ∂L/∂I. The depthwise convolution costs twice the operations of its forward pass.
-- *candidate gradient*: a dense product of 2 · targets · sources · batch · places operations that reads ∂L/∂I and Z and
-  writes the gradient; of a rule that trains some candidates, operations and gradient of these only.
+  again; an instance norm needs one map, and is assumed to happen within the product, which keeps I for the backward
+  pass.
+- *backward of states*, for each group of sources: reads ∂L/∂I of all its targets and gathers ∂L/∂Z. Instance norm: also
+  reads I and writes ∂L/∂I. Batch norm: two sums over the batch come first, so one pass reads I and writes ∂L/∂Z,
+  another reads both and writes ∂L/∂I. The depthwise convolution costs twice the FLOPs of its forward pass.
+- *candidate gradient*: a dense product of 2 · targets · sources · batch · pixels FLOPs that reads ∂L/∂I and Z and
+  writes the gradient; for a rule that trains some candidates, FLOPs and gradient of these only.
 - *selection*: reads the candidate weights.
 - *solver* of a continuous graph: reads the states that it combines and writes one, in both passes.
 
@@ -24,9 +25,9 @@ input and gradient of the weight; norms, ReLU and pooling in a row are one group
 *optimiser* reads parameter, gradient and momentum and writes parameter and momentum.
 
 In discrete and continuous time all states but the inputs' are zero at first; after the last discrete step only the
-outputs are needed. In continuous time every evaluation that the forward pass makes is counted, with a backward pass.
+outputs are needed. In continuous time every evaluation of the forward pass is counted, with a backward pass.
 
-The bandwidth is that of the main memory: where tensors stay in a cache, this floor can be undercut.
+The bandwidth is that of main memory; if tensors stay in a cache, a step can be faster than this floor.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ SOLVER_READS = sum(range(2, 8)) / 6
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device can do.
+    """The limits of a device.
 
     Attributes:
-        peak: Operations per second.
+        peak: FLOP/s.
         bandwidth: Bytes per second.
     """
 
@@ -64,7 +65,7 @@ class Machine:
     bandwidth: float
 
     def milliseconds(self, operations: float, moved: float) -> float:
-        """Return the least time of so many operations and bytes that are read and written."""
+        """Return the least time for a number of FLOPs and of bytes read and written."""
         return 1e3 * max(operations / self.peak, moved / self.bandwidth)
 
 
@@ -73,10 +74,10 @@ class Group:
     """Operations that one kernel could do.
 
     Attributes:
-        part: Name of the graph, or what else it belongs to.
-        kind: What it does.
-        operations: Their number.
-        moved: The least number of bytes that are read and written.
+        part: Name of the graph or other part.
+        kind: Kind of operation.
+        operations: Number of FLOPs.
+        moved: The least number of bytes read and written.
     """
 
     part: str
@@ -93,16 +94,16 @@ def measure(device: torch.device, dtype: torch.dtype, rounds: int = 9) -> Machin
     """Measure the largest rate of square matrix products, and that of a copy far larger than the caches.
 
     Args:
-        device: Device; a CPU with the threads that PyTorch uses now.
+        device: Device; a CPU with PyTorch's current number of threads.
         dtype: Dtype of the products.
-        rounds: Timed turns, of which the median counts.
+        rounds: Timed turns; the median is used.
     """
     sizes, length = ((4096, 8192), 2**30) if device.type == "cuda" else ((1024, 2048), 2**26)
     ways = {}
     for size in sizes:
         a, b = torch.randn(2, size, size, device=device).to(dtype)
         ways[f"{size}"] = partial(torch.mm, a, b, out=torch.empty_like(a))
-        # On a CPU another library, which may be faster.
+        # On a CPU, another library may be faster.
         ways[f"{size}, transposed"] = partial(product_with_transpose, a, b)
     source, target = torch.ones(2, length, device=device)
     times = median_times({**ways, "copy": partial(target.copy_, source)}, rounds, device)
@@ -117,13 +118,13 @@ def floor(found: list[Group], machine: Machine) -> float:
 
 
 def groups(model: nn.Module, images: Tensor, dtype: torch.dtype, batch: int | None = None) -> list[Group]:
-    """Return the groups of one training step, SGD with momentum included.
+    """Return the groups of one training step, including SGD with momentum.
 
     Args:
         model: A model of this package, or a graph.
         images: A batch.
         dtype: Dtype of the maps.
-        batch: Images of a step, if not as many as were given.
+        batch: Images per step. Default: those given.
     """
     sizes = _sizes(model, images)
     batch = images.size(0) if batch is None else batch
@@ -142,7 +143,7 @@ def groups(model: nn.Module, images: Tensor, dtype: torch.dtype, batch: int | No
 
 
 def summary(found: list[Group], machine: Machine) -> list[dict[str, object]]:
-    """Return a row per part and kind, with what bounds it."""
+    """Return a row per part and kind, with its bound."""
     rows: list[dict[str, object]] = []
     for part, kind in dict.fromkeys((group.part, group.kind) for group in found):
         same = [group for group in found if (group.part, group.kind) == (part, kind)]
@@ -162,7 +163,7 @@ def summary(found: list[Group], machine: Machine) -> list[dict[str, object]]:
 
 
 class _Counter:
-    """Counts the groups of one graph; sizes are numbers of nodes, and of places of a map."""
+    """Counts the groups of one graph; sizes are numbers of nodes and of pixels."""
 
     def __init__(self, graph: NeuralGraph, batch: int, dtype: torch.dtype) -> None:
         self.graph, self.batch, self.map = graph, batch, batch * dtype.itemsize
@@ -173,7 +174,7 @@ class _Counter:
         self.kernel = next(module.weight for module in graph.modules() if isinstance(module, NodeConv))
 
     def static(self, before: int, places: int) -> Iterator[Group]:
-        """Yield the groups of a static graph, its inputs' maps having so many places before the stride."""
+        """Yield the groups of a static graph, given the number of pixels of its inputs' maps before the stride."""
         functions = [function for function, _ in self.graph.dynamics.functions()]
         candidates = self.graph.candidates.blocks
         for number, (function, nodes) in enumerate(zip(functions, self.graph.nodes.block_ranges, strict=True)):
@@ -223,7 +224,7 @@ class _Counter:
         """Yield the gradient of states and the backward pass of the node function that made them."""
         multiply_adds = self.edges(sources, targets) * places
         multiply_adds += 2 * layer_multiply_adds(self.kernel, len(sources) * places)
-        # I and ∂L/∂I have the places before the stride, ∂L/∂Z, written and read again, those after it.
+        # I and ∂L/∂I have the pixels before the stride; ∂L/∂Z, written and read again, those after it.
         own = 3 * before + 2 * places if self.two_passes else 2 * before
         moved = self.map * (len(targets) * places + len(sources) * own)
         yield self.group("backward of states", multiply_adds, moved)
@@ -233,18 +234,18 @@ class _Counter:
         return edges_between(self.source, self.target, sources, targets)
 
     def group(self, kind: str, multiply_adds: int, moved: float) -> Group:
-        """Return a group with so many multiply-adds per image."""
+        """Return a group with a number of multiply-adds per image."""
         return Group(self.graph.name, kind, 2 * self.batch * multiply_adds, moved)
 
 
 def _other_layers(sizes: dict[nn.Module, tuple[int, int]], element: int, batch: int) -> Iterator[Group]:
-    """Yield the groups outside the graphs, given what each layer reads and writes per image."""
+    """Yield the groups outside the graphs, given the values that each layer reads and writes per image."""
     layers = list(sizes)
     for number, layer in enumerate(layers):
         read, written = sizes[layer]
         if isinstance(layer, nn.Conv2d | nn.Linear):
             operations = 2 * batch * layer_multiply_adds(layer.weight, written)
-            # Nobody asks for the gradient of the images.
+            # The gradient of the images is not needed.
             for kind in ("forward", "gradient of the weight", *["gradient of the input"] * (number > 0)):
                 yield Group("other layers", kind, operations, element * (read + written))
         elif number == 0 or isinstance(layers[number - 1], nn.Conv2d | nn.Linear):
@@ -255,7 +256,7 @@ def _other_layers(sizes: dict[nn.Module, tuple[int, int]], element: int, batch: 
 
 
 def _sizes(model: nn.Module, images: Tensor) -> dict[nn.Module, tuple[int, int]]:
-    """Return how many numbers per image each graph, and each layer outside the graphs, reads and writes."""
+    """Return how many values per image each graph, and each layer outside the graphs, reads and writes."""
     graphs = graphs_of(model)
     inside = {part for graph in graphs for part in graph.modules()}
     outside = [part for part in model.modules() if part not in inside and not any(part.children())]

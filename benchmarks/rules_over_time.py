@@ -1,7 +1,7 @@
 """Shows the number of real edges of every rule while a small graph and a small perceptron train on random data.
 
-Of each step it is the number that the step computes with; after the last one that of evaluation. Rounds follow every
-tenth of the steps. Lottery ticket and fine tune take the first half for their complete graph. Run with
+For each step it is the number of edges that the step computes with; after the last step, that of evaluation. Rounds
+follow every tenth of the steps. Lottery ticket and fine tune train the complete graph for the first half. Run with
 ``python benchmarks/rules_over_time.py``.
 """
 
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def row(rule: str, kind: str, steps: int) -> dict[str, Any]:
-    """Return how many edges are real at the start, at every sixth of a training, and after it."""
+    """Return the number of real edges at the start, at every sixth of training, and at the end."""
     torch.manual_seed(0)
     shown = range(0, steps + 1, max(steps // 6, 1))
     if rule in STAGES:
@@ -56,7 +56,7 @@ def row(rule: str, kind: str, steps: int) -> dict[str, Any]:
 
 
 def make(kind: str, rule: str, options: Mapping[str, Any] | None = None) -> nn.Module:
-    """Return a model whose graphs have a rule, a quarter of their candidates being real where it takes a k."""
+    """Return a model whose graphs have a rule; a quarter of their candidates are real if the rule takes a k."""
     wiring = create_wiring(rule, **(options or {}))
     if kind == "graph":
         return NeuralGraph(blocks=(8, 16, 16), num_edges=None if rule == "nm" else 160, wiring=wiring)

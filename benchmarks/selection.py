@@ -1,8 +1,9 @@
 """Times the selection of the k largest |w| against one full sort, and as a share of a training step.
 
-``carried`` is what a graph does in training: on a CPU it starts from the threshold of the step before. ``cold`` starts
-from nothing. Between two turns the weights move: by a small random step, in the rows of whole models by a training
-step with SGD. In every turn all ways choose from the same weights; the results of the last one are compared. Run with
+``carried`` is the method of a graph in training: on a CPU it starts from the threshold of the previous step. ``cold``
+starts without one. Between two turns the weights change: by a small random step, or, in the rows of whole models, by a
+training step with SGD. In every turn all methods choose from the same weights; the results of the last turn are
+compared. Run with
 ``python benchmarks/selection.py --threads 1``.
 """
 
@@ -50,13 +51,13 @@ def main() -> None:
     resnet = resnet50(num_classes=10).to(options.device)
     sparsify(resnet, 0.1)
     rows.append(_model_row("sparse ResNet-50, 10%, 32 × 64²", resnet, (32, 64), options))
-    for row in rows[: len(GRAPHS)]:  # There the step stands for no training.
+    for row in rows[: len(GRAPHS)]:  # There the step is not a training step.
         row["step, ms"] = row["carried / step"] = None
     report("Selection: time relative to one full sort", rows, options)
 
 
 def _model_row(name: str, model: nn.Module, images: tuple[int, int], options: Namespace) -> dict[str, object]:
-    """Time the selection for all graphs of a model, and its training step, which has its own selection in it."""
+    """Time the selection for all graphs of a model, and its training step, which includes a selection."""
     batch, side = images
     x = torch.randn(batch, 3, side, side, device=options.device)
     labels = torch.randint(10, (batch,), device=options.device)
@@ -123,12 +124,12 @@ def _compare(found: dict[str, list[Tensor]], weights: Sequence[Tensor]) -> None:
         expected = found["sort"][i].sort().values
         assert torch.equal(found["carried"][i], expected)
         assert torch.equal(found["cold"][i], expected)
-        # Which of equal magnitudes torch.topk takes is not defined.
+        # Among equal magnitudes, the choice of torch.topk is undefined.
         assert torch.equal(weight[found["topk"][i]].abs().sort().values, weight[expected].abs().sort().values)
 
 
 def _move(weight: Tensor) -> None:
-    """A step as small as those of training: a thousandth of the weights' range."""
+    """A step as small as in training: a thousandth of the weights' range."""
     weight.add_(torch.randn_like(weight), alpha=2e-5)
 
 

@@ -1,10 +1,10 @@
-"""Times sparse layers beside dense ones and beside CSR products, and a sparse ResNet-50 beside onnxruntime.
+"""Compares sparse layers with dense layers and CSR products, and a sparse ResNet-50 with onnxruntime.
 
-Three tables: a linear layer of 768 → 3,072 beside SciPy's and PyTorch's products in CSR, which get their inputs
+Three tables: a linear layer of 768 → 3,072 compared with SciPy's and PyTorch's products in CSR, whose inputs are
 transposed as they need them; layers of ResNet-50 at several shares of weights, with the share at which dense and sparse
-take equally long (the rule of ``compact`` comes from it); ResNet-50 with random weights at 224 px, one image, beside
-the dense network in onnxruntime and in PyTorch. One core, CPU time, so that others at work on the
-machine disturb little; all ways of a row take turns. Run with ``python benchmarks/sparse_layers.py``.
+take equally long (the rule of ``compact`` comes from it); ResNet-50 with random weights at 224 px, one image, compared
+with the dense network in onnxruntime and in PyTorch. CPU time on one core, which other work on the machine disturbs
+little; all variants of a row take turns. Run with ``python benchmarks/sparse_layers.py``.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _sparse(shape: tuple[int, ...], share: float) -> tuple[Tensor, tuple[Tensor,
 
 
 def _break_even(times: Mapping[float, float], dense: float) -> str:
-    """Return the share at which the line through the times meets that of the dense way."""
+    """Return the share at which the line through the times meets the dense time."""
     for (low, first), (high, second) in pairwise(sorted(times.items())):
         if first <= dense < second:
             return f"{low + (high - low) * (dense - first) / (second - first):.0%}"

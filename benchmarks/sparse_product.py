@@ -2,8 +2,8 @@
 
 A product's row compares the kernel with PyTorch's sparse product (the same in CSR, with a reduction named) and with the
 dense product of the same shape; a stage's row compares the fused kernel with the same graph in PyTorch's operations.
-GFLOP/s count two operations for every multiply-add that the edges and node functions ask for; the first row is a large
-dense product, which shows what the machine can do. Run with ``python benchmarks/sparse_product.py --threads 1``.
+GFLOP/s count two FLOPs for every multiply-add of the edges and node functions; the first row is a large dense product,
+which shows the speed of the machine. Run with ``python benchmarks/sparse_product.py --threads 1``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PRODUCTS = (
     (1024, 1536, 59700, 32 * 7 * 7),
     (800, 800, 32000, 128 * 8 * 8),
 )
-SIDES = (112, 112, 56, 28, 14)  # What each stage receives.
+SIDES = (112, 112, 56, 28, 14)  # The inputs of each stage.
 BATCHES = (1, 32)
 
 

@@ -1,8 +1,8 @@
-"""Times a training step of torchvision's models with sparse weights beside the dense one.
+"""Compares a training step of torchvision's models with sparse weights to a dense one.
 
 A step is the forward pass on random images, the loss, the backward pass, and SGD with momentum and weight decay. The
-sparse model keeps a share of all weights of its layers (``dnw_graph.sparse_layers``), chosen anew in every step; the
-rest of the difference is the masks. Evaluation is a forward pass without gradients. Run with
+sparse model keeps a share of all weights of its layers (``dnw_graph.sparse_layers``), selected again in every step; the
+masks take the rest of the difference. Evaluation is a forward pass without gradients. Run with
 ``python benchmarks/sparse_step.py --threads 1``.
 """
 

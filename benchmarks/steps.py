@@ -1,4 +1,4 @@
-"""Training steps to be timed: a model of this package in several ways beside its reference formulation."""
+"""Training steps to be timed: a model of this package in several variants, and its reference formulation."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ OURS = "dnw_graph"
 REFERENCE = "reference formulation"
 LAYOUTS = {"channels first": torch.contiguous_format, "channels last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# In float32 a ReLU whose argument is zero but for rounding opens in one formulation and not in the other now and then,
-# which moves gradients by 1e-3 to 1e-2; the comparison in float64 is the strict one.
+# In float32, rounding sometimes opens a ReLU in one formulation and not in the other, which changes gradients by 1e-3
+# to 1e-2; the comparison in float64 is the strict one.
 EXACT, SINGLE, HALF = 1e-10, 5e-2, 5e-2
-# In half precision a compiler rounds at other places, so that gradients differ; one that is lost differs by 1.
+# In half precision a compiler rounds elsewhere, so gradients differ; a missing gradient differs by 1.
 HALF_GRADIENTS = 0.3
 EXACT_IMAGES = 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained.
+    """A model to train.
 
     Attributes:
         name: Its name.
-        ways: Models of this package by name; all start from the weights of the first.
-        reference: Makes the reference formulation of such a model, in a layout.
+        ways: Variants of the model by name; all start from the weights of the first.
+        reference: Creates the reference formulation of a model, in a layout.
         images: A batch.
         labels: Its classes.
     """
@@ -51,20 +51,20 @@ class Case:
 
     @property
     def first(self) -> nn.Module:
-        """The model of the first way."""
+        """The first variant."""
         return next(iter(self.ways.values()))
 
 
 def check_case(case: Case, dtype: torch.dtype, compiled: bool = False) -> None:
-    """Make sure that all ways have the loss and the gradients of the reference formulation.
+    """Check that all variants have the loss and the gradients of the reference formulation.
 
     Args:
-        case: What is trained.
-        dtype: Of the step; in half precision only the loss is compared, besides all in float32.
-        compiled: Whether to make sure that they have the same gradients when they are compiled.
+        case: The model to train.
+        dtype: Dtype of the step; in half precision only the loss is compared, in addition to everything in float32.
+        compiled: Whether to check that the compiled variants have the same gradients.
 
     Raises:
-        AssertionError: If one has not.
+        AssertionError: If a variant differs.
     """
     use_tf32(False)
     few = (case.images[:EXACT_IMAGES].double(), case.labels[:EXACT_IMAGES])
@@ -84,7 +84,7 @@ def check_case(case: Case, dtype: torch.dtype, compiled: bool = False) -> None:
 
 
 def _rounds(model: nn.Module) -> bool:
-    """Return whether a model computes its candidate gradient in half precision, which takes float32."""
+    """Return whether a model computes its candidate gradient in half precision, from float32."""
     return any(getattr(part, "candidate_gradient", "exact") != "exact" for part in model.modules())
 
 
@@ -102,10 +102,10 @@ def _check_compiled(model: nn.Module, case: Case, dtype: torch.dtype) -> None:
 
 
 def steps_of(case: Case, dtype: torch.dtype, options: Namespace) -> dict[str, Callable[[], None]]:
-    """Return a call for a step of every way, and of the reference formulation in the layout that is faster for it.
+    """Return a function that runs a step, for every variant and for the reference formulation in its faster layout.
 
     Args:
-        case: What is trained.
+        case: The model to train.
         dtype: Dtype of the maps.
         options: ``device``, ``tf32``; ``compile``: whether to compile all models; ``cuda_graphs``: whether to record
             each step and replay it.
@@ -131,7 +131,7 @@ def _recorded(step: Callable[[], None]) -> Callable[[], None]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries choose their algorithms, and the optimiser makes its state
+        for _ in range(3):  # libraries choose their algorithms, and the optimiser creates its state
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

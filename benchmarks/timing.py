@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, a table, JSON, and what the machine is."""
+"""Shared by all benchmarks: interleaved timing, a table, JSON, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def median_times(
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Way, float]:
-    """Return the median time of each way, in milliseconds: wall time, or that of another clock.
+    """Return the median time of each variant, in milliseconds: wall time, or that of another clock.
 
-    The ways take turns, so that a slow spell of a shared machine meets all of them alike.
+    The variants take turns, so that a slow phase of a shared machine affects all of them alike.
     """
     times: dict[Way, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
@@ -43,7 +43,7 @@ def median_times(
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Return what the figures were measured on."""
+    """Return the machine of the measurements."""
     name = device_name(device)
     return {
         "device": f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name,
@@ -54,7 +54,7 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of the processor that a device is."""
+    """Return the name of a device's processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if Path("/proc/cpuinfo").exists():
@@ -64,19 +64,19 @@ def device_name(device: torch.device) -> str:
 
 
 def arguments(description: str, timed: bool = True) -> argparse.ArgumentParser:
-    """Return a parser with the options of every benchmark, or of those that time nothing."""
+    """Return a parser with the common options of benchmarks, or of those without timing."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--json", type=Path, default=None, help="write the figures to this file as well")
+    parser.add_argument("--json", type=Path, default=None, help="also write the figures to this file")
     if not timed:
         return parser
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--rounds", type=int, default=7, help="timed turns, of which the median is shown")
+    parser.add_argument("--rounds", type=int, default=7, help="timed turns; the median is shown")
     return parser
 
 
 def use_tf32(allowed: bool) -> None:
-    """Let float32 products and convolutions on a GPU round their factors to TF32, or not; PyTorch's defaults differ."""
+    """Turn TF32 on or off for float32 products and convolutions on a GPU, whose defaults differ in PyTorch."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
@@ -93,7 +93,7 @@ def report(
         title: What the table shows.
         rows: The rows, with the same columns.
         options: ``device``, and ``json``, the file to write or None.
-        measured: What else is known of the machine.
+        measured: Further facts about the machine.
     """
     where = {**machine(options.device), **(measured or {})}
     print(f"{title}\n{', '.join(f'{key} {value}' for key, value in where.items())}\n")

@@ -1,14 +1,14 @@
-"""Times a training step of the package's models beside the reference formulation, and against a roofline.
+"""Compares a training step of the package's models with the reference formulation and with a roofline.
 
 A step is the forward pass on random images, the loss, the backward pass, and SGD with momentum and weight decay. The
-reference formulation (``reference_formulation.py``) starts from copies of the same weights, in the layout that is
-faster for it. Before anything is timed, its loss and all gradients are made sure to be the model's, in float64 on four
-images and in float32 on the batch, and with ``--compile`` those of the compiled model too. The floor is that of
-``roofline.py``: the share reached is floor / time.
+reference formulation (``reference_formulation.py``) starts from copies of the same weights, in its faster layout.
+Before anything is timed, its loss and all gradients are compared with the model's, in float64 on four images and in
+float32 on the batch, and with ``--compile`` also with those of the compiled model. The floor is that of
+``roofline.py``; the share reached is floor / time.
 
-By default all models run on a CPU, with images of 32 pixels, and MobileNetV1-DNW alone on a GPU, at 224 pixels. Run
-with ``python benchmarks/train_step.py``; with ``--growth growth.png``, the models give way to graphs with growing
-numbers of candidates and of real edges.
+On a CPU the default is all models, with images of 32 pixels; on a GPU only MobileNetV1-DNW, at 224 pixels. Run with
+``python benchmarks/train_step.py``; ``--growth growth.png`` instead times graphs with growing numbers of candidates and
+of real edges.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def make_model(name: str, size: int, **options: Any) -> nn.Module:
 
 
 def make_case(name: str, options: Namespace) -> Case:
-    """Return a model with the propagations asked for, and a batch."""
+    """Return a model with the requested propagations, and a batch."""
     torch.manual_seed(0)
     ways = {}
     for way in options.propagation:
@@ -64,7 +64,7 @@ def make_case(name: str, options: Namespace) -> Case:
 
 
 def rows_of(case: Case, found: list[Group], times: dict[str, float], machine: Machine) -> list[dict[str, Any]]:
-    """Return a row for the reference formulation and each way of a model."""
+    """Return a row for the reference formulation and each variant of a model."""
     least = floor(found, machine)
     dense = floor([group for group in found if group.kind == "candidate gradient"], machine)
     return [
@@ -82,20 +82,18 @@ def rows_of(case: Case, found: list[Group], times: dict[str, float], machine: Ma
 
 
 def main() -> None:
-    """Print a row for every model and way."""
+    """Print a row for every model and variant."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=None, help="default: by device")
     parser.add_argument("--batch", type=int, default=None, help="images per step (default: 128, 256 on a GPU)")
     parser.add_argument("--size", type=int, default=None, help="side of the images (default: 32, 224 on a GPU)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 runs under autocast")
-    parser.add_argument("--compile", action="store_true", help="compile all models, the reference formulation too")
-    parser.add_argument(
-        "--cuda-graphs", action="store_true", help="record each step on a GPU as one graph and replay it"
-    )
-    parser.add_argument("--propagation", nargs="+", choices=WAYS, default=["auto"], help="ways of propagation")
-    parser.add_argument("--tf32", action="store_true", help="let a GPU round the factors of float32 products")
+    parser.add_argument("--compile", action="store_true", help="compile all models, also the reference formulation")
+    parser.add_argument("--cuda-graphs", action="store_true", help="record each step as one CUDA graph and replay it")
+    parser.add_argument("--propagation", nargs="+", choices=WAYS, default=["auto"], help="propagations to time")
+    parser.add_argument("--tf32", action="store_true", help="use TF32 for float32 products on a GPU")
     parser.add_argument("--roofline", action="store_true", help="print the groups of the floor")
-    parser.add_argument("--growth", type=Path, metavar="PNG", default=None, help="draw the growth of the time instead")
+    parser.add_argument("--growth", type=Path, metavar="PNG", default=None, help="plot the growth of the time instead")
     options = parser.parse_args()
     gpu = options.device.type == "cuda"
     options.batch = options.batch or (256 if gpu else 128)
@@ -120,7 +118,7 @@ def main() -> None:
         check_case(case, dtype, options.compile)
         times = median_times(steps_of(case, dtype, options), options.rounds, options.device)
         cases.append((case, groups(case.first, case.images, dtype), times))
-        # What else runs on a shared machine makes it look slower than it is: the best of all counts.
+        # Other work on a shared machine makes it look slower: use the best measurement.
         machines.append(measure(options.device, dtype))
     machine = Machine(max(found.peak for found in machines), max(found.bandwidth for found in machines))
     rows = [row for case, found, times in cases for row in rows_of(case, found, times, machine)]

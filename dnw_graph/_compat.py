@@ -1,7 +1,7 @@
 """Private interfaces of other packages that this package uses, each with the reason.
 
 No other module may use one (``tests/test_private_interfaces.py``). If a new version removes one,
-``tests/test_compat.py`` says in one line which. Nothing here is part of this package's public interface.
+``tests/test_compat.py`` names it in one line. Nothing here is part of this package's public interface.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ OPERATORS_WITHOUT_FORMULA = frozenset(
 def in_backward_pass() -> bool:
     """Return whether a backward pass is running, so that a forward pass now is a recomputation.
 
-    Activation checkpointing calls modules again in the backward pass without telling them. No public function says so.
+    Activation checkpointing calls modules again in the backward pass; no public function tells.
     """
     return backward_pass() is not None
 
@@ -85,20 +85,20 @@ def backward_pass() -> int | None:
 
 
 def functorch_active() -> bool:
-    """Return whether a transform of ``torch.func`` is active; no public function says so."""
+    """Return whether a ``torch.func`` transform is active; no public function tells."""
     return torch._C._are_functorch_transforms_active()
 
 
 def is_batched(tensor: Tensor) -> bool:
     """Return whether a tensor is batched by ``torch.func.vmap`` or ``is_grads_batched``.
 
-    It has the shape of a single one, and no public function tells them apart.
+    Its shape is that of a single tensor, and no public function tells them apart.
     """
     return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def as_plain_tensors() -> AbstractContextManager[None]:
-    """Return a context in which operators treat tensors of subclasses as plain ones, and return plain ones.
+    """Return a context in which operators treat tensor subclasses as plain tensors, and return plain tensors.
 
     PyTorch's notes on extending it name this class; no public module has it.
     """
@@ -114,21 +114,21 @@ def version(tensor: Tensor) -> int:
 
 
 def not_compiled(function: F) -> F:
-    """Exclude a function from ``torch.compile``, like ``torch.compiler.disable``, without its import."""
+    """Exclude a function from ``torch.compile``, like ``torch.compiler.disable`` but without its import."""
     return cast(F, _disable_dynamo(function))
 
 
 def one_dnn_linear() -> Callable[..., Tensor] | None:
     """Return oneDNN's product ``linear(a, b, None, "none", [], "") = a bᵀ``, or None where this build has none.
 
-    PyTorch has this operator for its compiler. ``torch.mm`` uses another library, which is half as fast on some
-    processors; no public function uses oneDNN.
+    PyTorch has this operator for its compiler. No public function uses oneDNN; ``torch.mm`` uses another library, which
+    is half as fast on some processors.
     """
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def has_bfloat16_products() -> bool:
-    """Return whether this processor multiplies in bfloat16; PyTorch 2.8 tells in private functions only."""
+    """Return whether this processor has bfloat16 products; PyTorch 2.8 has only private functions for this."""
     questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, question, bool)() for question in questions)
 
@@ -136,7 +136,7 @@ def has_bfloat16_products() -> bool:
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside wrappers for data-parallel training, averaging and compilation.
 
-    Compiled modules have it in a private field, the others as ``module``.
+    Compiled modules have it in a private field, other wrappers as ``module``.
     """
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
     while True:
@@ -154,7 +154,7 @@ def unwrapped_name(name: str) -> str:
 
 
 def is_replica(module: nn.Module) -> bool:
-    """Return whether a module is a replica that ``nn.DataParallel`` made for one forward pass; no public mark says."""
+    """Return whether a module is a replica that ``nn.DataParallel`` made for one forward pass; nothing public tells."""
     return getattr(module, "_is_replica", False)
 
 
@@ -162,21 +162,21 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether a module has hooks, global ones included; PyTorch lists hooks in private fields only."""
+    """Return whether a module has hooks, including global ones; PyTorch lists hooks in private fields only."""
     return has_own_hooks(module) or bool(nn.modules.module._has_any_global_hook())
 
 
 def convolves_as_pytorch(layer: nn.Conv2d) -> bool:
     """Return whether the class of a convolution has PyTorch's forward pass.
 
-    That pass calls a private method, which subclasses of convolutions replace too.
+    The forward pass calls a private method, which subclasses may override too.
     """
     kind = type(layer)
     return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
 
 
 def has_own_hooks(module: nn.Module) -> bool:
-    """Return whether a module has hooks of its own, global ones not included."""
+    """Return whether a module has its own hooks, excluding global ones."""
     return any(getattr(module, hooks) for hooks in _HOOKS)
 
 

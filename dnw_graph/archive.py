@@ -21,7 +21,7 @@ def read_archive(path: Path) -> Any:
     """Return the nested dicts, lists and tuples of tensors and plain values that a file holds, on the CPU.
 
     Raises:
-        Exception: Of any kind, if the file is damaged or claims to hold more than it does.
+        Exception: Of any type, if the file is damaged or claims to hold more than it does.
     """
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
@@ -35,7 +35,7 @@ def read_archive(path: Path) -> Any:
         for operation, argument, _ in pickletools.genops(archive.read(program)):
             if operation.name == "STACK_GLOBAL" or (operation.name == "GLOBAL" and not NAMES.fullmatch(str(argument))):
                 raise InputError(f"the file refers to {argument}")
-    # With mmap, a tensor that claims to be larger than the file takes no memory, and reads none outside the file.
+    # With mmap, a tensor that claims to be larger than the file takes no memory, and reads nothing outside the file.
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return _Copier(size).copied(content)
 
@@ -55,7 +55,7 @@ class _Copier:
     def copied(self, content: Any) -> Any:
         """Return the content with copied tensors; dicts and lists are changed in place."""
         self.visited += 1
-        if self.visited > self.size:  # Lists that contain one another a million times.
+        if self.visited > self.size:  # For example lists that contain one another a million times.
             raise InputError("the content is larger than the file")
         if isinstance(content, Tensor):
             return self._tensor(content)

@@ -40,12 +40,12 @@ def checked(function: F) -> F:
     - ``int``: an integer of 64 bits, also NumPy's (anything with ``__index__``); not a bool or a float;
     - ``float``: a finite number, also NumPy's; not a bool;
     - ``bool``: True or False, also NumPy's;
-    - ``Sequence``, ``Iterable``, ``Mapping``, ``tuple``: every item is checked; a NumPy vector counts, a string does
+    - ``Sequence``, ``Iterable``, ``Mapping``, ``tuple``: every item is checked; a NumPy vector is accepted, a string is
       not;
     - jaxtyping arrays: dtype and shape;
     - classes, unions, ``Literal``, ``Callable``, ``type[…]``: as usual. Any other hint accepts everything.
 
-    Values are converted to the hint's type: an integer of NumPy to an ``int``, 1 to a ``float``.
+    Values are converted to the hint's type: a NumPy integer to an ``int``, 1 to a ``float``.
 
     Args:
         function: The function.
@@ -138,7 +138,7 @@ def require(holds: bool, what: str, expected: str, value: object) -> None:
 
 
 def fits(x: object, like: Tensor) -> TypeGuard[Tensor]:
-    """Return whether ``x`` is a tensor on a parameter's device, of its type or of one that autocast converts.
+    """Return whether ``x`` is a tensor on a parameter's device, with its dtype or one that autocast converts.
 
     Cheap and traceable, for forward passes.
     """
@@ -167,7 +167,7 @@ def shown(value: object) -> str:
         return f"the class {value.__name__}"
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # The value has a broken repr, or is an integer of thousands of digits.
+    except Exception:  # A broken repr, or an integer with thousands of digits.
         return f"an object of type {type(value).__name__}"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({type(value).__name__})"
 

@@ -113,9 +113,9 @@ def split_index(index: Int[Tensor, " edges"], weights: Sequence[RankedWeight]) -
 class CandidateEdges(nn.Module, RankedWeight):
     """The candidate edges of one graph and their weights.
 
-    The weights are one flat parameter, ordered by block, target and source. So selection ranks one vector, the
-    optimiser has one parameter per graph, and every block is a view. Flat indices are computed from pairs (u, v), and
-    pairs from flat indices, by arithmetic on the blocks' bounds; there is no table of pairs.
+    The weights are one flat parameter, ordered by block, target and source. Selection thus ranks one vector,
+    the optimiser has one parameter per graph, and every block is a view. Flat indices are computed from pairs (u, v),
+    and pairs from flat indices, by arithmetic on the blocks' bounds; there is no table of pairs.
 
     Weights are initialised i.i.d. uniformly in ±1/√S, where S is the number of nodes that can be a source (line 2 of
     the paper's Algorithm 1). The bound is the same in the whole graph, since the ranking compares weights across
@@ -129,7 +129,8 @@ class CandidateEdges(nn.Module, RankedWeight):
         - ``weight``: ``[num_candidates]``
 
     Raises:
-        InputError: If there is no candidate, a range is empty, has a step or exceeds the nodes, or two blocks overlap.
+        InputError: If there are no candidates, if a range is empty, has a step or exceeds the nodes, or if two blocks
+            overlap.
 
     Examples:
         >>> from dnw_graph import CandidateEdges
@@ -166,9 +167,9 @@ class CandidateEdges(nn.Module, RankedWeight):
     @classmethod
     @checked
     def static(cls, sizes: Sequence[int]) -> CandidateEdges:
-        """Acyclic: nodes lie in groups of the given sizes, edges lead from any earlier group to any later one.
+        """Acyclic: nodes come in groups of the given sizes, and edges lead from any earlier group to any later one.
 
-        Section 2.4 of the paper. One block per group but the first; its sources are all nodes before the group.
+        Section 2.4 of the paper. One block per group except the first; its sources are all nodes before the group.
         """
         groups = Nodes.in_blocks(sizes).block_ranges
         return cls((range(group.start), group) for group in groups[1:])
@@ -176,7 +177,7 @@ class CandidateEdges(nn.Module, RankedWeight):
     @classmethod
     @checked
     def adjacent(cls, sizes: Sequence[int]) -> CandidateEdges:
-        """Layers: edges lead from each group of nodes to the next one only, as in a network of pointwise products."""
+        """Layers: edges lead from each group of nodes to the next one only, as with pointwise convolutions."""
         return cls(pairwise(Nodes.in_blocks(sizes).block_ranges))
 
     @classmethod
@@ -260,7 +261,7 @@ class CandidateEdges(nn.Module, RankedWeight):
         """Return the flat indices of pairs (u, v): the inverse of :meth:`pairs`.
 
         Raises:
-            InputError: If a pair is no candidate; the first such pair is named.
+            InputError: If a pair is not a candidate; the message names the first such pair.
         """
         u, v = edge_index
         index = torch.full_like(u, -1)

@@ -16,10 +16,10 @@ from dnw_graph.errors import InputError
 from dnw_graph.ranking import NUMBERS
 from dnw_graph.structure import match
 
-# The section that identifies a checkpoint of this package and its run, and has the checksum of all the rest.
+# The section that identifies a checkpoint of this package and its run, and holds the checksum of everything else.
 SECTION = "dnw_graph"
 FORMAT = 2
-# What every use of a checkpoint needs.
+# Needed by every use of a checkpoint.
 CONTENT = {
     SECTION: {"options": dict},
     "global_step": int,
@@ -32,10 +32,10 @@ CONTENT = {
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the content of a checkpoint that a run of this package wrote, with all tensors on the CPU.
 
-    No code in the file is run. The content is returned only if it is, bit for bit, what was written.
+    No code in the file is run. The content is returned only if it is exactly what was written.
 
     Raises:
-        InputError: If the file is missing, torn, damaged, not such a checkpoint, or of another version.
+        InputError: If the file is missing, truncated, damaged, not such a checkpoint, or of another version.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -47,14 +47,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     section = checkpoint.get(SECTION) if isinstance(checkpoint, dict) else None
     if not isinstance(section, dict) or section.get("format") != FORMAT:
         raise InputError(
-            f"{path} is no checkpoint of this package, or one of another version (this one reads format {FORMAT}): "
+            f"{path} is not a checkpoint of this package, or has another version (this one reads format {FORMAT}): "
             "give a .ckpt file that a run of this version wrote"
         )
     found = section.pop("checksum", None)
     try:
         intact = checksum(checkpoint) == found
-    except Exception as error:  # The file may hold other things than checkpoints do.
-        raise damaged(path, f"holds what no checkpoint does ({type(error).__name__})") from error
+    except Exception as error:  # The file may hold content that checkpoints do not.
+        raise damaged(path, f"holds content that no checkpoint has ({type(error).__name__})") from error
     if not intact:
         raise damaged(path, "does not hold what was written (its checksum differs)")
     try:
@@ -65,7 +65,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def damaged(path: Path | str, what: str) -> InputError:
-    """Return the error for a file that is no whole checkpoint.
+    """Return the error for a file that is not a complete checkpoint.
 
     Args:
         path: The file.
@@ -88,10 +88,10 @@ def check_weights(path: str, given: Mapping[str, Any], model_state: Mapping[str,
 
     Args:
         path: The checkpoint.
-        given: Its weights; an older file lacks the numbers that say which rule a graph has, how many edges, and the
-            checksum of edges that the rule stores.
+        given: Its weights. An older file lacks the identifier of each graph's rule, its number of edges and the
+            checksum of stored edges.
         model_state: ``state_dict`` of the model.
-        hint: What to give instead.
+        hint: What to do instead.
 
     Raises:
         InputError: If names, shapes or types differ, or a number is NaN or infinite.

@@ -15,7 +15,7 @@ def checksum(content: Any) -> str:
     """Return the BLAKE2b sum of nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
 
     It depends on types, names, the order of sequences, and the shape and every bit of a tensor; not on the order of a
-    dict or a tensor's device and strides. It detects damage, not forgery: there is no secret in it.
+    dict or a tensor's device and strides. It detects damage, not forgery: it involves no secret.
 
     Args:
         content: The content.
@@ -47,7 +47,7 @@ def _add(digest: Any, content: Any) -> None:
     elif content is None or type(content) in (bool, int, float, str):
         _say(digest, type(content).__name__, str(content))
     else:
-        raise InputError(f"a file holds tensors, numbers, strings and lists and dicts of them; got {type(content)}")
+        raise InputError(f"a file can hold tensors, numbers, strings, and lists and dicts of them; got {type(content)}")
 
 
 def _say(digest: Any, kind: str, text: str) -> None:

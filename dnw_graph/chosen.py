@@ -1,4 +1,4 @@
-"""Real edges, and whether they are still valid: whether the weights that they were chosen by have changed."""
+"""Real edges, and whether they are still valid: whether their weights have changed since the choice."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dnw_graph._compat import version
 from dnw_graph.candidates import RankedWeight, split_index
 
 WHOLE = 2048
-"""Parameters of up to this size are compared as a whole."""
+"""Parameters up to this size are compared as a whole."""
 REAL = 64
-"""Of larger ones, so many real edges of a graph are compared,"""
+"""For larger ones, this many real edges of a graph are compared,"""
 ACROSS = 128
-"""and so many weights of every block, spread over its rows and columns."""
+"""and this many weights of every block, spread over its rows and columns."""
 
 
 class Chosen:
-    """Real edges, and the weights that they were chosen by.
+    """Real edges, and the weights from which they were chosen.
 
     PyTorch records most changes of a parameter: a new object, a new storage or a higher version. It does not record
     writes through ``.data`` or by fused optimisers; a sample of the values is compared to detect those.
@@ -82,5 +82,5 @@ def _across(weight: RankedWeight, like: Tensor) -> Iterator[Tensor]:
 
 
 def _captured() -> bool:
-    """Return whether a CUDA graph is being captured: the host cannot wait then, and a replay does not call this."""
+    """Return whether a CUDA graph is being captured: then the host cannot synchronise, and a replay skips it."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

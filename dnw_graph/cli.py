@@ -1,6 +1,6 @@
 """``dnw-graph``: train, evaluate, predict, export, info and compare, from the command line.
 
-What takes seconds to import (PyTorch, Lightning) is imported by the commands that need it.
+Slow imports (PyTorch, Lightning) happen in the commands that need them.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
     from dnw_graph.recipes.models import Family
 
 BAD_INPUT = 2
-# Images that go through a model at once.
+# Batch size of predict.
 BATCH = 32
 MODEL = "directory of a run, checkpoint, compact file or export"
 # Usage and meaning by command.
 COMMANDS = {
-    "train": ("[--model NAME] [options]", "train a model, or go on with one (--resume); --help lists the options"),
-    "evaluate": ("MODEL [options]", "accuracy on the test images of --data"),
-    "predict": ("MODEL IMAGE …", "classes and probabilities; CSV for a directory"),
+    "train": ("[--model NAME] [options]", "train a model, or resume a run (--resume); --help lists the options"),
+    "evaluate": ("MODEL [options]", "measure the accuracy on the test images of --data"),
+    "predict": ("MODEL IMAGE …", "print classes and probabilities; CSV for a directory"),
     "export": ("MODEL FILE", "write the model without dead nodes: .safetensors, .pt2 or .onnx"),
-    "info": ("FILE", "what is in a checkpoint, a compact file, an export or the directory of a run"),
+    "info": ("FILE", "show what a checkpoint, compact file, export or run directory contains"),
     "compare": (
         "--rules RULE … --seeds N … [options of train]",
-        "rules × seeds on one data set: table, CSV, plot",
+        "train rules × seeds on one data set: table, CSV, plot",
     ),
 }
 HELP = f"""usage: dnw-graph [-h] [--version] {{{",".join(COMMANDS)}}} ...
 
 Graphs of single channels that learn which channels connect to which.
 
-MODEL is the directory of a run, a checkpoint or a compact file; predict takes exports too. Commands:
+MODEL is the directory of a run, a checkpoint or a compact file; predict also takes exports. Commands:
 """ + "".join(f"\n  {name} {usage}\n      {meaning}" for name, (usage, meaning) in COMMANDS.items())
 
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: Arguments, if not those of the process.
+        argv: Arguments. Default: those of the process.
 
     Returns:
         The exit status: 0; 2 after one line on stderr for input that cannot be used; 130 or 143 after a signal.
@@ -76,13 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises what it complains of, in one line."""
+    """Raises its errors as one line."""
 
     def __init__(self, command: str) -> None:
         super().__init__(prog=f"dnw-graph {command}", description=COMMANDS[command][1], allow_abbrev=False)
 
     def error(self, message: str) -> Any:
-        """Raise the complaint."""
+        """Raise the error."""
         raise InputError(f"{message}: {self.prog} --help says how")
 
 
@@ -98,21 +98,21 @@ def train(argv: Sequence[str]) -> int:
 
 
 def _family(words: list[str]) -> tuple[Family, list[str], ModelFile | None]:
-    """Return the models that a command line is about, the words for their options, and the file that it starts from."""
+    """Return the model family of a command line, the words for its options, and the file that it starts from."""
     from dnw_graph.errors import unknown_name
     from dnw_graph.recipes.models import FAMILIES, family_with
     from dnw_graph.training.command_line import read_yaml, started_from
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for option in ("--model", "--config", "--resume", "--evaluate", "--init-from"):
-        parser.add_argument(option, nargs="?")  # what is missing is told later
+        parser.add_argument(option, nargs="?")  # missing files are reported later
     given, _ = parser.parse_known_args(words)
     file = started_from(vars(given))
     model, name = given.model, None
     if file is not None:
         name = file.card.models
         if name is None:
-            raise InputError(f"{file.path} was trained by a program of its own: go on with that program")
+            raise InputError(f"{file.path} was trained by another program: resume with that program")
     elif given.config and model is None:
         options = read_yaml(given.config)
         model, name = options.get("model"), family_with(options)
@@ -140,7 +140,7 @@ def predict(argv: Sequence[str]) -> int:
     """Print the most likely classes of images: of a directory as CSV."""
     parser = _Parser("predict")
     parser.add_argument("model", type=Path, help=MODEL)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or a directory of them, at any depth")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or a directory of images at any depth")
     parser.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
     parser.add_argument("--output", type=Path, help="write CSV to this file")
     given = parser.parse_args(argv)
@@ -151,7 +151,7 @@ def predict(argv: Sequence[str]) -> int:
     directories = [path for path in given.images if os.path.isdir(path)]
     paths = [name for path in given.images for name in (image_files(Path(path))[0] if path in directories else [path])]
     if not paths:
-        raise InputError(f"{given.images[0]} holds no image")
+        raise InputError(f"{given.images[0]} contains no images")
     rows = _predictions(_model(given.model, programs=True), paths, given.top, bar=bool(directories))
     if not (directories or given.output):
         for path, *found in rows:
@@ -170,7 +170,7 @@ def predict(argv: Sequence[str]) -> int:
 
 
 def _model(path: Path, programs: bool = False) -> Any:
-    """Return the model of a file that says how images come to it; the files of programs are run if they may be."""
+    """Return the model of a file, with its preprocessing; exported programs only if they may be run."""
     from dnw_graph.loading import PROGRAMS, ModelFile, file_of
     from dnw_graph.model_card import card_of
 
@@ -181,7 +181,7 @@ def _model(path: Path, programs: bool = False) -> Any:
         return load_program(file.path, file.card)
     model = file.model()
     if card_of(model) is None:
-        raise InputError(f"{path} does not say how images come to its model: write it from what dnw_graph.load returns")
+        raise InputError(f"{path} has no preprocessing: write it from a model that dnw_graph.load returned")
     return model
 
 
@@ -207,7 +207,7 @@ def _predictions(model: nn.Module, paths: list[str], top: int, bar: bool) -> lis
 
 
 def export_model(argv: Sequence[str]) -> int:
-    """Write a model without its dead nodes to one file."""
+    """Write a model without dead nodes to one file."""
     parser = _Parser("export")
     parser.add_argument("model", type=Path, help=MODEL.replace(", compact file or export", " or compact file"))
     parser.add_argument("file", type=Path, help="ending in .safetensors, .pt2 or .onnx")
@@ -227,7 +227,7 @@ def export_model(argv: Sequence[str]) -> int:
 
 
 def info(argv: Sequence[str]) -> int:
-    """Print what a file says about its model."""
+    """Print the card of a file."""
     parser = _Parser("info")
     parser.add_argument("file", type=Path, help=MODEL)
     parser.add_argument("--json", action="store_true", help="print the card as JSON, with all classes and options")
@@ -245,7 +245,7 @@ def info(argv: Sequence[str]) -> int:
     tables = {"metrics": metrics, "options": dict(sorted(card.options.items())), "versions": card.versions}
     rows = {
         "file": f"{file.path} ({os.path.getsize(file.path) / 1e6:,.2f} MB)",
-        "models": card.models or "of a program of its own",
+        "models": card.models or "of another program",
         "images": f"shorter side to {images.resize}, centre of {images.image_size} × {images.image_size}",
         "mean, std": f"{', '.join(map(str, images.mean))}; {', '.join(map(str, images.std))}",
         "classes": f"{len(classes)}: {shown}",
@@ -257,7 +257,7 @@ def info(argv: Sequence[str]) -> int:
 
 
 def compare(argv: Sequence[str]) -> int:
-    """Train every rule with every seed, and show what came out."""
+    """Train every rule with every seed, and show the results."""
     from dnw_graph.training.comparison import compare as run_all
 
     parser = _Parser("compare")

@@ -75,8 +75,8 @@ def static_to_discrete(graph: NeuralGraph) -> nn.Sequential:
     functions are copies of the static graph's.
 
     Args:
-        graph: A static graph, whose functions keep the resolution but at the inputs. The function of its inputs, which
-            is not part of the recurrence, comes first.
+        graph: A static graph whose functions keep the resolution, except at the inputs. The function of its inputs is
+            applied before the recurrence.
 
     Raises:
         InputError: If the graph is not static.
@@ -110,9 +110,9 @@ class LSTMGraph(nn.Module):
     """An LSTM as a discrete graph with input at every step; made by :func:`lstm_to_discrete`.
 
     Nodes are the inputs and, per layer, 4H gates, H cells c and H hidden units h. The edges x → gates are W_ih, h →
-    gates are W_hh, and every cell has an edge of weight 1 to itself: the node function computes, from what gates and
-    cells receive, c ← σ(f) c + σ(i) tanh(g) and h ← σ(o) tanh(c). Layer l works one step behind layer l - 1, so that
-    a sequence of T elements takes T + layers - 1 steps.
+    gates are W_hh, and every cell has an edge of weight 1 to itself: the node function computes, from the inputs
+    of gates and cells, c ← σ(f) c + σ(i) tanh(g) and h ← σ(o) tanh(c). Layer l works one step behind layer l - 1, so
+    that a sequence of T elements takes T + layers - 1 steps.
 
     Args:
         graph: The discrete graph.
@@ -121,9 +121,9 @@ class LSTMGraph(nn.Module):
         batch_first: Whether sequences are ``[batch, time, inputs]`` or ``[time, batch, inputs]``.
 
     Shapes:
-        - input: as of ``torch.nn.LSTM``: a sequence, with or without a batch, or a packed one; perhaps the states that
-          it starts from, (h, c), each ``[layers, batch, H]``; by default zero
-        - output: as of ``torch.nn.LSTM``: the sequence of the last layer's h, and (h, c) after the last element, each
+        - input: as in ``torch.nn.LSTM``: a batched, unbatched or packed sequence; optionally the initial states (h, c),
+          each ``[layers, batch, H]``; default zero
+        - output: as in ``torch.nn.LSTM``: the sequence of the last layer's h, and (h, c) after the last element, each
           ``[layers, batch, H]``
     """
 
@@ -151,7 +151,7 @@ class LSTMGraph(nn.Module):
     def _run_packed(
         self, x: PackedSequence, hx: tuple[Tensor, Tensor] | None
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
-        """Run sequences padded to the longest: what comes after the end of one does not change what came before."""
+        """Run sequences padded to the longest: padding does not change the results before it."""
         given, found = x.sorted_indices, x.unsorted_indices
         padded, lengths = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes), batch_first=True)
         if hx is not None and given is not None:
@@ -165,7 +165,7 @@ class LSTMGraph(nn.Module):
     def _run(
         self, x: Tensor, hx: tuple[Tensor, Tensor] | None, lengths: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Run sequences ``[batch, time, inputs]``, and return h and c of each after as many elements as it has."""
+        """Run sequences ``[batch, time, inputs]``, and return h and c of each after its last element."""
         batch, lag = x.size(0), self.layers - 1
         elements = nn.functional.pad(x, (0, 0, 0, lag))
         states = self.graph(elements, return_states=True) if hx is None else self._started(elements, hx)
@@ -247,19 +247,17 @@ def lstm_to_discrete(lstm: nn.LSTM) -> LSTMGraph:
     W_ih and W_hh are edge weights, one edge each; the node function holds the biases (b_ih + b_hh) and the gates.
 
     Args:
-        lstm: One or several layers, with or without biases, in one direction.
+        lstm: A unidirectional LSTM of one or several layers, with or without biases.
 
     Raises:
-        InputError: If the LSTM is bidirectional, has projections, or drops out between layers.
+        InputError: If the LSTM is bidirectional, or has projections or dropout between layers.
     """
     if lstm.bidirectional:
-        raise InputError(
-            "a bidirectional LSTM is two graphs, one for either direction: rewrite its directions one by one"
-        )
+        raise InputError("a bidirectional LSTM is two graphs, one per direction: rewrite each direction separately")
     if lstm.proj_size:
-        raise InputError(f"an LSTM with projections (proj_size = {lstm.proj_size}) has no such graph; use proj_size=0")
+        raise InputError(f"an LSTM with projections (proj_size = {lstm.proj_size}) is not supported; use proj_size=0")
     if lstm.dropout and lstm.num_layers > 1:
-        raise InputError(f"dropout between layers ({lstm.dropout}) is no part of a graph; use dropout=0")
+        raise InputError(f"dropout between layers ({lstm.dropout}) is not supported; use dropout=0")
     parameters = dict(lstm.named_parameters())
     hidden, num_inputs, layers = lstm.hidden_size, lstm.input_size, lstm.num_layers
     nodes = lstm_nodes(num_inputs, layers, hidden)

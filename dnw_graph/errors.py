@@ -1,4 +1,4 @@
-"""Errors that a user causes and can fix."""
+"""Errors that users cause and can fix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LONGEST = 499
 
 
 class InputError(ValueError):
-    """An input of the user cannot be used.
+    """A user's input cannot be used.
 
     The message is one line of less than 500 characters: what was given, what was expected, and how to fix it. Line
     breaks and other unprintable characters, for example in file names, are escaped, and longer messages are cut in the
@@ -41,7 +41,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
     """Return the error for an unknown name, with similar known names.
 
     Args:
-        kind: What the name is of, for example ``"wiring"``.
+        kind: The kind of thing named, for example ``"wiring"``.
         name: The unknown name.
         known: The known names.
     """

@@ -1,6 +1,6 @@
-"""Models to and from the Hugging Face hub, with the extra ``dnw-graph[hub]``.
+"""Loads models from, and uploads them to, the Hugging Face hub (needs the extra ``dnw-graph[hub]``).
 
-The network is used in :func:`from_pretrained` and :func:`push_to_hub` alone.
+Only :func:`from_pretrained` and :func:`push_to_hub` use the network.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class HubModel(huggingface_hub.ModelHubMixin):
     """A model with the methods of huggingface_hub's mixin: ``save_pretrained``, ``push_to_hub``, ``from_pretrained``.
 
     Args:
-        model: What :func:`dnw_graph.load` returned, or its compact form.
+        model: A model that :func:`dnw_graph.load` returned, or its compact form.
     """
 
     @checked
@@ -55,22 +55,22 @@ class HubModel(huggingface_hub.ModelHubMixin):
             return cls(load(huggingface_hub.hf_hub_download(model_id, FILE, **options)))
         except (HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            message = f"{model_id!r} is no directory, and the hub gives no {FILE} of that name ({reason})"
+            message = f"{model_id!r} is not a directory, and no repository on the hub with {FILE} ({reason})"
             raise InputError(message) from error
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> huggingface_hub.ModelCard:
-        """Return what the hub shows: how to use the model, and how it was trained."""
+        """Return the page on the hub: how to use the model, and how it was trained."""
         data = huggingface_hub.ModelCardData(**ABOUT)
         return huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n{_text(card_of(self.model))}")
 
 
 @checked
 def from_pretrained(name: str | os.PathLike[str], **options: Any) -> nn.Module:
-    """Return a model from the hub, as :func:`dnw_graph.load` returns one from a file. Nothing of it is executed.
+    """Return a model from the hub, like :func:`dnw_graph.load` from a file. No code in it is executed.
 
     Args:
-        name: A repository, such as ``"user/model"``, or a directory of :func:`save_pretrained`.
-        options: Of huggingface_hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, …
+        name: A repository, such as ``"user/model"``, or a directory written by :func:`save_pretrained`.
+        options: Options of huggingface_hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, …
 
     Raises:
         InputError: If there is no such model, or its file cannot be read.
@@ -80,12 +80,12 @@ def from_pretrained(name: str | os.PathLike[str], **options: Any) -> nn.Module:
 
 @checked
 def push_to_hub(model: nn.Module, name: str, **options: Any) -> str:
-    """Write a model with its card to a repository of the hub, and return the address.
+    """Upload a model with its card to a repository on the hub, and return the URL.
 
     Args:
-        model: What :func:`dnw_graph.load` returned, perhaps trained further, or its compact form.
-        name: The repository, such as ``"user/model"``. It is made if there is none.
-        options: Of huggingface_hub: ``private``, ``token``, ``branch``, ``commit_message``, …
+        model: A model that :func:`dnw_graph.load` returned, perhaps trained further, or its compact form.
+        name: The repository, such as ``"user/model"``. It is created if necessary.
+        options: Options of huggingface_hub: ``private``, ``token``, ``branch``, ``commit_message``, …
 
     Raises:
         InputError: If the model cannot be written.
@@ -95,11 +95,11 @@ def push_to_hub(model: nn.Module, name: str, **options: Any) -> str:
 
 @checked
 def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write to a directory what :func:`push_to_hub` would write to the hub.
+    """Write to a directory what :func:`push_to_hub` would upload.
 
     Args:
-        model: What :func:`dnw_graph.load` returned, perhaps trained further, or its compact form.
-        directory: The directory; it is made if there is none.
+        model: A model that :func:`dnw_graph.load` returned, perhaps trained further, or its compact form.
+        directory: The directory; it is created if necessary.
 
     Raises:
         InputError: If the model cannot be written.
@@ -116,7 +116,7 @@ def _text(card: ModelCard | None) -> str:
     size = card.preprocess.image_size
     lines += [f"Images of {size} × {size} pixels; {len(card.classes)} classes: {', '.join(card.classes[:20])}"]
     lines[-1] += ", …" if len(card.classes) > 20 else "."
-    for title, values in (("Metrics", card.metrics), ("Options of its training", card.options)):
+    for title, values in (("Metrics", card.metrics), ("Training options", card.options)):
         lines += ["", f"## {title}", "", "| name | value |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in values.items()]
     return "\n".join([*lines, ""])

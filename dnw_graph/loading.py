@@ -32,26 +32,26 @@ def load(
     *,
     create: Callable[[int, int], nn.Module] | None = None,
 ) -> nn.Module:
-    """Return a trained model, ready to use: in evaluation mode, with what turns an image into its input.
+    """Return a trained model, ready to use: in evaluation mode, with its preprocessing.
 
-    Nothing in a file is executed: it names registered models, rules and functions only.
+    No code in a file is executed: files only name registered models, rules and functions.
 
     Args:
         path: The directory of a run (its ``best.ckpt``, or else its ``last.ckpt``), a checkpoint, a compact file (of
             :func:`~dnw_graph.compaction.save_compact`, or of ``--export`` to ``.safetensors``), a file of
-            :func:`~dnw_graph.weights_file.save_weights`, or the name of one that :func:`dnw_graph.pretrained` lists.
-        device: Where the tensors go.
-        create: For a checkpoint of a model that no registered options make: returns it for ``(num_classes,
-            image_size)``.
+            :func:`~dnw_graph.weights_file.save_weights`, or a name that :func:`dnw_graph.pretrained` lists.
+        device: Device of the tensors.
+        create: For a checkpoint of a model without registered options: a function ``(num_classes, image_size)`` that
+            returns the model.
 
     Returns:
-        The model. Its attribute ``preprocess`` (:class:`~dnw_graph.preprocessing.Preprocessing`) makes an input of a
-        PIL image or a tensor, ``classes`` names the logits, and ``card`` (:class:`~dnw_graph.model_card.ModelCard`)
-        says how it was trained: options, metrics, versions. A compact file that was written from a model without a card
+        The model. Its attribute ``preprocess`` (:class:`~dnw_graph.preprocessing.Preprocessing`) converts a PIL image
+        or a tensor to an input, ``classes`` names the logits, and ``card`` (:class:`~dnw_graph.model_card.ModelCard`)
+        describes its training: options, metrics, versions. A compact file that was written from a model without a card
         has none of the three.
 
     Raises:
-        InputError: If there is no such file, it is damaged, or names what is not registered in this process.
+        InputError: If the file does not exist, is damaged, or names something not registered in this process.
 
     """
     model = ModelFile(file_of(Path(path))).model(create)
@@ -62,12 +62,12 @@ def load(
 
 
 def file_of(path: Path) -> Path:
-    """Return the file that a path stands for: of a run's directory its best checkpoint, or else its last one.
+    """Return the file for a path: for a run's directory its best checkpoint, or else its last one.
 
-    A name stands for the file of a pretrained model, unless there is a file or a directory of that name.
+    A name means the file of a pretrained model, unless a file or directory of that name exists.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is no such file.
     """
     if os.path.isdir(path):
         found = [path / name for name in CHECKPOINTS if (path / name).is_file()]
@@ -85,7 +85,7 @@ def file_of(path: Path) -> Path:
 
 
 class ModelFile:
-    """A checkpoint, compact file or export, of which a checkpoint is read once.
+    """A checkpoint, compact file or export; a checkpoint is read only once.
 
     Args:
         path: The file.
@@ -103,10 +103,10 @@ class ModelFile:
 
     @cached_property
     def card(self) -> ModelCard:
-        """What the file says about its model.
+        """The card in the file.
 
         Raises:
-            InputError: If the file cannot be read, or says nothing.
+            InputError: If the file cannot be read, or has no card.
         """
         if self.checkpoint is not None:
             return _checkpoint_card(self.path, self.checkpoint)
@@ -116,20 +116,20 @@ class ModelFile:
             raise InputError(f"reading {self.path} needs {error.name}: install the extra dnw-graph[export]") from error
         except Exception as error:  # a damaged file can fail anywhere in the decoder
             raise InputError(
-                f"{self.path} has no card that can be read ({type(error).__name__}): give a checkpoint, or a file that "
-                "was written from what dnw_graph.load returns"
+                f"{self.path} has no card that can be read ({type(error).__name__}): give a checkpoint, or a file "
+                "written from a model that dnw_graph.load returned"
             ) from error
 
     def model(self, create: Callable[[int, int], nn.Module] | None = None) -> nn.Module:
         """Return the model, see :func:`load`."""
         if self.path.suffix in PROGRAMS:
             raise InputError(
-                f"{self.path} is a program for other software, and loading a model runs none: dnw-graph predict uses "
-                "it; give load the checkpoint or .safetensors file of the same model"
+                f"{self.path} is an exported program, which load does not run: use dnw-graph predict, or load the "
+                "checkpoint or .safetensors file of the same model"
             )
         checkpoint = self.checkpoint
         if checkpoint is None:
-            # Not needed for --help, and takes longest.
+            # Not needed for --help, and the slowest import.
             from dnw_graph.compaction import load_compact
             from dnw_graph.weights_file import is_weights_file, read_weights
 
@@ -146,7 +146,7 @@ class ModelFile:
 
         card = self.card
         create = create or options_from_file(str(self.path), card.models, card.options).create
-        with torch.random.fork_rng(devices=[]):  # the weights that are replaced draw nothing
+        with torch.random.fork_rng(devices=[]):  # weights that are replaced draw no random numbers
             model = create(len(card.classes), card.preprocess.image_size)
         weights = weights_of(model)
         check_weights(str(self.path), weights, model.state_dict(), "give a checkpoint of this model")
@@ -178,7 +178,7 @@ _CARDS: dict[str, Callable[[Path], str | bytes]] = {COMPACT: _compact_card, ".pt
 
 
 def _checkpoint_card(path: Path, checkpoint: dict[str, Any]) -> ModelCard:
-    """Return the card of a checkpoint; for one that was written before there were cards, what its options tell."""
+    """Return the card of a checkpoint; for one older than cards, from its options."""
     section = checkpoint[SECTION]
     if "card" in section:
         try:
@@ -191,7 +191,7 @@ def _checkpoint_card(path: Path, checkpoint: dict[str, Any]) -> ModelCard:
     options = dict(section["options"])
     classes, size = options.pop("classes", None), options.get("image_size")
     if not isinstance(classes, list) or not isinstance(size, int):
-        raise InputError(f"{path} does not say its classes and image size: give a checkpoint of a run of this package")
+        raise InputError(f"{path} lacks its classes and image size: give a checkpoint of a run of this package")
     digits = classes == list("0123456789") and options.pop("train_images", 0) <= NUM_TRAIN_DIGITS
     preprocess = transforms("digits" if digits else "directory", size)[1]
     return ModelCard(preprocess, classes, family_with(options), options)

@@ -27,7 +27,7 @@ class ModelCard:
     Args:
         preprocess: Converts an image to the input of the model.
         classes: Names of the classes, in the order of the logits.
-        models: Registered name of the options that make the model, see
+        models: Registered name of the model's options, see
             :func:`~dnw_graph.training.register_models`; None for a model that is not registered.
         options: Options of the run that trained it, by the names of the command line.
         metrics: Top-1 and top-5 accuracy (0 to 1) at the last evaluation, and the epochs and steps before it.
@@ -61,7 +61,7 @@ class ModelCard:
         """Return the card from the result of :meth:`to_dict`.
 
         Raises:
-            InputError: If the content is no card.
+            InputError: If the content is not a card.
         """
         try:
             parts = dict(content["preprocess"])

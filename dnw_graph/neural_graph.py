@@ -44,7 +44,7 @@ class NeuralGraph(Ranking):
 
     Args:
         blocks: Static graphs: number of nodes of each block; the first are the inputs, the last the outputs.
-        num_edges: Number of real edges k. Default: those of a :class:`~dnw_graph.Fixed` wiring, else all candidates.
+        num_edges: Number of real edges k. Default: that of a :class:`~dnw_graph.Fixed` wiring, else all candidates.
         num_nodes: Dynamic graphs: number of nodes.
         num_inputs: Dynamic graphs: number of input nodes, the first ones.
         num_outputs: Dynamic graphs: number of output nodes, the last ones.
@@ -60,7 +60,7 @@ class NeuralGraph(Ranking):
         stride: Stride of the node function: at the inputs of a static graph, at every node of a dynamic one.
         input_function: Static graphs: whether the node function is applied at the inputs.
         output_function: Static graphs: whether the node function is applied at the outputs.
-        candidates: The candidate edges, if not all that the dynamics allows; they are copied, weights included.
+        candidates: The candidate edges, which are copied with their weights. Default: all that the dynamics allows.
         recompute: Recompute the node functions in the backward pass (activation checkpointing): less memory, more time,
             the same outputs and gradients.
         name: Name of the graph, for messages and tables.
@@ -129,7 +129,7 @@ class NeuralGraph(Ranking):
 
     @property
     def weights(self) -> tuple[CandidateEdges]:  # type: ignore[override]
-        """Where the weights lie."""
+        """The candidate weights."""
         return (self.candidates,)
 
     @property
@@ -198,7 +198,7 @@ class NeuralGraph(Ranking):
         )
 
     def reset_parameters(self) -> None:
-        """Redraw the candidate weights, and set the wiring up again."""
+        """Redraw the candidate weights, and reset the wiring."""
         self.candidates.reset_parameters()
         self.set_up_anew()
 
@@ -210,7 +210,7 @@ class NeuralGraph(Ranking):
 
         Args:
             live_outputs: Which outputs count, for a graph whose outputs feed another one. Default: all.
-            real_index: The real edges, if known, which saves choosing them again. Default: the present ones.
+            real_index: The real edges, if known, to avoid choosing them again. Default: the current ones.
         """
         index = self.real_index if real_index is None else real_index
         live = torch.zeros(self.num_nodes, dtype=torch.bool, device=index.device)
@@ -218,7 +218,7 @@ class NeuralGraph(Ranking):
         return reaching(self.candidates.pairs(index), live)
 
     def silent_nodes(self) -> Bool[Tensor, " nodes"]:
-        """Return at which nodes no real edge arrives, inputs excepted."""
+        """Return which nodes have no incoming real edge; inputs are not among them."""
         silent = torch.ones(self.num_nodes, dtype=torch.bool, device=self.candidates.weight.device)
         silent[self.edge_index[1]] = False
         silent[: self.num_inputs] = False
@@ -231,17 +231,16 @@ class NeuralGraph(Ranking):
         """Return a graph with the edges of a PyG graph: the inverse of :meth:`to_data` and :meth:`to_hetero_data`.
 
         Args:
-            data: Has ``edge_index [2, k]``, perhaps ``edge_weight [k]``, and for a static graph the ``block`` of every
-                node, ascending; for a dynamic one ``input_mask`` (the first nodes) and ``output_mask`` (the last ones).
-                Any of that may be given among the options instead: ``blocks``, or ``num_inputs`` and ``num_outputs``.
-                Of a heterogeneous graph the node types, in their order, are the blocks, and ``edge_weight`` is a matter
-                of all edge types or of none.
-            options: Arguments of the class. The wiring is by default :class:`~dnw_graph.Fixed`: the edges stay. With
-                another rule training starts from them: all other candidates have the weight 0.
+            data: Has ``edge_index [2, k]`` and optionally ``edge_weight [k]``. For a static graph also the ``block`` of
+                every node, ascending; for a dynamic one ``input_mask`` (the first nodes) and ``output_mask`` (the last
+                ones). Options can replace these: ``blocks``, or ``num_inputs`` and ``num_outputs``. For a heterogeneous
+                graph the node types, in order, are the blocks, and either all edge types have ``edge_weight`` or none.
+            options: Arguments of the class. The default wiring is :class:`~dnw_graph.Fixed`: the edges stay. With
+                another rule, training starts from them: all other candidates have weight 0.
 
         Raises:
-            InputError: If an edge is no candidate of the graph, edges are repeated, or the data does not say which
-                nodes are what.
+            InputError: If an edge is not a candidate of the graph, edges are repeated, or the data does not define
+                blocks or inputs and outputs.
 
         Examples:
             >>> from dnw_graph import NeuralGraph
@@ -268,8 +267,8 @@ class NeuralGraph(Ranking):
     def to_hetero_data(self) -> torch_geometric.data.HeteroData:
         """Return the wiring as a heterogeneous PyG graph: a node type per block, an edge type per pair of blocks.
 
-        Node types are ``block0``, ``block1``, …, edge types ``("block0", "to", "block1")``; places of nodes are counted
-        within their block. Each has what :meth:`to_data` has for its nodes or edges.
+        Node types are ``block0``, ``block1``, …, edge types ``("block0", "to", "block1")``; nodes are numbered within
+        their block. Each has the attributes that :meth:`to_data` has for its nodes or edges.
         """
         whole, count = self.to_data(), len(self.blocks)
         source, target = whole.block[whole.edge_index]
@@ -318,27 +317,25 @@ def _of_one_type(data: torch_geometric.data.HeteroData) -> torch_geometric.data.
     weighted = ["edge_weight" in store for store in data.edge_stores]
     if any(weighted) and not all(weighted):
         lacking = data.edge_types[weighted.index(False)]
-        raise InputError(f"edges of type {lacking} have no edge_weight, and others do: give it for all or for none")
+        raise InputError(f"edges of type {lacking} have no edge_weight, but others do: give it for all or for none")
     whole = data.to_homogeneous(add_edge_type=False)
     whole.block = whole.node_type
     return whole
 
 
 def _nodes_of(data: torch_geometric.data.Data, options: dict[str, Any]) -> dict[str, Any]:
-    """Return what the nodes of a PyG graph are, unless options say it."""
+    """Return the roles of the nodes of a PyG graph, unless options give them."""
     if {"blocks", "num_inputs", "num_outputs"} & options.keys():
         return {} if "blocks" in options else {"num_nodes": data.num_nodes}
     dynamics = options.get("dynamics", "static")
     if dynamics == "static" or isinstance(dynamics, Static):
         if (block := data.get("block")) is None or (block.diff() < 0).any():
-            raise InputError(
-                "the data does not say which block a node is in, ascending: give blocks=(inputs, …, outputs)"
-            )
+            raise InputError("the data has no ascending block for every node: give blocks=(inputs, …, outputs)")
         return {"blocks": tuple(block.bincount().tolist())}
     ends = [data.get(f"{name}_mask") for name in ("input", "output")]
     if any(mask is None for mask in ends) or (ends[0].int().diff() > 0).any() or (ends[1].int().diff() < 0).any():
         raise InputError(
-            "the data does not say that inputs come first and outputs last: give num_inputs and num_outputs"
+            "the data does not mark the first nodes as inputs and the last as outputs: give num_inputs and num_outputs"
         )
     inputs, outputs = (int(mask.sum()) for mask in ends)
     return {"num_nodes": data.num_nodes, "num_inputs": inputs, "num_outputs": outputs}
@@ -353,16 +350,16 @@ def _make_nodes(
 ) -> Nodes:
     counts = (num_nodes, num_inputs, num_outputs)
     if dynamics.in_blocks and (blocks is None or counts != (None, None, None)):
-        raise InputError("a static graph is given by blocks=(inputs, …, outputs) alone, without num_nodes and the like")
+        raise InputError("a static graph takes blocks=(inputs, …, outputs) only, without num_nodes and the like")
     if dynamics.in_blocks and blocks is not None:
         return Nodes.in_blocks(blocks)
     if blocks is not None or num_nodes is None or num_inputs is None or num_outputs is None:
-        raise InputError("a dynamic graph is given by num_nodes, num_inputs and num_outputs, without blocks")
+        raise InputError("a dynamic graph takes num_nodes, num_inputs and num_outputs, without blocks")
     return Nodes.flat(num_nodes, num_inputs, num_outputs)
 
 
 def _check_ends(dynamics: Dynamics, stride: int, input_function: bool, output_function: bool) -> None:
     if not dynamics.in_blocks and (output_function or not input_function):
-        raise InputError("input_function and output_function belong to static graphs; here f_θ acts at every node")
+        raise InputError("input_function and output_function are for static graphs; here f_θ acts on every node")
     if stride != 1 and not input_function:
-        raise InputError(f"stride {stride} belongs to the inputs' node function; set input_function=True")
+        raise InputError(f"stride {stride} is applied by the inputs' node function; set input_function=True")

@@ -31,7 +31,7 @@ def make_norm(norm: str, num_nodes: int, eps: float = EPS) -> nn.Module:
         eps: Added to the variance.
 
     Raises:
-        InputError: If the name is unknown, or eps not above 0.
+        InputError: If the name is unknown, or eps is not above 0.
     """
     if norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)
@@ -63,7 +63,7 @@ class NodeConv(nn.Conv2d):
 
     @property
     def node_wise(self) -> bool:
-        """Whether it can be applied to some nodes only: if it is unchanged since it was made."""
+        """Whether it can be applied to some nodes only: true if it was not modified."""
         own = self.groups == self.in_channels == self.out_channels
         return own and self.dilation == (1, 1) and self.padding_mode == "zeros" and keeps_forward(self)
 
@@ -93,8 +93,8 @@ class NormReluConv(nn.Module):
         - output: ``[batch, num_nodes, ⌈height / stride⌉, ⌈width / stride⌉]``
 
     Raises:
-        InputError: If the norm is unknown, the kernel size even, or eps not above 0; if the input has another number of
-            nodes.
+        InputError: If the norm is unknown, the kernel size is even, eps is not above 0, or the input has another number
+            of nodes.
     """
 
     @checked
@@ -108,7 +108,7 @@ class NormReluConv(nn.Module):
 
     @property
     def node_wise(self) -> bool:
-        """Whether the function can be applied to some nodes only, without a trace at the others."""
+        """Whether the function can be applied to some nodes only, without affecting the others."""
         return _node_wise(self.norm) and isinstance(self.conv, NodeConv) and self.conv.node_wise
 
     def forward(
@@ -120,7 +120,7 @@ class NormReluConv(nn.Module):
         return self._compute(z, self.norm, True, conv, nodes)
 
     def _check(self, z: object, nodes: range | None, conv: nn.Conv2d) -> None:
-        """Refuse inputs that convolution and norm refuse less clearly, or take for one image or for other nodes."""
+        """Refuse inputs that convolution and norm would refuse less clearly, or misinterpret."""
         weight = conv.weight
         count, known = self.num_nodes, True
         if nodes is not None:
@@ -161,7 +161,7 @@ class NormReluConv(nn.Module):
         if norm is not None and not _node_wise(norm):
             raise InputError(f"only a plain instance norm can be applied to some nodes; got {type(norm).__name__}")
         if conv is not None and not (isinstance(conv, NodeConv) and conv.node_wise):
-            raise InputError(f"only a NodeConv as it was made can be applied to some nodes; got {conv!r}")
+            raise InputError(f"only an unmodified NodeConv can be applied to some nodes; got {conv!r}")
         for part in filter(None, (norm, conv)):
             counts = [getattr(part, "num_features", self.num_nodes), *map(len, part.parameters())]
             if set(counts) != {self.num_nodes}:
@@ -186,7 +186,7 @@ class NormReluConvNormRelu(NormReluConv):
 
     @property
     def node_wise(self) -> bool:
-        """Whether the function can be applied to some nodes only, without a trace at the others."""
+        """Whether the function can be applied to some nodes only, without affecting the others."""
         return super().node_wise and _node_wise(self.norm2)
 
     def forward(
@@ -197,7 +197,7 @@ class NormReluConvNormRelu(NormReluConv):
 
 
 class ReluConvSendNorm(NormReluConv):
-    """ReLU → single-channel convolution before states are sent along edges, normalisation of what nodes receive.
+    """ReLU → single-channel convolution before states are sent along edges, normalisation of the received sums.
 
     The order of the paper's tiny discrete-time classifier: one step is Z ← norm(A conv(relu(Z))), so that the input
     nodes start without a norm and the output nodes end with one. A dynamics calls :meth:`send` on the states,
@@ -208,7 +208,7 @@ class ReluConvSendNorm(NormReluConv):
     def send(
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes h w"]:
-        """Return what all nodes, or the given ones, send; zero for a state of zero."""
+        """Return the values that all nodes, or the given ones, send; zero for a state of zero."""
         conv = self.conv
         self._check(z, nodes, conv)
         return self._compute(z, None, True, conv, nodes)
@@ -216,7 +216,7 @@ class ReluConvSendNorm(NormReluConv):
     def forward(
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
     ) -> Float[Tensor, "batch nodes height width"]:
-        """Return the states from what all nodes receive, or the given ones if ``node_wise``."""
+        """Return the states from the inputs of all nodes, or of the given ones if ``node_wise``."""
         self._check(z, nodes, self.conv)
         return self._compute(z, self.norm, False, None, nodes)
 
@@ -301,7 +301,7 @@ def _normalise(norm: nn.Module, z: Tensor, nodes: range | None) -> Tensor:
 
 
 NodeFunction = str | nn.Module | Callable[..., nn.Module]
-"""A name, a module applied as it is, or a factory ``(num_nodes, stride=1) -> module``, such as a module class."""
+"""A name, a module, or a factory ``(num_nodes, stride=1) -> module``, such as a module class."""
 
 NODE_FUNCTIONS: dict[str, Callable[..., nn.Module]] = {
     "norm_relu_conv": NormReluConv,
@@ -319,8 +319,8 @@ def make_node_function(node_function: NodeFunction, num_nodes: int, stride: int 
 
     Args:
         node_function: A name; a factory, called as ``factory(num_nodes)``, or ``factory(num_nodes, stride=stride)``
-            where a stride is needed; or a module, which all groups of nodes then share. PyTorch's classes of
-            activations and dropouts, except ``nn.PReLU``, are called without arguments.
+            where a stride is needed; or a module, which all groups of nodes then share. PyTorch's activation and
+            dropout classes, except ``nn.PReLU``, are called without arguments.
         num_nodes: Number of nodes of the group.
         stride: Stride that the module must have.
 

@@ -23,7 +23,7 @@ def reaching(
     Args:
         edge_index: The edges, row 0 the sources, row 1 the targets.
         wanted: The nodes to reach.
-        widen: Adds, in place, nodes that are needed with others; it is given a tensor on the CPU.
+        widen: Adds, in place, nodes that others need; its argument is a tensor on the CPU.
     """
     # NumPy looks up masks several times faster than PyTorch, and a device would wait for the host in every round.
     found, count = wanted.to("cpu", copy=True), -1
@@ -70,7 +70,7 @@ class Nodes:
         """Nodes of a dynamic graph. Inputs and outputs may overlap, as in a neural ODE without further nodes.
 
         Raises:
-            InputError: If there are no inputs or outputs, or more of them than nodes.
+            InputError: If there are no inputs or outputs, or more than there are nodes.
         """
         for kind, number in (("num_inputs", num_inputs), ("num_outputs", num_outputs)):
             require(1 <= number <= num_nodes, kind, f"in 1 … num_nodes = {num_nodes}", number)
@@ -104,7 +104,7 @@ class Nodes:
         return [range(start, stop) for start, stop in pairwise([0, *accumulate(self.blocks)])]
 
     def attributes(self) -> dict[str, Tensor]:
-        """Return what ``to_data`` says of every node: ``block``, ``pos``, ``input_mask`` and ``output_mask``.
+        """Return the node attributes of ``to_data``: ``block``, ``pos``, ``input_mask`` and ``output_mask``.
 
         The position is x the block, y the index within it, both in 0 … 1.
         """

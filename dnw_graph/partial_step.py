@@ -1,4 +1,4 @@
-"""Steps of an optimiser on some elements of its parameters, at the cost of those alone."""
+"""Optimiser steps on some elements of the parameters, at the cost of those alone."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 ELEMENTWISE = (SGD, Adam, AdamW, NAdam, RAdam, RMSprop)
-"""Optimisers that move an element of a parameter by its own gradient and state alone; their subclasses may not."""
+"""Elementwise optimisers: each element is updated from its own gradient and state only. Subclasses may differ."""
 LARGEST = 0.25  # Share of a parameter's elements up to which gathering them pays.
 
 
 def can_be_partial(optimizer: Optimizer, parameter: Tensor, num_trained: int) -> bool:
-    """Return whether an optimiser can step on so many elements of a parameter alone, and that is faster."""
+    """Return whether an optimiser can step on only this many elements of a parameter, and whether that is faster."""
     return (
         type(optimizer) in ELEMENTWISE
         and not torch.compiler.is_compiling()
@@ -27,10 +27,10 @@ def can_be_partial(optimizer: Optimizer, parameter: Tensor, num_trained: int) ->
 
 
 class PartialStep:
-    """Gives an optimiser vectors of some elements in the place of parameters, for one step.
+    """Replaces the parameters of an optimiser by vectors of some of their elements, for one step.
 
-    Every element moves as it would with all others beside it. What is left out keeps value and optimiser state bit for
-    bit; state that the step has made is zero there.
+    Every element is updated as in a full step. All others keep value and optimiser state, bit for bit; state that the
+    step has created is zero there.
 
     Args:
         optimizer: The optimiser.
@@ -42,7 +42,7 @@ class PartialStep:
         self._vectors: dict[Tensor, Tensor] = {}
 
     def begin(self) -> None:
-        """Exchange the parameters, which have their gradients by now."""
+        """Replace the parameters, which must have their gradients."""
         for parameter, positions in self._trained.items():
             vector = nn.Parameter(parameter.detach().view(-1).index_select(0, positions), parameter.requires_grad)
             if parameter.grad is not None:
@@ -57,7 +57,7 @@ class PartialStep:
         self._exchange(self._vectors)
 
     def end(self) -> None:
-        """Write back what the step has made, and give the optimiser its parameters again."""
+        """Write back the results of the step, and restore the optimiser's parameters."""
         states = self.undo()
         for parameter, vector in self._vectors.items():
             positions = self._trained[parameter]
@@ -73,7 +73,7 @@ class PartialStep:
                         state[name] = value
 
     def undo(self) -> dict[Tensor, dict[str, Any]]:
-        """Give the optimiser its parameters again, as after a step that has raised an error.
+        """Restore the optimiser's parameters, also after a step that raised an error.
 
         Returns:
             The states of the vectors.

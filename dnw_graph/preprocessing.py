@@ -32,7 +32,7 @@ class Preprocessing:
         std: Standard deviations of the three.
 
     Raises:
-        InputError: If a number is out of range, or the crop larger than the image.
+        InputError: If a number is out of range, or the crop is larger than the image.
     """
 
     image_size: int
@@ -49,8 +49,8 @@ class Preprocessing:
         """Return the input of the model, ``[3, image_size, image_size]``.
 
         Args:
-            image: An image of Pillow, of any mode, see :func:`rgb`. Or a tensor ``[…, 3, height, width]``: 8-bit
-                integers, or floating-point numbers from 0 to 1.
+            image: A PIL image of any mode, see :func:`rgb`, or a tensor ``[…, 3, height, width]``: 8-bit integers, or
+                floating-point numbers from 0 to 1.
 
         Raises:
             InputError: If it is neither.
@@ -58,11 +58,11 @@ class Preprocessing:
         return _transform(self, True)(_taken(image))
 
     def pixels(self, image: Image.Image | Tensor) -> Tensor:
-        """Return the same cut of 8-bit integers, not normalised: for exported files that do it themselves."""
+        """Return the same crop as 8-bit integers, not normalised: for exported files that normalise themselves."""
         return _transform(self, False)(_taken(image))
 
     def to_tensor(self) -> list[Any]:
-        """Return the last steps as transforms of torchvision, from an image of the right size to a tensor."""
+        """Return the last steps as torchvision transforms, from an image of the right size to a tensor."""
         from torchvision.transforms import v2
 
         return [
@@ -84,7 +84,7 @@ def _transform(preprocessing: Preprocessing, normalised: bool) -> Callable[[Any]
 
 
 def _taken(image: Image.Image | Tensor) -> Image.Image | Tensor:
-    """Return an image that the transforms take."""
+    """Return an image that the transforms accept."""
     from PIL import Image
 
     if isinstance(image, Image.Image):

@@ -36,7 +36,7 @@ class Ranking(nn.Module):
     optimisers and averages that are copied in. After writing single weights of a large graph through ``.data``, call
     :meth:`update_wiring`.
 
-    A subclass says where its ``weights`` lie, and calls :meth:`rewire` when they are there.
+    A subclass defines its ``weights``, and calls :meth:`rewire` once they exist.
 
     Args:
         name: Name in messages.
@@ -45,7 +45,7 @@ class Ranking(nn.Module):
         name: Name in messages.
         full_name: Name in the model after :func:`dnw_graph.attach`; before that ``name``.
         wiring: The rule.
-        weights: Where the candidate weights lie: parameters, or parts of them.
+        weights: The candidate weights: parameters, or parts of them.
         candidates: The candidates as blocks of sources × targets.
     """
 
@@ -58,11 +58,11 @@ class Ranking(nn.Module):
         self.name = self.full_name = name
         self._chosen: Chosen | None = None
         self._updates: weakref.ref[Any] | None = None  # Calls the rule after a step.
-        self._backward_pass: int | None = None  # The first one of a rule that waits for steps.
+        self._backward_pass: int | None = None  # The first one of a rule that needs steps.
         self.register_load_state_dict_post_hook(_forget)
 
     def tensors(self) -> list[Tensor]:
-        """Return the parameters that hold the weights, as they are now."""
+        """Return the parameters that hold the weights."""
         return [weight.parameter for weight in self.weights]
 
     @property
@@ -72,7 +72,7 @@ class Ranking(nn.Module):
 
     @property
     def num_edges(self) -> int:
-        """The budget of real edges, k: the given number, or what a rule that moves budgets has made of it.
+        """The budget of real edges, k: the given number, unless a rule moves budgets between graphs.
 
         Some rules keep another number of edges, see :attr:`num_real_edges`.
         """
@@ -80,14 +80,14 @@ class Ranking(nn.Module):
 
     @property
     def num_real_edges(self) -> int:
-        """Present number of real edges, the length of :attr:`real_index`."""
+        """Current number of real edges, the length of :attr:`real_index`."""
         return self.real_index.numel()
 
     @property
     def real_index(self) -> Int[Tensor, " edges"]:
-        """Flat indices of the real edges among the candidates, ascending, for the present weights.
+        """Flat indices of the real edges among the candidates, ascending, for the current weights; a copy.
 
-        In training too, these are the edges that evaluation would use. A copy.
+        Even in training, these are the edges that evaluation would use.
         """
         return (self._choose() if self.training else self.real_edges(self.tensors())).clone()
 
@@ -110,7 +110,7 @@ class Ranking(nn.Module):
         """Return the graph's name in a model.
 
         Args:
-            path: The path of its module there; empty if it is the model.
+            path: The path of its module there; empty if it is the model itself.
         """
         return path or self.name
 
@@ -122,7 +122,7 @@ class Ranking(nn.Module):
     def rewire(self, wiring: str | Wiring, num_edges: int) -> None:
         """Give the graph another wiring, or another number of edges.
 
-        The candidate weights stay as they are, unless the rule has weights of its own
+        The candidate weights do not change, unless the rule has its own weights
         (:class:`~dnw_graph.wirings.FineTune`, :class:`~dnw_graph.wirings.LotteryTicket`) or sets hallucinated ones to
         zero.
 
@@ -136,7 +136,7 @@ class Ranking(nn.Module):
         self.take(self.prepare(wiring, num_edges))
 
     def prepare(self, wiring: str | Wiring, num_edges: int | None, default: int | None = None) -> View:
-        """Set a rule up for the present weights, without changing the graph.
+        """Set up a rule for the current weights, without changing the graph.
 
         Args:
             wiring: The rule; an object is copied.
@@ -167,7 +167,7 @@ class Ranking(nn.Module):
         return view
 
     def set_up_anew(self) -> None:
-        """Restart the rule, after the weights were replaced."""
+        """Restart the rule after the weights were replaced."""
         self.forget()
         self.take(self._set_up(self.wiring, self._num_edges))
 
@@ -186,7 +186,7 @@ class Ranking(nn.Module):
     def load_weights(self, state: Mapping[str, Any] | Tensor) -> None:
         """Load the candidate weights alone, from a graph with another k or another rule, for fine-tuning.
 
-        The rule is set up again for them, as when the graph was made.
+        The rule is set up again for them, as when the graph was created.
 
         Args:
             state: The ``state_dict`` of a graph with the same candidates, or a vector ``[num_candidates]``; for sparse
@@ -216,7 +216,7 @@ class Ranking(nn.Module):
                 weight.write(part, weight.parameter)
 
     def update_wiring(self) -> None:
-        """Choose the real edges again, from the present weights."""
+        """Choose the real edges again, from the current weights."""
         self._keep(self.tensors(), self._choose())
 
     def penalty(self) -> Float[Tensor, ""] | None:
@@ -230,7 +230,7 @@ class Ranking(nn.Module):
             tensors: The parameters as the forward pass sees them.
         """
         if torch.compiler.is_compiling() or transformed():
-            # Compiled code recomputes by itself, and cannot detect changes of the weights. Tensors within a transform
+            # Compiled code recomputes anyway, and cannot detect changes of the weights. Tensors within a transform
             # of torch.func have no storage to detect them by, and must not outlive the transform.
             choose = self.wiring.choose_to_train if self.training else self.wiring.choose
             return choose(self.view(tensors))
@@ -250,7 +250,7 @@ class Ranking(nn.Module):
         return chosen.derived
 
     def trained_edges(self) -> Int[Tensor, " trained"] | None:
-        """Return the flat indices of the trained candidates, for the present weights; None for all."""
+        """Return the flat indices of the trained candidates, for the current weights; None for all."""
         return self._edges_of(self.wiring.trained)
 
     def learning_edges(
@@ -291,13 +291,13 @@ class Ranking(nn.Module):
             self._backward_pass = backward_pass()
         elif self._backward_pass != backward_pass():
             raise InputError(
-                f"{self.name}: {type(self.wiring).__name__} waits for steps of an optimiser, and none is attached: "
+                f"{self.name}: {type(self.wiring).__name__} needs the steps of an optimiser, but none is attached: "
                 "call dnw_graph.attach(model, optimizer) before training, and again for another optimiser or a copy"
             )
 
     @property
     def updates(self) -> Any:
-        """The object that calls the rule after a step, see :func:`dnw_graph.attach`; None if there is none."""
+        """The object that calls the rule after a step, see :func:`dnw_graph.attach`, or None."""
         return None if self._updates is None else self._updates()
 
     def attached(self, updates: Any, full_name: str) -> None:
@@ -310,7 +310,7 @@ class Ranking(nn.Module):
         self._updates, self._backward_pass, self.full_name = weakref.ref(updates), None, full_name
 
     def forget(self) -> None:
-        """Choose the edges again at their next use, since weights or the rule's state were replaced."""
+        """Choose the edges again at their next use, after weights or the rule's state were replaced."""
         self._chosen = None
         self.wiring.forget_weights()
 
@@ -349,7 +349,7 @@ class Ranking(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         check_saved(self, state_dict, prefix)
-        # A file may lack them; the model keeps its own then.
+        # A file may lack them; then the model keeps its own.
         numbers = {prefix + name for name in NUMBERS}
         others = {key: value for key, value in state_dict.items() if key not in numbers}
         super()._load_from_state_dict(others, prefix, *args)
@@ -407,8 +407,8 @@ def check_saved(graph: Ranking, state_dict: Mapping[str, Any], prefix: str) -> N
     saved_k, rule = (saved_number(state_dict, prefix + name, f"{graph.name}: {name}") for name in NUMBERS)
     if saved_k not in (None, k) and not graph.wiring.ignores_k:
         raise InputError(
-            f"{graph.name}: the state has num_edges = {saved_k:,}, the graph {k:,}: make the model with "
-            "that number, or take the weights alone with graph.load_weights(state)"
+            f"{graph.name}: the state has num_edges = {saved_k:,}, the graph {k:,}: create the model with "
+            "that number, or load the weights alone with graph.load_weights(state)"
         )
     prefix += "wiring."
     saved = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
@@ -416,7 +416,7 @@ def check_saved(graph: Ranking, state_dict: Mapping[str, Any], prefix: str) -> N
         own = wiring_name(type(graph.wiring))
         raise InputError(
             f"{graph.name}: the edges of the state were chosen by {saved_rule(rule)}, not by {own!r}: "
-            "make the model with that rule, or take the weights alone with graph.load_weights(state)"
+            "create the model with that rule, or load the weights alone with graph.load_weights(state)"
         )
     graph.wiring.check_saved(saved, graph.num_candidates, k, graph.name)
 

@@ -34,12 +34,12 @@ def resolve(kind: str, given: object, base: type[T], known: Mapping[str, type[T]
 
 
 def build(kind: str, name: str, known: Mapping[str, Callable[..., T]], options: Mapping[str, Any]) -> T:
-    """Return an object by name, made with options.
+    """Return an object by name, created with options.
 
     Args:
         kind: What the argument is, for messages.
         name: One of ``known``.
-        known: The known names, and functions that make their objects.
+        known: The known names, with functions that create their objects.
         options: Arguments by name.
 
     Raises:

@@ -15,11 +15,11 @@ from dnw_graph.errors import InputError
 from dnw_graph.ops.call import run
 from dnw_graph.ops.checks import check_memory
 
-# With fewer candidates, guessing from a sample saves nothing; otherwise one weight in _SAMPLE_STRIDE is sampled.
+# With fewer candidates, guessing from a sample saves nothing; with more, one weight in _SAMPLE_STRIDE is sampled.
 _SAMPLE_FROM = 1 << 16
 _SAMPLE_STRIDE = 61
 _MARGINS = range(2, 31)  # Possible margins around a guess, as powers of 1/2.
-# For each type, the integer type of the same size, and the bits of infinity.
+# For each dtype, the integer dtype of the same size, and the bits of infinity.
 _BITS = {
     torch.float16: (torch.int16, 0x1F << 10),
     torch.bfloat16: (torch.int16, 0xFF << 7),
@@ -68,8 +68,8 @@ class Selector:
     On a CPU all weights are compared with two guesses, slightly below and above the last threshold, and only the few in
     between are ranked. Wrong guesses are replaced by estimates from a sample of the weights; the result is always that
     of a full sort. On other devices all shapes follow from the number of weights and k, and nothing synchronises:
-    weights that are not finite raise a flag on the device, which :meth:`raise_non_finite` reads. The flag is a tensor
-    of the caller that is written in place, so that its address in a CUDA graph stays valid.
+    weights that are not finite set a flag on the device, which :meth:`raise_non_finite` reads. The flag is the caller's
+    tensor and is written in place, so that its address in a CUDA graph stays valid.
 
     Copies and pickles start without a threshold.
     """
@@ -90,8 +90,7 @@ class Selector:
             weight: Candidate weights.
             k: Number of edges, 1 … number of candidates.
             name: Name of the graph, for messages.
-            flag: Gets the number of weights that are not finite, unless they are on a CPU; on the device of the
-                weights.
+            flag: On the device of the weights; receives the number of weights that are not finite, except on a CPU.
 
         Raises:
             InputError: If k is out of range or, on a CPU, a weight is NaN or infinite.
@@ -101,7 +100,7 @@ class Selector:
         _check(weight, k, name)
         magnitude = _magnitude(weight)
         _raise_flag((magnitude >= _BITS[weight.dtype][1]).sum(), flag)
-        # Only written in a step: reading values that change would cause recompilations.
+        # Only written in a step: reading changing values would cause recompilations.
         self._not_finite, self._flagged = 0, (name, weight.numel())
         return _ranked(magnitude, k)
 

@@ -27,7 +27,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FAILED = 1
-# Options that say where a run starts; to continue, its newest checkpoint takes their place.
+# Options that define where a run starts; to continue, its newest checkpoint replaces them.
 STARTS = ("--resume", "--init-from")
 # Set for the ranks that a main process starts: its process id, and the directory of the run.
 MAIN_PROCESS, DIRECTORY = "DNW_GRAPH_MAIN_PROCESS", "DNW_GRAPH_DIRECTORY"
@@ -35,7 +35,7 @@ MAIN_PROCESS, DIRECTORY = "DNW_GRAPH_MAIN_PROCESS", "DNW_GRAPH_DIRECTORY"
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 
 LOOK_SECONDS = 0.2  # Interval of checks of the other processes.
-LOSS_SECONDS = 2.0  # Time in which the loss of another process shows.
+LOSS_SECONDS = 2.0  # Time until the loss of another process becomes visible.
 NOTICE_SECONDS = 3.0  # Delay of the notice that a stop waits for the end of a step.
 ENDING_SECONDS = 10.0  # Time for the other ranks to end on their own.
 # The third signal does not wait for the end of a step. Simultaneous signals, such as those of `timeout`, count as one.
@@ -63,16 +63,16 @@ def say(text: str) -> None:
 
 
 class _Process:
-    """The state of this process in its run, and the thread that watches."""
+    """The state of this process in its run, and its watching thread."""
 
     def __init__(self) -> None:
         self.command: tuple[list[str], list[str]] | None = None
         self.checkpoint: Path | None = None
-        self.goes_on = False  # Whether the same command, repeated, continues the run.
+        self.goes_on = False  # Whether repeating the same command continues the run.
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.main = int(os.environ.get(MAIN_PROCESS, "0"))
         self.together = bool(self.main)  # Whether the loss of another process ends this one.
-        self.deferring = False  # Whether signals wait until they are asked for.
+        self.deferring = False  # Whether signals wait until requested.
         self.number = self.agreed = 0  # The waiting signal, and the one for which all ranks stop.
         self.signals, self.times, self.announced = 0, (0.0, 0.0), False
         self.lock = threading.Lock()
@@ -181,7 +181,7 @@ class _Process:
         os._exit(status)
 
     def end_deferral(self) -> int:
-        """Let signals act at once again, and return the one that was not asked for, or 0."""
+        """Let signals act at once again, and return one that is still waiting, or 0."""
         with self.lock:
             if not self.deferring:
                 return 0
@@ -232,7 +232,7 @@ def saved(checkpoint: Path | None) -> None:
 
 
 def how_to_continue() -> str:
-    """Return how to go on from the newest checkpoint: by a command, if :func:`start` was called."""
+    """Return how to continue from the newest checkpoint: with a command, if :func:`start` was called."""
     if _this.checkpoint is None:
         return "nothing was saved yet"
     words = ["--resume", str(_this.checkpoint)]
@@ -243,12 +243,12 @@ def how_to_continue() -> str:
 
 
 def goes_on() -> None:
-    """Note that the same command, repeated, continues the run."""
+    """Note that repeating the same command continues the run."""
     _this.goes_on = True
 
 
 def _without_start(options: list[str]) -> list[str]:
-    """Return the options without those that say where a run starts."""
+    """Return the options without those that define where a run starts."""
     kept = []
     values = iter(options)
     for word in values:
@@ -268,8 +268,8 @@ def add_rank(process: subprocess.Popen[bytes]) -> None:
 def watched() -> Iterator[None]:
     """Watch the ranks of a run while they work together.
 
-    If a rank is lost, which also causes exceptions in its peers, this process ends with one line. An exception of its
-    own ends the ranks that it started.
+    If a rank is lost, which also causes exceptions in its peers, this process ends with one line. An exception in this
+    process ends the ranks that it started.
     """
     own = not _this.watching
     if own:
@@ -282,9 +282,9 @@ def watched() -> Iterator[None]:
         raise
     except BaseException:
         if _this.ranks or _this.main:
-            # The main process, whose exception it may be as well, goes first.
+            # The main process, which may have raised the exception itself, goes first.
             time.sleep(LOSS_SECONDS * (2 if _this.main else 1))
-        with _this.lock:  # the thread must not take the ranks that are ended here for lost ones
+        with _this.lock:  # the thread must not mistake the ranks ended here for lost ones
             _this.together = False
         for rank in _this.ranks:
             rank.kill()
@@ -301,7 +301,7 @@ def watched() -> Iterator[None]:
 
 
 def defer() -> None:
-    """Until the end of :func:`watched`, let signals wait until they are asked for."""
+    """Until the end of :func:`watched`, let signals wait until requested."""
     if not _this.watching:
         return
     with _this.lock:

@@ -13,7 +13,7 @@ from dnw_graph.errors import InputError
 
 
 def match(given: Any, like: Any, where: str, *, exact: bool = True) -> None:
-    """Refuse content that has not the structure of other content.
+    """Refuse content with another structure.
 
     Args:
         given: The content.
@@ -36,7 +36,7 @@ def match(given: Any, like: Any, where: str, *, exact: bool = True) -> None:
         if missing := like.keys() - given.keys():
             raise InputError(f"{where} lacks {_shown(missing)}")
         if exact and (strange := given.keys() - like.keys()):
-            raise InputError(f"{where} has, besides what is known, {_shown(strange)}")
+            raise InputError(f"{where} has unknown {_shown(strange)}")
         for key, value in like.items():
             match(given[key], value, f"{where}.{key}"[-120:], exact=exact)
     elif isinstance(like, list | tuple):

@@ -23,10 +23,10 @@ from dnw_graph.wirings.view import new_seed
 
 
 class Updates:
-    """What :func:`attach` returns; it lives as long as the optimiser.
+    """The handle that :func:`attach` returns; it lives as long as the optimiser.
 
     Attributes:
-        graphs: The graphs whose rules wait for steps, by their full names.
+        graphs: The graphs whose rules need steps, by their full names.
     """
 
     def __init__(self, graphs: dict[str, Ranking], optimizer: Optimizer) -> None:
@@ -44,7 +44,7 @@ class Updates:
         self._set_probes()
 
     def remove(self) -> None:
-        """Take the hooks off the optimiser."""
+        """Remove the hooks from the optimiser."""
         for handle in self._handles:
             handle.remove()
         self._remove_probes()
@@ -60,11 +60,9 @@ class Updates:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Have the step leave alone what is not trained: it does not see it, or what there was before is kept."""
+        """Make the step leave untrained candidates unchanged: hide them from it, or remember their values."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise InputError(
-                "a step in a CUDA graph calls no rule when it is replayed: leave the step out of the graph"
-            )
+            raise InputError("replaying a step in a CUDA graph calls no rule: leave the step out of the graph")
         if self._partial is not None:  # the last step has raised an error
             self._partial.undo()
         self._in_step = True
@@ -115,7 +113,7 @@ class Updates:
         self._set_probes()
 
     def _set_probes(self) -> None:
-        """Collect, in the next backward passes, the gradients that the rules will need, and no others."""
+        """Collect the gradients that the rules will need in the next backward passes, and no others."""
         self._remove_probes()
         for graph in self.graphs.values():
             if graph.wiring.needs_gradient(graph.view()):
@@ -144,7 +142,7 @@ class Updates:
 
 
 def _positions(graph: Ranking, trained: Tensor, optimizer: Optimizer) -> dict[Tensor, Tensor] | None:
-    """Return where the candidates that are trained lie in each parameter, or None if it cannot step on them alone."""
+    """Return the positions of the trained candidates in each parameter, or None if it cannot step on them alone."""
     found = {}
     for weight, own in zip(graph.weights, split_index(trained, graph.weights), strict=True):
         parameter = weight.parameter
@@ -160,12 +158,12 @@ def _after_closure(
     """Act now, or once the closure of a step has run.
 
     Args:
-        act: What to do.
-        args: Arguments of the step: the optimiser itself, and a closure or none.
+        act: The action.
+        args: Arguments of the step: the optimiser itself, and perhaps a closure.
         kwargs: The same, by name.
 
     Returns:
-        The arguments of the step, if they are others.
+        The arguments of the step, if they change.
     """
     itself, *given = args
     closure = given[0] if given else kwargs.get("closure")
@@ -184,7 +182,7 @@ def _after_closure(
 
 @dataclass
 class _Before:
-    """Weights and optimiser state before a step, and the candidates that the step may move."""
+    """Weights and optimiser state before a step, and the candidates that the step may change."""
 
     trained: Tensor
     weight: Tensor
@@ -201,7 +199,7 @@ class _Before:
 def _new_probe(parameter: Tensor) -> tuple[Tensor, list[RemovableHandle]]:
     """Return a leaf of zeros that accumulates a gradient, and the handles of its hooks.
 
-    The gradient is reset when that of the parameter was, by ``zero_grad`` to None or to zeros. So the gradient of a
+    The gradient is reset when ``zero_grad`` has reset that of the parameter, to None or to zeros, so the gradient of a
     step that a GradScaler skipped is not added to that of the next one.
     """
     probe = parameter.new_zeros(()).expand(parameter.shape).requires_grad_()
@@ -244,11 +242,11 @@ def _has_had_gradient(view: View, optimizer: Optimizer) -> bool:
 def attach(
     model: nn.Module, optimizer: Optimizer, num_steps: int | None = None, *, steps_per_epoch: int | None = None
 ) -> Updates:
-    """Call the rules of a model after every step of its optimiser, by hooks; the training loop stays as it is.
+    """Call the rules of a model after every step of its optimiser, with hooks; the training loop does not change.
 
     Needed for rules that exchange or remove edges between steps (``"set"``, ``"rigl"``, …), for rules that freeze
-    candidates, and for all schedules. Call it after making the optimiser, before making a learning-rate schedule, and
-    before loading a checkpoint into either. Steps that a ``torch.amp.GradScaler`` skips do not count, nor do passes
+    candidates, and for all schedules. Call it after creating the optimiser, before creating a learning-rate scheduler,
+    and before loading a checkpoint into either. Steps that a ``torch.amp.GradScaler`` skips do not count, nor do passes
     without a step. A copy of the optimiser has no hooks: attach it too.
 
     Parameters of a rule, such as the threshold of ``"str"``, get a parameter group with their own weight decay.
@@ -260,10 +258,10 @@ def attach(
         steps_per_epoch: Steps of an epoch, for rules that act once per epoch.
 
     Returns:
-        A handle, which need not be kept; :meth:`Updates.remove` takes the hooks off.
+        A handle, which need not be kept; :meth:`Updates.remove` removes the hooks.
 
     Raises:
-        InputError: If the optimiser cannot be followed, or lacks a parameter or the momentum that a rule needs.
+        InputError: If the optimiser is not supported, or lacks a parameter or the momentum that a rule needs.
 
     Examples:
         >>> import torch
@@ -316,9 +314,9 @@ def _refuse_optimizer(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     inner = [key for key, value in vars(optimizer).items() if isinstance(value, Optimizer)]
     if isinstance(optimizer, LBFGS):
-        raise InputError("LBFGS takes many steps in one and calls its hooks once: use SGD, Adam or another optimiser")
+        raise InputError("LBFGS takes many steps in one but calls its hooks once: use SGD, Adam or another optimiser")
     if name in ("Lookahead", "ZeroRedundancyOptimizer"):
-        raise InputError(f"{name} keeps weights or state elsewhere, where rules cannot follow: use its base optimiser")
+        raise InputError(f"{name} keeps weights or state where rules cannot access them: use its base optimiser")
     if inner:
         raise InputError(f"{name} wraps another optimiser, which has the state: attach(model, optimizer.{inner[0]})")
     for group in optimizer.param_groups:

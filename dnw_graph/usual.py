@@ -19,7 +19,7 @@ def as_its_class(module: nn.Module) -> bool:
 def keeps_methods(module: nn.Module) -> bool:
     """Return whether none of a module's methods, such as ``forward``, was replaced on the object.
 
-    Libraries that offload, wrap or patch layers do that.
+    Libraries that offload, wrap or patch layers replace methods.
     """
     return vars(module).keys().isdisjoint(_methods(cast(Hashable, type(module))))
 

@@ -1,4 +1,4 @@
-"""One small file for a model that can still be trained: the weights of real edges, and everything else as it is."""
+"""One small file for a model that can still be trained: the weights of real edges, and all other parameters."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.whole_file import write_whole
 
 FORMAT, VERSION = "dnw_graph.weights", "1"
-# Buffers of rules that hold the real edges, which the file has already: as indices, and as a mask.
+# Buffers of rules that hold the real edges, as indices or as a mask; the file has these edges already.
 INDEX, MASK = "wiring.index", "wiring.real"
 
 
 @checked
 def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a model to a file from which :func:`dnw_graph.load` makes it again, norms and graphs included.
+    """Write a model to a file from which :func:`dnw_graph.load` restores it, including norms and graphs.
 
-    Of the candidate weights of neural graphs it holds those of real edges alone; the others are 0 when it is loaded. So
-    the model computes the same, and can be trained on. The place of an edge takes about one byte
+    Of the candidate weights of neural graphs the file holds only those of real edges; the others are 0 after loading.
+    The model computes the same, and can be trained further. The index of an edge takes about one byte
     (:mod:`dnw_graph.compaction.gaps`).
 
     Args:
-        model: What :func:`dnw_graph.load` returned, perhaps trained further: its card says how to make it.
-        path: The file, with the ending ``.safetensors``. It is written whole or not at all.
+        model: A model that :func:`dnw_graph.load` returned, perhaps trained further: its card describes it.
+        path: The file, with the suffix ``.safetensors``. It is written atomically.
 
     Raises:
         InputError: If the model has no card that names its options, or the file cannot be written.
@@ -45,7 +45,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     card = card_of(model)
     if card is None or card.models is None:
         raise InputError(
-            f"this {type(model).__name__} does not say how it is made: save what dnw_graph.load returns for a model of "
+            f"this {type(model).__name__} has no card with options: save a model that dnw_graph.load returned, with "
             "registered options (dnw_graph.training.register_models)"
         )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -64,7 +64,7 @@ def read_weights(path: Path) -> Callable[[nn.Module], dict[str, Any]]:
     """Read a file that :func:`save_weights` wrote.
 
     Returns:
-        What makes the ``state_dict`` of a model of it.
+        A function that makes the ``state_dict`` of a model.
 
     Raises:
         InputError: If it is damaged, or of another version.
@@ -74,14 +74,14 @@ def read_weights(path: Path) -> Callable[[nn.Module], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            # Copied: what is read is a view of the file, which may be overwritten later.
+            # Copied: the tensors are views of the file, which may be overwritten later.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         found = metadata.pop("checksum", None)
         intact = checksum([metadata, tensors]) == found
     except Exception as error:  # a damaged file can fail anywhere in the decoder
         raise InputError(f"{path} cannot be read ({type(error).__name__}): it is damaged") from error
     if metadata.get("version") != VERSION:
-        raise InputError(f"{path} has another version of the format than {VERSION}: update dnw-graph")
+        raise InputError(f"{path} has another format version than {VERSION}: update dnw-graph")
     if not intact:
         raise InputError(f"{path} does not hold what was written (its checksum differs): it is damaged")
     return partial(_restored, path, tensors)

@@ -25,10 +25,10 @@ def write_whole(path: Path, content: bytes | memoryview, option: str) -> None:
     Args:
         path: The file.
         content: The content of the file.
-        option: The argument or command-line option that names another place, for messages.
+        option: The argument or command-line option for another path, for messages.
 
     Raises:
-        InputError: If the file cannot be written, for example because the disk is full. It stays as it was.
+        InputError: If the file cannot be written, for example because the disk is full. An existing file is unchanged.
     """
     partial = Path(f"{path}.partial")
     try:

@@ -21,7 +21,7 @@ from dnw_graph.node_functions import NormReluConv
 
 
 def main() -> None:
-    """Print what each network becomes and how far apart the two are."""
+    """Print each rewritten network and its distance from the original."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     images = torch.tensor(load_digits().images[:16]) / 16  # [16, 8, 8]

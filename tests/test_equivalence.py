@@ -386,9 +386,9 @@ def test_removing_an_edge_is_setting_a_weight_to_zero(kind, row, column, length,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bidirectional": True}, "a bidirectional LSTM is two graphs, one for either direction"),
-        ({"proj_size": 2}, r"projections \(proj_size = 2\) has no such graph; use proj_size=0"),
-        ({"num_layers": 2, "dropout": 0.5}, r"dropout between layers \(0.5\) is no part of a graph; use dropout=0"),
+        ({"bidirectional": True}, "a bidirectional LSTM is two graphs, one per direction"),
+        ({"proj_size": 2}, r"projections \(proj_size = 2\) is not supported; use proj_size=0"),
+        ({"num_layers": 2, "dropout": 0.5}, r"dropout between layers \(0.5\) is not supported; use dropout=0"),
     ],
 )
 def test_what_is_no_plain_lstm_is_refused(options, message):

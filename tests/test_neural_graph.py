@@ -304,9 +304,9 @@ def test_a_graph_from_data_of_other_origin():
     edge_index = torch.tensor([[0, 1, 0], [2, 3, 4]])
     graph = NeuralGraph.from_data(Data(edge_index=edge_index, num_nodes=5), blocks=(2, 3))
     assert graph.edge_index.T.tolist() == [[0, 2], [1, 3], [0, 4]]
-    with pytest.raises(InputError, match=r"does not say which block a node is in, ascending: give blocks="):
+    with pytest.raises(InputError, match=r"has no ascending block for every node: give blocks="):
         NeuralGraph.from_data(Data(edge_index=edge_index, num_nodes=5))
-    with pytest.raises(InputError, match=r"inputs come first and outputs last: give num_inputs"):
+    with pytest.raises(InputError, match=r"the first nodes as inputs and the last as outputs: give num_inputs"):
         NeuralGraph.from_data(Data(edge_index=edge_index, num_nodes=5), dynamics=Discrete(steps=2))
     with pytest.raises(InputError, match=r"\(2, 3\) is not a candidate edge"):
         NeuralGraph.from_data(Data(edge_index=torch.tensor([[2], [3]]), num_nodes=5), blocks=(2, 3))
@@ -358,7 +358,7 @@ def test_a_graph_from_heterogeneous_data_of_other_origin():
     assert graph.blocks == (2, 3, 2)
     assert graph.edge_index.T.tolist() == [[1, 4], [2, 5], [4, 6]]
     data["paper", "in", "venue"].edge_weight = torch.tensor([0.5, 2.0])
-    with pytest.raises(InputError, match=r"type \('author', 'writes', 'paper'\) have no edge_weight, and others do"):
+    with pytest.raises(InputError, match=r"type \('author', 'writes', 'paper'\) have no edge_weight, but others do"):
         NeuralGraph.from_data(data)
     data["author", "writes", "paper"].edge_weight = torch.tensor([-1.0])
     assert NeuralGraph.from_data(data).edge_weight.tolist() == [-1.0, 2.0, 0.5]

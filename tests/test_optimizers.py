@@ -151,8 +151,8 @@ def zero(parameters):
 REFUSED = {
     "LBFGS": (lambda p: torch.optim.LBFGS(p), "LBFGS takes many steps in one"),
     "SAM": (lambda p: Wrapper(torch.optim.SGD(p, 0.1)), r"attach\(model, optimizer\.base_optimizer\)"),
-    "Lookahead": (lambda p: Lookahead(torch.optim.SGD(p, 0.1)), "Lookahead keeps weights or state elsewhere"),
-    "ZeRO": (zero, "ZeroRedundancyOptimizer keeps weights or state elsewhere"),
+    "Lookahead": (lambda p: Lookahead(torch.optim.SGD(p, 0.1)), "Lookahead keeps weights or state where rules cannot"),
+    "ZeRO": (zero, "ZeroRedundancyOptimizer keeps weights or state where rules cannot"),
     "capturable": (lambda p: torch.optim.Adam(p, capturable=True), r"Adam\(capturable=True\) is for steps in a CUDA"),
     "another model's": (lambda p: torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.1), "0.weight is not among the"),
     "one layer's": (lambda p: torch.optim.SGD(p[:2], 0.1), r"2\.weight is not among the parameters"),
@@ -216,5 +216,5 @@ def test_those_of_timm():
             warnings.simplefilter("ignore")
             follow(lambda p, name=name: timm.create_optimizer_v2(p, opt=name, lr=0.01), create_graph="hess" in name)
     model, _ = make("rigl")
-    with pytest.raises(InputError, match="Lookahead keeps weights or state elsewhere"):
+    with pytest.raises(InputError, match="Lookahead keeps weights or state where rules cannot"):
         attach(model, timm.Lookahead(torch.optim.SGD(model.parameters(), 0.1)))

@@ -183,7 +183,7 @@ def test_a_rule_that_waits_for_steps_raises_at_its_second_backward_pass():
             model = copy.deepcopy(model)
         loss = model(X).square().sum() + model(X).sum()  # two forward passes, one backward pass
         loss.backward()
-        with pytest.raises(InputError, match=r"waits for steps of an optimiser, and none is attached: call dnw_graph"):
+        with pytest.raises(InputError, match=r"needs the steps of an optimiser, but none is attached: call dnw_graph"):
             model(X).sum().backward()
         own = torch.optim.SGD(model.parameters(), 0.1)
         attach(model, own)

@@ -61,7 +61,7 @@ def write_sources() -> None:
 
 
 def link_sources() -> None:
-    """Have links to Python files of the repository lead to those pages."""
+    """Make links to Python files of the repository lead to those pages."""
     for page in SITE.rglob("*.html"):
         if SITE / "source" in page.parents:
             continue
@@ -94,7 +94,7 @@ def write_notebooks() -> None:
 
 
 def publish(site: Path, directory: Path, version: str) -> None:
-    """Put a site beside those of other versions, list it for the menu of versions, and lead to it from the root."""
+    """Put a site beside those of other versions, add it to the version menu, and redirect the root to it."""
     listed = directory / "versions.json"
     versions = json.loads(listed.read_text()) if listed.exists() else []
     others = [entry | {"aliases": []} for entry in versions if entry["version"] != version]
@@ -113,7 +113,7 @@ def main() -> None:
     if importlib.util.find_spec("zensical") is None:
         sys.exit("Zensical is not installed: make docs installs it, as does pip install -e '.[dev]'")
     if subprocess.run([sys.executable, "-m", "zensical", "build", "--strict", "--clean"], cwd=ROOT).returncode:
-        sys.exit("the pages above have to be put right")
+        sys.exit("fix the pages above")
     write_sources()
     link_sources()
     write_notebooks()

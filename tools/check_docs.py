@@ -1,7 +1,7 @@
-"""Looks at the built site in a headless Chromium and lists what a reader would stumble over.
+"""Opens the built site in a headless Chromium and lists what a reader would stumble over.
 
-``python tools/check_docs.py [--site DIRECTORY] [--screenshots DIRECTORY]`` prints one line for everything that
-is cut off, every empty cell of a table, and every docstring or formula that was left as it is written.
+``python tools/check_docs.py [--site DIRECTORY] [--screenshots DIRECTORY]`` prints one line for everything that is cut
+off, every empty table cell, and every docstring or formula that was not rendered.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Self
 ROOT = Path(__file__).parent.parent
 WIDTHS = (390, 800, 1280)
 
-# Runs in a page and returns pairs of what is wrong and where.
+# Runs in a page and returns pairs of a defect and its place.
 LOOK = r"""
 (async () => {
   await document.fonts.ready
@@ -66,7 +66,7 @@ LOOK = r"""
 
 
 class Browser:
-    """A headless Chromium, spoken to over a pair of pipes (Chrome DevTools Protocol)."""
+    """A headless Chromium, controlled over a pair of pipes (Chrome DevTools Protocol)."""
 
     def __init__(self, program: str) -> None:
         to_browser, from_browser = os.pipe(), os.pipe()
@@ -140,20 +140,20 @@ class Browser:
     def open(self, page: Path) -> None:
         """Open a page and wait until it is loaded."""
         self.call("Page.navigate", url=page.resolve().as_uri())
-        # An event that comes while a call waits for its answer is not seen, so the page itself is asked.
+        # Events that arrive while a call waits for its answer are lost, so the page itself is polled.
         ready = "document.readyState === 'complete' && document.URL"
         while self.call("Runtime.evaluate", expression=ready)["result"].get("value") != page.resolve().as_uri():
             time.sleep(0.01)
 
     def look(self) -> list[tuple[str, str]]:
-        """Return what is wrong with the page that is open."""
+        """Return the defects of the open page."""
         result = self.call("Runtime.evaluate", expression=LOOK, awaitPromise=True, returnByValue=True)
         if "exceptionDetails" in result:
             raise RuntimeError(result["exceptionDetails"]["exception"]["description"])
         return [(what, where) for what, where in result["result"]["value"]]
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
-        """Write a picture of the page that is open."""
+        """Write a picture of the open page."""
         image = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(image["data"]))
 
@@ -170,7 +170,7 @@ def pages(site: Path) -> list[Path]:
 
 
 def main() -> None:
-    """Print what is wrong and how often."""
+    """Print the defects and their counts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--site", type=Path, default=ROOT / "site")
     parser.add_argument("--screenshots", type=Path)

@@ -1,4 +1,4 @@
-"""Draws ``docs/images/burst.png``: how stage 1 of MobileNetV1-DNW freezes, and what a larger eps and a warm-up do.
+"""Draws ``docs/images/burst.png``: how stage 1 of MobileNetV1-DNW freezes, and how a larger eps and a warm-up help.
 
 python tools/draw_burst.py /path/to/cifar10/train
 """

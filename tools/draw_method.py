@@ -31,7 +31,7 @@ def axes(title: str) -> Axes:
 def between(
     ax: Axes, ends: tuple[int, int], start: float = 0.0, end: float = 1.0, style: str = "-", **looks: object
 ) -> None:
-    """Draw a part of an edge as an arrow."""
+    """Draw part of an edge as an arrow."""
     (x0, y0), (x1, y1) = (PLACES[node] for node in ends)
     points = [(x0 + (x1 - x0) * part, y0 + (y1 - y0) * part) for part in (start, end)]
     arrow = {"arrowstyle": style, "shrinkA": 0, "shrinkB": 0} | looks
@@ -68,7 +68,7 @@ def main() -> None:
     widths = _scaled(pairs, weight, 3)
     pushes = _scaled(pairs, weight.grad, 2)
     hallucinated = [pair for pair in pairs if pair not in before]
-    while set(before) == {(int(u), int(v)) for u, v in graph.edge_index.T}:  # as large a step as it takes
+    while set(before) == {(int(u), int(v)) for u, v in graph.edge_index.T}:  # a step that is large enough
         with torch.no_grad():
             weight.sub_(0.01 * weight.grad)
     after: Edges = [(int(u), int(v)) for u, v in graph.edge_index.T]

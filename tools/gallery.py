@@ -210,8 +210,8 @@ def main() -> None:
     parts = [static(), cycles(), stages(), layers()]
     head = """# Gallery
 
-Pictures of real runs on scikit-learn's digits, all made by `make gallery`. [Looking at wirings](wirings.md) says how to
-draw them, and what the colours mean.
+Pictures of real runs on scikit-learn's digits, all made by `make gallery`. [Looking at wirings](wirings.md) shows how
+to draw them and explains the colours.
 """
     (ROOT / "docs" / "gallery.md").write_text("\n".join([head, *parts]))
 

@@ -1,9 +1,9 @@
-"""Makes a trained model of the package from the directory of a run: its file, and its row in the table.
+"""Adds a trained model to the package, from the directory of a run: its file, and its row in the table.
 
     python tools/make_pretrained.py runs/1 --name mobilenet_v1_dnw.cifar10 --data-name CIFAR-10 \
         --images /path/to/cifar10/test --commit 154a0ef
 
-The last checkpoint is taken, finished or not; the accuracy is that of the written file on all images.
+It uses the last checkpoint, finished or not; the accuracy is that of the written file on all images.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="directory of the run")
     parser.add_argument("--name", required=True, help="name of the model, with a dot before the data")
-    parser.add_argument("--data-name", required=True, help="what the table calls the data")
+    parser.add_argument("--data-name", required=True, help="name of the data in the table")
     parser.add_argument("--images", required=True, help="all test images, one directory per class")
-    parser.add_argument("--commit", required=True, help="commit that the run was started from")
+    parser.add_argument("--commit", required=True, help="commit from which the run was started")
     given = parser.parse_args()
     model = dnw_graph.load(given.run / "last.ckpt")
     card = card_of(model)

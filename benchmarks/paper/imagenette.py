@@ -1,6 +1,6 @@
 """MobileNetV1, a random graph and a learned one on Imagenette, 10 classes of ImageNet, at 64 pixels.
 
-The images are brought to 80 pixels on the shorter side once, by shrink.py; then all rows, 3 seeds each:
+Scale the images to 80 pixels on the shorter side once, with shrink.py; then run all rows, 3 seeds each:
 
     python benchmarks/paper/shrink.py imagenette imagenette80
     python benchmarks/paper/imagenette.py --data imagenette80 --data-name imagenette80 --jobs 2

@@ -1,6 +1,6 @@
-"""The record of a run: a JSON file that says what was run, where, and what came out.
+"""The record of a run: a JSON file with its options, machine and results.
 
-The records of finished runs are kept in ``benchmarks/results/<table>/``; docs/results.md is made of them.
+The records of finished runs are in ``benchmarks/results/<table>/``; docs/results.md is made from them.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from dnw_graph.whole_file import make_writable, write_whole
 
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "torchvision", "lightning")
-# What a run had, and a row means, where neither names the option.
+# Values of options that neither a run nor a row names.
 UNSAID = {"node_norm_eps": EPS, "warmup_epochs": 0}
-# Options that may change while a run is not complete: those of the machine.
+# Options that may change until a run is complete: those of the machine.
 MACHINE = {option.name for option in fields(RunOptions) if not option.metadata["fixed"]} - {"data"}
 
 
 def write(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(), "--output")
 
 
 def here(threads: int) -> dict[str, Any]:
-    """Return where a run is started: commit, versions, machine."""
+    """Return the environment of a run: commit, versions, machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "commit": _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain", "--untracked-files=no") else ""),
@@ -55,7 +55,7 @@ def here(threads: int) -> dict[str, Any]:
 
 
 def _git(*command: str) -> str:
-    """Return what git says about this checkout; nothing where it is none."""
+    """Return git's output for this checkout; empty outside of a checkout."""
     try:
         return subprocess.run(
             ["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True
@@ -73,9 +73,9 @@ def record(
         table: The table.
         row: The row.
         seed: The seed.
-        data: Name of the data, which stands in place of their path.
-        options: The options that were asked for.
-        starts: Where the run was started, and gone on with: see :func:`here`.
+        data: Name of the data, used instead of their path.
+        options: The requested options.
+        starts: The environments in which the run was started and resumed, see :func:`here`.
         directory: Directory of the run.
     """
     summary = json.loads((directory / "summary.json").read_text())
@@ -106,7 +106,7 @@ def top1_per_epoch(path: Path) -> list[float]:
 
 
 def keep(result: dict[str, Any], directory: Path) -> Path:
-    """Write a record into the directory of all records, and return its path."""
+    """Write a record to the directory of all records, and return its path."""
     path = directory / result["table"] / f"{result['name']}.json"
     make_writable(path.parent, "--results")
     write(path, result)
@@ -119,12 +119,12 @@ def read(directory: Path) -> list[dict[str, Any]]:
 
 
 def as_configured(table: Table, row: Row, result: dict[str, Any]) -> bool:
-    """Return whether a run had the data of its table, and the options of its row and no others."""
+    """Return whether a run had the data of its table and exactly the options of its row."""
     return result["data"] in table.data and not changed_options(table, row, result)
 
 
 def changed_options(table: Table, row: Row, result: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a run that are not those of its row; None where only the row has one."""
+    """Return the options of a run that differ from its row; None for those that only the row has."""
     asked, configured = (_values(options) for options in (result["options"], table.configured(row)))
     names = sorted(asked.keys() | configured.keys())
     return {name: asked.get(name) for name in names if _of(asked, name) != _of(configured, name)}
@@ -135,7 +135,7 @@ def _of(options: dict[str, Any], name: str) -> Any:
 
 
 def _values(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options as numbers, booleans, mappings and words, however they were written."""
+    """Return options as numbers, booleans, mappings and strings, in whatever form they were written."""
 
     def value(written: Any) -> Any:
         try:

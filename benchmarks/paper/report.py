@@ -1,4 +1,4 @@
-"""Tables of finished runs, beside the paper's figures where they had the paper's data and schedule."""
+"""Tables of finished runs, with the paper's figures for runs with the paper's data and schedule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def table_lines(
 
     Args:
         table: The table.
-        rows: The rows that were asked for.
+        rows: The requested rows.
         results: Records of finished runs.
     """
     figures = [_figures(table, row, results) for row in rows]
@@ -39,7 +39,7 @@ def table_lines(
 
 
 def markdown(table: Table, rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the lines of the table alone, with the rows of which there is a run."""
+    """Return only the lines of the table, with the rows that have a run."""
     return _markdown(table, [each for row in rows if (each := _figures(table, row, results))["runs"]])
 
 
@@ -111,7 +111,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def settings(results: Sequence[dict[str, Any]]) -> str:
-    """Return what all runs share: data, schedule, seeds."""
+    """Return the settings shared by all runs: data, schedule, seeds."""
     options = [result["summary"]["options"] | {"data": what(result["data"])} for result in results]
     shown = ("data", "train_images", "held_out", "image_size", "epochs", "batch_size", "schedule", "momentum")
     values = {name: sorted({str(each[name]) for each in options}) for name in shown}
@@ -121,12 +121,12 @@ def settings(results: Sequence[dict[str, Any]]) -> str:
 
 
 def what(data: str) -> str:
-    """Return what the data of a name are."""
+    """Return the description of named data."""
     return DATA[data].what if data in DATA else data
 
 
 def where(results: Sequence[dict[str, Any]]) -> str:
-    """Return on what the runs were made: machine, versions, commits."""
+    """Return the environment of the runs: machine, versions, commits."""
     starts = [start | {"commit": _short(start["commit"])} for result in results for start in result["starts"]]
     names = ("machine", "threads", "python", *PACKAGES, "commit", "date")
     values = {name: sorted({str(start[name]) for start in starts}) for name in names}
@@ -134,5 +134,5 @@ def where(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _short(commit: str) -> str:
-    """Return a commit in 8 digits; a plus says that files were changed."""
+    """Return a commit in 8 digits; a plus means modified files."""
     return commit[:8] + ("+" if commit.endswith("+") else "")

@@ -31,7 +31,7 @@ BLOCKS_PER_WIDTH = 3
 
 
 class Shortcut(nn.Module):
-    """Every second pixel, and zeros for the channels that are new: He's option A, without parameters."""
+    """Every second pixel, and zeros for new channels: He's option A, without parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return half the resolution and twice the channels of ``x``."""
@@ -67,13 +67,13 @@ class ResNet20(nn.Sequential):
 
 @dataclass(frozen=True)
 class ResNet20Options(WiringOptions):
-    """How many of the weights are real."""
+    """Options of ResNet-20."""
 
     density: float | None = option(
-        None, "share of weights to keep; 1 for the dense network. Default: what the rule decides, or 0.1"
+        None, "share of weights to keep; 1 for the dense network. Default: that of the rule, or 0.1"
     )
     distribution: str = option(
-        "erdos_renyi_kernel", f"how the weights are divided among layers: one of {', '.join(DISTRIBUTIONS)}"
+        "erdos_renyi_kernel", f"how the budget is divided among layers: one of {', '.join(DISTRIBUTIONS)}"
     )
 
     def with_wiring(self, wiring: Wiring, num_classes: int, image_size: int) -> nn.Module:

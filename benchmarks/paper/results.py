@@ -2,11 +2,11 @@
 
     python benchmarks/paper/results.py
 
-Records are written by the tables' scripts; of runs that are finished already:
+The tables' scripts write the records; for runs that are already finished:
 
     python benchmarks/paper/table1.py --finished --data cifar10 --results benchmarks/results
 
-What is to be said about a table stands in ``benchmarks/results/<table>.md``.
+Notes about a table are in ``benchmarks/results/<table>.md``.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def page(results: Sequence[dict[str, Any]], notes: Path = RESULTS) -> str:
 
     Args:
         results: The records.
-        notes: Directory of the notes about tables.
+        notes: Directory with notes about tables.
     """
     lines = [OPENING]
     if results:
@@ -94,7 +94,7 @@ def _of_table(table: Table, results: Sequence[dict[str, Any]]) -> list[dict[str,
 
 
 def _section(table: Table, results: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the runs as configured, then those of other data or options, each kind in a table of its own."""
+    """Return the runs as configured, then those with other data or options, each kind in its own table."""
     rows = {row.key: row for row in table.rows}
     whole = [result for result in results if as_configured(table, rows[result["row"]], result)]
     lines = [*_runs(table, whole), *_margins(table, whole), *_missing(table, whole)]
@@ -153,7 +153,7 @@ def _paper_margin(one: Row, other: Row) -> str:
 
 
 def _missing(table: Table, results: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what a complete table would have besides."""
+    """Return what is missing for a complete table."""
     seeds = {row.label: sum(result["row"] == row.key for result in results) for row in table.rows}
     parts = []
     if absent := [label for label, count in seeds.items() if not count]:
@@ -164,7 +164,7 @@ def _missing(table: Table, results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def digest(results: Sequence[dict[str, Any]]) -> str:
-    """Return what tells whether a picture is of these records."""
+    """Return a digest that identifies the records of a picture."""
     curves = [[result["name"], result["top1_per_epoch"]] for result in results]
     return hashlib.sha256(json.dumps(curves).encode()).hexdigest()
 

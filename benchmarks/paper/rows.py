@@ -14,10 +14,10 @@ CONFIGS = ROOT / "examples" / "configs"
 
 @dataclass(frozen=True)
 class Data:
-    """Images that runs learn from.
+    """Images for training runs.
 
     Attributes:
-        what: What they are, in a few words.
+        what: A short description.
         test_images: Number of test images.
     """
 
@@ -25,7 +25,7 @@ class Data:
     test_images: int
 
 
-# What --data-name takes. Whoever trains on a directory says what is in it; nobody could tell from its path.
+# Values of --data-name, which names the content of a directory, since its path does not.
 DATA = {
     "digits": Data("scikit-learn's digits", 360),
     "cifar10": Data("CIFAR-10", 10_000),
@@ -46,7 +46,7 @@ class Row:
         paper: Accuracy in the paper, in percent, as "mean ± standard deviation"; empty if it has none.
         options: Options of the run that differ from the file.
         first_stage: The ``config`` of the row whose run this one starts from, if any.
-        name: Name of the row's directory, if not made of ``config`` and ``options``.
+        name: Name of the row's directory. Default: from ``config`` and ``options``.
     """
 
     label: str
@@ -68,7 +68,7 @@ class Table:
 
     Attributes:
         name: Name of its files.
-        title: What stands above it.
+        title: Its title.
         example: The script that runs its rows, from the root of the repository.
         rows: Its rows.
         quick: Options of every run with ``--quick``.
@@ -76,8 +76,8 @@ class Table:
         options: Options of every run that differ from the files.
         configs: Directory of the configurations.
         seeds: Number of seeds of a complete row.
-        margins: Pairs of rows, of which the first should be the better one.
-        top5: Whether top-5 accuracy is told beside top-1.
+        margins: Pairs of rows; the first should be better.
+        top5: Whether to show top-5 accuracy beside top-1.
     """
 
     name: str
@@ -93,6 +93,6 @@ class Table:
     top5: bool = False
 
     def configured(self, row: Row) -> dict[str, Any]:
-        """Return the options of a run of a row, in their own words, but for seed and data; empty without a file."""
+        """Return the options of a row's run as written, without seed and data; empty without a file."""
         path = self.configs / f"{row.config}.yaml"
         return {**yaml.safe_load(path.read_text()), **self.options, **row.options} if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""Every rule side by side: ResNet-20 on CIFAR-10 with a twentieth and a tenth of its weights.
+"""Compares all rules: ResNet-20 on CIFAR-10 with a twentieth and a tenth of its weights.
 
 All rows, 3 seeds each; a step takes 0.26 (dense) to 0.31 s (N:M) of one core (AMD EPYC, AVX-512), a run 1.3 hours:
 
@@ -32,7 +32,7 @@ RULES = {
 DENSITIES = (0.05, 0.1)
 # M is as large as k, λ is that of the paper.
 OPTIONS = {"top_kast": lambda density: {"extra": density, "strength": 1e-4}}
-# What decays the threshold is five times the weight decay: it ends near 0.1 if no gradient holds it back.
+# The threshold decays with five times the weight decay: it ends near 0.1 unless a gradient counteracts.
 STR = {"start": -5.0, "weight_decay": 5e-4}
 
 

@@ -1,7 +1,7 @@
 """Runs the rows of a table of the paper: any seeds, any length of schedule, several at once, resumable row by row.
 
-Every run is one call of an example with a configuration, such as one of ``examples/configs/``. A run that is complete
-is not done again, and one that was stopped goes on from its last checkpoint.
+Every run is one call of an example with a configuration, such as one of ``examples/configs/``. Complete runs are not
+repeated; stopped ones resume from their last checkpoint.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dnw_graph.errors import unknown_name
 from dnw_graph.whole_file import make_writable, write_whole
 
 BAD_INPUT = 2
-# Options of the example that are the runner's own to set.
+# Options of the example that the runner sets itself.
 OWN = ("complete", "config", "evaluate", "output", "resume", "seed")
 
 
@@ -43,9 +43,9 @@ class Run:
         row: The row.
         seed: The seed.
         data: Name of the data, see ``rows.DATA``; their path if they have none.
-        directory: Where everything of the run is.
-        options: All options in their own words: those of the configuration and what was given beside it.
-        command: The call of the example, but for ``--resume``.
+        directory: Directory of the run.
+        options: All options as written: those of the configuration and of the command line.
+        command: The call of the example, without ``--resume``.
     """
 
     table: Table
@@ -80,7 +80,7 @@ class Run:
         write(asked, self.options)
 
     def execute(self, threads: int) -> dict[str, Any] | None:
-        """Do the run, or what is left of it, and return its record; None if it failed or was stopped."""
+        """Do the run, or the rest of it, and return its record; None if it failed or was stopped."""
         if (result := self.finished()) is not None:
             return result
         command = self.command
@@ -105,7 +105,7 @@ class Run:
         return result
 
     def finished(self) -> dict[str, Any] | None:
-        """Return the record of the run if it is finished, and write it into its directory."""
+        """Return the record of the run if it is finished, and write it to its directory."""
         if self.result.exists():
             return dict(json.loads(self.result.read_text()))
         if not (self.directory / "summary.json").exists():
@@ -125,7 +125,7 @@ def main(table: Table, description: str, argv: Sequence[str] | None = None) -> i
     Args:
         table: The table.
         description: What the script does, for ``--help``.
-        argv: Arguments, if not those of the process.
+        argv: Arguments. Default: those of the process.
 
     Returns:
         The exit status: 0; 1 if a run failed or was stopped; 2 after one line on stderr for input that cannot be used.
@@ -154,7 +154,7 @@ def main(table: Table, description: str, argv: Sequence[str] | None = None) -> i
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; repeat the command to continue", file=sys.stderr)
         return 1
     return 0 if len(results) == len(runs) else 1
 
@@ -162,25 +162,25 @@ def main(table: Table, description: str, argv: Sequence[str] | None = None) -> i
 def _parser(table: Table, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description,
-        epilog=f"Any other option is handed to {table.example} for every run, such as --epochs 10.",
+        epilog=f"Any other option, such as --epochs 10, is passed to {table.example} for every run.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--quick", action="store_true", help="every row end to end on built-in digits, in minutes")
     parser.add_argument("--rows", nargs="+", metavar="CONFIG", help="rows to run, by the names of their configurations")
-    parser.add_argument("--seeds", nargs="+", type=int, help="seeds (default: those of a whole row; quick: 0)")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds (default: those of a complete row; quick: 0)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
     parser.add_argument("--configs", type=Path, default=table.configs, help="directory of the configurations")
     parser.add_argument(
         "--data-name",
-        help=f"what a directory of images holds: one of {', '.join(DATA)}; without it no row stands beside the paper's",
+        help=f"content of a directory of images: one of {', '.join(DATA)}; needed to compare with the paper's rows",
     )
-    parser.add_argument("--finished", action="store_true", help="run nothing: tell of the runs that are finished")
+    parser.add_argument("--finished", action="store_true", help="run nothing: only report finished runs")
     parser.add_argument(
-        "--results", type=Path, help="also write the record of each finished run here, as benchmarks/results has them"
+        "--results", type=Path, help="also write the record of each finished run here, as in benchmarks/results"
     )
     parser.add_argument("--output", type=Path, help="directory of all runs (default: runs/paper, quick: runs/quick)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser
 
 
@@ -194,7 +194,7 @@ def _pairs(words: list[str]) -> dict[str, str | bool]:
             name = word.removeprefix("--").removeprefix("no-").replace("-", "_")
             pairs[name] = not word.startswith("--no-")
         elif name is None:
-            raise InputError(f"options for the runs are --name value; got {shlex.join(words)!r}")
+            raise InputError(f"options for the runs must be --name value; got {shlex.join(words)!r}")
         else:
             pairs[name], name = word, None
     for own in OWN:
@@ -204,7 +204,7 @@ def _pairs(words: list[str]) -> dict[str, str | bool]:
 
 
 def _chosen(table: Table, keys: list[str] | None) -> list[Row]:
-    """Return the rows asked for, with those that they start from, in the order of the table."""
+    """Return the requested rows, with those that they start from, in the order of the table."""
     known = {row.key: row for row in table.rows}
     for key in keys or []:
         if key not in known:
@@ -246,7 +246,7 @@ def _runs(table: Table, rows: list[Row], options: argparse.Namespace, given: dic
 
 
 def _execute(runs: list[Run], jobs: int) -> list[dict[str, Any]]:
-    """Do all runs, first stages first, and return the results of those that are complete."""
+    """Do all runs, first stages first, and return the results of the complete ones."""
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     results = []
     for second in (False, True):
@@ -257,6 +257,6 @@ def _execute(runs: list[Run], jobs: int) -> list[dict[str, Any]]:
             )
             results += [result for result in done if result is not None]
         finally:
-            # Ctrl-C reaches the runs as well: each saves its last step, and no other is begun.
+            # Ctrl-C reaches the runs too: each saves its last step, and no other is started.
             executor.shutdown(cancel_futures=True)
     return results

@@ -1,4 +1,4 @@
-"""Bring all images of a directory to 80 pixels on the shorter side, once: bicubic, saved as JPEG of quality 95.
+"""Scale all images of a directory to 80 pixels on the shorter side: bicubic, saved as JPEG of quality 95.
 
 python benchmarks/paper/shrink.py imagenette imagenette80
 """
@@ -14,7 +14,7 @@ SIDE = 80
 
 
 def shrink(source: Path, target: Path) -> None:
-    """Write the images below ``source`` to the same places below ``target``."""
+    """Write the images below ``source`` to the same paths below ``target``."""
     for path in sorted(source.rglob("*.JPEG")):
         with Image.open(path) as image:
             scale = SIDE / min(image.size)
@@ -27,7 +27,7 @@ def shrink(source: Path, target: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="directory of images of the kind .JPEG, at any depth")
-    parser.add_argument("target", type=Path, help="directory to be made")
+    parser.add_argument("source", type=Path, help="directory with .JPEG images, at any depth")
+    parser.add_argument("target", type=Path, help="directory to create")
     options = parser.parse_args()
     shrink(options.source, options.target)

@@ -1,13 +1,13 @@
-"""Table 3 of the paper: parameters and FLOPs of its models for ImageNet, beside what is counted here.
+"""Table 3 of the paper: parameters and FLOPs of its models for ImageNet, compared with those counted here.
 
     python benchmarks/paper/table3.py
 
-Nothing is trained. A learned wiring decides which nodes are dead, so a MobileNetV1-DNW row shows the upper bound,
-nothing dead, unless it is given a checkpoint of a run of its configuration in examples/configs:
+Nothing is trained. Which nodes are dead depends on the learned wiring, so a MobileNetV1-DNW row shows the upper bound,
+without dead nodes, unless you give a checkpoint of a run of its configuration in examples/configs:
 
     python benchmarks/paper/table3.py --checkpoint mobilenet_v1_dnw_x0.225=runs/dnw/last.ckpt
 
-Models of other papers stand beside the nearest one of torchvision or, where it is installed, of timm.
+Models of other papers are compared with the nearest one in torchvision or, if it is installed, in timm.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ NUM_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Counted:
-    """What was counted for a row.
+    """The counts for a row.
 
     Attributes:
-        what: Which model, or why none.
-        parameters: Number of parameters, nodes without a path to an output left out.
+        what: The model, or why there is none.
+        parameters: Number of parameters, without nodes that have no path to an output.
         multiply_adds: Multiply-adds for one image, likewise.
-        paper_parameters: Number of parameters by the paper's count: norms left out, and its dead nodes.
+        paper_parameters: Number of parameters by the paper's count: without norms, and without its dead nodes.
         paper_multiply_adds: Multiply-adds by the paper's count.
         verdict: ``agrees``, ``differs``, ``upper bound``, ``other model`` or ``cited only``.
     """
@@ -74,10 +74,10 @@ def agrees(counted: int, printed: str | None) -> bool:
 
 
 def load(row: Row, path: Path, model: nn.Module) -> None:
-    """Give a row's model the weights and the wiring of a checkpoint.
+    """Load the weights and the wiring of a checkpoint into a row's model.
 
     Raises:
-        InputError: If it is no checkpoint, or one of another model.
+        InputError: If it is not a checkpoint of this model.
     """
     from dnw_graph.training import read_checkpoint
 
@@ -86,7 +86,7 @@ def load(row: Row, path: Path, model: nn.Module) -> None:
     expected = {"model": row.options["name"]} | {key: row.options[key] for key in ("width", "small", "wiring")}
     wrong = [f"{key} {found.get(key)!r}, not {value!r}" for key, value in expected.items() if found.get(key) != value]
     if wrong:
-        raise InputError(f"{path} is no checkpoint of {row.name}: it has {', '.join(wrong)}")
+        raise InputError(f"{path} is not a checkpoint of {row.name}: it has {', '.join(wrong)}")
     weights = {
         key.removeprefix("model."): value for key, value in checkpoint["state_dict"].items() if key.startswith("model.")
     }
@@ -142,8 +142,8 @@ def lines(results: Sequence[tuple[Row, Counted]]) -> list[str]:
     text += [
         "",
         "parameters, multiply-adds: real edges and live nodes only, one image. Paper's count: no parameters of norms; "
-        "dead is a node without an output edge in its stage. The result is that of the paper's count: agrees is within "
-        f"{TOLERANCE:.0%} of what rounds to the paper's figures.",
+        "dead is a node without an output edge in its stage. The result is for the paper's count: agrees means "
+        f"within {TOLERANCE:.0%} of values that round to the paper's figures.",
         "",
     ]
     notes = [(f"{row.model}: {counted.verdict}", _why(row, counted)) for row, counted in results]
@@ -151,7 +151,7 @@ def lines(results: Sequence[tuple[Row, Counted]]) -> list[str]:
 
 
 def _why(row: Row, counted: Counted) -> str:
-    """Return why a row is not the paper's, if it is not."""
+    """Return why a row differs from the paper's, if it does."""
     if counted.verdict == "agrees":
         return ""
     if counted.verdict == "upper bound":
@@ -189,7 +189,7 @@ def _write(path: Path, results: Sequence[tuple[Row, Counted]]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument(
         "--checkpoint",
         action="append",
@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         checkpoints = _checkpoints(options.checkpoint)
         if options.json is not None and not options.json.parent.is_dir():
-            raise InputError(f"--json: there is no directory {options.json.parent}")
+            raise InputError(f"--json: the directory {options.json.parent} does not exist")
         results = [(row, count(row, checkpoints.get(row.name or ""))) for row in ROWS]
         print("\n".join([TITLE, "", *lines(results)]))
         if options.json is not None:

@@ -1,4 +1,4 @@
-"""The rows of Table 3 of the paper, with the model that stands beside each."""
+"""The rows of Table 3 of the paper, with the model compared with each."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Row:
         flops: As printed.
         top1: Accuracy in percent.
         name: Name of the configuration in examples/configs that trains the model, if it is one of ours.
-        options: What ``create_model`` needs to build it.
+        options: Arguments of ``create_model``.
         nearest: The nearest model of a library, if it is another paper's.
         note: Why the count differs from the paper's, if it does.
     """

@@ -1,10 +1,10 @@
 """Table 4 of the paper: sparse ResNet-50 on ImageNet, with the rows that its authors published later.
 
-What each row keeps, without training anything:
+The weights that each row keeps, without training:
 
     python benchmarks/paper/table4.py --parameters
 
-All rows with the paper's recipe, one seed; the further options are those of examples/imagenet_resnet50.py:
+All rows with the paper's recipe and one seed; other options are those of examples/imagenet_resnet50.py:
 
     python benchmarks/paper/table4.py --data /path/to/imagenet --seeds 0 --devices 4
 
@@ -29,7 +29,7 @@ from dnw_graph.sparse_layers.budget import edges_per_weight
 from dnw_graph.sparse_layers.layers import find_weights
 
 # Top-1 and top-5 accuracy in percent, by the share of weights in percent. Table 4 has both at 10, 20, 30 and 100;
-# the rows that were published later have top-1 alone.
+# the rows that were published later have only top-1.
 ALL_SPARSE = {
     10: "74.0 / 92.0",
     20: "76.2 / 93.0",
@@ -52,7 +52,7 @@ FIRST_DENSE = {
     80: "77.28",
     90: "77.38",
 }
-# Dettmers and Zettlemoyer 2019, as Table 4 prints them; their dense network is another than the paper's baseline.
+# Dettmers and Zettlemoyer 2019, as printed in Table 4; their dense network differs from the paper's baseline.
 SPARSE_MOMENTUM = {10: "72.9 / 91.5", 20: "74.9 / 92.5", 30: "75.9 / 92.9"}
 THEIR_DENSE = ("Sparse Networks from Scratch", "77.0 / 93.5")
 DENSE = Row("Dense Baseline, 100%", "resnet50_dense", "77.5 / 93.7")
@@ -112,7 +112,7 @@ def parameters_kept(percent: int, first_layer_dense: bool = False) -> tuple[int,
 def parameter_lines() -> list[str]:
     """Return a Markdown table: weights and parameters that each row keeps, and the paper's accuracy."""
     all_weights, all_parameters = parameters_kept(100)
-    lines = ["ResNet-50: what each row keeps, beside the paper's accuracy", ""]
+    lines = ["ResNet-50: weights that each row keeps, and the paper's accuracy", ""]
     lines += ["| method | weights kept | of all | parameters | of all | paper, top-1 / top-5, % |"]
     lines += ["|" + " --- |" * 6]
     for row in TABLE.rows:
@@ -131,7 +131,7 @@ def parameter_lines() -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what each row keeps, run the table, and return the exit status."""
+    """Print the weights that each row keeps, run the table, and return the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words != ["--help"]:
         print("\n".join([*parameter_lines(), ""]), flush=True)

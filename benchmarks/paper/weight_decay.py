@@ -1,4 +1,4 @@
-"""Dead nodes against weight decay: footnote 2 of the paper says that it may help to eliminate dead ends.
+"""Dead nodes as a function of weight decay, which may eliminate dead ends according to footnote 2 of the paper.
 
 MobileNetV1-DNW (×0.225) as in Table 2, with several weight decays:
 
@@ -19,7 +19,7 @@ from table2 import QUICK
 
 TABLE = Table(
     name="weight_decay",
-    title="Dead nodes against weight decay (footnote 2), MobileNetV1-DNW (×0.225)",
+    title="Dead nodes by weight decay (footnote 2), MobileNetV1-DNW (×0.225)",
     example="examples/imagenet_mobilenet.py",
     rows=tuple(
         Row(f"weight decay {decay}", "cifar10_dnw", options={"weight_decay": decay})

@@ -1,1 +1,1 @@
-"""Images with class labels: where they come from, in which order, and what is done to them."""
+"""Images with class labels: sources, order and transforms."""

@@ -1,4 +1,4 @@
-"""Finds broken image files before training starts, and says what each class has."""
+"""Finds broken image files before training starts, and summarises each class."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from dnw_graph.data.images import FileImages, Images
 from dnw_graph.errors import InputError
 from dnw_graph.stopping import is_first_process
 
-# Images from which on the check of the files is announced, since it takes seconds.
+# From this many images, checking takes seconds and is announced.
 MANY_IMAGES = 20_000
 # Classes that are listed.
 MANY_CLASSES = 50
-# The last bytes of a whole file, by Pillow's name of the format.
+# The last bytes of a complete file, by Pillow's name of the format.
 ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 
 def inspect(path: str) -> tuple[str, str | None]:
-    """Return what an image file holds, such as ``"JPEG RGB"``, and what is wrong with it, or None.
+    """Return the content of an image file, such as ``"JPEG RGB"``, and its defect, or None.
 
-    Reads the header and looks at the last bytes. A file that does not end as its format should (cut off, or with
-    something appended, or of a format without a known ending) is decoded in full, and that decides.
+    Reads the header and the last bytes. A file that does not end as its format should (truncated, with appended data,
+    or of a format without a known end) is decoded in full, which decides.
     """
     kind = "unknown"
     try:
@@ -50,11 +50,11 @@ def inspect(path: str) -> tuple[str, str | None]:
 
 
 def check_images(paths: Sequence[str], threads: int = 16) -> list[str]:
-    """Look at every file, several at a time, and return what each holds, such as ``"JPEG RGB"``.
+    """Check every file, several in parallel, and return the content of each, such as ``"JPEG RGB"``.
 
     Args:
         paths: Image files.
-        threads: Files looked at in parallel; reading waits for the disk more than for the processor.
+        threads: Files checked in parallel; reading waits for the disk more than for the processor.
 
     Raises:
         InputError: If any file is broken; the message names the first ones.
@@ -72,14 +72,14 @@ def check_images(paths: Sequence[str], threads: int = 16) -> list[str]:
 
 
 def check_files(classes: Sequence[str], **parts: Images) -> None:
-    """Look at the files of all images that are files, and say what each class has; in the first process of a run.
+    """Check all image files and print the content of each class, in the first process of a run.
 
     Args:
         classes: Names of the classes.
-        parts: The images by what they are for.
+        parts: The images by purpose.
 
     Raises:
-        InputError: If any of them is broken.
+        InputError: If any file is broken.
     """
     files = {use.replace("_", " "): part for use, part in parts.items() if isinstance(part, FileImages)}
     if not files or not is_first_process():
@@ -89,7 +89,7 @@ def check_files(classes: Sequence[str], **parts: Images) -> None:
         print(f"checking {len(paths):,} image files (--no-check-images skips this)", flush=True)
     kinds = check_images(paths)
     labels = {use: [int(label) for label in part.labels] for use, part in files.items()}
-    ignored = {id(part.ignored): part.ignored for part in files.values()}  # which parts of the same images share
+    ignored = {id(part.ignored): part.ignored for part in files.values()}  # shared by parts of the same images
     for line in class_lines(classes, labels, kinds, sum(ignored.values(), Counter())):
         print(line, flush=True)
 
@@ -100,13 +100,13 @@ def class_lines(
     kinds: Sequence[str],
     ignored: Counter[tuple[str, str]],
 ) -> list[str]:
-    """Return a line per class: images, formats and modes, and other files; of many classes the first ones.
+    """Return a line per class: images, formats and modes, and other files; with many classes only the first ones.
 
     Args:
         classes: Their names.
-        labels: Class of every image, by what the images are for.
+        labels: Class of every image, by purpose of the images.
         kinds: Format and mode of every image.
-        ignored: Numbers of other files by class and ending.
+        ignored: Numbers of other files by class and suffix.
     """
     counts: dict[int, Counter[str]] = {label: Counter() for label in range(len(classes))}
     for label, kind in zip(chain(*labels.values()), kinds, strict=True):

@@ -18,7 +18,7 @@ from dnw_graph.errors import InputError
 from dnw_graph.preprocessing import rgb
 
 ENDINGS = (*IMG_EXTENSIONS, ".jfif")
-# Of archives made by macOS, and of network storage.
+# Left by macOS archives and network storage.
 SYSTEM_DIRECTORIES = {"__MACOSX", "@eaDir"}
 
 
@@ -65,18 +65,18 @@ class ArrayImages(Images):
         return ArrayImages(self.pixels[index], self.labels[index])
 
 
-# Not torchvision's ImageFolder: its walk follows links in circles, and what it ignores cannot be counted per class.
+# Not torchvision's ImageFolder: it follows links in circles, and does not count ignored files per class.
 class FileImages(Images):
     """Images in ``root/<class>/``, at any depth.
 
     Args:
         root: The directory with one directory per class.
-        classes: The classes, in the order of their labels. Directories of other names are an error; a class without a
-            directory is not, unless ``classes`` was read from this very directory.
+        classes: The classes, in the order of their labels. Directories with other names are an error; a class without a
+            directory is not, unless ``classes`` was read from that directory.
 
     Attributes:
         paths: The files.
-        ignored: How many other files there are, by class and ending.
+        ignored: Number of other files, by class and suffix.
 
     Raises:
         InputError: For a class directory without images, or one whose name is not in ``classes``.
@@ -96,7 +96,7 @@ class FileImages(Images):
             found, others = image_files(root / name)
             if not found:
                 raise InputError(
-                    f"{root / name} holds no image ({', '.join(ENDINGS)}): "
+                    f"{root / name} contains no images ({', '.join(ENDINGS)}): "
                     "add images or remove the directory of this class"
                 )
             self.paths += found
@@ -120,7 +120,7 @@ def load_rgb(path: str) -> Image.Image:
     """Return the image in a file, in RGB.
 
     Raises:
-        InputError: If there is none, or it is damaged.
+        InputError: If the file is missing or damaged.
     """
     try:
         with open_image(path) as image:
@@ -130,11 +130,10 @@ def load_rgb(path: str) -> Image.Image:
 
 
 def image_files(directory: Path) -> tuple[list[str], list[str]]:
-    """Return the images below a directory, in the order of directories, then names, and the other files.
+    """Return the images below a directory, ordered by directory, then name; and the other files.
 
-    Images are what has the ending of one, and files without an ending that hold one. Links are followed, but no
-    directory is entered twice, so that a link back ends; hidden directories and those that systems leave are not
-    entered.
+    Images are files with an image suffix, and files without a suffix that contain an image. Links are followed, but no
+    directory is entered twice, so cyclic links end; hidden directories and those that systems leave are skipped.
     """
     found: list[tuple[str, str]] = []
     others: list[str] = []
@@ -162,7 +161,7 @@ def _is_image(parent: str, name: str) -> bool:
     try:
         with open_image(os.path.join(parent, name)):
             return True
-    except Exception:  # whatever it is, it is no image
+    except Exception:  # not an image
         return False
 
 
@@ -178,7 +177,7 @@ def open_image(path: str) -> Image.Image:
     """Open an image file; reading from anything else, such as a named pipe, might never end.
 
     Raises:
-        OSError: If it is no regular file.
+        OSError: If it is not a regular file.
     """
     if not os.path.isfile(path):
         raise OSError("not a regular file")
@@ -188,7 +187,7 @@ def open_image(path: str) -> Image.Image:
 def class_names(root: Path) -> list[str]:
     """Return the names of the class directories in ``root``, sorted.
 
-    Hidden directories, those that systems leave, and links back to a directory around them are none.
+    Hidden directories, those that systems leave, and links to a parent directory are not classes.
     """
     around = {root.resolve(), *root.resolve().parents}
     found = [entry for entry in root.iterdir() if entry.is_dir() and not _left_by_a_system(entry.name)]

@@ -1,4 +1,4 @@
-"""Which image comes when: a pure function of (seed, epoch), whatever the number of workers, ranks or restarts."""
+"""The order of images: a pure function of (seed, epoch), independent of workers, ranks and restarts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dnw_graph.seeding import mix
 
 
 class Purpose(IntEnum):
-    """What random numbers are for; keeps the streams of one seed apart."""
+    """The purpose of random numbers; separates the streams of one seed."""
 
     ORDER = 0
     AUGMENTATION = 1
@@ -20,18 +20,18 @@ class Purpose(IntEnum):
 
 
 class TrainOrder(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, sample index) for one rank, starting where training stands.
+    """Batches of (epoch, sample index) for one rank, starting at the current step of training.
 
     Epoch e visits the samples in the order of a permutation drawn from (seed, e). Consecutive runs of
-    ``batch_size`` samples make one step; each rank takes its part of every run. The incomplete last run is left out.
-    The position comes from the number of steps already trained, so a run that resumes within an epoch goes on with
-    the next batch, and nothing about the sampler needs to be saved.
+    ``batch_size`` samples make one step; each rank takes its part of every run. The incomplete last run is dropped.
+    The position follows from the number of steps already trained, so a run that resumes within an epoch continues with
+    the next batch, and the sampler has no state to save.
 
     Args:
         num_samples: Training images.
         batch_size: Images per step over all ranks; a multiple of ``world_size``.
         seed: Seed of the run.
-        steps_trained: Returns the number of optimiser steps done so far; asked when iteration starts.
+        steps_trained: Returns the number of optimiser steps so far; called when iteration starts.
         rank: This process.
         world_size: Number of processes.
     """
@@ -53,11 +53,11 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
         self.world_size = world_size
 
     def __len__(self) -> int:
-        """Return the steps of a whole epoch."""
+        """Return the number of steps in a full epoch."""
         return self.num_samples // self.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield the batches of the epoch that training stands in, without those already trained."""
+        """Yield the remaining batches of the current epoch."""
         epoch, first = divmod(self.steps_trained(), len(self))
         generator = torch.Generator().manual_seed(mix(self.seed, Purpose.ORDER, epoch))
         order = torch.randperm(self.num_samples, generator=generator).tolist()
@@ -70,12 +70,12 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
 class EvaluationOrder(Sampler[list[int]]):
     """Batches that visit every sample exactly once over all ranks, the same number of batches on each.
 
-    Data-parallel modules communicate in every forward pass, so ranks must take part equally often; no sample may be
-    repeated to get there, so the sizes of the batches differ by at most one instead.
+    Data-parallel modules communicate in every forward pass, so all ranks need the same number of batches. No sample is
+    repeated; instead, batch sizes differ by at most one.
 
     Args:
         num_samples: Evaluation images, at least one per rank.
-        batch_size: Largest batch per rank (2 if it is given as 1: a single image may be left over for another rank).
+        batch_size: Largest batch per rank (at least 2: a single image may be left over for another rank).
         rank: This process.
         world_size: Number of processes.
     """

@@ -1,4 +1,4 @@
-"""Images as a model takes them: read one at a time, or decoded once and augmented a batch at a time."""
+"""Images as inputs of a model: read one at a time, or decoded once and augmented in batches."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dnw_graph.data.order import Purpose
 from dnw_graph.seeding import mix
 
 KEPT_BYTES = 2**28
-"""Larger sets of images are read again in every epoch."""
+"""Larger image sets are read again in every epoch."""
 
 
 def keep(images: Images, size: int) -> UInt8[Tensor, "images 3 size size"] | None:
-    """Return all images, the shorter side scaled to ``size`` and the centre cut out; None if they take too much memory.
+    """Return all images, the shorter side scaled to ``size`` and the centre cropped; None if they need too much memory.
 
     Args:
         images: The images.
@@ -37,14 +37,14 @@ def keep(images: Images, size: int) -> UInt8[Tensor, "images 3 size size"] | Non
 
 
 class Samples(Dataset[tuple[Tensor, int]]):
-    """Images that are read when they are asked for.
+    """Images that are read on access.
 
-    A sample for training is asked for by (epoch, index), and is a pure function of the seed and these; one for
-    evaluation by its index.
+    A training sample is indexed by (epoch, index), and is a pure function of these and the seed; an evaluation sample
+    by its index.
 
     Args:
         images: The images.
-        transform: Turns an image into a tensor ``[3, height, width]``; draws only from PyTorch's CPU generator.
+        transform: Converts an image to a tensor ``[3, height, width]``; uses only PyTorch's CPU generator.
         seed: Seed of the run.
     """
 
@@ -66,17 +66,17 @@ class Samples(Dataset[tuple[Tensor, int]]):
 class KeptSamples(Dataset[tuple[Tensor, int]]):
     """Images in memory, in batches.
 
-    The numbers are those of :class:`Samples`, bit for bit, in a tenth of the time: for CIFAR-10 as JPEG files 36
-    instead of 364 µs for an image in training.
+    The results equal those of :class:`Samples`, bit for bit, in a tenth of the time: 36 instead of 364 µs per training
+    image for CIFAR-10 as JPEG files.
 
     Args:
         pixels: The images, see :func:`keep`.
-        images: Where they are from, for their labels.
-        normalise: Turns a batch of bytes into numbers.
-        augment: Whether they are for training: a random crop after padding by an eighth of the size, and a flip; a
-            sample is asked for by (epoch, index) then, else by its index.
+        images: Their source, for the labels.
+        normalise: Converts a batch of bytes to floating-point numbers.
+        augment: Whether they are for training: a random crop after padding by an eighth of the size, and a flip.
+            Samples are then indexed by (epoch, index), otherwise by index.
         flip: Whether half of the samples are flipped.
-        seed: Seed of the run, of which augmentation is a function with epoch and index.
+        seed: Seed of the run; augmentation is a function of it, epoch and index.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class KeptSamples(Dataset[tuple[Tensor, int]]):
         flip: bool = True,
         seed: int = 0,
     ) -> None:
-        # Tensors would go to spawned workers through /dev/shm, which containers keep small.
+        # Tensors would reach spawned workers through /dev/shm, which is small in containers.
         self.pixels = pixels.numpy()
         self.labels = images.labels.tolist()
         self.normalise = normalise
@@ -99,7 +99,7 @@ class KeptSamples(Dataset[tuple[Tensor, int]]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> list[tuple[Tensor, int]]:
-        """Return the tensors and labels of several samples; PyTorch's loader asks for a batch so."""
+        """Return the tensors and labels of several samples; PyTorch's loader calls this for a batch."""
         index = [key[1] if isinstance(key, tuple) else key for key in keys]
         batch = torch.from_numpy(self.pixels[index])
         if self.augment:

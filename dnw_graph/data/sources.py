@@ -21,7 +21,7 @@ class ImageData:
     """Training and test images with the names of their classes.
 
     Attributes:
-        name: ``digits``, ``cifar10`` or ``directory``; other names need ``image_size`` among the options.
+        name: ``digits``, ``cifar10`` or ``directory``; other names need the option ``image_size``.
         train: Images to learn from.
         test: Images to evaluate on.
         classes: Class names, in the order of their labels.
@@ -34,9 +34,9 @@ class ImageData:
 
 
 def digits() -> ImageData:
-    """Return scikit-learn's digits: 1,797 grey 8×8 images, brought to RGB; the last 360 are the test images.
+    """Return scikit-learn's digits: 1,797 grey 8×8 images, converted to RGB; the last 360 are the test images.
 
-    The last images were written by other people than the first, so the test asks for more than a random split would.
+    The last images were written by other people than the first, so the test is harder than with a random split.
     """
     from sklearn.datasets import load_digits
 
@@ -51,7 +51,7 @@ def cifar10(root: Path = Path("data")) -> ImageData:
     """Return CIFAR-10, downloaded by torchvision into ``root`` unless it is there.
 
     Raises:
-        InputError: If it can neither be found nor downloaded.
+        InputError: If it is neither found nor downloaded.
     """
     from torchvision.datasets import CIFAR10
 
@@ -71,8 +71,7 @@ def directory(root: Path, classes: Sequence[str] | None = None) -> ImageData:
 
     Args:
         root: The directory.
-        classes: Names of the classes, for the test images alone; there need be no ``train/`` then, and nothing is read
-            from it.
+        classes: Names of the classes, to load only the test images; ``train/`` is then neither needed nor read.
 
     Raises:
         InputError: If a directory is missing, a class is empty, or classes do not match.
@@ -103,10 +102,10 @@ def load_images(data: str, classes: Sequence[str] | None = None) -> ImageData:
 
     Args:
         data: The name.
-        classes: Of a directory, take the test images of these classes alone.
+        classes: For a directory, load only the test images of these classes.
 
     Raises:
-        InputError: If there are none, or they cannot be used.
+        InputError: If there are no images, or they cannot be used.
     """
     if data in ("digits", "cifar10"):
         return digits() if data == "digits" else cifar10()
@@ -118,16 +117,16 @@ def load_images(data: str, classes: Sequence[str] | None = None) -> ImageData:
 
 @checked
 def hold_out(images: ImageData, count: int) -> ImageData:
-    """Return the same training images without some of them, which take the place of the test images.
+    """Return the training images without some of them, which replace the test images.
 
-    Which ones they are depends on the data alone.
+    The choice depends only on the data.
 
     Args:
         images: All images.
-        count: How many to hold out; with 0 nothing changes.
+        count: Number of images to hold out; 0 changes nothing.
 
     Raises:
-        InputError: If none would be left to train on.
+        InputError: If no training images would be left.
     """
     if not count:
         return images

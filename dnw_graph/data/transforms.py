@@ -1,4 +1,4 @@
-"""What is done to images on their way into the model."""
+"""The transforms of images for training and testing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torchvision.transforms import v2
 from dnw_graph.arguments import checked
 from dnw_graph.preprocessing import Preprocessing
 
-# Images of this many pixels and more are treated as ImageNet's, smaller ones as CIFAR's.
+# Images of this size and above are treated like ImageNet's, smaller ones like CIFAR's.
 LARGE = 64
 
 # Mean and standard deviation per channel, on a scale from 0 to 1.
@@ -19,7 +19,7 @@ STATISTICS = {
 
 
 def is_small(data: str, size: int) -> bool:
-    """Return whether images get the augmentation of small ones."""
+    """Return whether images get the augmentation of small images."""
     return data == "digits" or size < LARGE
 
 
@@ -30,19 +30,19 @@ def is_flipped(data: str) -> bool:
 
 @checked
 def transforms(data: str, size: int, randaugment: int = 0) -> tuple[v2.Compose, Preprocessing]:
-    """Return what is done to an RGB image for training and for testing; both give a tensor ``[3, size, size]``.
+    """Return the transforms of an RGB image for training and for testing; both return a tensor ``[3, size, size]``.
 
-    - From 64 pixels up: a random crop of random area and aspect ratio, scaled to ``size``, and horizontal flips; for
-      testing the shorter side is scaled to ``size`` · 256 / 224 and the centre is cut out. ImageNet's mean and
-      standard deviation. (At 224 the paper's Table 3.)
+    - 64 pixels and above: a random crop of random area and aspect ratio, scaled to ``size``, and horizontal flips; for
+      testing the shorter side is scaled to ``size`` · 256 / 224 and the centre is cropped. ImageNet's mean and
+      standard deviation. (At 224: the paper's Table 3.)
     - Below 64 pixels: scaled to ``size``, then a random crop after padding by ``size`` / 8, and horizontal flips; for
-      testing scaled only. CIFAR's mean and standard deviation. (At 32 the paper's Tables 1 and 2.)
-    - Digits are never flipped and never cropped to a part: they get the random crop after padding at every size.
+      testing only scaled. CIFAR's mean and standard deviation. (At 32: the paper's Tables 1 and 2.)
+    - Digits are never flipped or cropped to a part: they get the random crop after padding at every size.
 
     Args:
         data: ``digits``, ``cifar10`` or ``directory``.
         size: Height and width of the result.
-        randaugment: Magnitude of two random operations after that, in training (RandAugment, Cubuk et al. 2020); 0 for
+        randaugment: Magnitude of two additional random operations in training (RandAugment, Cubuk et al. 2020); 0 for
             none.
     """
     small = is_small(data, size)

@@ -1,4 +1,4 @@
-"""Processes that load images, and leave stopping to their parent."""
+"""Data-loading processes, which are stopped by their parent."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from dnw_graph.errors import InputError
 
 
 class Loader(DataLoader[tuple[Tensor, int]]):
-    """Has workers that leave stopping to their parent.
+    """A loader whose workers are stopped only by their parent.
 
-    Ctrl-C, and often SIGTERM, reach the whole process group. If a worker ended of it, the step in progress, which is to
-    be finished and saved, would fail too.
+    Ctrl-C, and often SIGTERM, reach the whole process group. If they ended a worker, the step in progress, which must
+    be finished and saved, would fail.
     """
 
     def __init__(self, samples: Dataset[tuple[Tensor, int]], **options: Any) -> None:
@@ -35,32 +35,32 @@ class Loader(DataLoader[tuple[Tensor, int]]):
 
 
 def leave_the_group(worker: int) -> None:
-    """Have a worker end when its parent says so, and of no signal to the group."""
+    """Make a worker end only when its parent says so, not on a signal to the group."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
     for number in stopping.SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # drops what came before
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # that of the parent
+        signal.signal(number, signal.SIG_IGN)  # drops earlier signals
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # the parent's
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping.SIGNALS)
     sys.excepthook = _except_losses
 
 
 def _except_losses(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Print no traceback where the parent is gone in the middle of an exchange; PyTorch ends the worker then."""
+    """Print no traceback if the parent is lost during an exchange; PyTorch then ends the worker."""
     if not isinstance(error, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, traceback)
 
 
 @contextmanager
 def lost_workers_told() -> Iterator[None]:
-    """Say in one line that a worker was killed, of which PyTorch tells in a traceback."""
+    """Report in one line that a worker was killed; PyTorch would print a traceback."""
     try:
         yield
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise InputError(
-            "a process that loads images was killed, as happens where memory runs out: give fewer --workers; "
+            "a data-loading process was killed, as happens when memory runs out: give fewer --workers; "
             f"{stopping.how_to_continue()}"
         ) from error

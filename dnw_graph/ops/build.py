@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels for this machine on first use, and keeps them in the user's cache."""
+"""Compiles the C++ kernels for this machine on first use, and stores them in the user's cache."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def kernels() -> ctypes.CDLL | None:
     """Return the compiled kernels, or None if PyTorch's own operations must be used instead.
 
     The first call compiles them with ``$CXX`` or else ``c++``, ``g++`` or ``clang++``, which takes seconds. They are
-    kept in ``$XDG_CACHE_HOME/dnw_graph`` (default ``~/.cache/dnw_graph``), under a name with hashes of source,
-    compiler, processor and content. Only files of the user, in a directory that nobody else can write to, are loaded.
+    stored in ``$XDG_CACHE_HOME/dnw_graph`` (default ``~/.cache/dnw_graph``), under a name with hashes of source,
+    compiler, processor and content. Only the user's files, in a directory that nobody else can write to, are loaded.
     If anything fails, a warning is shown once.
 
     The environment variable ``DNW_GRAPH_KERNELS=0`` disables the kernels; ``DNW_GRAPH_CXXFLAGS`` adds compiler flags,
@@ -46,7 +46,7 @@ def _load() -> ctypes.CDLL | None:
             lines = [line for line in printed if "error" in line] or printed[-1:]
             reason = f"{shlex.join(error.cmd[:1])} failed{': ' if lines else ''}{''.join(lines[:1])}"
         warnings.warn(
-            f"the CPU kernels of dnw_graph could not be built, so slower PyTorch operations take their place: "
+            f"the CPU kernels of dnw_graph could not be built, so slower PyTorch operations replace them: "
             f"{' '.join(reason.split())[:300]} (DNW_GRAPH_KERNELS=0 turns the kernels and this warning off)",
             stacklevel=3,
         )
@@ -55,7 +55,7 @@ def _load() -> ctypes.CDLL | None:
 
 def _built() -> ctypes.CDLL:
     """Return the library for this source, compiler and processor; compile it if it is not in the cache."""
-    from dnw_graph.ops.cache import open_cache  # Uses modules that exist on Unix only.
+    from dnw_graph.ops.cache import open_cache  # Imports modules that exist on Unix only.
 
     found = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if found is None:
@@ -63,7 +63,7 @@ def _built() -> ctypes.CDLL:
     compiler = shlex.split(found)
     extra = shlex.split(os.environ.get("DNW_GRAPH_CXXFLAGS", ""))
     flags = [*FLAGS, *extra]
-    # The compiler's predefined macros tell its version and the processor's instruction sets.
+    # The compiler's predefined macros include its version and the processor's instruction sets.
     macros = _output([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
     sources = [path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]*"))]
     key = hashlib.sha256(b"\n".join([*sources, *map(os.fsencode, flags), macros])).hexdigest()[:16]

@@ -60,7 +60,7 @@ class Cache:
             shutil.rmtree(made, ignore_errors=True)
 
     def clean(self) -> None:
-        """Remove what killed processes have left, unless another process is compiling."""
+        """Remove files left by killed processes, unless another process is compiling."""
         left = [name for name in os.listdir(self._directory) if name.startswith(_TEMPORARY)]
         if left:
             with suppress(OSError):
@@ -82,7 +82,7 @@ class Cache:
             return hashlib.sha256(content.read()).hexdigest()[:16] if own else None
 
     def _place(self, name: str) -> Path:
-        # Through the open directory, where the system supports it: its path may lead elsewhere by now.
+        # Through the open directory if the system supports it: its path may lead elsewhere by now.
         directory = Path(f"/proc/self/fd/{self._directory}")
         return (directory if directory.exists() else self._path) / name
 
@@ -105,7 +105,7 @@ def open_cache() -> Iterator[Cache]:
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if os.fstat(directory).st_uid == os.geteuid():
-            with suppress(PermissionError):  # Some file systems have no modes.
+            with suppress(PermissionError):  # Some file systems have no permissions.
                 os.fchmod(directory, 0o700)
         if _open_to_others(os.fstat(directory)):
             raise OSError(f"others can write to {path}; set XDG_CACHE_HOME to a directory of your own")

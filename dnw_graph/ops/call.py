@@ -27,7 +27,7 @@ def run(name: str, numbers: Sequence[Number], *tensors: Given) -> bool:
 
     Returns:
         Whether it was called. If not, PyTorch's operations must be used: there are no kernels, or the kernel does not
-        take one of the tensors.
+        support one of the tensors.
 
     Raises:
         InputError: If the kernel finds an index out of range.
@@ -58,7 +58,7 @@ def readable(tensor: Tensor) -> bool:
 def _bind(
     name: str, numbers: Sequence[Number], tensors: Sequence[Given]
 ) -> tuple[str, list[ctypes.c_void_p | ctypes.Array]] | None:
-    """Return the kernel for the tensors' types and their addresses, or None if it does not take one of them."""
+    """Return the kernel for the tensors' dtypes and their addresses, or None if it does not support one of them."""
     signature, kinds = SIGNATURES[name]
     types: dict[str, torch.dtype] = {}
     addresses: list[ctypes.c_void_p | ctypes.Array] = []
@@ -77,7 +77,7 @@ def _bind(
 
 
 def _address(tensor: Tensor | None, expected: Expected, types: dict[str, torch.dtype]) -> int | None:
-    """Return the address of a tensor, 0 if it is left out, or None if it is not as expected."""
+    """Return the address of a tensor, 0 if it is absent, or None if it is not as expected."""
     if tensor is None:
         return 0 if expected.optional else None
     if (

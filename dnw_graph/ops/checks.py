@@ -19,7 +19,7 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 def check_tensors(**given: object) -> None:
-    """Refuse anything but tensors in one line, before an operator does in many."""
+    """Refuse anything but tensors in one line; operators would need many."""
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise wrong(name, "a tensor", value)
@@ -34,15 +34,15 @@ def check_csr(rowptr: Tensor, columns: Tensor, values: Tensor) -> None:
 
 
 def check_types(numbers: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
-    """Refuse tensors of several types or on several devices, and sparse ones."""
+    """Refuse tensors of several dtypes or devices, and sparse tensors."""
     found = {tensor.dtype for tensor in numbers}
     if len(found) > 1 or not found <= set(FLOATS):
-        raise InputError(f"states and weights must have one type of {_names(FLOATS)}; got {_names(found)}")
+        raise InputError(f"states and weights must share one dtype of {_names(FLOATS)}; got {_names(found)}")
     found = {tensor.dtype for tensor in indices}
     if len(found) > 1 or not found <= set(INTEGERS):
-        raise InputError(f"rowptr and columns must have one type of {_names(INTEGERS)}; got {_names(found)}")
+        raise InputError(f"rowptr and columns must share one dtype of {_names(INTEGERS)}; got {_names(found)}")
     if any(tensor.layout is not torch.strided for tensor in (*numbers, *indices)):
-        raise InputError("all tensors must be dense ones; got one of PyTorch's sparse tensors: give tensor.to_dense()")
+        raise InputError("all tensors must be dense; got a sparse PyTorch tensor: give tensor.to_dense()")
     devices = {tensor.device for tensor in (*numbers, *indices)}
     if len(devices) > 1:
         raise InputError(f"all tensors must be on one device; got {_names(devices)}")
@@ -53,7 +53,7 @@ def check_memory(*shapes: Iterable[int | torch.SymInt]) -> None:
     for shape in shapes:
         sizes = [size for size in shape if isinstance(size, int) and size]
         if math.prod(sizes) >= 2**47:
-            raise InputError(f"no memory holds a tensor of shape {list(shape)}")
+            raise InputError(f"a tensor of shape {list(shape)} does not fit in memory")
 
 
 def check_pointers(rowptr: Tensor, columns: Tensor) -> None:
@@ -93,8 +93,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 def wrong_edges() -> InputError:
     """Return the error for edges out of bounds."""
     return InputError(
-        "rowptr must ascend from 0 to the number of edges, and columns name sources from which an edge may lead; "
-        "got other numbers"
+        "rowptr must ascend from 0 to the number of edges, and columns must be valid sources; got other values"
     )
 
 

@@ -16,7 +16,7 @@ def combination(base: Tensor | None, coefficients: Tensor, terms: Sequence[Tenso
     """Return base + Σ c_n x_n of contiguous tensors of one shape.
 
     Args:
-        base: What is added to, if anything.
+        base: The tensor to add to, or None.
         coefficients: c, one number per term.
         terms: x, at least one.
     """

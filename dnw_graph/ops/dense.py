@@ -16,16 +16,16 @@ def product_with_transpose(
 ) -> Float[Tensor, "m n"]:
     """Return a bᵀ of contiguous matrices.
 
-    For float32 on a CPU with AVX-512 oneDNN computes it. MKL, the library behind ``torch.mm``, uses only half of the
-    vector width of other makers' processors (AMD EPYC, AVX-512: 200 against 430 GFLOP/s on 2 cores). With AVX2 alone
-    MKL is the faster one (AMD EPYC: 79 against 67 GFLOP/s on one core).
+    In float32 on a CPU with AVX-512, oneDNN computes it: MKL, the library behind ``torch.mm``, uses only half of the
+    vector width of non-Intel processors (AMD EPYC, AVX-512: 200 against 430 GFLOP/s on 2 cores). With only AVX2, MKL is
+    faster (AMD EPYC: 79 against 67 GFLOP/s on one core).
 
-    For bfloat16 sums are float32 and the result is rounded to bfloat16, also on processors without such products.
+    In bfloat16, sums are float32 and the result is rounded to bfloat16, also on processors without such products.
 
     Args:
         a: First matrix.
         b: Second matrix.
-        out: Tensor for the result; its rows may lie apart, as in a part of a larger matrix.
+        out: Tensor for the result; its rows may be strided, as in a part of a larger matrix.
     """
     if a.dtype == torch.bfloat16 and a.is_cpu and not has_bfloat16_products():
         result = product_with_transpose(a.float(), b.float()).to(a.dtype)

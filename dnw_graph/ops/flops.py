@@ -1,4 +1,4 @@
-"""Registers the operators' numbers of operations with PyTorch's ``FlopCounterMode``.
+"""Registers the operators' FLOPs with PyTorch's ``FlopCounterMode``.
 
 This is a separate module because the counter is slow to import.
 """

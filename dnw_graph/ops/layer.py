@@ -27,7 +27,7 @@ from dnw_graph.ops.checks import (
 from dnw_graph.ops.layout import detach_view, kernels_take, plain_eager
 from dnw_graph.ops.sparse import by_source, targets_of
 
-LARGEST = 4096  # Upper bound of a kernel's sides, stride, padding and dilation.
+LARGEST = 4096  # Upper bound of kernel size, stride, padding and dilation.
 
 
 def sparse_linear(

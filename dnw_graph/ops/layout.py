@@ -35,7 +35,7 @@ def is_batch_last(z: Tensor) -> bool:
 
 
 def kernels_take(z: Tensor) -> bool:
-    """Return whether z is a tensor that the kernels can read."""
+    """Return whether the kernels can read z."""
     return z.dtype in DTYPES and readable(z)
 
 
@@ -45,12 +45,12 @@ def plain_eager() -> bool:
 
 
 def traced() -> bool:
-    """Return whether a compiler, ``torch.jit`` or a transform of ``torch.func`` intercepts operators."""
+    """Return whether a compiler, ``torch.jit`` or a ``torch.func`` transform intercepts operators."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed()
 
 
 def transformed() -> bool:
-    """Return whether a transform of ``torch.func``, such as ``vmap``, is active, and no compiler."""
+    """Return whether a ``torch.func`` transform, such as ``vmap``, is active, and no compiler."""
     return not torch.compiler.is_compiling() and functorch_active()
 
 
@@ -72,13 +72,13 @@ class _FromNodesLast(torch.autograd.Function):
 def detach_view(made: Tensor) -> Tensor:
     """Detach a freshly created tensor from view tracking, so that callers may modify it in place.
 
-    Otherwise PyTorch treats a tensor that was permuted in the forward pass of a Function as a view, and refuses that.
+    Otherwise PyTorch treats a tensor permuted in the forward pass of a Function as a view, and refuses to modify it.
     """
     return made.data
 
 
 def _exchanged(z: Tensor) -> Tensor:
-    """Return a contiguous tensor with the first and the last dimension exchanged."""
+    """Return a contiguous tensor with its first and last dimensions exchanged."""
     first, *middle, last = z.shape
     out = z.new_empty(last, *middle, first)
     flat = first, math.prod(middle), last

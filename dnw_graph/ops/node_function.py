@@ -18,7 +18,7 @@ from dnw_graph.ops.signatures import BATCH, CONSTANT, INSTANCE, NO_NORM
 from dnw_graph.usual import keeps_methods
 
 _CONVOLUTION = {"kernel_size": (3, 3), "padding": (1, 1), "dilation": (1, 1), "padding_mode": "zeros", "bias": None}
-# The exact types only: a subclass, such as a norm synchronised over devices, may compute something else.
+# The exact classes only: a subclass, such as a norm synchronised over devices, may compute something else.
 _FORWARD: dict[type[nn.Module], Callable[..., Tensor]] = {
     kind: kind.forward for kind in (nn.BatchNorm2d, nn.InstanceNorm2d, nn.Conv2d)
 }
@@ -27,13 +27,13 @@ _Options = tuple[int, int, int, float]
 
 
 def fusible(convolution: _Module) -> _Module:
-    """Declare, as a decorator, that a class computes what ``nn.Conv2d`` does."""
+    """Class decorator: declares that a class computes the same as ``nn.Conv2d``."""
     _FORWARD[convolution] = convolution.forward
     return convolution
 
 
 def computes_as_usual(module: nn.Module | None) -> bool:
-    """Return whether a norm or a convolution computes what its class does and has no hooks."""
+    """Return whether a norm or a convolution computes the same as its class and has no hooks."""
     return module is None or (keeps_forward(module) and not has_hooks(module))
 
 
@@ -53,7 +53,7 @@ def fused_node_function(
     """Apply norm, ReLU and convolution in one pass, or return None if the kernel cannot do it.
 
     The kernel takes float32 or float64 maps on the CPU in the layout of :func:`~dnw_graph.ops.layout.batch_last`, with
-    parameters and running statistics of the same type. It does not call the modules, so modules with hooks are not
+    parameters and running statistics of the same dtype. It does not call the modules, so modules with hooks are not
     fused. Its gradients cannot be differentiated again.
 
     Args:
@@ -131,7 +131,7 @@ def _follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) ->
             momentum = 1 / float(norm.num_batches_tracked)
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    # ``.data`` leaves the version counter as it is, as PyTorch's norm does: earlier calls may have saved these tensors.
+    # Like PyTorch's norm, ``.data`` does not change the version counter: earlier calls may have saved these tensors.
     norm.running_mean.data.lerp_(mean, momentum)
     norm.running_var.data.lerp_(variance * (count / (count - 1)), momentum)
 
@@ -149,7 +149,7 @@ def _numbers(z: Tensor, options: _Options) -> tuple[int | float, ...]:
 class _NodeFunction(torch.autograd.Function):
     """The kernel; for a batch norm in training it also returns mean and (biased) variance of every node.
 
-    If the kernel does not take a tensor, all results are None.
+    If the kernel does not support a tensor, all results are None.
     """
 
     @staticmethod

@@ -21,7 +21,7 @@ from dnw_graph.ops.checks import (
     is_half,
 )
 
-MAX_MESSAGES = 2**24  # Without a kernel, the largest number of products computed at once.
+MAX_MESSAGES = 2**24  # Largest number of products computed at once without a kernel.
 
 
 def sparse_product(
@@ -100,7 +100,7 @@ def product(z: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor) -> Tenso
 
 
 def product_of_pieces(pieces: Sequence[Tensor], rowptr: Tensor, columns: Tensor, values: Tensor) -> Tensor:
-    """Compute A z of contiguous tensors; z lies in pieces, each ``[sources, features]``."""
+    """Compute A z for contiguous tensors; z comes in pieces, each ``[sources, features]``."""
     z = pieces[0]
     if z.device.type == "cpu":
         out = z.new_empty(len(rowptr) - 1, z.size(1))
@@ -113,7 +113,7 @@ def product_of_pieces(pieces: Sequence[Tensor], rowptr: Tensor, columns: Tensor,
 
 
 def sampled(pieces: Sequence[Tensor], rowptr: Tensor, columns: Tensor, received: Tensor) -> Tensor:
-    """Compute ⟨received_v, z_u⟩ for every edge, of contiguous tensors; z lies in pieces."""
+    """Compute ⟨received_v, z_u⟩ for every edge, for contiguous tensors; z comes in pieces."""
     z = pieces[0]
     if z.device.type == "cpu":
         out = z.new_empty(len(columns))

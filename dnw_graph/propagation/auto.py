@@ -13,15 +13,15 @@ from dnw_graph.propagation.sparse import SparsePropagation
 
 
 class AutoPropagation(Propagation):
-    """The propagation that ``benchmarks/propagation.py`` measured as the faster one.
+    """The propagation that is faster according to ``benchmarks/propagation.py``.
 
     Sparse products (:class:`SparsePropagation`) on a CPU in single or double precision, if few candidates are real, and
-    if batch or blocks are large enough to pay for a layout with the images last. Dense blocks otherwise, without
+    if batch or blocks are large enough to pay for a layout with the images last. Otherwise dense blocks; also without
     compiled kernels, and when operators are traced or counted.
 
     Args:
-        candidate_gradient: ``"exact"`` or ``"bfloat16"``: how sparse products get the gradient of the candidates, see
-            :class:`SparsePropagation`. The block path computes all products in one type, which autocast chooses.
+        candidate_gradient: ``"exact"`` or ``"bfloat16"``: how sparse products compute the gradient of the candidates,
+            see :class:`SparsePropagation`. The block path computes all products in one dtype, chosen by autocast.
 
     Attributes:
         MAX_DENSITY: Largest share of real edges among the candidates for sparse products.
@@ -39,7 +39,7 @@ class AutoPropagation(Propagation):
         self.sparse = SparsePropagation(candidate_gradient)
 
     def choose(self, edges: RealEdges, x: Tensor) -> Propagation:
-        """Return the propagation for these edges and inputs of this shape, type and device."""
+        """Return the propagation for these edges and inputs of this shape, dtype and device."""
         candidates = edges.candidates
         sparse = (
             plain_eager()

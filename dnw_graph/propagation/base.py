@@ -15,17 +15,17 @@ from dnw_graph.candidates import Block, CandidateEdges
 from dnw_graph.ops.layout import transformed
 
 SAMPLED = 1 / 8
-"""Largest share of the candidates whose gradients are computed edge by edge; a dense product of all is faster above."""
+"""Largest share of the candidates whose gradients are computed edge by edge; above, a dense product is faster."""
 
 
 def channels_last(x: Tensor) -> Tensor:
     """Return maps with the nodes last in memory, which suits dense products and convolutions; other tensors as is."""
-    # Within torch.func.vmap no memory format can be asked for.
+    # Within torch.func.vmap no memory format can be requested.
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and not transformed() else x
 
 
 def autocast_dtype(z: Tensor) -> torch.dtype | None:
-    """Return the type in which a linear layer computes under autocast, or None if it is that of the input."""
+    """Return the dtype in which a linear layer computes under autocast, or None if it is that of the input."""
     kind = z.device.type
     if z.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
@@ -40,7 +40,7 @@ class RealEdges:
     Attributes:
         candidates: The graph's candidates.
         index: Flat indices of the real edges, ascending: ``[k]``.
-        weight: What each candidate computes with if it is real, ``[num_candidates]``; gets the gradient.
+        weight: Value of each candidate if it is real, ``[num_candidates]``; receives the gradient.
         learning: Flat indices of the candidates that get a gradient; None for all, ``index`` for the real edges.
         probe: Collects the gradient of every candidate, if a rule requests it.
     """
@@ -64,7 +64,7 @@ class RealEdges:
 
     @property
     def num_learning(self) -> int:
-        """Number of candidates whose gradient somebody asks for."""
+        """Number of candidates whose gradient is requested."""
         some = self.learning is not None and self.probe is None
         return self.learning.numel() if some and self.learning is not None else self.candidates.num_candidates
 
@@ -75,7 +75,7 @@ class RealEdges:
 
     @cached_property
     def local_sampled(self) -> list[Int[Tensor, " part"]]:
-        """The same of the candidates in ``sampled``."""
+        """The same for the candidates in ``sampled``."""
         assert self.sampled is not None
         return self.local if self.sampled is self.index else self._by_block(self.sampled)
 
@@ -86,7 +86,7 @@ class RealEdges:
         return [part - block.offset for part, block in zip(parts, blocks, strict=True)]
 
     def restrict(self, gradient: Float[Tensor, " candidates"]) -> Float[Tensor, " candidates"]:
-        """Keep the part of a gradient of all candidates that the wiring asks for."""
+        """Keep the part of a gradient of all candidates that the wiring requests."""
         if self.learning is None or self.learning.numel() == gradient.numel():
             return gradient
         return torch.zeros_like(gradient).index_copy_(0, self.learning, gradient[self.learning])
@@ -104,13 +104,13 @@ class Propagate:
     Args:
         edges: The real edges.
         weights: The matrices of the blocks, each ``[targets, sources]``. Every gradient of a candidate passes through
-            them, so that a solver that differentiates by hand knows what to differentiate.
+            them, so that a solver with its own differentiation knows its parameters.
 
     Attributes:
         edges: The real edges.
         weights: The matrices.
         blocks: The blocks of candidates.
-        first_order: Whether kernels compute it, whose gradients cannot be differentiated again.
+        first_order: Whether kernels compute it; their gradients cannot be differentiated again.
     """
 
     first_order: ClassVar[bool] = False
@@ -131,8 +131,8 @@ class Propagate:
         Args:
             number: Number of the block.
             z: States of the sources.
-            sources: The sources that z holds, if not all of the block; those left out must have the state zero.
-            targets: The targets asked for, if not all of the block.
+            sources: The sources that z holds. Default: all of the block. All others must have the state zero.
+            targets: The targets requested. Default: all of the block.
         """
         block = self.blocks[number]
         return self.product(number, z, _within(targets, block.targets), _within(sources, block.sources))
@@ -151,11 +151,11 @@ class Propagate:
         raise NotImplementedError
 
     def arrange(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
-        """Bring what flows into the graph into the memory layout that suits the product."""
+        """Convert the input of the graph to the memory layout that suits the product."""
         return channels_last(x)
 
     def start(self, feeding: Sequence[slice]) -> States:
-        """Return the states of a static graph's blocks, none of which is computed yet.
+        """Return the states of a static graph's blocks, before any is computed.
 
         Args:
             feeding: Which blocks of nodes feed each block of candidates.
@@ -164,18 +164,18 @@ class Propagate:
 
 
 class States:
-    """The states of a static graph's blocks, while they are computed one after the other."""
+    """The states of a static graph's blocks during their computation."""
 
     def receive(self, number: int, z: Float[Tensor, "batch nodes *space"]) -> Float[Tensor, "batch targets *space"]:
-        """Take in the states of block ``number`` of nodes and return what the next block receives.
+        """Add the states of block ``number`` of nodes, and return the inputs of the next block.
 
-        Called for all blocks but the last, in their order.
+        Called in order for all blocks except the last.
         """
         raise NotImplementedError
 
 
 class Concatenated(States):
-    """States of several blocks become the sources of one product by concatenation."""
+    """States of several blocks, concatenated to the sources of one product."""
 
     def __init__(self, propagate: Propagate, feeding: Sequence[slice]) -> None:
         self.propagate, self.feeding = propagate, feeding
@@ -196,14 +196,14 @@ def _within(part: range | None, whole: range) -> slice:
 class Propagation(nn.Module):
     """One way of computing I_v = Σ w_uv Z_u (Equation 2 of the paper) and its gradients.
 
-    All implementations have one result, and the gradients that :mod:`dnw_graph.propagation.gradient` states.
+    All implementations have the same result, and the gradients in :mod:`dnw_graph.propagation.gradient`.
     """
 
     def forward(self, edges: RealEdges, x: Float[Tensor, "batch ..."]) -> Propagate:
-        """Prepare the real edges once and return the product that a dynamics asks for, block by block.
+        """Prepare the real edges once and return the product, which a dynamics calls block by block.
 
         Args:
             edges: The real edges.
-            x: What flows into the graph, for its shape, type and device.
+            x: The input of the graph, for its shape, dtype and device.
         """
         raise NotImplementedError

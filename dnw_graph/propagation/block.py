@@ -22,15 +22,15 @@ class BlockPropagation(Propagation):
     """Dense products block by block: I = W Z, where W holds the real edges' weights and zeros elsewhere.
 
     Both gradients of a dense product are those of :mod:`dnw_graph.propagation.gradient`, as long as the backward pass
-    of W hands its own to the candidates unmasked.
+    of W passes its gradient to the candidates unmasked.
 
     A NaN or infinite input of the graph spreads along real edges only, as in every propagation. The zeros of W would
-    spread it further (0 · ∞ is NaN), so such a pass goes over the edges one by one. There is no check on a GPU (the
-    host would have to synchronise), in compiled or transformed code, and of states that overflow within the graph:
-    every target of such a source becomes NaN there.
+    spread it further (0 · ∞ is NaN), so such a pass goes over the edges one by one. There is no such check on a GPU
+    (the host would have to synchronise), in compiled or transformed code, and for states that overflow within the
+    graph: there, all targets of such a source become NaN.
 
     Nodes are moved to the last dimension for the product, which costs nothing for channels-last maps. The states of a
-    static graph lie in one buffer, of which each product takes the columns that it needs, and so do their gradients.
+    static graph share one buffer, of which each product takes the columns that it needs, and so do their gradients.
     """
 
     def forward(self, edges: RealEdges, x: Tensor) -> Propagate:
@@ -47,22 +47,22 @@ class _Dense(Propagate):
         return F.linear(z.movedim(1, -1), self.weights[number][rows, columns]).movedim(-1, 1)
 
     def start(self, feeding: Sequence[slice]) -> States:
-        # Where one block feeds each there is nothing to put together; a compiler plans its own buffers, and a
-        # transform cannot follow writes to one that all blocks share.
+        # If a single block feeds each, nothing needs concatenation; a compiler plans its own buffers, and a transform
+        # cannot track writes to a shared one.
         if traced() or all(part.stop - part.start == 1 for part in feeding):
             return super().start(feeding)
         return _States(self.blocks, self.weights)
 
 
 def _finite(x: Tensor) -> bool:
-    """Return whether all values are finite; one pass over them, unless their sum is not."""
+    """Return whether all values are finite; in one pass, unless their sum is not finite."""
     return math.isfinite(x.sum().item()) or bool(x.isfinite().all())
 
 
 class _States(States):
     """The states of a static graph in one buffer ``[batch, *space, sources]``, whose columns are filled block by block.
 
-    What is filled so far stands for the concatenation of all states so far, see :class:`_Receive`.
+    The filled part is the concatenation of all states so far, see :class:`_Receive`.
     """
 
     def __init__(self, blocks: Sequence[Block], weights: Sequence[Tensor]) -> None:
@@ -71,7 +71,7 @@ class _States(States):
         self.filled: Tensor | None = None
 
     def receive(self, number: int, z: Tensor) -> Tensor:
-        """Put the states into their columns and return the product of those that feed the next block."""
+        """Write the states into their columns and return the product of those that feed the next block."""
         if self.buffer is None:
             dtype = autocast_dtype(z)
             if dtype is not None:
@@ -86,10 +86,10 @@ class _States(States):
 
 
 class _Receive(torch.autograd.Function):
-    """``filled ← [filled, z]``, ``received = filled[columns] Wᵀ``, without a copy of what was filled before.
+    """``filled ← [filled, z]``, ``received = filled[columns] Wᵀ``, without copying the filled part.
 
-    The gradient of ``filled`` goes from product to product in one buffer, to which each adds its own: when that of z is
-    taken out of it, all blocks that z feeds have added theirs.
+    The gradient of ``filled`` is passed from product to product in one buffer, to which each adds its own: when the
+    gradient of z is read from it, all blocks that z feeds have added theirs.
     """
 
     @staticmethod
@@ -100,7 +100,7 @@ class _Receive(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         stop = start + z.size(1)
         buffer[..., start:stop].copy_(z.movedim(1, -1))
-        # An alias with a version of its own: what it shows stays as it is while further columns are filled.
+        # An alias with its own version: its content does not change while further columns are filled.
         filled = buffer[..., :stop].data
         ctx.save_for_backward(filled, weight)
         return detach_view((filled[..., columns] @ weight.t()).movedim(-1, 1)), filled
@@ -112,7 +112,7 @@ class _Receive(torch.autograd.Function):
         to_filled, to_z, to_weight = ctx.needs_input_grad[:3]
         weight_grad = None
         if received_grad is not None:
-            # A copy, if any, for both products.
+            # One copy, if any, for both products.
             received_grad = received_grad.movedim(1, -1).reshape(-1, len(weight))
             if to_weight:
                 weight_grad = received_grad.t() @ filled[..., ctx.columns].flatten(0, -2)
@@ -127,7 +127,7 @@ class _Receive(torch.autograd.Function):
 def _add_product(total: Tensor | None, grad: Tensor, weight: Tensor, columns: slice, shape: Sequence[int]) -> Tensor:
     """Return ``total``, or zeros if it is None, of a shape, with ``grad W`` added to some of its columns."""
     if total is not None and not torch.is_grad_enabled() and not batched(grad):
-        # In place: a gradient of ``filled`` is made here, or of products with ``filled``, and not used elsewhere.
+        # In place: a gradient of ``filled`` is created here, or by products with ``filled``, and not used elsewhere.
         part = total.view(-1, shape[-1])[:, columns]
         torch.addmm(part, grad, weight, out=part)
         return total

@@ -6,7 +6,7 @@ The forward pass computes with the real edges E alone (Equation 1), so states ge
 
 .. math:: \frac{\partial L}{\partial Z_u} = \sum_{(u,v) \in E} w_{uv} \frac{\partial L}{\partial I_v}
 
-Every candidate (u, v), real or not, gets what it would get if it were real (line 10 of Algorithm 1):
+Every candidate (u, v), real or not, gets the gradient that it would get if it were real (line 10 of Algorithm 1):
 
 .. math:: \frac{\partial L}{\partial w_{uv}} := \left\langle Z_u, \frac{\partial L}{\partial I_v} \right\rangle
 
@@ -28,14 +28,14 @@ from dnw_graph.propagation.base import RealEdges
 
 
 def candidate_weights(edges: RealEdges) -> Float[Tensor, " candidates"]:
-    """Return the values of all candidates; of their gradient, ``.grad`` gets the part that the rule asks for."""
+    """Return the values of all candidates; ``.grad`` gets the part of their gradient that the rule requests."""
     if edges.learning is None and edges.probe is None:
         return edges.weight
     return _ToCandidates.apply(edges.weight, edges.probe, edges, False)
 
 
 def unrestricted_weights(edges: RealEdges) -> Float[Tensor, " candidates"]:
-    """Return what :func:`candidate_weights` returns, for products that compute no gradient but of ``edges.sampled``."""
+    """Return the same as :func:`candidate_weights`, for products that only compute gradients of ``edges.sampled``."""
     return candidate_weights(edges) if edges.sampled is None else edges.weight
 
 
@@ -45,7 +45,7 @@ def real_weights(edges: RealEdges) -> Float[Tensor, " candidates"]:
 
 
 def transformable(edges: RealEdges) -> Float[Tensor, " candidates"]:
-    """Return the same as :func:`real_weights`, by operators that ``torch.func`` can transform; without a probe."""
+    """Return the same as :func:`real_weights`, with operators that ``torch.func`` can transform; without a probe."""
     weight = edges.weight
     real = torch.zeros_like(weight).index_copy(0, edges.index, weight[edges.index])
     if edges.learning is edges.index:
@@ -86,19 +86,19 @@ def with_dense_gradient(
     probe: Float[Tensor, ...],
     gradient: Callable[[Tensor, Tensor], Tensor],
 ) -> Float[Tensor, ...]:
-    """Return y, and have the probe get the gradient of all candidates.
+    """Return y, and pass the gradient of all candidates to the probe.
 
     Args:
-        y: What the real edges make of x.
-        x: What they start from.
+        y: The product of the real edges with x.
+        x: The inputs.
         probe: The probe.
-        gradient: Returns the gradient of all from x and the gradient of y.
+        gradient: Returns the gradient of all candidates from x and the gradient of y.
     """
     return _WithDenseGradient.apply(y, x, probe, gradient)
 
 
 class _AtPositions(torch.autograd.Function):
-    """Real weights of a layer; in the backward pass nothing is added up, as no two are the same."""
+    """Real weights of a layer; the backward pass sums nothing, as all positions are distinct."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, positions: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class _AtPositions(torch.autograd.Function):
 
 
 class _WithDenseGradient(torch.autograd.Function):
-    """Products over real edges, beside which the gradient of all candidates is computed."""
+    """Products over real edges that also compute the gradient of all candidates."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, probe: Tensor, gradient: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -59,7 +59,7 @@ class MessagePassingPropagation(Propagation):
         self.weighted_sum = WeightedSum()
 
     def forward(self, edges: RealEdges, x: Tensor) -> Propagate:
-        """Cut the ascending flat indices into the blocks' own edge lists."""
+        """Split the ascending flat indices into edge lists by block."""
         if transformed():
             raise InputError(
                 "propagation='message_passing' cannot be transformed by torch.func; use propagation='auto'"
@@ -129,7 +129,7 @@ class _Messages(Propagate):
 
 
 class _CandidateGradient(torch.autograd.Function):
-    """The identity on I; in the backward pass every candidate of the block, or some of them, get their gradient."""
+    """The identity on I; the backward pass computes the gradient of every candidate of the block, or of some."""
 
     @staticmethod
     def forward(ctx: Any, received: Tensor, z: Tensor, weight: Tensor, sampled: tuple[Tensor, Tensor] | None) -> Tensor:

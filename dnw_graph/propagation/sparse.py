@@ -27,21 +27,21 @@ CANDIDATE_GRADIENTS = ("exact", "bfloat16")
 class SparsePropagation(Propagation):
     """Sparse products on the CPU for outputs and for gradients of states, dense products for gradients of candidates.
 
-    States lie node-major with the images last, ``[nodes, *space, batch]`` in memory. A product over the edges then adds
-    up long rows, in tiles that stay in cache, the gradient of a block's candidates is one dense product per block of
-    sources, without a copy, and the node functions of this package run as one compiled pass. Where few candidates get
-    a gradient (:class:`~dnw_graph.RandomGraph`, :class:`~dnw_graph.TopKAST`, …; up to an eighth of all), theirs alone
-    are computed.
+    States are node-major with the images last, ``[nodes, *space, batch]`` in memory. A product over the edges then sums
+    long rows, in tiles that stay in cache; the gradient of a block's candidates is one dense product per block of
+    sources, without a copy; and the node functions of this package run as one compiled pass. If few candidates get a
+    gradient (:class:`~dnw_graph.RandomGraph`, :class:`~dnw_graph.TopKAST`, …; up to an eighth of all), only theirs are
+    computed.
 
     Args:
-        candidate_gradient: How the dense products are computed: ``"exact"``, in the type of the states, or
-            ``"bfloat16"``: of float32 states and gradients rounded to bfloat16, with sums in float32 and results
-            rounded to bfloat16. This is faster on processors with such products (AVX512-BF16, AMX); others give the
-            same results without a gain. Forward pass and gradients of states stay exact.
+        candidate_gradient: How the dense products are computed: ``"exact"``, in the dtype of the states, or
+            ``"bfloat16"``: from float32 states and gradients rounded to bfloat16, with sums in float32 and results
+            rounded to bfloat16. This is faster on processors with such products (AVX512-BF16, AMX); others compute the
+            same without a gain. Forward pass and gradients of states stay exact.
 
     Raises:
-        InputError: If ``candidate_gradient`` is neither; in the forward pass, if the states are not float32 or float64
-            (float32 for ``"bfloat16"``) on a CPU, or if it is traced or transformed; in the backward pass, for double
+        InputError: If ``candidate_gradient`` is neither. In the forward pass, if the states are not float32 or float64
+            (float32 for ``"bfloat16"``) on a CPU, or if it is traced or transformed. In the backward pass, for double
             backward and vectorised gradients.
     """
 
@@ -57,7 +57,7 @@ class SparsePropagation(Propagation):
         return "" if self.candidate_gradient == "exact" else f"candidate_gradient={self.candidate_gradient!r}"
 
     def forward(self, edges: RealEdges, x: Tensor) -> Propagate:
-        """Cut the ascending flat indices into the blocks' own edges."""
+        """Split the ascending flat indices into edges by block."""
         if traced():
             raise InputError(
                 "propagation='sparse' calls kernels that cannot be traced or transformed; use propagation='auto'"
@@ -102,7 +102,7 @@ class _Sparse(Propagate):
 
 @dataclass(frozen=True)
 class _Adjacency:
-    """Real edges in CSR, by target. Their weights are constants here; the candidates get the gradient."""
+    """Real edges in CSR, by target. Their weights are constants here; the gradient goes to the candidates."""
 
     rowptr: Int[Tensor, " rows"]
     columns: Int[Tensor, " edges"]
@@ -178,8 +178,8 @@ class _Product(torch.autograd.Function):
 class _States(States):
     """The states of a static graph's blocks, whose products form a chain.
 
-    So the backward pass of a block comes after those of all later blocks, when all gradients that it needs are known;
-    autograd never sums gradients from several blocks.
+    The backward pass of a block thus follows those of all later blocks, when all gradients that it needs are known;
+    autograd never sums gradients of several blocks.
     """
 
     def __init__(self, common: _Pass) -> None:
@@ -187,7 +187,7 @@ class _States(States):
         self.chain: Tensor = unrestricted_weights(common.edges)
 
     def receive(self, number: int, z: Tensor) -> Tensor:
-        """Return what the next block receives from all blocks that feed it."""
+        """Return the inputs of the next block, from all blocks that feed it."""
         received, self.chain = _Receive.apply(batch_last(z), self.chain, self.common, number)
         return received
 
@@ -210,7 +210,7 @@ class _Pass:
         self.weight_grad: Tensor | None = None
 
     def take(self, number: int, grad: Tensor | None) -> None:
-        """Store the gradient of what the targets of one block of candidates received."""
+        """Store the gradient of the inputs of one block's targets."""
         self.received_grads[number] = grad
         if grad is not None and self.edges.sampled is None:
             self.factors[number] = _factor(grad, self.rounded)
@@ -224,13 +224,13 @@ class _Pass:
         return self.adjacency if same else self.of_all_blocks(index, self.edges.local_sampled)
 
     def of_all_blocks(self, index: Tensor, local: Sequence[Tensor]) -> _Adjacency:
-        """Return candidates of all blocks, whose nodes are counted over the whole graph."""
+        """Return candidates of all blocks, with nodes numbered over the whole graph."""
         targets, sources = [], []
         for part, block in zip(local, self.edges.candidates.blocks, strict=True):
             rows, columns = block.within(part, slice(0, block.shape[0]), slice(0, block.shape[1]))
             targets.append(rows + block.targets.start)
             sources.append(columns + block.sources.start)
-        # A block's targets follow on those of the block before it.
+        # A block's targets follow those of the previous block.
         size = (self.starts[-1], self.starts[-1])
         return _adjacency(torch.cat(targets), torch.cat(sources), self.edges.weight.detach()[index], size)
 
@@ -246,7 +246,7 @@ class _Pass:
         rowptr, own = self.edges_of(self.adjacency.rowptr, number + 1)
         received = product_of_pieces(self.z, rowptr, self.adjacency.columns[own], self.adjacency.values[own])
         if number == len(self.feeding) - 1:
-            self.z = []  # From now on each product holds its own states.
+            self.z = []  # From now on each product stores its own states.
         return _maps(received, z)
 
     def gradient_of_states(self, number: int, z: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ class _Pass:
         return _maps(received, z)
 
     def gradients_after(self, number: int, z: Tensor) -> list[Tensor]:
-        """Return the gradients of what the nodes of all blocks after block ``number`` received."""
+        """Return the gradients of the inputs of all nodes after block ``number``."""
         features = z.numel() // z.size(1)
         later = range(number, len(self.feeding))
         sizes = [self.starts[each + 2] - self.starts[each + 1] for each in later]
@@ -269,7 +269,7 @@ class _Pass:
         """Write the gradient of all candidates that lead from a block's nodes."""
         weight, index = self.edges.weight, self.edges.sampled
         if self.weight_grad is None:
-            # A backward pass from the outputs writes to all candidates, one from states within to some of them.
+            # A backward pass from the outputs writes to all candidates; one from inner states writes to some of them.
             complete = number == len(self.feeding) - 1 and index is None
             self.weight_grad = torch.empty_like(weight) if complete else torch.zeros_like(weight)
         if index is not None:

@@ -1,4 +1,4 @@
-"""Training of classifiers with Lightning: what the examples share. A training loop of your own needs none of it."""
+"""Training of classifiers with Lightning, shared by the examples. Your own training loop does not need it."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dnw_graph.training.runs import run
     from dnw_graph.training.summary import Summary
 
-# Where the public names are. They are imported when they are first used: help and files need no Lightning.
+# Modules of the public names, imported on first use: help and files need no Lightning.
 _HOMES = {
     "Checkpoints": "training.checkpoints",
     "Classifier": "training.classifier",

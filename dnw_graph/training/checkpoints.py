@@ -1,4 +1,4 @@
-"""When and how checkpoints are written, and what makes a resumed run continue exactly."""
+"""When and how checkpoints are written, so that a resumed run continues exactly."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from dnw_graph.model_card import ModelCard
 from dnw_graph.training.loggers import Table
 from dnw_graph.whole_file import write_whole
 
-# Steps between two looks at whether several GPUs are to stop, for which the host waits for its device.
+# Steps between checks of whether several GPUs should stop; each check synchronises.
 CALLS_PER_LOOK_ON_GPUS = 5
 
 
 class WholeFileIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all: a run that is killed, or a disk that is full, leaves the previous one.
+    """Writes checkpoints atomically: if the run is killed or the disk is full, the previous checkpoint remains.
 
     Args:
-        content: Content of the checkpoint that the run resumes, which is read once.
+        content: Content of the checkpoint that the run resumes, already read.
     """
 
     def __init__(self, content: dict[str, Any] | None = None) -> None:
@@ -49,35 +49,35 @@ class WholeFileIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Return what was read, or read a checkpoint without running anything in it."""
+        """Return the content already read, or read a checkpoint without running code in it."""
         content, self.content = self.content, None
         return content or read_checkpoint(path)
 
 
 # Not Lightning's ModelCheckpoint: to stop all ranks after the same step, each of its hooks would be overridden.
 class Checkpoints(Checkpoint):
-    """Writes ``last.ckpt`` at the end of every epoch, every so many steps and when a run is stopped; and two others.
+    """Writes ``last.ckpt`` at the end of every epoch, every few steps and when a run is stopped; and two others.
 
     ``first.ckpt`` is the checkpoint before the first step, ``best.ckpt`` that of the epoch with the highest top-1
-    accuracy. All can be resumed from.
+    accuracy. A run can resume from any of them.
 
-    Checkpoints are taken between steps only, where weights, optimiser and schedule belong together. A run that is
-    stopped (Ctrl-C, SIGTERM) ends the step in progress, and on several GPUs at most four more, and saves the last one,
-    on all devices the same; a run on one device that fails saves its last complete step on the way out. A state that is
-    not finite is refused.
+    Checkpoints are taken between steps, where weights, optimiser and schedule are consistent. A run that is stopped
+    (Ctrl-C, SIGTERM) finishes the step in progress, on several GPUs up to four more, and saves the last one, which is
+    the same on all devices. A run on one device that fails saves its last complete step. A state that is not finite is
+    refused.
 
     Args:
         directory: Directory of the checkpoints.
         save_every: Steps between checkpoints within an epoch; 0 for none.
         identity: Options of the run, saved so that a resumed run can be compared.
-        table: The run's ``metrics.csv``; a checkpoint says how many of its rows came before.
-        card: What the checkpoints say about their model, but for its metrics.
-        machine: Options that a resumed run takes over and may change.
+        table: The run's ``metrics.csv``; a checkpoint stores the number of rows before it.
+        card: The card in the checkpoints, without metrics.
+        machine: Options that a resumed run inherits and may change.
 
     Attributes:
         first, last, best: The three files.
         best_top1: Highest top-1 accuracy so far, or None.
-        best_epoch: The epoch it was reached in, counted from 1.
+        best_epoch: The epoch in which it was reached, counted from 1.
         seconds: Time spent in training, over all parts of a resumed run.
     """
 
@@ -112,7 +112,7 @@ class Checkpoints(Checkpoint):
         return self._seconds_before + time.monotonic() - self._started
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the start, and start the clock; from now on Ctrl-C and SIGTERM wait for the end of a step."""
+        """Save the initial state, and start the clock; from now on Ctrl-C and SIGTERM wait for the end of a step."""
         stopping.defer()
         self._stoppable = True
         self._calls = 0
@@ -126,9 +126,10 @@ class Checkpoints(Checkpoint):
         stopping.saved(path)
 
     def _save_last(self, trainer: Trainer, due: bool) -> None:
-        """Save if it is time, and save and stop if any rank was told to.
+        """Save if it is time; save and stop if any rank was told to.
 
-        All ranks call this at the same places, and look whether to stop at the same calls, so they stop at the same.
+        All ranks call this at the same places and check at the same calls whether to stop, so they stop at the same
+        step.
         """
         on_gpus = trainer.world_size > 1 and trainer.strategy.root_device.type != "cpu"
         looks = due or not on_gpus or self._calls % CALLS_PER_LOOK_ON_GPUS == 0
@@ -162,12 +163,12 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save every so many steps, and stop if told to."""
+        """Save every few steps, and stop if told to."""
         self._in_step = False
         self._save_last(trainer, due=bool(self.save_every) and trainer.global_step % self.save_every == 0)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Stop if told to, within an evaluation that is part of the training."""
+        """Stop if told to, during an evaluation within training."""
         if self._stoppable:
             self._save_last(trainer, due=False)
 
@@ -181,19 +182,19 @@ class Checkpoints(Checkpoint):
         self._save_last(trainer, due=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave evaluations that follow alone."""
+        """Ignore evaluations that follow."""
         self._stoppable = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the last complete step of a run on one device that fails."""
-        # With several devices the others may not be at the same step, and saving would wait for them.
+        # With several devices, the others may be at another step, and saving would wait for them.
         if trainer.world_size > 1 or isinstance(exception, stopping.Stopped) or not self._stoppable or self._in_step:
             return
         if trainer.global_step:
             try:
                 self._save(trainer, self.last)
             except InputError as error:
-                if not isinstance(exception, InputError):  # the error that is about to be shown says enough
+                if not isinstance(exception, InputError):  # the error shown next says enough
                     stopping.say(f"the last complete step is lost: {error}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -206,24 +207,24 @@ class Checkpoints(Checkpoint):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take all of it from a checkpoint."""
+        """Restore all of it from a checkpoint."""
         self.best_top1 = state_dict["best_top1"]
         self.best_epoch = state_dict["best_epoch"]
         self._seconds_before = state_dict["seconds"]
         self._epoch_complete = state_dict["epoch_complete"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the options of the run, and say where in the run this checkpoint stands.
+        """Add the options of the run and the position of this checkpoint in it.
 
         Raises:
-            InputError: If a weight is NaN or infinite, so that no checkpoint takes the place of a good one.
+            InputError: If a weight is NaN or infinite, so that it does not replace a good checkpoint.
         """
         state = {name: value for name, value in checkpoint["state_dict"].items() if value.is_floating_point()}
         wrong = [name for name, value in state.items() if not value.isfinite().all()]
         if wrong:
             raise InputError(
                 f"after step {trainer.global_step} {len(wrong)} of {len(state)} tensors, such as {wrong[0]}, are NaN "
-                "or infinite: this state is not saved, and earlier checkpoints stay as they are; lower --lr"
+                "or infinite: this state is not saved, and earlier checkpoints are kept; lower --lr"
             )
         checkpoint[SECTION] = {"format": FORMAT, "options": self.identity}
         if self.card is not None:
@@ -240,14 +241,14 @@ class Checkpoints(Checkpoint):
 
 
 def loop_state(steps: int, steps_per_epoch: int, epoch_complete: bool) -> dict[str, Any]:
-    """Return the state of Lightning's loops after so many steps.
+    """Return the state of Lightning's loops after a number of steps.
 
-    What Lightning records depends on the hook that saves: from a checkpoint taken at the end of a step it may repeat or
-    lose that step's epoch. The position is a function of the number of steps, so it is written from that:
+    Lightning's own record depends on the hook that saves: from a checkpoint taken at the end of a step it may repeat or
+    lose that step's epoch. The position is a function of the number of steps, so it is computed from that:
 
-    - within an epoch: go on with the next step of the epoch;
-    - after an epoch's last step: evaluate, then go on with the next epoch;
-    - after that evaluation: go on with the next epoch.
+    - within an epoch: continue with the next step of the epoch;
+    - after an epoch's last step: evaluate, then continue with the next epoch;
+    - after that evaluation: continue with the next epoch.
 
     Args:
         steps: Optimiser steps done.

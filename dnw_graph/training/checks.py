@@ -1,4 +1,4 @@
-"""What can be refused before a run starts: devices that are not there, and steps that could only fail."""
+"""Checks before a run starts: missing devices, and steps that could only fail."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dnw_graph.analysis.memory import free_memory, memory_of
 from dnw_graph.errors import InputError
 from dnw_graph.recipes.options import RunOptions
 
-# Side of the images that are sent through the copy: enough for every model, and little work.
+# Side of the images sent through the copy: enough for every model, and cheap.
 SIDE = 64
-# No model keeps more than so many times its input: up to there an estimate is not worth the trial.
+# No model stores more than this many times its input: below that, the trial is not worth it.
 MOST_PER_INPUT = 1000
-# Of a pixel: three numbers of 32 bits.
+# Of a pixel: three 32-bit numbers.
 IMAGE_BYTES = 12
 BITS = {"32-true": 32, "16-mixed": 16, "bf16-mixed": 16, "64-true": 64}
 
@@ -24,7 +24,7 @@ def on_gpu(options: RunOptions) -> bool:
 
 
 def check_hardware(options: RunOptions) -> None:
-    """Refuse what this machine does not have.
+    """Refuse devices and precisions that this machine does not have.
 
     Raises:
         InputError: If devices are missing or cannot compute in the precision.
@@ -42,7 +42,7 @@ def check_step(model: nn.Module, size: int, options: RunOptions, gpu: bool) -> N
     """Refuse a run whose first step could only fail.
 
     Args:
-        model: The model; it stays as it is.
+        model: The model, which stays unchanged.
         size: Height and width of the images.
         options: Options of the run.
         gpu: Whether the run is on GPUs.
@@ -72,7 +72,7 @@ def _check_memory(model: nn.Module, size: int, options: RunOptions, gpu: bool, t
     try:
         two, four = (memory_of(model, (images, 3, side, side), training) for images in (2, 4))
     except (RuntimeError, ValueError):
-        two = four = 0  # of a model that takes no smaller images; what they are themselves is known
+        two = four = 0  # the model takes no smaller images, so count the images only
     per_pixel = (four - two) / (2 * side**2) * BITS[options.precision] / 32
     needed = pixels * (IMAGE_BYTES + per_pixel)
     if needed > free:

@@ -26,25 +26,25 @@ from dnw_graph.updates import own_decay
 
 
 class Classifier(LightningModule):
-    """Cross-entropy with the penalty of the wirings, an optimiser and a learning rate that changes with every step.
+    """Cross-entropy with the penalty of the wirings, an optimiser and a learning-rate schedule by step.
 
     Args:
         model: Maps images ``[B, 3, H, W]`` to scores ``[B, num_classes]``.
         num_classes: Number of classes.
-        schedule: Makes the scheduler of an optimiser, see :mod:`dnw_graph.recipes.schedules`.
+        schedule: Creates the scheduler of an optimiser, see :mod:`dnw_graph.recipes.schedules`.
         lr: Learning rate.
         momentum: Momentum, for optimisers that have one.
         weight_decay: Weight decay.
         seed: Seed of the run. Random numbers that the model draws are a function of (seed, step, rank).
         label_smoothing: Share of each label that is spread evenly over all classes, in training only.
-        norm_weight_decay: Whether the weight decay is on all parameters, or on all but the weights and biases of norms
-            (of the classes ``BatchNorm…``, ``InstanceNorm…``, ``GroupNorm``, ``LayerNorm`` and ``RMSNorm``).
+        norm_weight_decay: Whether weight decay applies to all parameters, or to all except the weights and biases of
+            norms (``BatchNorm…``, ``InstanceNorm…``, ``GroupNorm``, ``LayerNorm`` and ``RMSNorm``).
         optimizer: Name or class path, see :mod:`dnw_graph.recipes.optimizers`.
         optimizer_options: Further arguments of the optimiser.
         mixup: α of Mixup (Zhang et al. 2018); 0 for none.
         cutmix: α of CutMix (Yun et al. 2019); 0 for none. With both, one of them is drawn for every step.
-        accumulate: Parts of a batch that go through the model one after the other, so that only one of them is in
-            memory; norms see a part at a time.
+        accumulate: Number of parts into which a batch is split; their gradients are accumulated, so that only one part
+            is in memory. Norms see one part at a time.
     """
 
     @checked
@@ -84,11 +84,11 @@ class Classifier(LightningModule):
         self.norm_weight_decay = norm_weight_decay
         self.optimizer, self.optimizer_options = optimizer, dict(optimizer_options or {})
         self.accumulate = accumulate
-        # They draw from the generators that every step seeds, and so are functions of (seed, step, rank).
+        # They draw from the generators seeded in every step, and so are functions of (seed, step, rank).
         kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
         mixing = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
         self.mix = v2.RandomChoice(mixing) if mixing else None
-        # Labels come from the images' classes; to look at them in every batch would wait for the device.
+        # Labels come from the images' classes; checking them in every batch would synchronise.
         options: dict[str, Any] = {"average": "micro", "validate_args": False}
         self.top1 = MulticlassAccuracy(num_classes, top_k=1, **options)
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), **options)
@@ -99,11 +99,11 @@ class Classifier(LightningModule):
         return self.model(x)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed the generators, so that a resumed run draws what an unbroken one would."""
+        """Seed the generators, so that a resumed run draws the same numbers as an uninterrupted one."""
         torch.manual_seed(mix(self.seed, Purpose.STEP, self.global_step, self.global_rank))
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of one batch; of its last part, if there are several, after the others' backward passes."""
+        """Return the loss of a batch, or of its last part, after the backward passes of the other parts."""
         images, labels = batch if self.mix is None else self.mix(*batch)
         *first, last = zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True)
         done = []
@@ -115,8 +115,8 @@ class Classifier(LightningModule):
             done.append(part_loss.detach())
         loss = self._cross_entropy(*last)
         self.log("train/loss", sum(done, loss.detach()), prog_bar=True)
-        # Nothing here goes from the host to the device, which the host would wait for: not a penalty of zero, and not a
-        # number, of which Lightning makes a tensor there.
+        # Nothing here is copied from the host to the device, which would synchronise: not a penalty of zero, and not a
+        # number, which Lightning would turn into a tensor there.
         self.log("train/lr", torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"]))
         penalty = wiring_penalty(self.model)
         if penalty.requires_grad:
@@ -125,11 +125,11 @@ class Classifier(LightningModule):
         return loss
 
     def _cross_entropy(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the share of a part of a batch in the loss of all of it."""
+        """Return the share of one part of a batch in the loss of the batch."""
         return F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing) / self.accumulate
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        """Leave the gradients of the first parts of a batch, which :meth:`training_step` has made."""
+        """Keep the gradients of the first parts of a batch, which :meth:`training_step` has computed."""
         if self.accumulate == 1:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
@@ -158,11 +158,11 @@ class Classifier(LightningModule):
         optimizer = make_optimizer(self.optimizer, groups, common, self.optimizer_options)
         scheduler = self.schedule(optimizer)
         known = isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
-        require(known, "schedule", "a function that makes a scheduler of PyTorch for an optimiser", self.schedule)
+        require(known, "schedule", "a function that returns a PyTorch scheduler for an optimiser", self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Bring the schedule to the step of a checkpoint: a function of that alone, whatever version wrote the file."""
+        """Set the schedule to the step of a checkpoint: a function of the step alone, in every version."""
         fresh = self.configure_optimizers()
         scheduler = fresh["lr_scheduler"]["scheduler"]
         with warnings.catch_warnings(action="ignore"):  # of steps of a schedule without one of the optimiser

@@ -27,10 +27,10 @@ from dnw_graph.stopping import Stopped
 from dnw_graph.wirings import WIRINGS
 
 BAD_INPUT = 2
-# One file per row of the tables of the paper.
+# One file per row of the paper's tables.
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-# What other programs call options of this one.
+# Names that other programs use for options of this one.
 OTHER_NAMES = {
     "batch": "batch_size",
     "bs": "batch_size",
@@ -48,7 +48,7 @@ OTHER_NAMES = {
     "wd": "weight_decay",
 }
 
-# Said by Lightning where it does not apply here, or is of no use to whoever runs an example.
+# Lightning's warnings that do not apply here, or do not help the user of an example.
 NOISE = (
     "The '.*_dataloader' does not have many workers",
     "You're resuming from a checkpoint that ended before the epoch ended",
@@ -61,18 +61,18 @@ NOISE = (
 
 
 class ConfigFile(ActionConfigFile):
-    """Reads a file with options, which must be one that ends."""
+    """Reads a file with options; it must be a regular file."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Take the options of a file."""
+        """Read the options of a file."""
         super().__call__(parser, namespace, str(config_file(values)), option_string)
 
 
 def config_file(name: str) -> Path:
-    """Return the file that ``--config`` names: one of the user's, or a configuration of the package by its name.
+    """Return the file that ``--config`` names: a user's file, or a configuration of the package by its name.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is no such file.
     """
     if os.path.isfile(name):
         return Path(name)
@@ -85,7 +85,7 @@ def config_file(name: str) -> Path:
 
 
 def read_yaml(name: str) -> dict[str, Any]:
-    """Return the options in the file that ``--config`` names; nothing if it is no mapping, which its reader tells."""
+    """Return the options in the file that ``--config`` names; none if it is not a mapping, which its reader reports."""
     try:
         content = yaml.safe_load(config_file(name).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -94,7 +94,7 @@ def read_yaml(name: str) -> dict[str, Any]:
 
 
 class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description as they are."""
+    """Keeps the line breaks of the description."""
 
 
 def main(
@@ -106,19 +106,19 @@ def main(
 ) -> int:
     """Run an example from its command line.
 
-    With ``--resume`` and ``--evaluate`` the options are those that the file holds. What is given besides must agree
-    with it, but for the options that may change (``RunOptions.machine``).
+    With ``--resume`` and ``--evaluate`` the options are those in the file. Other options must agree with it, except
+    those that may change (``RunOptions.machine``).
 
     Args:
         description: What the example does, for ``--help``.
-        models: The options that are the example's own, and how they make a model.
+        models: The options of the example, which create its model.
         defaults: Default values of the options that all examples share.
-        argv: Arguments, if not those of the process.
-        file: What they start from, if it has been read.
+        argv: Arguments. Default: those of the process.
+        file: The file that they start from, if already read.
 
     Returns:
         The exit status: 0; 2 after one line on stderr for input that cannot be used; 130 if the run was stopped by
-        Ctrl-C and 143 if by SIGTERM, after one line that says how to go on.
+        Ctrl-C and 143 if by SIGTERM, after one line that says how to continue.
     """
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
@@ -144,7 +144,7 @@ def read_options(
     argv: Sequence[str] | None,
     file: ModelFile | None = None,
 ) -> tuple[ModelOptions, RunOptions, ModelFile | None]:
-    """Return the options of a command line, from what it gives, the file that it names and defaults; and that file.
+    """Return the options of a command line, completed by the file that it names and by defaults; and that file.
 
     Raises:
         InputError: If an option is unknown or has a value that cannot be used.
@@ -159,7 +159,7 @@ def read_options(
             known = [flag(f.name) for cls in (models, RunOptions) for f in fields(cls)]
             raise unknown_option(unknown[1] or flag(unknown[2]), [*known, "--config"]) from error
         raise
-    except Exception as error:  # what users write can fail anywhere in the parsers of YAML and of types
+    except Exception as error:  # user input can fail anywhere in the parsers of YAML and of types
         raise InputError(
             f"the options cannot be read ({type(error).__name__}: {error}): give values as --help says, and with "
             "--config a YAML file of them"
@@ -168,21 +168,21 @@ def read_options(
     for name, number in started.items():
         if given.get(name, number) != number:
             raise InputError(
-                f"{flag(name)} is {given[name]}, but {number} were started from outside: leave {flag(name)} out"
+                f"{flag(name)} is {given[name]}, but the launcher started {number}: leave {flag(name)} out"
             )
     file = file or started_from(given)
     held = _held(given, models, file) if file else {}
     if file and given.get("evaluate") and "data" not in {**held, **given}:
-        raise InputError(f"{file.path} does not say where its test images are: name them with --data")
+        raise InputError(f"{file.path} does not name its test images: give them with --data")
     values = {**vars(parser.get_defaults()), **held, **started, **given}
-    if "warmup_epochs" not in given and type(values["epochs"]) is int:  # a default fits the epochs that are given
+    if "warmup_epochs" not in given and type(values["epochs"]) is int:  # the default depends on the given epochs
         values["warmup_epochs"] = max(0, min(values["warmup_epochs"], values["epochs"] - 1))
     own, run = (cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in (models, RunOptions))
     return own, run, file  # type: ignore[return-value]  # of the two classes
 
 
 def launched() -> dict[str, int]:
-    """Return the devices per machine and the machines that ``torchrun`` or ``srun`` has started, if one has."""
+    """Return the devices per machine and the machines started by ``torchrun`` or ``srun``, if any."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         here, all_ranks = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
         return {"devices": here, "num_nodes": all_ranks // here}
@@ -193,15 +193,15 @@ def launched() -> dict[str, int]:
 
 
 def started_from(given: Mapping[str, Any]) -> ModelFile | None:
-    """Return the file that a run goes on or starts from, or that is evaluated; None if options name none."""
+    """Return the file that a run resumes or starts from, or evaluates; None if there is none."""
     paths = {name: given.get(name) for name in ("resume", "evaluate", "init_from")}
     found = [(name, path) for name, path in paths.items() if isinstance(path, str) and path and "\0" not in path]
     return next((ModelFile(Path(path) if name == "resume" else file_of(Path(path))) for name, path in found), None)
 
 
 def _held(given: Mapping[str, Any], models: type[ModelOptions], file: ModelFile) -> dict[str, Any]:
-    """Return the options that a file holds: all for a run that goes on, those of the model for one that starts."""
-    # Whoever has a rule or an optimiser of a class path has to name it: a file does not say what is imported.
+    """Return the options in a file: all of them to resume a run, those of the model to start one."""
+    # Rules and optimisers given by class path must be given again: a file does not decide what is imported.
     known: dict[str, Container[str]] = {"wiring": WIRINGS, "optimizer": OPTIMIZERS}
     held = completed(file.card.options).items()
     options = {name: value for name, value in held if name not in known or value in known[name]}
@@ -214,11 +214,11 @@ def _held(given: Mapping[str, Any], models: type[ModelOptions], file: ModelFile)
 
 
 def unknown_option(option: str, known: list[str]) -> InputError:
-    """Return the error for an option that there is not, with those that come near.
+    """Return the error for an unknown option, with similar ones.
 
     Args:
         option: The option, perhaps with ``=`` and a value.
-        known: The flags that there are.
+        known: The known flags.
     """
     option = option.partition("=")[0]
     name = option.lstrip("-").replace("-", "_")
@@ -235,7 +235,7 @@ def _parser(description: str, models: type[ModelOptions], defaults: RunOptions) 
     parser.add_argument(
         "--config",
         action=ConfigFile,
-        help="YAML file with any of these options, or the name of a configuration of the package; later ones win",
+        help="YAML file with any of these options, or the name of a configuration of the package; later options win",
     )
     for group, options, default in (("model", models, models()), ("run", RunOptions, defaults)):
         arguments = parser.add_argument_group(group)

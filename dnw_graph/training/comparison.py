@@ -1,4 +1,4 @@
-"""Rules beside one another: the same training with every rule and every seed."""
+"""Compares rules: the same training with every rule and every seed."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def compare(
 ) -> int:
     """Train every rule with every seed, then print a table and write ``compare.csv`` and ``compare.png``.
 
-    A run that is complete is not done again, and one that was stopped goes on.
+    Complete runs are not repeated; stopped ones are resumed.
 
     Args:
         rules: Names of the rules.
         seeds: The seeds.
         output: Directory of all runs; each gets ``<rule>/seed<n>/``.
         options: Further options of every run.
-        train: Trains with options and returns a status.
+        train: Trains with options and returns the exit status.
 
     Returns:
         The status of the first run that failed or was stopped, or 0.
 
     Raises:
-        InputError: If a rule is unknown, or an option is one that a comparison sets itself.
+        InputError: If a rule is unknown, or an option is one that the comparison sets itself.
     """
     for rule in rules:
         if rule not in WIRINGS and "." not in rule:
@@ -78,7 +78,7 @@ def compare(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a Markdown table: per rule the mean top-1 with its standard deviation over seeds, and what it costs."""
+    """Return a Markdown table: per rule the mean top-1 with its standard deviation over seeds, and the costs."""
     lines = ["| rule | seeds | top-1 | multiply-adds | training |", "|---|---|---|---|---|"]
     for rule in dict.fromkeys(row["rule"] for row in rows):
         runs = [row for row in rows if row["rule"] == rule]

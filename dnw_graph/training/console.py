@@ -1,4 +1,4 @@
-"""What a run shows while it trains: one progress bar on a terminal, and a line per epoch everywhere."""
+"""The output of a run during training: a progress bar on a terminal, and a line per epoch everywhere."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dnw_graph.callbacks.wiring_monitor import WiringMonitor
 
 
 class Console(TQDMProgressBar):
-    """Lightning's bar for the steps of training, where there is a terminal, and a line after every epoch.
+    """Lightning's progress bar for training steps, if there is a terminal, and a line after every epoch.
 
     Args:
-        refresh_rate: Steps between two looks at the loss.
-        monitor: Knows how many edges were swapped and which share of the nodes is live; None for an evaluation.
+        refresh_rate: Steps between updates of the loss.
+        monitor: Provides the number of swapped edges and the share of live nodes; None for an evaluation.
     """
 
     def __init__(self, refresh_rate: int, monitor: WiringMonitor | None = None) -> None:
@@ -27,13 +27,13 @@ class Console(TQDMProgressBar):
         self._epochs_before = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have no bar in a file, where each of its states would stay."""
+        """Show no bar in a file, where each of its states would remain."""
         super().setup(trainer, pl_module, stage)
         if not sys.stdout.isatty():
             self.disable()
 
     def init_validation_tqdm(self) -> Tqdm:
-        """Return a bar for an evaluation alone: within a training that of the steps is enough."""
+        """Return a bar for a standalone evaluation; within training, the bar of the steps is enough."""
         return Tqdm(disable=True) if self.trainer.state.fn == "fit" else super().init_validation_tqdm()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -47,7 +47,7 @@ class Console(TQDMProgressBar):
         done, epochs = trainer.current_epoch + 1, int(trainer.max_epochs or 0)
         seconds = (time.monotonic() - self._started) / (done - self._epochs_before)
         found = trainer.callback_metrics
-        # A run that goes on before an evaluation has no step of this epoch left.
+        # A run resumed before an evaluation has no steps of this epoch left.
         loss = f"loss {float(found['train/loss']):.3f}  " if "train/loss" in found else ""
         line = f"epoch {done}/{epochs}  {loss}top-1 {float(found['val/top1']):.2%}"
         if self.monitor is not None and self.monitor.live is not None:
@@ -62,7 +62,7 @@ class Console(TQDMProgressBar):
 
 
 def duration(seconds: float) -> str:
-    """Return a time in its two largest units, such as ``"3 h 20 min"``."""
+    """Return a duration in its two largest units, such as ``"3 h 20 min"``."""
     for unit, name, smaller, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if seconds >= unit:
             return f"{int(seconds // unit)} {name} {int(seconds % unit // smaller)} {small_name}"

@@ -1,4 +1,4 @@
-"""Loads images for Lightning, in an order that does not depend on workers or restarts."""
+"""Loads images for Lightning, in an order independent of workers and restarts."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class DataModule(LightningDataModule):
         options: Image size, batch size, seed, devices and workers.
 
     Attributes:
-        image_size: Height and width of the images that the loaders give.
+        image_size: Height and width of the images from the loaders.
         steps_per_epoch: Optimiser steps in one pass over the training images.
-        preprocess: What is done to an image for evaluation.
+        preprocess: The preprocessing of an image for evaluation.
 
     Raises:
-        InputError: If a batch holds more images than there are, or there are fewer test images than devices.
+        InputError: If there are fewer training images than a batch needs, or fewer test images than devices.
     """
 
     trainer: Trainer
@@ -48,7 +48,7 @@ class DataModule(LightningDataModule):
         self.batch_size = options.batch_size
         self.seed = options.seed
         if options.image_size is None and images.name not in DEFAULT_SIZES:
-            raise InputError(f"images {images.name!r} have no size of their own: give --image-size")
+            raise InputError(f"images {images.name!r} have no default size: give --image-size")
         self.image_size = options.image_size or DEFAULT_SIZES[images.name]
         self.steps_per_epoch = len(images.train) // options.batch_size
         if not (self.steps_per_epoch or options.evaluate):
@@ -64,7 +64,7 @@ class DataModule(LightningDataModule):
         default_workers = 0
         if images.name != "digits":
             default_workers = min(MAX_DEFAULT_WORKERS, (os.cpu_count() or 1) // options.devices)
-        # What is decoded once is augmented by the batch, which RandAugment is not.
+        # Images decoded once are augmented in batches, which RandAugment does not support.
         self.kept = is_small(images.name, self.image_size) and not options.randaugment
         self.workers = default_workers if options.workers is None else options.workers
         self.train_transform, self.preprocess = transforms(images.name, self.image_size, options.randaugment)
@@ -82,7 +82,7 @@ class DataModule(LightningDataModule):
         return self._loader(images, EvaluationOrder(len(images), self.batch_size // ranks[1], *ranks), training=False)
 
     def _loader(self, images: Images, order: Sampler[Any], training: bool) -> DataLoader[tuple[Tensor, int]]:
-        """Return a loader; small images are decoded once for all epochs, if they fit into memory."""
+        """Return a loader; small images are decoded once for all epochs if they fit into memory."""
         samples: Samples | KeptSamples
         pixels = keep(images, self.image_size) if self.kept else None
         if pixels is not None:

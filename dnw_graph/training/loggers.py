@@ -1,4 +1,4 @@
-"""Logs that a resumed run continues."""
+"""Logs that a resumed run can continue."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from dnw_graph.stopping import is_first_process
 from dnw_graph.whole_file import unwritable, write_whole
 
 
-# Not Lightning's CSVLogger: it deletes the rows of a run that is resumed, and rewrites its file in place.
+# Not Lightning's CSVLogger: it deletes the rows of a resumed run, and rewrites its file in place.
 class Table(Logger):
-    """Writes ``metrics.csv``: a row per call, on the disk when the call returns.
+    """Writes ``metrics.csv``: a row per call, flushed to disk when the call returns.
 
     Args:
         directory: Directory of the run.
-        rows: Rows of the file to keep, which are those that a resumed checkpoint has seen; None for all. Others, of
-            which the last may be torn, are dropped: they will come again.
+        rows: Number of rows to keep: those before a resumed checkpoint; None for all. Later rows, the last of which may
+            be incomplete, are dropped, since they will be logged again.
 
     Attributes:
         rows: Number of rows in the file.
@@ -37,7 +37,7 @@ class Table(Logger):
         InputError: If the file cannot be read or written.
     """
 
-    name = version = ""  # there is one table in the directory of a run
+    name = version = ""  # a run's directory has one table
 
     def __init__(self, directory: Path, rows: int | None) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Table(Logger):
         return text.getvalue().encode()
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Add a row. One with new columns has the file written anew.
+        """Add a row. New columns require rewriting the file.
 
         Raises:
             InputError: If the file cannot be written.
@@ -101,7 +101,7 @@ class Table(Logger):
             raise unwritable(self.path, error, "--output") from error
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Leave options to the summary of a run."""
+        """Ignore options, which the run's summary has."""
 
 
 class Events(TensorBoardLogger):
@@ -109,20 +109,20 @@ class Events(TensorBoardLogger):
 
     Args:
         directory: Directory of the run.
-        steps: Steps trained before; events after them are dropped, since they will come again.
+        steps: Steps trained before; later events are dropped, since they will be logged again.
 
     Raises:
         InputError: If a file cannot be written.
     """
 
     def __init__(self, directory: Path, steps: int) -> None:
-        # A thread that flushed on its own would fail with a traceback of its own; save() flushes.
+        # A separate flushing thread would fail with its own traceback; save() flushes.
         never = 10**6
         super().__init__(directory, name="tensorboard", version="", purge_step=steps or None, flush_secs=never)
 
     @property
     def experiment(self) -> Any:
-        """TensorBoard's writer, made when it is first asked for."""
+        """TensorBoard's writer, created on first use."""
         with self._writing():
             return super().experiment
 
@@ -132,12 +132,12 @@ class Events(TensorBoardLogger):
             super().log_metrics(dict(metrics), step)
 
     def save(self) -> None:
-        """Have all events in the file."""
+        """Write all events to the file."""
         with self._writing():
             super().save()
 
     def finalize(self, status: str) -> None:
-        """Close the file; the end of a run that fails is left as it is."""
+        """Close the file, except after a failed run."""
         with self._writing() if status == "success" else suppress(OSError, InputError):
             super().finalize(status)
 
@@ -156,15 +156,15 @@ class Events(TensorBoardLogger):
 
 
 def hosted_loggers(wandb: str | None, mlflow: str | None, directory: Path) -> list[Logger]:
-    """Return the loggers of other services that options name. A run that is resumed goes on in Weights & Biases.
+    """Return the loggers of the requested services. A resumed run continues its log in Weights & Biases.
 
     Args:
-        wandb: Project of Weights & Biases; its own ``WANDB_MODE=offline`` keeps everything in the directory.
+        wandb: Project of Weights & Biases; ``WANDB_MODE=offline`` keeps everything in the directory.
         mlflow: Tracking URI of MLflow.
         directory: Directory of the run.
 
     Raises:
-        InputError: If the package of one is missing.
+        InputError: If the package of a service is missing.
     """
     loggers: list[Logger] = []
     for package, given in (("wandb", wandb), ("mlflow", mlflow)):
@@ -180,13 +180,13 @@ def hosted_loggers(wandb: str | None, mlflow: str | None, directory: Path) -> li
 
 
 class StepLog(Callback):
-    """Logs what a training step has logged under ``train/``, every so many steps.
+    """Logs the values of a training step under ``train/``, every few steps.
 
-    It does so before a checkpoint of that step can be written. Lightning, which does not log steps then
-    (``log_every_n_steps=0``), would do so afterwards, and a run that stops in between would lack the row.
+    It logs before a checkpoint of that step can be written. Lightning, whose own logging of steps is turned off
+    (``log_every_n_steps=0``), would log afterwards, and a run that stops in between would lack the row.
 
     Args:
-        every: Steps from one row to the next.
+        every: Steps between rows.
     """
 
     def __init__(self, every: int) -> None:

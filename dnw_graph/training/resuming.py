@@ -1,4 +1,4 @@
-"""What a checkpoint must hold for a run to go on or start from it."""
+"""Checks that a checkpoint has everything that a run needs to resume or start from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dnw_graph.training.checkpoints import Checkpoints, loop_state
 from dnw_graph.training.classifier import Classifier
 from dnw_graph.wirings import wiring_name
 
-# What an optimiser cannot do without; what else it has differs between versions of PyTorch.
+# Essential options of an optimiser; others differ between versions of PyTorch.
 GROUP = ("params", "lr", "initial_lr", "momentum", "dampening", "weight_decay", "nesterov", "betas", "eps")
 
 
@@ -43,14 +43,13 @@ def check_same_run(path: str, then: dict[str, Any], now: dict[str, Any], names: 
     then = completed(then)
     for name in names:
         if name not in then:
-            raise InputError(f"{path} is a checkpoint of another program: it knows no {flag(name)}")
+            raise InputError(f"{path} is a checkpoint of another program: it lacks {flag(name)}")
         if then[name] == now[name]:
             continue
         given, trained = (_shown(name, value) for value in (now[name], then[name]))
         name = "data" if name in ("classes", "train_images") else name
         raise InputError(
-            f"{flag(name)} is {given}, but {path} was trained with {trained}: "
-            "give what it was trained with, or start a new run"
+            f"{flag(name)} is {given}, but {path} was trained with {trained}: give the same value, or start a new run"
         )
 
 
@@ -70,19 +69,19 @@ def check_resumable(
     module: Classifier,
     steps_per_epoch: int,
 ) -> None:
-    """Refuse a checkpoint from which a run could not go on exactly.
+    """Refuse a checkpoint from which a run could not continue exactly.
 
     Args:
         path: The checkpoint.
         checkpoint: Its content.
-        trainer: The trainer that is to go on.
+        trainer: The trainer of the resumed run.
         callbacks: Its callbacks.
-        module: What it trains.
+        module: The module in training.
         steps_per_epoch: Steps of one epoch.
 
     Raises:
-        InputError: If weights, state of the optimiser or the schedule, position or state of a callback are missing, are
-            built otherwise than those of this run, or contradict one another.
+        InputError: If weights, position, or the state of the optimiser, the schedule or a callback are missing, differ
+            in structure from those of this run, or are inconsistent.
     """
     weights = [checkpoint["state_dict"]]
     if any(isinstance(each, Averages) for each in callbacks):
@@ -99,7 +98,7 @@ def check_resumable(
             name = type(plugin).__qualname__
             match(checkpoint.get(name), state, name)
     except InputError as error:
-        raise damaged(path, f"cannot be continued from ({error})") from error
+        raise damaged(path, f"cannot be resumed from ({error})") from error
 
 
 def _check_rules(path: str, given: Mapping[str, Any], module: Classifier) -> None:
@@ -107,8 +106,8 @@ def _check_rules(path: str, given: Mapping[str, Any], module: Classifier) -> Non
         own, saved = type(graph.wiring), given.get(f"{name}.rule")
         if saved is not None and int(saved) != rule_hash(own):
             raise InputError(
-                f"{path}: {graph.name} was trained with {saved_rule(int(saved))}, and is to go on with "
-                f"{wiring_name(own)!r}: give the rule again, by the name that it had or as package.module.Class"
+                f"{path}: {graph.name} was trained with {saved_rule(int(saved))}, and cannot resume with "
+                f"{wiring_name(own)!r}: give the same rule, by its previous name or as package.module.Class"
             )
 
 
@@ -128,11 +127,11 @@ def _check_callbacks(checkpoint: Mapping[str, Any], callbacks: Sequence[Callback
         if isinstance(each, WiringMonitor):
             for kind, edges in checkpoint["callbacks"][each.state_key].items():
                 where = f"callbacks.{each.state_key}.{kind}"
-                if kind == "initial" or edges:  # of an epoch that has not begun there are none
+                if kind == "initial" or edges:  # an epoch that has not begun has none
                     match(edges, dict.fromkeys(graphs, Tensor), where)
                 for name, index in edges.items():
                     if not _ascending(index, graphs[name].num_candidates):
-                        raise InputError(f"{where}.{name} is no list of candidates, ascending")
+                        raise InputError(f"{where}.{name} is not an ascending list of candidates")
         if isinstance(each, WiringRecorder) and each.state_key in like:
             read(checkpoint["callbacks"][each.state_key]["recording"], module.model)
         if isinstance(each, TrainingCost) and checkpoint["callbacks"][each.state_key]["multiply_adds"] < 0:
@@ -184,14 +183,14 @@ def _check_optimizer(checkpoint: Mapping[str, Any], module: Classifier) -> None:
     match(given["state"], known, "optimizer_states.0.state")
     if sgd and bool(known) != bool(checkpoint["global_step"] and module.momentum):
         raise InputError(f"optimizer_states.0.state has the momentum of {len(known)} parameters")
-    # What else is in a schedule is a function of the step, see Classifier.on_load_checkpoint.
+    # The rest of a schedule is a function of the step, see Classifier.on_load_checkpoint.
     match(checkpoint.get("lr_schedulers"), [{"last_epoch": int}], "lr_schedulers", exact=False)
     if checkpoint["lr_schedulers"][0]["last_epoch"] != checkpoint["global_step"]:
         raise InputError(f"lr_schedulers.0.last_epoch is not step {checkpoint['global_step']}")
 
 
 def _state_like(state: Any, parameter: Tensor) -> Any:
-    """Return what the state of a parameter must look like: tensors of its shape, and numbers."""
+    """Return the expected structure of a parameter's state: tensors of its shape, and numbers."""
     if not isinstance(state, dict):
         return dict
     return {
@@ -202,15 +201,15 @@ def _state_like(state: Any, parameter: Tensor) -> Any:
 def start_from(
     model: nn.Module, create: Callable[[int, int], nn.Module], file: ModelFile, classes: Sequence[str]
 ) -> None:
-    """Give a model the weights and the wiring of a trained one.
+    """Load the weights and the wiring of a trained model into a model.
 
-    If that one was trained on other classes, the parts of the model whose size depends on their number, such as the
-    classifier, stay as they are.
+    If the trained model has other classes, the parts whose size depends on their number, such as the classifier, are
+    not loaded.
 
     Args:
         model: The model, changed in place.
-        create: What made it, and makes the trained one: both have the same options.
-        file: The trained one: a checkpoint.
+        create: The function that creates both models; they have the same options.
+        file: The checkpoint of the trained model.
         classes: Classes of the run.
 
     Raises:
@@ -220,7 +219,7 @@ def start_from(
         raise InputError(f"--init-from is {str(file.path)!r}: expected a checkpoint or the directory of a run")
     weights, card = file.model(create).state_dict(), file.card
     if card.classes != list(classes):
-        with torch.random.fork_rng(devices=[]):  # the run goes on to draw what it would have drawn
+        with torch.random.fork_rng(devices=[]):  # the run must draw the same random numbers afterwards
             other = create(len(card.classes) + 1, card.preprocess.image_size).state_dict()
         sized = {name.partition(".")[0] for name, value in weights.items() if other[name].shape != value.shape}
         fresh = {name: value for name, value in model.state_dict().items() if name.partition(".")[0] in sized}

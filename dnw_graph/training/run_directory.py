@@ -1,4 +1,4 @@
-"""The directory of a run: found, made, and locked against other runs."""
+"""The directory of a run: found, created, and locked against other runs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if sys.platform != "win32":  # which has no such locks
 
 @contextmanager
 def run_directory(options: RunOptions) -> Iterator[Path]:
-    """Give the directory of a run, made if needed; no other run can use it until the end.
+    """Provide the directory of a run, created if necessary; no other run can use it until the end.
 
-    The first process of the run makes and locks it. The lock ends with the process, however that ends.
+    The first process of the run creates and locks it. The lock ends with the process, in whatever way it ends.
 
     Raises:
-        InputError: If it cannot be written to, is in use, or holds another run that is not resumed.
+        InputError: If it cannot be written to, is in use, or holds another run.
     """
     if not is_first_process():
         yield Path(os.environ.get(DIRECTORY) or options.output or "runs")
@@ -62,7 +62,7 @@ def _take(lock: TextIO, directory: Path) -> None:
     if sys.platform == "win32":
         return
     try:
-        # Not flock, whose locks the processes that load images would inherit and hold for seconds longer.
+        # Not flock: data-loading processes would inherit its locks and hold them for seconds longer.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         lock.seek(0)

@@ -42,9 +42,9 @@ from dnw_graph.training.summary import Summary, summarize, write_files
 from dnw_graph.training.trainer import make_trainer, repeatable, start_ranks
 from dnw_graph.whole_file import write_whole
 
-# What the options of a run are written to when it starts; --config takes it.
+# The options of a run, written when it starts; --config can read it.
 CONFIG = "config.yaml"
-# Steps between two rows of a log, if an epoch has as many.
+# Steps between rows of a log, if an epoch has that many.
 STEPS_PER_ROW = 50
 # File of the recording.
 RECORDING = "wiring.recording"
@@ -63,19 +63,19 @@ def run(
 
     Args:
         create: Returns the model for ``(num_classes, image_size)``.
-        model_options: What identifies the model; saved in checkpoints, and compared when one is loaded.
-        options: Everything else.
-        images: The images, if not those that ``options.data`` names.
-        models: What :func:`~dnw_graph.training.register_models` calls the options that make the model, so that
-            :func:`dnw_graph.load` can do it from a file.
-        file: What ``options`` name to go on or start from or to evaluate, if it has been read.
+        model_options: The options that identify the model; saved in checkpoints, and compared when one is loaded.
+        options: All other options.
+        images: The images. Default: those that ``options.data`` names.
+        models: Name under which :func:`~dnw_graph.training.register_models` registered the model's options, so that
+            :func:`dnw_graph.load` can create the model from a file.
+        file: The file to resume, start from or evaluate, if already read.
 
     Returns:
         The summary. On several devices all processes return it; the first one prints and writes.
 
     Raises:
-        InputError: If anything that the user gave cannot be used; found before training starts wherever possible.
-        Stopped: If the run was told to stop while it trained. Raised after it has saved its last step.
+        InputError: If any input cannot be used; raised before training starts wherever possible.
+        Stopped: If the run was told to stop during training; raised after its last step is saved.
     """
     stopping.saved(Path(options.resume) if options.resume else None)
     check_hardware(options)
@@ -106,7 +106,7 @@ def run(
 
 
 def _classifier(model: nn.Module, data: DataModule, options: RunOptions) -> Classifier:
-    steps_per_epoch = max(1, data.steps_per_epoch)  # where there are no images to train on
+    steps_per_epoch = max(1, data.steps_per_epoch)  # 0 without training images
     num_steps, warmup_steps = (n * steps_per_epoch for n in (options.epochs, options.warmup_epochs))
     return Classifier(
         model,
@@ -129,7 +129,7 @@ def _classifier(model: nn.Module, data: DataModule, options: RunOptions) -> Clas
 def _recompute(model: nn.Module) -> None:
     graphs = neural_graphs(model)
     if not graphs:
-        raise InputError("--recompute is for models with neural graphs, and this one has none: leave it out")
+        raise InputError("--recompute is for models with neural graphs; this one has none: leave it out")
     for graph in graphs.values():
         graph.dynamics.recompute = True
 
@@ -158,7 +158,7 @@ def _train(
     pictures = directory / "pictures" if options.pictures else None
     recorder = WiringRecorder(directory / RECORDING, options.record_every, module.model, pictures, table.path)
     averages = [Averages(options.ema)] if options.ema else []
-    # Checkpoints come last: they hold what the others made of a step.
+    # Checkpoints come last: they include what the others did in a step.
     callbacks = [updates, *averages, monitor, recorder, training_cost, log, checkpoints]
     loggers = [table, events, *hosted_loggers(options.wandb, options.mlflow, directory)]
     trainer = make_trainer(options, callbacks, loggers, checkpoint)
@@ -167,7 +167,7 @@ def _train(
     with stopping.watched(), repeatable(), lost_workers_told():
         start_ranks(trainer, directory)
         trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)
-    if "val/top1" not in trainer.callback_metrics:  # resumed where it had ended
+    if "val/top1" not in trainer.callback_metrics:  # resumed at its end
         trainer.validate(module, data, verbose=False)
     summary = summarize(
         module.model,
@@ -213,11 +213,11 @@ def _evaluate(
     if options.check_images:
         check_files(images.classes, test=images.test)
     check_step(model, size, options, on_gpu(options))
-    # The images decide nothing: they are for counting and for tracing.
+    # Any images will do: they are for counting and tracing.
     example = torch.zeros(2, 3, size, size)
     small = model
     if options.compact:
-        # Sparse products are made for CPUs.
+        # Sparse products need a CPU.
         small = compact(model, products="dense" if on_gpu(options) else "sparse", example=example)
     module = _classifier(small, data, options)
     with run_directory(options) if options.output else nullcontext() as directory:

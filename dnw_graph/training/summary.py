@@ -1,4 +1,4 @@
-"""What came out of a run: a few lines to read, and files."""
+"""The results of a run: a few lines to read, and files."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Summary:
             :class:`~dnw_graph.training.TrainingCost`; None if nothing was trained.
         seconds: Time spent in training, or None.
         graphs: The neural graphs by name; empty for a model without any.
-        weights: The sparse weights of layers by name, each on its own also where they share one ranking; empty for a
+        weights: The sparse weights of layers by name, listed separately even if they share one ranking; empty for a
             model without any.
         options: Options of the run.
     """
@@ -126,7 +126,7 @@ def summarize(
         image_size: Height and width of the images.
         metrics: Holds ``val/top1`` and ``val/top5``.
         options: Options of the run.
-        initial: Real edges per graph when training started, if anything was trained.
+        initial: Real edges per graph at the start of training, if any.
         best: Highest top-1 and its epoch.
         training_multiply_adds: Multiply-adds of the whole training.
         seconds: Time spent in training.
@@ -164,11 +164,11 @@ def summarize(
 
 
 def write_files(summary: Summary, model: nn.Module, directory: Path) -> list[str]:
-    """Write ``summary.json`` and the wirings: ``wiring/<name>.pt``, of neural graphs with a picture ``<name>.png``.
+    """Write ``summary.json`` and the wirings: ``wiring/<name>.pt``, and for neural graphs a picture ``<name>.png``.
 
     There is a file for every neural graph and for every sparse weight of a layer; characters other than ASCII letters,
-    digits, ``.``, ``_`` and ``-`` in a name become ``_``. ``Data.from_dict(torch.load(path, weights_only=True))`` gives
-    the graph of a ``.pt`` file as PyG's :class:`~torch_geometric.data.Data`. (A pickled ``Data`` would not load with
+    digits, ``.``, ``_`` and ``-`` in a name become ``_``. ``Data.from_dict(torch.load(path, weights_only=True))`` loads
+    a ``.pt`` file as a PyG :class:`~torch_geometric.data.Data`. (A pickled ``Data`` would not load with
     ``weights_only=True``.)
 
     Args:
@@ -177,7 +177,7 @@ def write_files(summary: Summary, model: nn.Module, directory: Path) -> list[str
         directory: Directory of the run.
 
     Returns:
-        What was written, relative to ``directory``.
+        The files written, relative to ``directory``.
 
     Raises:
         InputError: If a file cannot be written.

@@ -1,4 +1,4 @@
-"""Lightning's trainer as runs use it, and the other processes of a run on several devices."""
+"""Lightning's trainer for runs, and the other processes of a multi-device run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dnw_graph.training.checkpoints import WholeFileIO
 from dnw_graph.training.checks import on_gpu
 from dnw_graph.training.console import Console
 
-# Steps between two looks at the loss for the progress bar, for which the host waits for the device.
+# Steps between updates of the loss in the progress bar; each one synchronises.
 STEPS_SHOWN_ON_GPU = 20
 
 
@@ -37,9 +37,9 @@ def make_trainer(
 
     Args:
         options: Machine, precision and epochs.
-        callbacks: Its callbacks, but for the console.
+        callbacks: Its callbacks, without the console.
         loggers: Its loggers; none for an evaluation.
-        content: Content of the checkpoint that it resumes.
+        content: Content of the checkpoint to resume.
     """
     monitor = next((each for each in callbacks if isinstance(each, WiringMonitor)), None)
     trainer = Trainer(
@@ -54,19 +54,19 @@ def make_trainer(
         plugins=[WholeFileIO(content)],
         enable_checkpointing=bool(loggers),
         enable_model_summary=False,
-        num_sanity_val_steps=0,  # images have been checked, and a resumed run must not evaluate twice
-        use_distributed_sampler=False,  # the order of images is ours
+        num_sanity_val_steps=0,  # images are checked elsewhere, and a resumed run must not evaluate twice
+        use_distributed_sampler=False,  # the data module orders the images
         log_every_n_steps=0,  # see StepLog
     )
-    # Its handler for SIGTERM waits for all ranks, which do not all get the signal.
+    # Its SIGTERM handler waits for all ranks, but not all get the signal.
     leave_signals_alone(trainer)
     return trainer
 
 
 def start_ranks(trainer: Trainer, directory: Path | None) -> None:
-    """Start this program once more for every further device of this machine, unless somebody else does.
+    """Start this program again for every further device of this machine, unless a launcher does.
 
-    Lightning would do the same, but its watch over them ends every process without a word when one is lost.
+    Lightning would do the same, but ends every process without a message when one is lost.
 
     Args:
         trainer: The trainer of the run.
@@ -93,7 +93,7 @@ def start_ranks(trainer: Trainer, directory: Path | None) -> None:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """Have cuDNN take algorithms that give the same numbers in every run."""
+    """Make cuDNN use deterministic algorithms."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False

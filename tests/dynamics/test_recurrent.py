@@ -200,14 +200,14 @@ DYNAMICS = [Discrete(2), Continuous()]
 @pytest.mark.parametrize("dynamics", DYNAMICS, ids=["discrete", "continuous"])
 class TestRefusals:
     def test_blocks(self, dynamics):
-        with pytest.raises(InputError, match="a dynamic graph is given by num_nodes, num_inputs and num_outputs"):
+        with pytest.raises(InputError, match="a dynamic graph takes num_nodes, num_inputs and num_outputs"):
             NeuralGraph((3, 4), 5, dynamics=dynamics)
         with pytest.raises(InputError, match="without blocks"):
             NeuralGraph((3, 4), 5, dynamics=dynamics, num_nodes=7, num_inputs=3, num_outputs=2)
 
     @pytest.mark.parametrize("missing", ["num_nodes", "num_inputs", "num_outputs"])
     def test_a_missing_number_of_nodes(self, dynamics, missing):
-        with pytest.raises(InputError, match="a dynamic graph is given by num_nodes, num_inputs and num_outputs"):
+        with pytest.raises(InputError, match="a dynamic graph takes num_nodes, num_inputs and num_outputs"):
             make_graph(dynamics, nn.Tanh(), **{missing: None})
 
     @pytest.mark.parametrize(("kind", "number"), [("num_inputs", 8), ("num_inputs", 0), ("num_outputs", 8)])
@@ -217,7 +217,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("end", [{"input_function": False}, {"output_function": True}])
     def test_ends_of_static_graphs(self, dynamics, end):
-        with pytest.raises(InputError, match="input_function and output_function belong to static graphs"):
+        with pytest.raises(InputError, match="input_function and output_function are for static graphs"):
             make_graph(dynamics, nn.Tanh(), **end)
 
     def test_candidates_over_other_nodes(self, dynamics):
@@ -230,7 +230,7 @@ class TestRefusals:
 
 
 def test_numbers_of_nodes_for_a_static_graph_are_refused():
-    with pytest.raises(InputError, match=r"a static graph is given by blocks=\(inputs, …, outputs\) alone"):
+    with pytest.raises(InputError, match=r"a static graph takes blocks=\(inputs, …, outputs\) only"):
         NeuralGraph(num_nodes=7, num_inputs=3, num_outputs=2, num_edges=5)
     with pytest.raises(InputError, match="without num_nodes and the like"):
         NeuralGraph((3, 4), 5, num_nodes=7)

@@ -305,7 +305,7 @@ def test_some_nodes_of_a_changed_convolution_are_refused_and_all_are_computed(ch
     function = NormReluConv(NODES, norm="instance")
     vars(function.conv).update(change)
     assert not function.node_wise
-    with pytest.raises(InputError, match="NodeConv as it was made"):
+    with pytest.raises(InputError, match="unmodified NodeConv"):
         function(torch.randn(4, 2, 3, 3), nodes=range(2))
 
 

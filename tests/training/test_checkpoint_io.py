@@ -105,7 +105,7 @@ def test_torn_file_is_refused(path: Path, share: float):
 @pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], {SECTION: {"format": FORMAT + 1}}, {SECTION: 3}])
 def test_foreign_checkpoint_is_refused(tmp_path: Path, content: Any):
     torch.save(content, tmp_path / "x.ckpt")
-    with pytest.raises(InputError, match="is no checkpoint of this package"):
+    with pytest.raises(InputError, match="is not a checkpoint of this package"):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
@@ -168,7 +168,7 @@ def test_a_checkpoint_of_the_format_before_is_refused(path: Path):
     content = torch.load(path, weights_only=True)
     content[SECTION] = {"format": 1, "options": {}}
     torch.save(content, path)
-    with pytest.raises(InputError, match=r"of another version \(this one reads format 2\)"):
+    with pytest.raises(InputError, match=r"or has another version \(this one reads format 2\)"):
         read_checkpoint(path)
 
 

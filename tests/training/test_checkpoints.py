@@ -236,7 +236,7 @@ def test_the_loss_of_a_worker_is_told_in_one_line(
     if evaluate:
         run(create, {}, options(), small_digits)
         chosen = options(workers=1, evaluate=f"{options().output}/last.ckpt", output=None)
-    with pytest.raises(InputError, match=r"^a process that loads images was killed.*: give fewer --workers") as error:
+    with pytest.raises(InputError, match=r"^a data-loading process was killed.*: give fewer --workers") as error:
         run(crash_at(create, not evaluate, 0 if evaluate else 1, lose_worker), {}, chosen, small_digits)
     if not evaluate:
         last = f"{chosen.output}/last.ckpt"

@@ -63,7 +63,7 @@ def test_the_schedule_of_an_older_checkpoint_goes_on(step: int):
 
 def test_a_schedule_that_makes_no_scheduler_is_told():
     module = Classifier(nn.Linear(2, 3), 3, lambda step: 1.0, 1.0, 0.9, 0.0, seed=0)
-    with pytest.raises(InputError, match="schedule must be a function that makes a scheduler of PyTorch"):
+    with pytest.raises(InputError, match="schedule must be a function that returns a PyTorch scheduler"):
         module.configure_optimizers()
 
 

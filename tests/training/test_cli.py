@@ -110,10 +110,10 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]):
         (["train", "--config", "mobilenet_v1_dnw_x225"], "did you mean mobilenet_v1_dnw_x0.225"),
         (["evaluate"], "evaluate needs a model"),
         (["evaluate", "nowhere"], "'nowhere' does not exist"),
-        (["evaluate", "x.safetensors"], "x.safetensors does not say where its test images are: name them with --data"),
+        (["evaluate", "x.safetensors"], "x.safetensors does not name its test images: give them with --data"),
         (["predict", "run"], "the following arguments are required: IMAGE"),
         (["predict", "run", "nothing.png"], "cannot read image nothing.png"),
-        (["predict", "run", "run"], "run holds no image"),
+        (["predict", "run", "run"], "run contains no images"),
         (["predict", "run", "images", "--top", "0"], "--top is 0"),
         (["export", "run", "x.txt"], "expected a file ending in"),
         (["export", "run", "x.safetensors", "--with-preprocessing"], "preprocessing can be part of .pt2 and .onnx"),
@@ -186,7 +186,7 @@ def test_predict_runs_exports(
         names, probabilities = zip(*expected(model, trained / path)[:2], strict=True)
         assert tuple(found[::2]) == names
         assert [float(x) for x in found[1::2]] == pytest.approx(probabilities, abs=2e-3)
-    with pytest.raises(InputError, match=f"x.{ending} is a program for other software, .* dnw-graph predict uses it"):
+    with pytest.raises(InputError, match=f"x.{ending} is an exported program, .* use dnw-graph predict"):
         load(file)
 
 
@@ -292,6 +292,6 @@ def test_a_model_of_a_program_of_its_own_is_told(tmp_path: Path, model: nn.Modul
     content = {**card.to_dict(), "models": None}
     write(tmp_path / "x.ckpt", model, card=content)
     assert main(["evaluate", "x.ckpt"]) == 2
-    assert "was trained by a program of its own: go on with that program" in capsys.readouterr().err
+    assert "was trained by another program: resume with that program" in capsys.readouterr().err
     with pytest.raises(InputError, match="register them"):
         load(tmp_path / "x.ckpt")

@@ -70,8 +70,7 @@ def test_training_resume_and_evaluation(
     assert f"top-1          {summaries[0]['top1']:.2%}\n" in capsys.readouterr().out
     assert start(*SHORT, "--width", "0.2", "--evaluate", "broken/last.ckpt") == 2
     assert capsys.readouterr().err == (
-        "error: --width is 0.2, but broken/last.ckpt was trained with 0.1: "
-        "give what it was trained with, or start a new run\n"
+        "error: --width is 0.2, but broken/last.ckpt was trained with 0.1: give the same value, or start a new run\n"
     )
 
 

@@ -72,8 +72,8 @@ def test_other_modes_become_rgb(image_directory: Path):
             lambda root: (root / "val" / "one").rename(root / "val" / "won"),
             "that the training images lack, such as 'won'",
         ),
-        (lambda root: (root / "train" / "two").mkdir(), "two holds no image"),
-        (lambda root: [f.unlink() for f in (root / "val" / "zero").iterdir()], "zero holds no image"),
+        (lambda root: (root / "train" / "two").mkdir(), "two contains no images"),
+        (lambda root: [f.unlink() for f in (root / "val" / "zero").iterdir()], "zero contains no images"),
         (lambda root: (root / "train").rename(root / "val" / "x") and (root / "train").mkdir(), "no class directories"),
     ],
 )

@@ -154,7 +154,7 @@ def test_checkpoints_without_a_card_tell_what_their_options_do(tmp_path: Path, m
         )
     )
     torch.testing.assert_close(found.state_dict(), model.state_dict(), rtol=0, atol=0)
-    with pytest.raises(InputError, match="does not say its classes and image size"):
+    with pytest.raises(InputError, match="lacks its classes and image size"):
         load(write(tmp_path / "old.ckpt", model, options=OPTIONS))
 
 

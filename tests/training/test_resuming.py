@@ -205,7 +205,7 @@ def test_a_rule_of_ones_own_is_registered_or_named_again(
         check(checkpoint)
     monkeypatch.setitem(WIRINGS, "mine", Own)
     checkpoint["state_dict"]["model.graph.rule"] = torch.tensor(rule_hash(Own))
-    with pytest.raises(InputError, match=r"last\.ckpt: tiny was trained with 'mine', .*: give the rule again"):
+    with pytest.raises(InputError, match=r"last\.ckpt: tiny was trained with 'mine', .*: give the same rule"):
         check(checkpoint)
 
 
@@ -249,7 +249,7 @@ def test_a_run_refuses_before_anything_is_written(directory: Path, small_digits:
         container, key = at(changed, way)
         del container[key]
         WholeFileIO().save_checkpoint(changed, path)
-        with pytest.raises(InputError, match="cannot be continued from"):
+        with pytest.raises(InputError, match="cannot be resumed from"):
             run(create_tiny, IDENTITY, options(directory, resume=str(path)), small_digits)
         assert (directory / "last.ckpt").read_bytes() == before
 

@@ -63,7 +63,7 @@ def test_another_model_or_data_is_refused(
         trained = replace(trained, resume=None, evaluate=trained.resume, output=None)
     with pytest.raises(InputError, match=r"--width is 2.0, but .*last.ckpt was trained with 1.0"):
         run(create, {**MODEL, "width": 2.0}, trained, small_digits)
-    with pytest.raises(InputError, match="is a checkpoint of another program: it knows no --wiring"):
+    with pytest.raises(InputError, match="is a checkpoint of another program: it lacks --wiring"):
         run(create, {**MODEL, "wiring": "dnw"}, trained, small_digits)
     with pytest.raises(InputError, match=r"--data is 2 classes, 'one' ... 'zero', but .* 10 classes, '0' ... '9'"):
         run(create, MODEL, replace(trained, batch_size=4), load_images(str(image_directory))) if evaluate else run(

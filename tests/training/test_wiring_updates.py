@@ -63,7 +63,7 @@ def test_a_run_gives_parameters_of_rules_their_own_decay(norms: bool):
 
 def test_images_of_ones_own_need_a_size(small_digits: ImageData):
     mine = replace(small_digits, name="mine")
-    with pytest.raises(InputError, match="images 'mine' have no size of their own: give --image-size"):
+    with pytest.raises(InputError, match="images 'mine' have no default size: give --image-size"):
         DataModule(mine, RunOptions(data="digits", batch_size=8))
     assert DataModule(mine, RunOptions(data="digits", batch_size=8, image_size=16)).image_size == 16
 

@@ -1,4 +1,4 @@
-// Linear combinations of tensors of one size, and what a solver's step control asks of one, each in a single pass.
+// Linear combinations of tensors of equal size, and the error norm for a solver's step control, each in a single pass.
 
 #pragma once
 
@@ -10,9 +10,9 @@
 
 namespace {
 
-constexpr int64_t PIECE = 1024;  // Values that stay in the first-level cache while the terms take turns.
+constexpr int64_t PIECE = 1024;  // Values that stay in the first-level cache while all terms are added.
 
-// Work for each piece: its first value and their number.
+// Work for each piece: its first value and its number of values.
 template <class Work>
 void each_piece(int64_t threads, int64_t count, Work work) {
 #pragma omp parallel for schedule(static) num_threads(team(threads, double(count)))
@@ -20,7 +20,7 @@ void each_piece(int64_t threads, int64_t count, Work work) {
     work(piece, piece * PIECE, std::min(PIECE, count - piece * PIECE));
 }
 
-// The values of base + Σ c_n x_n from `first` on; base may be left out.
+// The values of base + Σ c_n x_n starting at `first`; base is optional.
 template <class T>
 void combine_piece(
     int64_t first, int64_t size, const T *base, int64_t terms, const T *c, const T *const *x, T *__restrict out) {

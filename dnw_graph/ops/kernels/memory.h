@@ -1,4 +1,4 @@
-// Memory that is kept for the next call, on large pages where the system has them.
+// Memory that is reused by the next call, on large pages if the system has them.
 
 #pragma once
 
@@ -41,7 +41,7 @@ class Memory {
   }
 };
 
-// Pieces that no thread uses at present; those that are too small for the present images are given up.
+// Pieces that no thread is using; pieces that are too small for the current images are freed.
 class Pool {
  public:
   Memory take(int64_t bytes) {

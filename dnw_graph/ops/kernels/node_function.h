@@ -1,7 +1,6 @@
-// Normalisation → ReLU → 3×3 single-channel convolution, each of which may be left out, and its gradients in one pass.
-//
-// Maps lie node-major with the images last, [nodes, height, width, batch]: a register holds one place of as many
-// images, so that borders and small maps cost nothing, and what a node receives is one row in memory.
+// Normalisation → ReLU → 3×3 single-channel convolution, each optional, and its gradients, in one pass.
+// Maps are node-major with the images last, [nodes, height, width, batch]: a register holds one pixel of several
+// images, so that borders and small maps cost nothing extra, and the input of a node is one row in memory.
 
 #pragma once
 
@@ -21,7 +20,7 @@ namespace {
 
 enum Norm { NO_NORM = 0, BATCH = 1, INSTANCE = 2, CONSTANT = 3 };  // CONSTANT: mean and variance are given.
 
-// As many doubles as a register of T has values, for long sums.
+// One double per value of a register of T, for long sums.
 template <class T>
 struct Wide;
 template <>
@@ -50,7 +49,7 @@ struct TrainedFunction {
   int64_t padded() const { return (height + 2) * (width + 2); }
   int64_t padded_at(int64_t y, int64_t xx) const { return (y + 1) * (width + 2) + xx + 1; }
 
-  // So many of the images that a register holds; FULL, all of them.
+  // The number of images in use in a register; FULL: all of them.
   template <bool FULL>
   static Vector load(const T *from, int64_t count) {
     if (FULL) return S::load(from);
@@ -71,7 +70,7 @@ struct TrainedFunction {
     for (int64_t lane = 0; lane < S::lanes; ++lane) sum += value[lane];
     return sum;
   }
-  // Σ f(value) over a node's row: registers of moderate length, so that no sum of few digits grows long.
+  // Σ f(value) over a node's row, in pieces of moderate length, so that no low-precision sum grows long.
   template <class Term>
   double sum_of_row(const T *row, Term term) const {
     constexpr int64_t chains = 4, piece = 256;
@@ -95,9 +94,9 @@ struct TrainedFunction {
     variance[node] = T(sum_of_row(row, [=](Vector value) { return (value - centre) * (value - centre); }) / count);
   }
 
-  // Of as many images as a register holds, from image `first` on.
+  // For the images of one register, starting at image `first`.
   struct Affine {
-    Vector scale, shift, mean, rstd;  // a I + b, and what (I - mean) · rstd makes of I.
+    Vector scale, shift, mean, rstd;  // For a I + b, and for (I - mean) · rstd.
   };
 
   template <bool FULL>
@@ -151,7 +150,7 @@ struct TrainedFunction {
       }
   }
 
-  // Work for as many images as a register holds, one such group after the other.
+  // Work for the images of one register, group by group.
   template <class Work>
   void each_group(Work work) const {
     int64_t first = 0;
@@ -182,7 +181,7 @@ struct TrainedFunction {
     explicit Kernel(const T *from, bool flipped = false) {
       for (int n = 0; n < 9; ++n) k[n] = Vector{} + from[flipped ? 8 - n : n];
     }
-    // The sum over the 3 × 3 places from `from` on, in rows of `row` values.
+    // The sum over 3 × 3 pixels starting at `from`, in rows of `row` values.
     Vector at(const T *from, int64_t row) const {
       const T *second = from + row, *third = second + row;
       const Vector sums[3] = {
@@ -209,7 +208,7 @@ struct TrainedFunction {
     Doubles kernel[9] = {}, shift{}, scale{};
   };
 
-  // The gradient of the result, spread out by the stride in the middle of a padded map, and that of the kernel.
+  // The gradient of the result, spread by the stride in the middle of a padded map, and that of the kernel.
   template <bool FULL>
   void spread(const T *from, int64_t count, const T *map, T *grads, Sums &sums) const {
     const int64_t rows = out_height(), columns = out_width(), pitch = batch, row = (width + 2) * S::lanes;
@@ -230,7 +229,7 @@ struct TrainedFunction {
     for (int n = 0; n < 9; ++n) sums.kernel[n] += wide(sum[n]);
   }
 
-  // From the gradient of the result to that behind the norm, which x_grad gets, for some images.
+  // Computes, for some images, the gradient after the norm (into x_grad) from the gradient of the result.
   template <bool FULL>
   void back(
       int64_t node, int64_t first, int64_t count, const Affine &a, const T *out_grad, T *map, T *grads, T *x_grad,
@@ -276,7 +275,7 @@ struct TrainedFunction {
     moment = product;
   }
 
-  // Gradients of one node: of what it received, x_grad, and of its parameters, each of which may be left out.
+  // Gradients of one node: of its input, x_grad, and of its parameters, each of which may be absent.
   void backward(
       int64_t node, const T *out_grad, T *map, T *grads, T *x_grad, T *scale_grad, T *shift_grad, T *kernel_grad) const {
     const Affine whole = affine_of_node(node);
@@ -299,7 +298,7 @@ struct TrainedFunction {
     });
   }
 
-  // From the gradient behind the norm to the one before it.
+  // Computes the gradient before the norm from the one after it.
   template <bool FULL>
   void normalise(
       int64_t node, int64_t first, int64_t count, const Affine &a, Vector mean_grad, Vector mean_moment, T *x_grad) const {

@@ -1,4 +1,4 @@
-// The numbers of largest magnitude, given two guesses between which the least of them lies.
+// Selects the numbers of largest magnitude, given two guesses around the smallest of them.
 
 #pragma once
 
@@ -14,7 +14,7 @@
 
 namespace {
 
-// The bits of |w| as an integer: they have the order of |w|, and what is not finite comes last.
+// The bits of |w| as an integer: they have the order of |w|, and values that are not finite come last.
 template <class T>
 struct Magnitude;
 template <>
@@ -35,7 +35,7 @@ typename Magnitude<T>::Bits magnitude(T weight) {
   return bits & (~decltype(bits)(0) >> 1);
 }
 
-// Eight bytes of 0 or 1 become the places of the ones, which are written without a branch for each.
+// Converts eight bytes of 0 or 1 to the indices of the ones, without a branch for each.
 struct Ones {
   typedef uint16_t Places __attribute__((vector_size(16)));
   static constexpr int64_t bytes = 8;
@@ -46,7 +46,7 @@ struct Ones {
       for (int i = 0, n = 0; i < bytes; ++i)
         if (mask >> i & 1) places[mask][n++] = i;
   }
-  // Returns the end of what counts; up to eight places from `to` on are overwritten.
+  // Returns the end of the valid indices; up to eight entries starting at `to` are overwritten.
   uint16_t *write(uint64_t ones, int64_t from, uint16_t *to) const {
     const uint64_t mask = ones * 0x0102040810204080 >> 56;
     const Places found = places[mask] + uint16_t(from);
@@ -55,14 +55,14 @@ struct Ones {
   }
 };
 
-// How many places of a part reach the upper guess, lie between the guesses, and are written.
+// Per part: how many values reach the upper guess, how many lie between the guesses, and how many indices are written.
 struct Counts {
   int64_t sure, band, out;
 };
 
-// Writes the places, ascending, of the k largest |w|, ties to the lower place, if `low` and `high` are good guesses of the
-// k-th magnitude: then fewer than k reach `high`, all of which are chosen without being ranked, and at least k reach
-// `low`. `found` gets how many reach the one and the other, how many are not finite, and the k-th magnitude.
+// Writes the indices, ascending, of the k largest |w|, ties to the lower index, if `low` and `high` are good guesses of
+// the k-th magnitude: fewer than k values reach `high`, which are chosen without ranking, and at least k reach `low`.
+// `found` receives how many reach `low` and `high`, how many are not finite, and the k-th magnitude.
 template <class T>
 int largest(
     int64_t threads, int64_t count, int64_t k, int64_t low, int64_t high, const T *weight, int64_t *out, int64_t *found) {
@@ -115,7 +115,7 @@ int largest(
   std::nth_element(ranked.get(), last, next, std::greater<Bits>());
   const Bits least = *last;
   found[3] = int64_t(least);
-  int64_t ties = std::count(ranked.get(), last + 1, least);  // All that is larger lies before the last.
+  int64_t ties = std::count(ranked.get(), last + 1, least);  // All larger values come before the last.
   int64_t start = 0;
   for (int64_t n = 0; n < parts; ++n) {
     Place *const places = band.get() + n * room;

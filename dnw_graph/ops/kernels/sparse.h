@@ -1,4 +1,4 @@
-// Products with a sparse matrix in CSR. A Vector is one register of the machine that this is compiled for.
+// Products with a sparse matrix in CSR. A Vector is one register of the target machine.
 
 #pragma once
 
@@ -15,15 +15,15 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int BYTES = 64, REGISTERS = 16;  // Accumulators of one target, with as many registers left for the rest.
+constexpr int BYTES = 64, REGISTERS = 16;  // Accumulators of one target; as many registers remain.
 #elif defined(__AVX__)
 constexpr int BYTES = 32, REGISTERS = 8;
 #else
 constexpr int BYTES = 16, REGISTERS = 8;
 #endif
-constexpr int OK = 0, WRONG_EDGES = 1, NO_MEMORY = 2;  // What an entry point returns.
+constexpr int OK = 0, WRONG_EDGES = 1, NO_MEMORY = 2;  // Status codes of the entry points.
 constexpr int64_t CACHE = 1 << 19;  // Bytes of source states that stay in a core's second-level cache.
-constexpr int64_t COPIED = 8;       // Registers of each source that are copied before they are added up.
+constexpr int64_t COPIED = 8;       // Registers of each source that are copied before summation.
 
 template <class T>
 struct Simd {
@@ -51,7 +51,7 @@ struct Edges {  // CSR
 
   // Whether all sources of the targets from … to - 1 lie in lowest … highest - 1.
   bool sources_within(int64_t from, int64_t to, int64_t lowest, int64_t highest) const {
-    using Unsigned = std::make_unsigned_t<Index>;  // Of which what lies below `lowest` is very large.
+    using Unsigned = std::make_unsigned_t<Index>;  // Values below `lowest` wrap to very large ones.
     Unsigned furthest = 0;
     for (int64_t e = rowptr[from]; e < rowptr[to]; ++e)
       furthest = std::max(furthest, Unsigned(Unsigned(columns[e]) - Unsigned(lowest)));
@@ -60,7 +60,7 @@ struct Edges {  // CSR
   }
 };
 
-// States in one piece of memory, from source `first` on.
+// Contiguous states, starting with source `first`.
 template <class T>
 struct Matrix {
   const T *z;
@@ -76,7 +76,7 @@ struct Pointers {
   const T *row(int64_t source) const { return rows[source]; }
 };
 
-// States in several pieces, one after the other in the numbering of the sources.
+// States in several pieces, consecutive in the numbering of the sources.
 template <class T>
 struct Rows {
   std::vector<const T *> rows;
@@ -91,10 +91,10 @@ struct Rows {
   Pointers<T> pointers() const { return {rows.data()}; }
 };
 
-// The weighted sum over the edges begin … end - 1 of the sources' values from `at` on, in N registers for
-// (N - 1) · lanes < width <= N · lanes values. The last register begins inside the one before it where the width asks
-// for it: what both hold is equal. With few registers several edges take turns, so that none waits for the one before.
-// Not inlined: in a function with all sixteen there is no register left for the pointers.
+// The weighted sum over the edges begin … end - 1 of the sources' values starting at `at`, in N registers for
+// (N - 1) · lanes < width <= N · lanes values. If necessary, the last register overlaps the one before it; both then
+// hold equal values. With few registers, several edges are interleaved, so that none waits for the previous one. Not
+// inlined: in a function with all sixteen, no register is left for the pointers.
 template <int N, class T, class Index, class Source>
 __attribute__((noinline)) void sum_registers(
     const Edges<T, Index> &edges, int64_t begin, int64_t end, const Source &z, int64_t at, int64_t width, T *out) {
@@ -138,7 +138,7 @@ void sum_upto(
   sum_registers<N>(edges, begin, end, z, at, width, out);
 }
 
-// What one target receives, Σ w z over its edges, of the features from `from` on: at least one register of them.
+// The input of one target, Σ w z over its edges, for the features starting at `from`: at least one register of them.
 template <class T, class Index, class Source>
 void weighted_sum(
     const Edges<T, Index> &edges, int64_t target, const Source &z, int64_t from, int64_t features, T *out) {
@@ -154,17 +154,17 @@ void weighted_sum(
   }
 }
 
-// Threads that are worth waking for so many multiply-adds; a product of sizes may be larger than an integer.
+// The number of threads worth waking for a number of multiply-adds; a product of sizes may exceed an integer.
 int team(int64_t threads, double multiply_adds) { return multiply_adds < 1 << 17 ? 1 : int(threads); }
 
-// The product of many sources. Their rows lie a power of two apart as a rule, so that a cache of few ways has no place
-// for a tile of all of them: it is copied to one piece of memory, and the targets take turns with that.
+// The product of many sources. Their rows usually lie a power of two apart, so a cache of low associativity cannot hold
+// a tile of all of them: the tile is copied to contiguous memory, which all targets then use in turn.
 template <class T, class Index>
 int product_of_copies(
     int64_t threads, int64_t targets, int64_t features, const Rows<T> &z, const Edges<T, Index> &edges, T *out) {
   const int64_t sources = z.size(), tile = std::min(COPIED * Simd<T>::lanes, features);
   const int64_t tiles = (features + tile - 1) / tile;
-  // Fewer tiles than threads: several threads share the targets of one, each with a copy of its own.
+  // With fewer tiles than threads, several threads share the targets of a tile, each with its own copy.
   const int64_t members = team(threads, double(edges.count) * features), shares = (members + tiles - 1) / tiles;
   std::unique_ptr<T[]> copies(new T[members * sources * tile]);
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(int(members))
@@ -185,7 +185,7 @@ int sparse_product(
   const int64_t sources = z.size();
   if (!edges.pointers_valid(targets) || !edges.sources_within(0, targets, 0, sources)) return WRONG_EDGES;
   constexpr int64_t lanes = Simd<T>::lanes, group = 8;
-  if (!targets) return OK;  // Then the number of features is bounded by no memory.
+  if (!targets) return OK;  // Otherwise no memory would bound the number of features.
   if (features < lanes) {
 #pragma omp parallel for schedule(dynamic, 64) num_threads(team(threads, double(edges.count) * features))
     for (int64_t v = 0; v < targets; ++v)
@@ -197,7 +197,7 @@ int sparse_product(
     return OK;
   }
   if (edges.count >= 3 * sources && sources >= 384) return product_of_copies(threads, targets, features, z, edges, out);
-  // Columns in tiles, so that a tile of all sources stays in cache while the targets take turns.
+  // Columns in tiles, so that a tile of all sources stays in cache for all targets.
   const int64_t fitting = CACHE / int64_t(sizeof(T)) / std::max<int64_t>(sources, 1);
   const int64_t step = REGISTERS * lanes;
   const int64_t tile = std::max(fitting / step * step, step);
@@ -239,7 +239,7 @@ int sampled_product(
   return OK;
 }
 
-// The order of the edges of Aᵀ, by source and then as they were, and where those of each source start.
+// The order of the edges of Aᵀ, stably sorted by source, and where those of each source start.
 template <class T, class Index>
 int by_source(int64_t targets, int64_t sources, const Edges<T, Index> &edges, Index *rowptr, Index *order) {
   if (!edges.pointers_valid(targets) || !edges.sources_within(0, targets, 0, sources)) return WRONG_EDGES;

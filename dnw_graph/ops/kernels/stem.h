@@ -1,4 +1,4 @@
-// The first convolution of a network, 3×3 with a padding of 1, row by row: a register holds neighbours of one row.
+// The first convolution of a network, 3×3 with a padding of 1, row by row: a register holds adjacent pixels of a row.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace {
 
-// Even and odd numbers of two registers.
+// The even and odd values of two registers.
 template <class V, int... I>
 void take_apart(V a, V b, V *even, V *odd, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
@@ -49,12 +49,12 @@ struct Stem {
 
   explicit operator bool() const { return outputs > 0; }
   int64_t output(int64_t side) const { return (side - 1) / stride + 1; }
-  // A line holds the columns of a row that are read from one of two places, with room around them.
+  // A line holds the columns of a row with one parity, with room around them.
   static int64_t line(int64_t width) { return round_up(width, Simd<T>::lanes) + 4 * Simd<T>::lanes; }
   int64_t bytes(int64_t width) const { return (8 * inputs + 1) * line(width) * sizeof(T) + 9 * inputs * sizeof(T *); }
 };
 
-// Rows of what a stem makes of an image, in ascending order.
+// The output rows of a stem for an image, in ascending order.
 template <class T>
 class StemRows {
   using S = Simd<T>;
@@ -67,7 +67,7 @@ class StemRows {
     taps = reinterpret_cast<const T **>(lines + (8 * stem.inputs + 1) * line);
   }
 
-  // Row y of the channels from … to - 1, where `from` is a multiple of those that are computed together.
+  // Row y of the channels from … to - 1; `from` is a multiple of CHANNELS.
   template <class To>
   void compute(int64_t y, int64_t from, int64_t to, To row_of) {
     for (next = std::max(next, y * stem.stride - 1); next <= y * stem.stride + 1; ++next) fetch(next);
@@ -96,15 +96,15 @@ class StemRows {
   const T *image;
   const int64_t height, width, line;
   T *lines;
-  int64_t next = -1;  // Row of the image that has not been fetched.
-  const T **taps;  // Where the places of the kernel lie, for x = 0.
+  int64_t next = -1;  // Next row of the image to fetch.
+  const T **taps;  // Addresses for the kernel's positions, at x = 0.
 
   const T *zeros() const { return lines + 8 * stem.inputs * line + S::lanes; }
   T *line_of(int64_t c, int64_t row, int64_t part) const {
     return lines + ((c * 4 + row % 4) * 2 + part) * line + S::lanes;
   }
 
-  // A row of the image, taken apart into even and odd columns with a stride of 2.
+  // A row of the image; with a stride of 2, split into even and odd columns.
   void fetch(int64_t row) {
     if (row < 0 || row >= height) return;
     for (int64_t c = 0; c < stem.inputs; ++c) {

@@ -1,4 +1,4 @@
-// The first and the last dimension of a tensor exchanged: [first, middle, last] to [last, middle, first].
+// Exchanges the first and last dimensions of a tensor: [first, middle, last] to [last, middle, first].
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace {
 
-// One half of two registers, value by value in turn: a0 b0 a1 b1 … of the lower or the upper halves.
+// Interleaves the lower or upper halves of two registers: a0 b0 a1 b1 ….
 template <bool upper, class Vector, size_t... i>
 Vector zipped(Vector a, Vector b, std::index_sequence<i...>) {
   constexpr size_t n = sizeof...(i), start = upper ? n / 2 : 0;
@@ -24,7 +24,7 @@ Vector zipped(Vector a, Vector b, std::index_sequence<i...>) {
 #endif
 }
 
-// A square of as many rows as a register has values, transposed: `finish` gets each column with its number.
+// Transposes a square with the side of a register: `finish` gets each column with its number.
 template <class T, class Finish>
 void transposed_square(const T *from, int64_t pitch, Finish finish) {
   using S = Simd<T>;
@@ -46,7 +46,7 @@ void transposed_square(const T *from, int64_t pitch, Finish finish) {
 
 template <class T>
 int exchanged(int64_t threads, int64_t first, int64_t middle, int64_t last, const T *from, T *to) {
-  // Squares of one cache line's width, so that each line is read and written once.
+  // Squares as wide as a cache line, so that each line is read and written once.
   constexpr int64_t side = 64 / sizeof(T);
   if (!first || !middle || !last) return OK;
   const int64_t strips = (last + side - 1) / side;
