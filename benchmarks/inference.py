@@ -2,11 +2,12 @@
 
 MobileNetV1-DNW has a random graph; all norms have random statistics, and are folded in every model but those named "as
 trained" and in the reference formulation (``reference_formulation.py``), whose masked weights are made once and whose
-outputs are made sure to be those of the compact models. MobileNetV1 also runs in onnxruntime and in OpenVINO, where
-they are installed. All models of one batch size and number of threads take turns in one run.
+outputs are made sure to be those of the compact models. MobileNetV1 also runs in onnxruntime, with its int8 as well
+(``quantize_static``, and ``quantize_dynamic``, which leaves convolutions as they are), and in OpenVINO, where they are
+installed. All models of one batch size and number of threads take turns in one run.
 
-Accuracies are published ones (ImageNet, top-1), not measured here. Beside a random graph stands that of the wiring
-learned in its place, which has fewer live nodes and costs less: its time is an upper bound. Run with ``python
+Accuracies are published ones (ImageNet, top-1, float32), not measured here. Beside a random graph stands that of the
+wiring learned in its place, which has fewer live nodes and costs less: its time is an upper bound. Run with ``python
 benchmarks/inference.py``; ``--picture FILE`` draws the accuracies against the times.
 """
 
@@ -32,8 +33,8 @@ from dnw_graph.compaction import compact
 from dnw_graph.models import MobileNetV1, MobileNetV1DNW
 
 DENSE = "random graph ×0.225, dense products"
-TOLERANCES = {"bfloat16": 0.05, "": 1e-4}
-ORT, OPENVINO = "onnxruntime", "OpenVINO"
+TOLERANCES = {"int8": 0.1, "bfloat16": 0.05, "": 1e-4}
+ORT, ORT_STATIC, ORT_DYNAMIC, OPENVINO = "onnxruntime", "onnxruntime int8", "onnxruntime dynamic int8", "OpenVINO"
 PUBLISHED = {
     "MobileNetV1 ×0.25": 50.6,
     "MobileNetV1 ×0.5": 63.7,
@@ -58,8 +59,10 @@ def models() -> dict[str, nn.Module]:
                 found[f"random graph ×{width}, {REFERENCE}, {layout}"] = from_ours(graph, memory_format)
             found[DENSE] = compact(graph, products="dense")
         found[f"random graph ×{width}, sparse products"] = compact(graph)
-        rounded = compact(graph, state_dtype=torch.bfloat16)
-        found[f"random graph ×{width}, sparse products, bfloat16 states"] = rounded
+        images = torch.randn(2, 3, 224, 224)
+        for dtype in (torch.bfloat16, torch.int8):
+            rounded = compact(graph, state_dtype=dtype, example=images)
+            found[f"random graph ×{width}, sparse products, {str(dtype).removeprefix('torch.')} states"] = rounded
     return found
 
 
@@ -76,9 +79,35 @@ def runtimes(found: Mapping[str, nn.Module], threads: int, size: int) -> dict[st
             assert written is not None
             written.save(str(file), external_data=False)
             calls[f"{name}, {ORT}"] = _onnxruntime(file, threads)
+            for kind in (ORT_STATIC, ORT_DYNAMIC):
+                calls[f"{name}, {kind}"] = _onnxruntime(_quantized(file, kind == ORT_STATIC, size), threads)
             if importlib.util.find_spec("openvino"):
                 calls[f"{name}, {OPENVINO}"] = _openvino(file, threads)
     return calls
+
+
+def _quantized(file: Path, static: bool, size: int) -> Path:
+    """Return a file of the model with 8-bit integers; ranges of activations from random images if they are static."""
+    import onnx
+    from onnxruntime import quantization
+
+    class Images(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = 4
+
+        def get_next(self) -> dict[str, Any] | None:
+            self.left -= 1
+            return {name: torch.randn(2, 3, size, size).numpy()} if self.left >= 0 else None
+
+    found = file.with_name("quantized.onnx")
+    name = onnx.load(file).graph.input[0].name
+    if static:
+        prepared = file.with_name("prepared.onnx")
+        quantization.shape_inference.quant_pre_process(str(file), str(prepared))
+        quantization.quantize_static(str(prepared), str(found), Images(), per_channel=True)
+    else:
+        quantization.quantize_dynamic(str(file), str(found), op_types_to_quantize=["MatMul", "Gemm"])
+    return found
 
 
 def _onnxruntime(file: Path, threads: int) -> Callable[[Tensor], object]:
@@ -131,7 +160,7 @@ def main() -> None:
             x = torch.randn(batch, 3, options.size, options.size, device=options.device)
             times = median_times({name: partial(way, x) for name, way in ways.items()}, options.rounds, options.device)
             for name in ways:
-                count = multiply_adds[name.removesuffix(f", {ORT}").removesuffix(f", {OPENVINO}")]
+                count = multiply_adds.get(name) or multiply_adds[name.split(",")[0]]
                 rows.append(
                     {
                         "threads": threads,
@@ -156,10 +185,10 @@ def _ratios(name: str, times: Mapping[str, float]) -> dict[str, Any]:
     for column, other in columns:
         if other in times:
             best[column] = min(times[other], best.get(column, times[other]))
-    for width in ("0.25", "1"):
-        other = f"MobileNetV1 ×{width}, {ORT}"
+    for width, runtime in (("0.25", ORT), ("1", ORT), ("0.25", ORT_STATIC)):
+        other = f"MobileNetV1 ×{width}, {runtime}"
         if other in times:
-            best[f"MobileNetV1 ×{width} in {ORT}"] = times[other]
+            best[f"MobileNetV1 ×{width} in {runtime}"] = times[other]
     return {f"time / {column}": times[name] / time for column, time in best.items()}
 
 
@@ -173,10 +202,13 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 
     panels = list(dict.fromkeys((row["threads"], row["batch"]) for row in rows))
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
-    lines = {ORT: "MobileNetV1, onnxruntime", OPENVINO: "MobileNetV1, OpenVINO"}
-    lines |= {
+    lines = {
+        f", {ORT}": "MobileNetV1, onnxruntime",
+        f", {ORT_STATIC}": "MobileNetV1, onnxruntime, int8",
+        f", {OPENVINO}": "MobileNetV1, OpenVINO",
         "sparse products": "DNW (random graph), float32",
         "bfloat16 states": "DNW (random graph), bfloat16 states",
+        "int8 states": "DNW (random graph), int8 states",
     }
     for axis, (threads, batch) in zip(axes[0], panels, strict=True):
         for ending, label in lines.items():

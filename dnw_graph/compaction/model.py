@@ -29,7 +29,7 @@ from dnw_graph.compaction.report import Report, Size, relative_difference
 from dnw_graph.compaction.rows import layer_rows
 from dnw_graph.compaction.sequence import chain, silent_features
 from dnw_graph.compaction.sparse_layers import make_sparse, pays
-from dnw_graph.compaction.static_graphs import FusedGraph
+from dnw_graph.compaction.static_graphs import STATE_DTYPES, round_states
 from dnw_graph.dynamics import Continuous
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.model_card import card_of
@@ -92,18 +92,19 @@ def compact(
         products: ``"sparse"``: products over edges are sparse; static graphs of norm → ReLU → 3×3 convolution, and
             sparse layers, are single operators. ``"dense"``: matrices with zeros, in plain PyTorch operators (for
             ONNX).
-        state_dtype: ``torch.bfloat16``: in static graphs that are single operators, the states that nodes send are
-            rounded to bfloat16, which halves the memory to read; sums and convolutions use float32. Default: the
-            dtype of the model.
+        state_dtype: Rounds the states that nodes send, in static graphs that are single operators. ``torch.bfloat16``
+            halves the memory to read; sums and convolutions use float32. ``torch.int8``, with a scale for each node,
+            quarters it; sums use 16-bit integers, convolutions float32. Default: the dtype of the model.
         example: A batch of inputs, for a model with a single argument. With it, the report includes multiply-adds and
-            the difference of the outputs.
+            the difference of the outputs. The scales for ``torch.int8`` come from the states it leads to: give about
+            100 inputs like those that the model will see.
 
     Returns:
         The compact model, in evaluation mode, with the :class:`~dnw_graph.compaction.Report` as its ``report``.
 
     Raises:
-        InputError: If ``products`` or ``state_dtype`` is unknown, they do not fit together, or the model cannot take
-            the example.
+        InputError: If ``products`` or ``state_dtype`` is unknown, they do not fit together, the model has no graph
+            whose states can be rounded, an example is needed, or the model cannot take it.
 
     Examples:
         >>> import torch
@@ -115,10 +116,12 @@ def compact(
     """
     if products not in PRODUCTS:
         raise unknown_name("kind of products", products, PRODUCTS)
-    if state_dtype not in (None, torch.bfloat16):
-        raise wrong("state_dtype", "torch.bfloat16 or None", state_dtype)
+    if state_dtype not in STATE_DTYPES.values():
+        raise wrong("state_dtype", "torch.bfloat16, torch.int8 or None", state_dtype)
     if state_dtype is not None and products != "sparse":
         raise InputError('state_dtype is for products="sparse"')
+    if state_dtype is torch.int8 and example is None:
+        raise InputError("state_dtype=torch.int8 needs an example: the images that the scales of states come from")
     if example is not None:
         _check_example(model, example)
     original = model
@@ -138,10 +141,9 @@ def compact(
                     module.join()
                 if isinstance(module, CompactModel):
                     module.layers = nn.ModuleList(fuse(list(module.layers)))
-            for module in compacted.modules():
-                if isinstance(module, FusedGraph) and state_dtype is not None:
-                    module.state_dtype = "bfloat16"
             compacted.eval()
+            if state_dtype is not None:
+                round_states(compacted, state_dtype, example)
             report.layers = layer_rows(model, compacted, example)
             for size, counted in ((report.before, original.eval()), (report.after, compacted)):
                 _count(size, counted, example)

@@ -12,10 +12,14 @@ from torch import Tensor, nn
 import dnw_graph.ops.flops  # noqa: F401
 from dnw_graph.compaction.plain_layers import Layer, require, require_whole
 from dnw_graph.compaction.products import Product, check_csr
+from dnw_graph.errors import InputError
 from dnw_graph.ops import static_graph
+from dnw_graph.ops.static import largest_states
 from dnw_graph.ops.static_plan import GraphTensors
 
-STATE_DTYPES = {None: None, "bfloat16": torch.bfloat16}
+STATE_DTYPES = {None: None, "bfloat16": torch.bfloat16, "int8": torch.int8}
+HEADROOM = 2
+"""Rounding twice as coarse costs less accuracy than cutting off states that are larger than those of the example."""
 
 
 class Blocks(Layer):
@@ -94,6 +98,7 @@ class FusedGraph(Blocks):
     kernel: Tensor
     bias: Tensor | None
     output_shift: Tensor
+    state_scale: Tensor | None
 
     def __init__(
         self,
@@ -108,6 +113,7 @@ class FusedGraph(Blocks):
         bias: Tensor | None,
         output_shift: Tensor,
         state_dtype: str | None = None,
+        state_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
         require(state_dtype in STATE_DTYPES, f"states have type {state_dtype!r:.50}")
@@ -122,6 +128,10 @@ class FusedGraph(Blocks):
         )
         require(bias is None or bias.shape == scale.shape, f"{functions} node functions need a bias each")
         require(output_shift.shape == (sizes[-1],), f"{sizes[-1]} outputs need a shift each")
+        require((state_dtype == "int8") == (state_scale is not None), "states of 8 bits, and no others, need a scale")
+        if state_scale is not None:
+            require(state_scale.shape == (sum(sizes),), f"{sum(sizes)} nodes need a scale each")
+            require(bool((state_scale > 0).all()), "scales of states must be positive")
         check_csr(rowptr, columns, values, sum(sizes))
         for size, start in zip(sizes[1:], accumulate(sizes), strict=False):
             first, last = rowptr[[start - sizes[0], start - sizes[0] + size]].tolist()
@@ -139,6 +149,7 @@ class FusedGraph(Blocks):
             kernel=kernel,
             bias=bias,
             output_shift=output_shift,
+            state_scale=state_scale,
         )
 
     @property
@@ -149,11 +160,50 @@ class FusedGraph(Blocks):
     def tensors(self) -> GraphTensors:
         """Return the tensors that the operator takes."""
         edges = (self.rowptr, self.columns, self.values)
-        return GraphTensors(*edges, self.scale, self.shift, self.kernel, self.bias)
+        return GraphTensors(*edges, self.scale, self.shift, self.kernel, self.bias, self.state_scale)
 
     def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs h w"]:
         """Compute the blocks in order."""
         edges = (self.rowptr, self.columns, self.values)
         functions = (self.scale, self.shift, self.kernel)
-        z = static_graph(x, self.sizes, self.strides, *edges, *functions, bias=self.bias, state_dtype=self.rounding)
+        states = (self.bias, self.rounding, self.state_scale)
+        z = static_graph(x, self.sizes, self.strides, *edges, *functions, *states)
         return z + self.output_shift.view(-1, 1, 1)
+
+
+def round_states(model: nn.Module, state_dtype: torch.dtype, example: Tensor | None) -> None:
+    """Let static graphs that are single operators round the states of nodes.
+
+    Args:
+        model: What holds the graphs.
+        state_dtype: What they are rounded to.
+        example: Images from which the scales for ``torch.int8`` come.
+
+    Raises:
+        InputError: If there is no such graph.
+    """
+    graphs = [module for module in model.modules() if isinstance(module, FusedGraph)]
+    if not graphs:
+        raise InputError("state_dtype is for static graphs of norm → ReLU → 3×3 convolution, which this model has not")
+    scales = _scales(model, graphs, example) if state_dtype is torch.int8 and example is not None else {}
+    for graph in graphs:
+        graph.state_dtype = next(name for name, dtype in STATE_DTYPES.items() if dtype is state_dtype)
+        graph.state_scale = scales.get(graph)
+
+
+def _scales(model: nn.Module, graphs: Sequence[FusedGraph], example: Tensor) -> dict[FusedGraph, Tensor]:
+    """Return a scale for each node: ``HEADROOM`` times its largest state in the example becomes 127."""
+    largest = {graph: graph.values.new_zeros(graph.sources) for graph in graphs}
+
+    def look(graph: FusedGraph, inputs: tuple[Tensor]) -> None:
+        found = largest_states(*inputs, graph.sizes, graph.strides, graph.tensors())
+        largest[graph] = torch.maximum(largest[graph], found)
+
+    handles = [graph.register_forward_pre_hook(look) for graph in graphs]
+    try:
+        for images in example.split(8):  # All states of an image are kept at a time.
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {graph: torch.where(found > 0, HEADROOM / 127 * found, 1) for graph, found in largest.items()}

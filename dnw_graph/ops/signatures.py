@@ -69,14 +69,15 @@ def _static_plan(
     relu: int,
     pooled: int,
     classes: int,
-    rounded: int,
+    bits: int,
 ) -> Arguments:
     functions = sum(size for size, stride in zip(sizes, strides, strict=True) if stride)
     vector = _number(functions)
     csr = [*_csr(sum(sizes[1:]), edges), _number(edges)]
     stem = [_number(sizes[0], channels, 3, 3, optional=True), _number(sizes[0], optional=True)]
     classifier = [_number(classes, sizes[-1], optional=True), _number(classes, optional=True)]
-    graph = [*csr, vector, vector, _number(functions, 3, 3), vector._replace(optional=True)]
+    optional = [vector._replace(optional=True), _number(sum(sizes), optional=True)]
+    graph = [*csr, vector, vector, _number(functions, 3, 3), *optional]
     return [*graph, _number(sizes[-1], optional=True), *stem, *classifier, Expected("place", (1,))]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from dnw_graph.errors import InputError
 from dnw_graph.ops.checks import check_csr, check_memory, check_pointers, check_tensors, check_types, is_half
 from dnw_graph.ops.sparse import product
 from dnw_graph.ops.static_plan import GraphTensors, StaticPlan
+
+STATE_DTYPES = (None, torch.bfloat16, torch.int8)
 
 
 def static_graph(
@@ -29,6 +32,7 @@ def static_graph(
     kernel: Float[Tensor, "functions 3 3"],
     bias: Float[Tensor, " functions"] | None = None,
     state_dtype: torch.dtype | None = None,
+    state_scale: Float[Tensor, " nodes"] | None = None,
 ) -> Float[Tensor, "batch outputs h w"]:
     r"""Compute a static graph for inference, block by block, and return the states of its last block.
 
@@ -56,26 +60,29 @@ def static_graph(
         shift: b_v, likewise.
         kernel: k_v, likewise.
         bias: c_v, likewise, for a second norm and ReLU after the convolution.
-        state_dtype: ``torch.bfloat16``: states are rounded to it before they are sent, sums are not. Default: they are
-            sent as they are.
+        state_dtype: ``torch.bfloat16``: states are rounded to it before they are sent, sums are not. ``torch.int8``:
+            they are rounded to s_v · {−127, …, 127}, NaN to any of them; in the CPU kernel, weights and sums of nodes
+            with up to 1,024 edges are integers of 16 bits that cannot overflow. Default: they are sent as they are.
+        state_scale: s_v > 0 for every node, with ``torch.int8``.
 
     Raises:
         InputError: If shapes, types or devices do not fit, or an edge does not lead from an earlier block with maps of
             the same size.
     """
     check_tensors(x=x, rowptr=rowptr, columns=columns, values=values, scale=scale, shift=shift, kernel=kernel)
-    if bias is not None:
-        check_tensors(bias=bias)
+    for name, tensor in (("bias", bias), ("state_scale", state_scale)):
+        if tensor is not None:
+            check_tensors(**{name: tensor})
     sizes, strides = (check(name, each, Sequence[int]) for name, each in (("sizes", sizes), ("strides", strides)))
     graph = (rowptr, columns, values, scale, shift, kernel, bias)
-    return _static_graph(x, list(sizes), list(strides), *graph, state_dtype)
+    return _static_graph(x, list(sizes), list(strides), *graph, state_dtype, state_scale)
 
 
 @torch.library.custom_op(
     "dnw_graph::static_graph",
     mutates_args=(),
     schema="(Tensor x, int[] sizes, int[] strides, Tensor rowptr, Tensor columns, Tensor values, Tensor scale, "
-    "Tensor shift, Tensor kernel, Tensor? bias, ScalarType? state_dtype=None) -> Tensor",
+    "Tensor shift, Tensor kernel, Tensor? bias, ScalarType? state_dtype=None, Tensor? state_scale=None) -> Tensor",
 )
 def _static_graph(
     x: Tensor,
@@ -89,12 +96,18 @@ def _static_graph(
     kernel: Tensor,
     bias: Tensor | None,
     state_dtype: torch.dtype | None = None,
+    state_scale: Tensor | None = None,
 ) -> Tensor:
-    _check(x, sizes, strides, rowptr, columns, values, scale, shift, kernel, bias, state_dtype)
+    _check(x, sizes, strides, rowptr, columns, values, scale, shift, kernel, bias, state_dtype, state_scale)
     dtype = x.dtype
-    numbers = [x, values, scale, shift, kernel] + ([] if bias is None else [bias])
-    x, values, *functions = [(number.float() if is_half(x) else number).contiguous() for number in numbers]
-    graph = GraphTensors(rowptr.contiguous(), columns.contiguous(), values, *functions)
+    x, *numbers = (
+        (number.float() if is_half(x) else number).contiguous() for number in (x, values, scale, shift, kernel)
+    )
+    optional = [
+        None if number is None else (number.float() if is_half(number) else number).contiguous()
+        for number in (bias, state_scale)
+    ]
+    graph = GraphTensors(rowptr.contiguous(), columns.contiguous(), *numbers, *optional)
     plan = StaticPlan.make(sizes, strides, graph, state_dtype) if x.device.type == "cpu" else None
     out = None if plan is None else plan(x)
     return (_plain(x, sizes, strides, graph, state_dtype) if out is None else out).to(dtype)
@@ -122,9 +135,12 @@ def _check(
     kernel: Tensor,
     bias: Tensor | None,
     state_dtype: torch.dtype | None = None,
+    state_scale: Tensor | None = None,
 ) -> None:
-    if state_dtype not in (None, torch.bfloat16):
-        raise wrong("state_dtype", "torch.bfloat16 or None", state_dtype)
+    if state_dtype not in STATE_DTYPES:
+        raise wrong("state_dtype", "torch.bfloat16, torch.int8 or None", state_dtype)
+    if (state_dtype is torch.int8) != (state_scale is not None):
+        raise InputError("a state_scale belongs to state_dtype=torch.int8, and to no other")
     if not sizes or len(sizes) != len(strides) or min(sizes) < 0 or not set(strides) <= {0, 1, 2}:
         raise InputError(f"every block needs a size and a stride of 0, 1 or 2; got sizes {sizes}, strides {strides}")
     if x.dim() != 4 or x.size(1) != sizes[0] or x.size(2) < 1 or x.size(3) < 1:
@@ -140,6 +156,10 @@ def _check(
                 f"{functions} node functions need scale, shift and bias of shape [{functions}] and kernel "
                 f"[{functions}, 3, 3]; got {list(tensor.shape)}"
             )
+    if state_scale is not None:
+        if state_scale.shape != (sum(sizes),):
+            raise InputError(f"{sum(sizes)} nodes need a state_scale each; got {list(state_scale.shape)}")
+        vectors = (*vectors, state_scale)
     check_types((x, values, *vectors, kernel), (rowptr, columns))
     # All states with their borders, for at least one image.
     check_memory((x.size(0), 2 * (sum(sizes) + 1), x.size(2) + 2, x.size(3) + 2))
@@ -156,7 +176,24 @@ def _plain(
     x: Tensor, sizes: list[int], strides: list[int], graph: GraphTensors, state_dtype: torch.dtype | None
 ) -> Tensor:
     """Compute the graph with PyTorch's operations, on any device."""
-    rowptr, columns, values, scale, shift, kernel, bias = graph.as_tuple()
+    received = deque(_states(x, sizes, strides, graph, state_dtype), maxlen=1).pop()
+    # A copy in any case: what an operator returns must not be what it was given.
+    return received.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+
+
+def largest_states(
+    x: Float[Tensor, "batch inputs height width"], sizes: Sequence[int], strides: Sequence[int], graph: GraphTensors
+) -> Float[Tensor, " nodes"]:
+    """Return the largest magnitude of each node's state, of the nodes of all blocks."""
+    states = _states(x, list(sizes), list(strides), graph, None)
+    return torch.cat([state.flatten(1).abs().amax(1) if len(state) else state.new_empty(0) for state in states])
+
+
+def _states(
+    x: Tensor, sizes: list[int], strides: list[int], graph: GraphTensors, state_dtype: torch.dtype | None
+) -> Iterator[Tensor]:
+    """Compute the states of each block, node-major, before they are rounded."""
+    rowptr, columns, values, scale, shift, kernel, bias, state_scale = graph.as_tuple()
     check_pointers(rowptr, columns)
     states: list[Tensor] = []  # Node-major.
     first = start = done = 0  # First node with maps of this size, first node of the block, node functions before it.
@@ -179,7 +216,11 @@ def _plain(
             z = z if bias is None else (z + bias[own].view(-1, 1, 1)).relu()
             received = z.transpose(0, 1)
             done += size
-        states.append(received if state_dtype is None else received.to(state_dtype).to(received.dtype))
+        yield received
+        if state_dtype is torch.int8:
+            unit = state_scale[start : start + size].view(-1, 1, 1, 1)
+            received = unit * (received / unit).round().clamp(-127, 127)
+        elif state_dtype is not None:
+            received = received.to(state_dtype).to(received.dtype)
+        states.append(received)
         start += size
-    # A copy in any case: what an operator returns must not be what it was given.
-    return received.transpose(0, 1).clone(memory_format=torch.contiguous_format)

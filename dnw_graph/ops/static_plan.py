@@ -13,6 +13,9 @@ from torch import Tensor
 from dnw_graph.ops.call import run
 from dnw_graph.ops.checks import check_memory
 
+MOST_EDGES = 1024
+"""Of a node whose sum is formed in 16 bits: with more, too few of them would be left for each."""
+
 
 @dataclass(frozen=True)
 class GraphTensors:
@@ -25,6 +28,7 @@ class GraphTensors:
     shift: Tensor
     kernel: Tensor
     bias: Tensor | None = None
+    state_scale: Tensor | None = None
 
     def as_tuple(self) -> tuple[Any, ...]:
         """Return them in order."""
@@ -86,6 +90,8 @@ class StaticPlan:
         """
         if state_dtype is not None and graph.values.dtype != torch.float32:
             return None
+        if state_dtype is torch.int8 and len(graph.columns) and int(graph.rowptr.diff().max()) > MOST_EDGES:
+            return None
         handle = torch.zeros(1, dtype=torch.int64)
         numbers = (
             len(graph.columns),
@@ -96,7 +102,7 @@ class StaticPlan:
             int(ends.relu),
             int(ends.mean),
             0 if ends.weight is None else len(ends.weight),
-            int(state_dtype is torch.bfloat16),
+            0 if state_dtype is None else 8 * state_dtype.itemsize,
         )
         around = (ends.shift, ends.stem, ends.stem_bias, ends.weight, ends.bias)
         tensors = [None if each is None else each.contiguous() for each in (*graph.as_tuple(), *around)]

@@ -198,8 +198,46 @@ def test_states_in_bfloat16(tmp_path, planned):
     assert torch.equal(load_compact(tmp_path / "file.safetensors")(x), out)
 
 
+@torch.no_grad()
+def test_states_in_int8(tmp_path, planned, unchecked):
+    model = small_mobilenet()
+    x = torch.randn(4, 3, 64, 64)
+    rounded = compact(model, state_dtype=torch.int8, example=x)
+    planned.clear()
+    out = rounded(x)
+    assert planned == [True]
+    assert 1e-4 < relative_error(out, compact(model)(x)) <= 5e-2
+    assert rounded.report.difference == pytest.approx(relative_error(out, compact(model)(x)), rel=1e-3)
+    assert relative_error(out, one_by_one(copy.deepcopy(rounded).double(), x.double())) <= 1e-2
+    save_compact(rounded, tmp_path / "file.safetensors")
+    assert torch.equal(load_compact(tmp_path / "file.safetensors")(x), out)
+    program = torch.export.export(rounded, (x,))
+    torch.testing.assert_close(program.module()(x), out, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_scales_come_from_the_states_of_the_example():
+    graph = with_statistics(NeuralGraph((3, 5, 2), 31, wiring="random_graph"))
+    x = torch.randn(20, 3, 6, 6)
+    x[13] *= 10
+    layer = compact(graph, state_dtype=torch.int8, example=x).layers[0]
+    received = (layer.scale[:3].view(3, 1, 1) * x + layer.shift[:3].view(3, 1, 1)).relu()
+    states = nn.functional.conv2d(received, layer.kernel[:3, None], padding=1, groups=3)
+    torch.testing.assert_close(layer.state_scale[:3], 2 / 127 * states.abs().amax((0, 2, 3)))
+    assert bool((layer.state_scale > 0).all())
+
+
 def test_wrong_state_types_are_refused():
     model = small_mobilenet()
-    for options in ({"state_dtype": torch.float16}, {"state_dtype": torch.bfloat16, "products": "dense"}):
+    x = torch.randn(1, 3, 32, 32)
+    for options in (
+        {"state_dtype": torch.float16},
+        {"state_dtype": torch.bfloat16, "products": "dense"},
+        {"state_dtype": torch.int8, "products": "dense", "example": x},
+        {"state_dtype": torch.int8},
+    ):
         with pytest.raises(InputError, match="state_dtype"):
             compact(model, **options)
+    for dtype in (torch.int8, torch.bfloat16):
+        with pytest.raises(InputError, match="this model has not"):
+            compact(nn.Sequential(nn.Conv2d(3, 4, 3)), state_dtype=dtype, example=x)

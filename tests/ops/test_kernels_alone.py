@@ -28,9 +28,10 @@ def kernels_in(lines):
     return {line.split()[0].rstrip(",") for line in lines[:-1]}
 
 
-def test_here(tmp_path, has_compiler):
+@pytest.mark.parametrize("flags", [["-march=native"], []], ids=["this processor", "any processor of its kind"])
+def test_here(tmp_path, has_compiler, flags):
     compiler = next(filter(shutil.which, ("c++", "g++", "clang++")))
-    lines = results(tmp_path / "program", compiler, "-march=native")
+    lines = results(tmp_path / "program", compiler, *flags)
     assert lines[-1] == "0 wrong"
     assert kernels_in(lines) == {
         "exchanged",

@@ -47,7 +47,7 @@ def random_graph(sizes, strides, density=0.5, dtype=torch.float64, bias=False, i
     return [*arguments, scale, shift, kernel, torch.randn(functions, dtype=dtype) if bias else None]
 
 
-def plain_loop(x, sizes, strides, rowptr, columns, values, scale, shift, kernel, bias):
+def plain_loop(x, sizes, strides, rowptr, columns, values, scale, shift, kernel, bias, state_scale=None):
     """Every node by itself, in float64."""
     states, function, maps = [], 0, x.shape[2:]
     for block, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
@@ -66,6 +66,9 @@ def plain_loop(x, sizes, strides, rowptr, columns, values, scale, shift, kernel,
                 if bias is not None:
                     state = (state + bias[function].double()).relu()
                 function += 1
+            if state_scale is not None and block + 1 < len(sizes):
+                unit = state_scale[len(states)].double()
+                state = unit * (state / unit).round().clamp(-127, 127)
             states.append(state)
         if size:
             maps = states[-1].shape[1:]
@@ -91,6 +94,37 @@ def test_equals_a_plain_loop_over_nodes_in_float32(way, side, index):
     graph = random_graph((4, 6, 5, 3), (1, 2, 1, 0), dtype=torch.float32, index=index)
     x = torch.randn(2, 4, side, side)
     assert relative_error(static_graph(x, *graph), plain_loop(x, *graph)) <= 1e-5
+
+
+@every_pair(rest=pytest.mark.slow, way=["kernel", "plain"], case=CASES, bias=[False, True], indirect=["way"])
+def test_states_in_int8(way, case, bias):
+    graph = random_graph(*CASES[case], bias=bias, dtype=torch.float32 if way == "kernel" else torch.float64)
+    scale = 0.02 + torch.rand(sum(graph[0]), dtype=graph[4].dtype) / 10  # Some states are cut off.
+    for height, width in ((1, 1), (8, 8), (5, 19), (33, 6)):
+        x = torch.randn(2, graph[0][0], height, width, dtype=graph[4].dtype)
+        out = static_graph(x, *graph, state_dtype=torch.int8, state_scale=scale)
+        expected = plain_loop(x, *graph, scale)
+        if way == "plain" or len(graph[0]) == 1:
+            assert relative_error(out, expected) <= (1e-10 if way == "plain" else 1e-5)
+        else:  # A rounding in 16 bits, after which a few states round the other way.
+            assert relative_error(out, expected) <= 3e-3
+
+
+@pytest.mark.parametrize("edges", [1, 2, 63, 1024, 1025])
+def test_sums_of_int8_states_do_not_overflow(way, edges):
+    sizes, strides, sign = (edges, 2), (1, 0), torch.tensor([1.0, -1.0])
+    rowptr, columns = torch.tensor([0, edges, 2 * edges]), torch.arange(edges).repeat(2)
+    values = (sign[:, None] * (0.1 + torch.rand(2, edges))).flatten()
+    scale, kernel = 0.1 + torch.rand(edges), torch.ones(edges, 3, 3)
+    graph = (sizes, strides, rowptr, columns, values, torch.ones(edges), torch.zeros(edges), kernel)
+    out = static_graph(
+        torch.full((1, edges, 3, 3), 1e6),
+        *graph,
+        state_dtype=torch.int8,
+        state_scale=torch.cat([scale, torch.ones(2)]),
+    )
+    expected = 127 * (values.view(2, edges) @ scale)[None, :, None, None].expand(1, 2, 3, 3)
+    assert relative_error(out, expected) <= (2e-2 if way == "kernel" and edges <= 1024 else 1e-5)
 
 
 @every_value(rest=pytest.mark.slow, node_function=["norm_relu_conv", "norm_relu_conv_norm_relu"], stride=[1, 2])

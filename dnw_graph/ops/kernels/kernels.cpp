@@ -62,15 +62,15 @@ Convolution<T, Index> layer_convolution(
   }                                                                                                                   \
   extern "C" int static_plan_##SUFFIX(                                                                                 \
       int64_t, int64_t count, int64_t blocks, const int64_t *sizes, int64_t, const int64_t *strides, int64_t channels, \
-      int64_t stem_stride, int64_t relu, int64_t pooled, int64_t classes, int64_t rounded, const Index *rowptr,        \
+      int64_t stem_stride, int64_t relu, int64_t pooled, int64_t classes, int64_t bits, const Index *rowptr,           \
       const Index *columns, const T *values, const T *scale, const T *shift, const T *kernel, const T *bias,           \
-      const T *out_shift, const T *stem, const T *stem_bias, const T *weight, const T *classifier_bias,                \
+      const T *unit, const T *out_shift, const T *stem, const T *stem_bias, const T *weight, const T *classifier_bias,                \
       int64_t *plan) {                                                                                                 \
     return guarded([&] {                                                                                               \
       Graph<T> graph;                                                                                                  \
       graph.sizes.assign(sizes, sizes + blocks);                                                                       \
       graph.strides.assign(strides, strides + blocks);                                                                 \
-      const int status = pack_edges(graph, Edges<T, Index>{rowptr, columns, values, count}, scale, shift, kernel, bias); \
+      const int status = pack_edges(graph, Edges<T, Index>{rowptr, columns, values, count}, scale, shift, kernel, bias, unit); \
       if (status) return status;                                                                                       \
       const int64_t outputs = sizes[blocks - 1];                                                                       \
       if (out_shift) graph.out_shift.assign(out_shift, out_shift + outputs);                                           \
@@ -78,7 +78,7 @@ Convolution<T, Index> layer_convolution(
       graph.relu = relu;                                                                                               \
       graph.pooled = pooled;                                                                                           \
       if (weight) graph.classifier = Classifier<T>(outputs, classes, weight, classifier_bias);                         \
-      *plan = reinterpret_cast<int64_t>(new_plan(std::move(graph), rounded));                                          \
+      *plan = reinterpret_cast<int64_t>(new_plan(std::move(graph), bits));                                          \
       return OK;                                                                                                       \
     });                                                                                                                \
   }                                                                                                                    \

@@ -1,10 +1,17 @@
-// States of nodes as inference keeps them: as they are, or rounded to bfloat16. Sums are formed in full precision.
+// States of nodes as inference keeps them, and the sums over edges that are formed of them.
 
 #pragma once
 
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <utility>
+
+#if defined(__SSSE3__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
 
 #include "sparse.h"
 
@@ -19,32 +26,56 @@ T relu(T value) {
 template <class T>
 using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
 
+template <class Weight>
+struct Edge {
+  int32_t source;
+  Weight weight;
+};
+
+// What every way to keep states defines: numbers that node functions compute with, and in how many registers of them
+// `together` states are stored; weights of edges, and sums, of which `terms` come from what is stored together. The sum
+// of a target is `factor` times what `numbers` makes of it; `MOST` registers of numbers are summed up at a time: with a
+// weight and what is loaded, as many as AVX2 has.
+
+// As they are.
 template <class T>
 struct Exact {
   using Number = T;
   using Stored = T;
+  using Weight = T;
   using Vector = typename Simd<T>::Vector;
-  static constexpr int together = 1;  // Registers that are loaded and stored together, from together · lanes numbers.
+  using Sum = Vector;
+  static constexpr int together = 1, terms = 1, MOST = 14;
 
-  static void load(const T *from, Vector *to) { *to = Simd<T>::load(from); }
+  static void load(const T *from, Sum *to) { *to = Simd<T>::load(from); }
   static void store(T *to, const Vector *from) { Simd<T>::store(to, *from); }
+  static void add(T weight, Sum value, Sum *sum) { *sum += weight * value; }
+  static void numbers(const Sum *sum, Vector *to) { *to = *sum; }
 };
 
-// Two registers lie in one: the first in the lower halves of its lanes, the second in the upper ones.
+// Rounded to bfloat16, sums in float32. Two registers lie in one: the first in the lower halves of its lanes, the second
+// in the upper ones.
 struct Rounded {
   using Number = float;
   using Stored = uint16_t;
+  using Weight = float;
   using Vector = Simd<float>::Vector;
+  using Sum = Vector;
   using Words = Simd<uint32_t>;
-  static constexpr int together = 2;
+  static constexpr int together = 2, terms = 2, MOST = 14;
 
-  static void load(const uint16_t *from, Vector *to) {
+  static void load(const uint16_t *from, Sum *to) {
     const Words::Vector both = Words::load(reinterpret_cast<const uint32_t *>(from));
     to[0] = Vector(both << 16);
     to[1] = Vector(both & 0xffff0000u);
   }
   static void store(uint16_t *to, const Vector *from) {
     Words::store(reinterpret_cast<uint32_t *>(to), rounded(from[0]) >> 16 | (rounded(from[1]) & 0xffff0000u));
+  }
+  static void add(float weight, Sum value, Sum *sum) { *sum += weight * value; }
+  static void numbers(const Sum *sum, Vector *to) {
+    to[0] = sum[0];
+    to[1] = sum[1];
   }
   // To the nearest, ties to even, in the upper half; NaN stays NaN.
   static Words::Vector rounded(Vector value) {
@@ -53,10 +84,74 @@ struct Rounded {
   }
 };
 
-template <class T>
-struct Edge {
-  int32_t source;
-  T weight;
+// Rounded to integers from -127 to 127, in the unit of the node, which its kernel has been divided by. Weights and sums
+// are integers of 16 bits, with a factor for each target: so large that no sum can overflow, whatever the states are.
+// Four registers lie in one, byte n of each lane from the register n, but 1 and 2 exchanged.
+struct Bytes {
+  using Number = float;
+  using Stored = int8_t;
+  using Weight = int32_t;  // Twice the same 16 bits, as they are multiplied.
+  using Vector = Simd<float>::Vector;
+  using Sum = Simd<int16_t>::Vector;
+  using Words = Simd<int32_t>::Vector;
+  static constexpr int together = 4, terms = 2, MOST = 24;
+
+  // Each value times 256.
+  static void load(const int8_t *from, Sum *to) {
+    const Sum both = Simd<int16_t>::load(reinterpret_cast<const int16_t *>(from));
+    to[0] = both << 8;
+    to[1] = both & int16_t(0xff00);
+  }
+  static void store(int8_t *to, const Vector *from) {
+    const Words word = byte(from[0]) | byte(from[2]) << 8 | byte(from[1]) << 16 | byte(from[3]) << 24;
+    Simd<int32_t>::store(reinterpret_cast<int32_t *>(to), word);
+  }
+  static void add(int32_t weight, Sum value, Sum *sum) { *sum += product(Sum(Words{} + weight), value); }
+  static void numbers(const Sum *sum, Vector *to) {
+    for (int i = 0; i < 2; ++i) {
+      const Words words = Words(sum[i]);
+      to[2 * i] = __builtin_convertvector(words << 16 >> 16, Vector);
+      to[2 * i + 1] = __builtin_convertvector(words >> 16, Vector);
+    }
+  }
+
+  static constexpr int64_t LARGEST = 32767;
+  // Weights in a unit such that Σ |127 · weight / 128| and half for each of two roundings stay below the largest sum.
+  // Returns the factor.
+  static float pack(const Edge<float> *from, const Edge<float> *end, Edge<int32_t> *to) {
+    float total = 0;
+    for (const Edge<float> *edge = from; edge < end; ++edge) total += std::fabs(edge->weight);
+    const float unit = total > 0 ? total / (LARGEST - (end - from)) : 1;
+    for (; from < end; ++from, ++to) {
+      const int32_t weight = std::lrint(from->weight / unit);
+      *to = {from->source, int32_t(uint32_t(weight) << 16 | (uint32_t(weight) & 0xffffu))};
+    }
+    return 128 * unit;
+  }
+
+ private:
+  // The lowest 8 bits of the nearest integer: those of a number near 3 · 2²², whose last place is 1.
+  static Words byte(Vector value) {
+    value = value > 127 ? Vector{} + 127 : value;
+    value = value < -127 ? Vector{} - 127 : value;
+    return Words(value + 12582912.0f) & 0xff;
+  }
+  // a b / 2¹⁵, rounded.
+  static Sum product(Sum a, Sum b) {
+#if defined(__AVX512BW__)
+    return Sum(_mm512_mulhrs_epi16(__m512i(a), __m512i(b)));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return Sum(_mm256_mulhrs_epi16(__m256i(a), __m256i(b)));
+#elif defined(__SSSE3__) && !defined(__AVX__)
+    return Sum(_mm_mulhrs_epi16(__m128i(a), __m128i(b)));
+#elif defined(__ARM_NEON)
+    return Sum(vqrdmulhq_s16(int16x8_t(a), int16x8_t(b)));
+#else
+    Sum result;
+    for (int i = 0; i < Simd<int16_t>::lanes; ++i) result[i] = (int32_t(a[i]) * b[i] + (1 << 14)) >> 15;
+    return result;
+#endif
+  }
 };
 
 template <class T>
@@ -66,27 +161,27 @@ typename Simd<T>::Vector masked_relu(typename Simd<T>::Vector value, const Bits<
   return typename Simd<T>::Vector(typename Words::Vector(value) & Words::load(mask));
 }
 
-constexpr int MOST = 14;  // Registers of a tile: with a weight and what is loaded, as many as AVX2 has.
-
-// shift + Σ w z over the edges, for N registers of the sources' states, which lie N registers apart from `tile` on;
-// with a mask relu of that, and zero outside it. With few registers several edges take turns, so that none waits.
+// factor · Σ w z + shift over the edges, for N registers of numbers from the sources' states, which lie N registers
+// apart from `tile` on; with a mask relu of that, and zero outside it. With few registers several edges take turns, so
+// that none waits.
 template <int N, class State>
 __attribute__((noinline)) void sum_tile(
-    const Edge<typename State::Number> *edge, const Edge<typename State::Number> *end,
-    const typename State::Stored *tile, typename State::Number shift, const Bits<typename State::Number> *mask,
-    typename State::Number *out) {
+    const Edge<typename State::Weight> *edge, const Edge<typename State::Weight> *end,
+    const typename State::Stored *tile, typename State::Number factor, typename State::Number shift,
+    const Bits<typename State::Number> *mask, typename State::Number *out) {
   using S = Simd<typename State::Number>;
   using Vector = typename S::Vector;
-  constexpr int turns = N > 4 ? 1 : N > 2 ? 2 : 4, together = State::together;
-  Vector sum[turns][N] = {};
-  const auto add = [&](const Edge<typename State::Number> &from, Vector *to) __attribute__((always_inline)) {
+  constexpr int together = State::together, terms = State::terms, sums = N / together * terms;
+  constexpr int turns = sums > 4 ? 1 : sums > 2 ? 2 : 4;
+  typename State::Sum sum[turns][sums] = {};
+  const auto add = [&](const Edge<typename State::Weight> &from, typename State::Sum *to) __attribute__((always_inline)) {
     const typename State::Stored *row = tile + from.source * int64_t(N * S::lanes);
 #pragma GCC unroll 14
-    for (int n = 0; n < N; n += together) {
-      Vector values[together];
-      State::load(row + n * S::lanes, values);
+    for (int n = 0; n < N / together; ++n) {
+      typename State::Sum values[terms];
+      State::load(row + n * together * S::lanes, values);
 #pragma GCC unroll 2
-      for (int i = 0; i < together; ++i) to[n + i] += from.weight * values[i];
+      for (int i = 0; i < terms; ++i) State::add(from.weight, values[i], &to[n * terms + i]);
     }
   };
   for (; edge + turns <= end; edge += turns)
@@ -94,27 +189,35 @@ __attribute__((noinline)) void sum_tile(
     for (int turn = 0; turn < turns; ++turn) add(edge[turn], sum[turn]);
   for (; edge < end; ++edge) add(*edge, sum[0]);
 #pragma GCC unroll 14
-  for (int n = 0; n < N; ++n) {
-    Vector value = sum[0][n] + shift;
+  for (int n = 0; n < N / together; ++n) {
 #pragma GCC unroll 4
-    for (int turn = 1; turn < turns; ++turn) value += sum[turn][n];
-    S::store(out + n * S::lanes, mask ? masked_relu<typename State::Number>(value, mask + n * S::lanes) : value);
+    for (int turn = 1; turn < turns; ++turn)
+#pragma GCC unroll 2
+      for (int i = 0; i < terms; ++i) sum[0][n * terms + i] += sum[turn][n * terms + i];
+    Vector values[together];
+    State::numbers(&sum[0][n * terms], values);
+#pragma GCC unroll 4
+    for (int i = 0; i < together; ++i) {
+      const int64_t at = (n * together + i) * S::lanes;
+      const Vector value = factor * values[i] + shift;
+      S::store(out + at, mask ? masked_relu<typename State::Number>(value, mask + at) : value);
+    }
   }
 }
 
 template <class State>
-using SumTile = decltype(&sum_tile<2, State>);
+using SumTile = decltype(&sum_tile<State::together, State>);
 
 template <class State, int... N>
 constexpr std::array<SumTile<State>, sizeof...(N)> sum_tiles(std::integer_sequence<int, N...>) {
-  return {&sum_tile<(N / State::together + 1) * State::together, State>...};
+  return {&sum_tile<(N + 1) * State::together, State>...};
 }
 
 // The function for tiles of so many registers, a multiple of `together`.
 template <class State>
 SumTile<State> sum_tile_of(int64_t registers) {
-  static constexpr auto tiles = sum_tiles<State>(std::make_integer_sequence<int, MOST>());
-  return tiles[registers - 1];
+  static constexpr auto tiles = sum_tiles<State>(std::make_integer_sequence<int, State::MOST / State::together>());
+  return tiles[registers / State::together - 1];
 }
 
 }  // namespace

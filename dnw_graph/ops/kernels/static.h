@@ -42,9 +42,10 @@ struct Maps {
     registers = round_up((height * pitch + lanes - 1) / lanes, State::together);
     // All sources' tiles stay in a core's second-level cache; of two cache lines at least.
     const int64_t fitting = SHARE / (this->nodes * lanes * int64_t(sizeof(typename State::Stored)));
-    const int64_t most = std::clamp<int64_t>(fitting, LINES * 64 / int64_t(lanes * sizeof(typename State::Stored)), MOST);
+    const int64_t least = LINES * 64 / int64_t(lanes * sizeof(typename State::Stored));
+    const int64_t most = std::clamp<int64_t>(fitting, least, State::MOST);
     const int64_t tiles = (registers + most - 1) / most;
-    tile = std::min<int64_t>(round_up((registers + tiles - 1) / tiles, 2), MOST);
+    tile = std::min<int64_t>(round_up((registers + tiles - 1) / tiles, std::max(State::together, 2)), State::MOST);
     mask.resize(registers * lanes);
     for (int64_t y = 0; y < height; ++y) std::fill_n(&mask[y * pitch], width, ~Bits<T>(0));
   }
@@ -102,7 +103,7 @@ __attribute__((noinline)) void convolve(
   const NodeFunction<typename State::Number> f(kernel, bias);
   for (int64_t j = 0; j < count; j += State::together, to += State::together * S::lanes) {
     typename S::Vector values[State::together];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int64_t i = 0; i < State::together; ++i, from += S::lanes) values[i] = f.at(from, pitch);
     State::store(to, values);
   }
@@ -159,16 +160,19 @@ struct Graph {
   std::vector<int64_t> rowptr;  // Of all nodes but the inputs.
   std::vector<Edge<T>> edges;  // Sources counted from the first node with maps of the size; weights with the scale.
   std::vector<T> scale, shift, kernel, bias;  // By function; the scale is left for the inputs alone.
+  std::vector<T> inverse;  // 1 / unit of the inputs, if states have units and the inputs no functions.
   std::vector<T> out_shift;  // Of the last block, or none.
   Stem<T> stem;
   Classifier<T> classifier;
   bool relu = false, pooled = false;  // Behind the last block.
 };
 
-// Returns a status; fills a graph from the tensors of `static_graph`.
+// Returns a status; fills a graph from the tensors of `static_graph`. With the units of states, what makes them is divided
+// by their unit, and weights are multiplied by that of the source.
 template <class T, class Index>
 int pack_edges(
-    Graph<T> &graph, const Edges<T, Index> &edges, const T *scale, const T *shift, const T *kernel, const T *bias) {
+    Graph<T> &graph, const Edges<T, Index> &edges, const T *scale, const T *shift, const T *kernel, const T *bias,
+    const T *unit = nullptr) {
   int64_t nodes = 0, targets = 0, functions = 0;
   for (int64_t size : graph.sizes) nodes += size;
   targets = nodes - graph.sizes[0];
@@ -181,10 +185,15 @@ int pack_edges(
     const int64_t size = graph.sizes[b];
     const bool has_function = graph.strides[b] != 0;
     if (b && !edges.sources_within(targets, targets + size, first, nodes)) return WRONG_EDGES;
-    for (int64_t v = 0; b && v < size; ++v) {
-      const T factor = has_function ? scale[functions + v] : T(1);
-      for (int64_t e = edges.rowptr[targets + v]; e < edges.rowptr[targets + v + 1]; ++e)
-        graph.edges[e] = {int32_t(edges.columns[e] - first), edges.values[e] * factor};
+    const auto unit_of = [&](int64_t node) { return unit ? unit[node] : T(1); };
+    for (int64_t v = 0; v < size; ++v) {
+      const T own = b + 1 < graph.sizes.size() ? 1 / unit_of(nodes + v) : T(1);
+      const T factor = has_function ? scale[functions + v] : own;
+      for (int64_t e = b ? edges.rowptr[targets + v] : 0; b && e < edges.rowptr[targets + v + 1]; ++e)
+        graph.edges[e] = {int32_t(edges.columns[e] - first), edges.values[e] * factor * unit_of(edges.columns[e])};
+      for (int64_t k = 0; has_function && k < 9; ++k) graph.kernel.push_back(kernel[9 * (functions + v) + k] * own);
+      if (has_function && bias) graph.bias.push_back(bias[functions + v] * own);
+      if (!has_function && !b && unit) graph.inverse.push_back(own);
     }
     if (graph.strides[b] == 2) first = nodes;
     targets += b ? size : 0;
@@ -193,8 +202,6 @@ int pack_edges(
   }
   graph.scale.assign(scale, scale + functions);
   graph.shift.assign(shift, shift + functions);
-  graph.kernel.assign(kernel, kernel + 9 * functions);
-  if (bias) graph.bias.assign(bias, bias + functions);
   return OK;
 }
 
@@ -211,13 +218,24 @@ template <class State>
 class Plan : public PlanOf<typename State::Number> {
   using T = typename State::Number;
   using Stored = typename State::Stored;
+  using Weight = typename State::Weight;
   using S = Simd<T>;
   using Vector = typename S::Vector;
   static constexpr int64_t lanes = S::lanes, together = State::together;
   static constexpr int64_t AT_ONCE = 32;  // Registers for which a node function is called, at least.
 
  public:
-  explicit Plan(Graph<T> &&graph) : graph(std::move(graph)) {}
+  explicit Plan(Graph<T> &&from) : graph(std::move(from)) {
+    if constexpr (std::is_same_v<Weight, T>) {
+      edges = std::move(graph.edges);
+    } else {
+      edges.resize(graph.edges.size());
+      const Edge<T> *const all = graph.edges.data();
+      for (size_t v = 0; v + 1 < graph.rowptr.size(); ++v)
+        factor.push_back(State::pack(all + graph.rowptr[v], all + graph.rowptr[v + 1], edges.data() + graph.rowptr[v]));
+      graph.edges.clear();
+    }
+  }
 
   // Images are dealt out to the threads; what is left over, less than one for each, all threads share.
   int run(int64_t threads, int64_t batch, int64_t height, int64_t width, const T *x, T *out) override {
@@ -233,10 +251,10 @@ class Plan : public PlanOf<typename State::Number> {
 #pragma omp parallel num_threads(int(threads))
     {
       const int64_t number = omp_get_thread_num();
-      Worker own(graph, *layout, memories[number].get(), memories[number].get());
+      Worker own(*this, *layout, memories[number].get(), memories[number].get());
 #pragma omp for schedule(dynamic)
       for (int64_t n = 0; n < alone; ++n) own.image(x + n * graph_inputs(height, width), results + n * values, nullptr);
-      Worker shared(graph, *layout, memories[number].get(), memories[0].get());
+      Worker shared(*this, *layout, memories[number].get(), memories[0].get());
       for (int64_t n = alone; n < batch; ++n)
         shared.image(
             x + n * graph_inputs(height, width), results + n * values, &team[(n - alone) * layout->steps.size()]);
@@ -252,7 +270,9 @@ class Plan : public PlanOf<typename State::Number> {
     std::vector<Step<State>> steps;
   };
 
-  const Graph<T> graph;
+  Graph<T> graph;
+  std::vector<Edge<Weight>> edges;  // In place of those of the graph.
+  std::vector<T> factor;  // Of the sums of each target, or none.
   Pool pool;
   std::mutex mutex;
   std::shared_ptr<const Layout> last;
@@ -316,12 +336,14 @@ class Plan : public PlanOf<typename State::Number> {
 
   // One thread at work on an image, alone or in a team that shares the states.
   struct Worker {
+    const Plan &plan;
     const Graph<T> &graph;
     const Layout &layout;
     Stored *rooms[2];
     T *received, *flat, *raw, *lines;
 
-    Worker(const Graph<T> &graph, const Layout &layout, char *own, char *shared) : graph(graph), layout(layout) {
+    Worker(const Plan &plan, const Layout &layout, char *own, char *shared)
+        : plan(plan), graph(plan.graph), layout(layout) {
       const int64_t both = 2 * layout.rooms * sizeof(Stored);
       rooms[0] = reinterpret_cast<Stored *>(shared);
       rooms[1] = rooms[0] + layout.rooms;
@@ -405,11 +427,12 @@ class Plan : public PlanOf<typename State::Number> {
     void sum(const Step<State> &step, int64_t t, int64_t v, T *own) {
       const Maps<State> &in = *step.in;
       const int64_t number = step.targets + v, count = in.width_of(t), at = t * in.tile * lanes;
-      const Edge<T> *edges = graph.edges.data();
+      const Edge<Weight> *edges = plan.edges.data();
+      const T factor = plan.factor.empty() ? T(1) : plan.factor[number];
       const T shift = step.stride ? graph.shift[step.functions + v] : T(0);
-      alignas(BYTES) T apart[MOST * lanes];
+      alignas(BYTES) T apart[State::MOST * lanes];
       sum_tile_of<State>(count)(
-          edges + graph.rowptr[number], edges + graph.rowptr[number + 1], in.place(rooms[step.room], t, 0), shift,
+          edges + graph.rowptr[number], edges + graph.rowptr[number + 1], in.place(rooms[step.room], t, 0), factor, shift,
           step.stride ? &in.mask[at] : nullptr, step.stride == 2 ? apart : own + at);
       if (step.stride == 2) split(step.received, apart, count, own + at / 2);
     }
@@ -440,6 +463,8 @@ class Plan : public PlanOf<typename State::Number> {
         else
           for (int64_t v = from; v < to; ++v)
             std::memcpy(map_of(v) + y * in.pitch, x + (v * in.height + y) * in.width, in.width * sizeof(T));
+      for (int64_t v = from; !graph.inverse.empty() && v < to; ++v)
+        for (int64_t j = 0; j < count * lanes; ++j) map_of(v)[at + j] *= graph.inverse[v];
       if (!step.stride) return;
       for (int64_t v = from; v < to; ++v) {
         T *values = map_of(v) + at;
@@ -488,13 +513,15 @@ class Plan : public PlanOf<typename State::Number> {
   };
 };
 
+// Bits of a state, or 0 for numbers as they are.
 template <class T>
-AnyPlan *new_plan(Graph<T> &&graph, bool) {
+AnyPlan *new_plan(Graph<T> &&graph, int64_t) {
   return new Plan<Exact<T>>(std::move(graph));
 }
 template <>
-AnyPlan *new_plan(Graph<float> &&graph, bool rounded) {
-  if (rounded) return new Plan<Rounded>(std::move(graph));
+AnyPlan *new_plan(Graph<float> &&graph, int64_t bits) {
+  if (bits == 8) return new Plan<Bytes>(std::move(graph));
+  if (bits == 16) return new Plan<Rounded>(std::move(graph));
   return new Plan<Exact<float>>(std::move(graph));
 }
 
