@@ -1,14 +1,14 @@
-"""Times training steps with sparse layers that compute over their real weights alone, beside dense and masked ones.
+"""Compares training steps of sparse layers that compute over their real weights alone with dense and masked ones.
 
-Two tables. First layers of ResNet-18 and a linear layer at several shares of weights: forward pass and both gradients
-beside the dense layer, with the share at which both take equally long; the rule of ``sparsify`` for when a layer
-computes over edges (``dnw_graph.sparse_layers.layer_edges``) comes from it. Then whole steps, with forward pass, loss,
-backward pass and SGD with momentum and weight decay, of ResNet-18 for images of 32 pixels and of a network 3072 – 768 –
-3072: dense in PyTorch; sparse with masked weights (``sparse_kernels=False``); sparse over edges. The last columns say
-where the time goes: products; passes over the dense weight and its ``.grad``, from which real weights are read and into
-which their gradients are written; the optimiser, which reads and writes weights, gradients and states that are dense
-too; everything else. And how much memory a step takes at most beyond the model. CPU time, so that others at work on the
-machine disturb little; all ways take turns. Run with ``python benchmarks/sparse_training.py --threads 1``.
+Two tables. First, layers of ResNet-18 and a linear layer at several shares of weights: forward pass and both gradients
+compared with the dense layer, and the share at which both take equally long; the rule of ``sparsify`` for when a layer
+computes over edges (``dnw_graph.sparse_layers.layer_edges``) comes from it. Second, whole steps (forward pass, loss,
+backward pass and SGD with momentum and weight decay) of ResNet-18 for images of 32 pixels and of a network 3072 – 768 –
+3072: dense in PyTorch; sparse with masked weights (``sparse_kernels=False``); sparse over edges. The last columns break
+down the time: products; passes over the dense weight and its ``.grad``, to read real weights and to write their
+gradients; the optimiser, whose weights, gradients and states are dense too; everything else. They also give the peak
+memory of a step beyond the model. CPU time, which other work on the machine disturbs little; all variants take turns.
+Run with ``python benchmarks/sparse_training.py --threads 1``.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class Step:
         self.optimizer.step()
 
     def shares(self) -> dict[str, str]:
-        """Return which shares of the time each part and everything else take, of several steps."""
+        """Return the shares of the time of several steps that each part and everything else take."""
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             for _ in range(5):
                 self()
@@ -194,7 +194,7 @@ PARTS = {"reading weights, writing .grad": "_AtPositions", "optimiser": "Optimiz
 
 
 def _break_even(times: Mapping[float, float], dense: float) -> str:
-    """Return the share at which the line through the times meets that of the dense way."""
+    """Return the share at which the line through the times meets the dense time."""
     for (low, first), (high, second) in pairwise(sorted(times.items())):
         if first <= dense < second:
             return f"{low + (high - low) * (dense - first) / (second - first):.0%}"

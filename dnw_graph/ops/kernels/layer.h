@@ -1,5 +1,5 @@
-// Linear layers and convolutions over the edges alone, where an edge is one weight: of an output channel, an input
-// channel of its group, and a place in the kernel.
+// Linear layers and convolutions over the edges alone. An edge is one weight, of an output channel, an input channel of
+// its group, and a position in the kernel.
 
 #pragma once
 
@@ -21,7 +21,7 @@ namespace {
 template <class T>
 using Buffer = std::unique_ptr<T[], void (*)(void *)>;
 
-// Memory of zeros that begins on a register's boundary.
+// Zeroed memory, aligned to a register.
 template <class T>
 Buffer<T> zeros(double count) {
   void *made = nullptr;
@@ -31,7 +31,7 @@ Buffer<T> zeros(double count) {
   return {static_cast<T *>(made), std::free};
 }
 
-// What a layer does with the sum of one output channel: a bias, another tensor, a ReLU.
+// Finishes the sums of one output channel: adds a bias and another tensor, applies a ReLU.
 template <class T>
 struct Finish {
   const T *bias, *add;
@@ -55,7 +55,7 @@ struct Finish {
   }
 };
 
-// Where the sources of a target lie: a table of distances from the first one of its group.
+// Addresses of the sources of a target: a table of offsets from the first one of its group.
 template <class T>
 struct Places {
   const T *first;
@@ -64,7 +64,7 @@ struct Places {
   const T *row(int64_t source) const { return first + starts[source]; }
 };
 
-// A side of maps whose places are laid apart by phases: place i of a phase is stride · i + phase.
+// One side of maps, split into phases: element i of a phase is pixel stride · i + phase.
 struct Side {
   int64_t size, stride;
   std::vector<int64_t> phases;
@@ -72,8 +72,8 @@ struct Side {
   int64_t within(int64_t phase) const { return phase < size ? (size - phase + stride - 1) / stride : 0; }
 };
 
-// One axis of a convolution. The place k of a kernel reads place output + shifts[k] of the phase with numbers[k]: the
-// input is laid apart, so that neighbours among the outputs read neighbours.
+// One axis of a convolution. For each output, position k of a kernel reads element output + shifts[k] of phase
+// numbers[k]: the input is split into phases so that adjacent outputs read adjacent elements.
 struct Axis : Side {
   int64_t output, low = 0, high = 0, pitch = 0;
   std::vector<int64_t> shifts, numbers;
@@ -100,7 +100,7 @@ struct Axis : Side {
     return other;
   }
   int64_t kernel() const { return shifts.size(); }
-  // How many inputs of a phase some output reads.
+  // Number of inputs of a phase that any output reads.
   int64_t values(int64_t phase) const { return std::min(within(phase), output + high); }
   bool pointwise() const { return kernel() == 1 && stride == 1 && !shifts[0] && size == output; }
 
@@ -115,8 +115,8 @@ struct Axis : Side {
   }
 };
 
-// Maps that a convolution reads, a set of images at a time, as one row of places for each channel and phase; maps of a
-// pointwise convolution are read where they are, unless many edges would read them off a boundary.
+// Input maps of a convolution, for a set of images at a time, as one row for each channel and phase. Maps of a
+// pointwise convolution are read in place, unless many edges would read them unaligned.
 template <class T>
 struct Planes {
   const Axis &y, &x;
@@ -154,18 +154,18 @@ struct Planes {
   }
 
   int64_t phases() const { return y.phases.size() * x.phases.size(); }
-  // How many places the outputs of the set lie in.
+  // Length of a row of outputs for the set.
   int64_t places() const { return direct ? plane : ((images - 1) * y.pitch + y.output - 1) * x.pitch + x.output; }
   void begin(int64_t image) {
     first = image;
     images = std::min(set, batch - first);
   }
-  // What the edges of a group read.
+  // The sources of the edges of a group.
   Places<T> group(int64_t number) const {
     const int64_t channel = number * per_group;
     return {direct ? in + (first * channels + channel) * plane : packed.get() + channel * phases() * plane, starts.data()};
   }
-  // One channel of the set, a plane for each phase; what lies between stays zero.
+  // Packs one channel of the set, a plane for each phase; gaps stay zero.
   void pack(int64_t channel) const {
     T *to = packed.get() + channel * phases() * plane + lead;
     for (int64_t py : y.phases)
@@ -184,7 +184,7 @@ struct Planes {
   }
 };
 
-// The maps that a convolution writes: `channels` of them, and of each the places of every phase by themselves.
+// Output maps of a convolution: `channels` of them, each split into phases.
 template <class T>
 struct Written {
   const Side y, x;
@@ -193,7 +193,7 @@ struct Written {
   T *out;
 
   int64_t phases() const { return y.phases.size() * x.phases.size(); }
-  // Places of a target, which is a phase of a channel, from `at` on, as they lie in planes.
+  // Writes the sums of a target (a phase of a channel), in the order of planes, starting at `at`.
   void write(int64_t target, const Planes<T> &from, const T *sums, int64_t at, int64_t count) const {
     const int64_t channel = target / phases(), py = y.phases[target % phases() / x.phases.size()];
     const int64_t px = x.phases[target % x.phases.size()], rows = y.within(py), columns = x.within(px);
@@ -218,7 +218,7 @@ struct Written {
   }
 };
 
-// Every target receives what its edges read: the places of each phase of each channel that is written.
+// Computes every target, that is, each phase of each output channel, from the sources of its edges.
 template <class T, class Index>
 int convolution(
     int64_t threads, int64_t groups, const Edges<T, Index> &edges, Planes<T> &from, const Written<T> &to) {
@@ -315,7 +315,7 @@ int sparse_linear(
     }
     return wrong ? WRONG_EDGES : OK;
   }
-  // Images side by side, so many that all inputs of them stay in cache.
+  // Images side by side, as many as have all their inputs in cache.
   const int64_t fitting = CACHE / int64_t(sizeof(T)) / std::max<int64_t>(inputs, 1);
   const int64_t most = std::clamp<int64_t>(fitting / lanes, 4, REGISTERS) * lanes;
   const int64_t sets = (batch + most - 1) / most, set = round_up((batch + sets - 1) / sets, lanes);

@@ -1,5 +1,5 @@
-// Gradients of linear layers and convolutions over the edges alone: of the inputs by the edges turned round, of the
-// weights by one product of two rows for each edge.
+// Gradients of linear layers and convolutions over the edges alone: for the inputs over reversed edges, for the weights
+// with one product of two rows per edge.
 
 #pragma once
 
@@ -15,7 +15,7 @@
 
 namespace {
 
-// The sums of all lanes of four registers. Registers are zipped and halves added, so that few lanes are left to add.
+// The sums of all lanes of four registers. Registers are interleaved and halves added, so that few lanes remain.
 template <class T>
 void add_lanes(const typename Simd<T>::Vector (&sums)[4], T *out) {
   constexpr int64_t lanes = Simd<T>::lanes;
@@ -26,13 +26,13 @@ void add_lanes(const typename Simd<T>::Vector (&sums)[4], T *out) {
     constexpr std::make_index_sequence<lanes> all{};
     const auto halved = [&](auto a, auto b) { return zipped<false>(a, b, all) + zipped<true>(a, b, all); };
     const auto both = halved(halved(sums[0], sums[1]), halved(sums[2], sums[3]));
-    constexpr int places[] = {0, 2, 1, 3};  // Where zipping twice has led.
+    constexpr int places[] = {0, 2, 1, 3};  // The order after interleaving twice.
     for (int64_t lane = 0; lane < lanes; ++lane) out[places[lane % 4]] += both[lane];
   }
 }
 
-// Adds ⟨row, source_e⟩ to out[order[e]], or out[e], for the edges begin … end - 1: four at a time, so that each value of
-// the row is loaded once for four.
+// Adds ⟨row, source_e⟩ to out[order[e]], or out[e], for the edges begin … end - 1: four at a time, so that each value
+// of the row is loaded once for four.
 template <class T, class Index, class Source>
 void add_products(
     const T *row, int64_t length, const Index *columns, int64_t begin, int64_t end, const Source &source, T *out,
@@ -63,13 +63,13 @@ void add_products(
   }
 }
 
-// Edges turned round: in the order of what they leave.
+// Reversed edges, ordered by source.
 template <class T>
 struct Turned {
   std::vector<int64_t> rowptr, columns;
   std::vector<T> values;
 
-  // `row` and `column` say where an edge goes to from its target and its place.
+  // `row` and `column` return the new target and source of an edge from its target and its position.
   template <class Index, class Row, class Column>
   Turned(const Edges<T, Index> &edges, int64_t targets, int64_t rows, Row row, Column column)
       : rowptr(rows + 1), columns(edges.count), values(edges.count) {
@@ -87,7 +87,7 @@ struct Turned {
   Edges<T, int64_t> edges() const { return {rowptr.data(), columns.data(), values.data(), int64_t(columns.size())}; }
 };
 
-// What the inputs of a convolution get: of each channel and phase what the outputs have that read it.
+// The gradient of a convolution's inputs: each phase of each channel sums over the outputs that read it.
 template <class T, class Index>
 int convolution_input_grad(int64_t threads, const Convolution<T, Index> &layer, const T *grad, T *x_grad) {
   const Axis &y = layer.y, &x = layer.x;
@@ -106,7 +106,7 @@ int convolution_input_grad(int64_t threads, const Convolution<T, Index> &layer, 
   return convolution(threads, layer.groups, turned.edges(), from, to);
 }
 
-// What the weights of a convolution get.
+// The gradient of a convolution's weights.
 template <class T, class Index>
 void convolution_weight_grad(
     int64_t threads, const Convolution<T, Index> &layer, const T *grad, const T *in, T *values_grad) {
@@ -152,7 +152,8 @@ int convolution_grad(
   return x_grad ? convolution_input_grad(threads, layer, grad, x_grad) : OK;
 }
 
-// Images side by side: rows [batch, features] from `first` on as columns [features, width], the rest of a register zero.
+// Images side by side: rows [batch, features] starting at `first` as columns [features, width]; the rest of a register
+// is zero.
 template <class T>
 void pack_images(int64_t threads, const T *rows, int64_t features, int64_t images, int64_t width, T *columns) {
   using S = Simd<T>;
@@ -169,8 +170,8 @@ void pack_images(int64_t threads, const T *rows, int64_t features, int64_t image
     }
 }
 
-// What the weights of a linear layer get: of every edge the product of its target's and its source's row, images side by
-// side. The targets take turns; so many images of all sources are packed that they stay in cache.
+// The gradient of a linear layer's weights: for every edge the product of its target's and its source's row, images
+// side by side. As many images of all sources are packed as stay in cache for all targets.
 template <class T, class Index>
 int sampled_linear(
     int64_t threads, int64_t batch, int64_t sources, int64_t targets, const T *received, const T *sent,
@@ -197,7 +198,7 @@ int sampled_linear(
   return OK;
 }
 
-// Values at ascending places of a row of zeros, written in one pass.
+// Writes a row of zeros with values at ascending indices, in one pass.
 template <class T>
 int spread(int64_t threads, int64_t size, int64_t count, const int64_t *places, const T *values, T *out) {
   constexpr int64_t piece = 4096;
