@@ -13,7 +13,7 @@ from torch import Tensor
 from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.ops.call import run
-from dnw_graph.ops.checks import check_memory
+from dnw_graph.ops.operands import check_memory
 
 # With fewer candidates, guessing from a sample saves nothing; with more, one weight in _SAMPLE_STRIDE is sampled.
 _SAMPLE_FROM = 1 << 16

@@ -22,7 +22,7 @@ from dnw_graph._compat import OPERATORS_WITHOUT_FORMULA, TorchDispatchMode, tree
 from dnw_graph.errors import InputError
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.propagation import Propagate, Propagation, RealEdges
-from dnw_graph.propagation.base import States
+from dnw_graph.propagation.propagate import States
 from dnw_graph.sparse_layers.forward_pass import RealWeights
 
 aten = torch.ops.aten

@@ -34,7 +34,7 @@ from dnw_graph.compaction.sparse_layers import SparseConv, SparseLinear
 from dnw_graph.compaction.static_graphs import FusedGraph, StaticGraph
 from dnw_graph.errors import InputError
 from dnw_graph.model_card import ModelCard, card_of
-from dnw_graph.ops.checks import FLOATS, INTEGERS
+from dnw_graph.ops.operands import FLOATS, INTEGERS
 from dnw_graph.whole_file import write_whole
 
 FORMAT = "dnw_graph.compact"

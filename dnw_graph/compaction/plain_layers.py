@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dnw_graph.errors import InputError, unknown_name
-from dnw_graph.ops.checks import INTEGERS
+from dnw_graph.ops.operands import INTEGERS
 
 
 class Layer(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 import dnw_graph.ops.flops  # noqa: F401
 from dnw_graph.compaction.plain_layers import Layer, require, require_whole
 from dnw_graph.ops import sparse_product
-from dnw_graph.ops.checks import INTEGERS
+from dnw_graph.ops.operands import INTEGERS
 
 
 class SparseProduct(Layer):

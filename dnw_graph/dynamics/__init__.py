@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dnw_graph.dynamics.base import Dynamics
 from dnw_graph.dynamics.continuous import Continuous
 from dnw_graph.dynamics.discrete import Discrete
+from dnw_graph.dynamics.dynamics import Dynamics
 from dnw_graph.dynamics.recurrent import Recurrent
 from dnw_graph.dynamics.static import Static
 from dnw_graph.errors import InputError

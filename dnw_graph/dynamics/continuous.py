@@ -21,7 +21,7 @@ from dnw_graph.dynamics.recurrent import Recurrent
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.ops.layout import kernels_take
 from dnw_graph.propagation import Propagate
-from dnw_graph.propagation.base import autocast_dtype
+from dnw_graph.propagation.propagate import autocast_dtype
 
 EXPLICIT = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams")
 """Fixed-step solvers without a tolerance: a node's result does not depend on unrelated nodes."""

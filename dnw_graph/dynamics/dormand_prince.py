@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnw_graph.ops.checks import first_order
 from dnw_graph.ops.combination import combination, error_norm
+from dnw_graph.ops.operands import first_order
 
 Field = Callable[[Tensor, Tensor], Tensor]
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dnw_graph.candidates import CandidateEdges
-from dnw_graph.dynamics.base import Dynamics
+from dnw_graph.dynamics.dynamics import Dynamics
 from dnw_graph.errors import InputError
 from dnw_graph.nodes import Nodes
 from dnw_graph.propagation import Propagate

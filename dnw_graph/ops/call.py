@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dnw_graph.ops.build import kernels
-from dnw_graph.ops.checks import wrong_edges
+from dnw_graph.ops.operands import wrong_edges
 from dnw_graph.ops.signatures import SIGNATURES, TYPES, Expected
 
 _WRONG_EDGES = 1  # A kernel's status for an index out of range.

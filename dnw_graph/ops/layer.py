@@ -14,7 +14,9 @@ from torch import Tensor
 from dnw_graph.errors import InputError
 from dnw_graph.ops.build import kernels
 from dnw_graph.ops.call import run
-from dnw_graph.ops.checks import (
+from dnw_graph.ops.csr import by_source, targets_of
+from dnw_graph.ops.layout import detach_view, kernels_take, plain_eager
+from dnw_graph.ops.operands import (
     batched,
     check_csr,
     check_memory,
@@ -24,8 +26,6 @@ from dnw_graph.ops.checks import (
     check_types,
     is_half,
 )
-from dnw_graph.ops.layout import detach_view, kernels_take, plain_eager
-from dnw_graph.ops.sparse import by_source, targets_of
 
 LARGEST = 4096  # Upper bound of kernel size, stride, padding and dilation.
 

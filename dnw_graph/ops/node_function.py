@@ -12,8 +12,8 @@ from dnw_graph._compat import has_hooks
 from dnw_graph.errors import InputError
 from dnw_graph.ops.build import kernels
 from dnw_graph.ops.call import readable, run
-from dnw_graph.ops.checks import first_order
 from dnw_graph.ops.layout import batch_last, detach_view, is_batch_last, kernels_take, plain_eager
+from dnw_graph.ops.operands import first_order
 from dnw_graph.ops.signatures import BATCH, CONSTANT, INSTANCE, NO_NORM
 from dnw_graph.usual import keeps_methods
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dnw_graph.ops.call import run
-from dnw_graph.ops.checks import check_memory
+from dnw_graph.ops.operands import check_memory
 
 MOST_EDGES = 1024
 """Of a node whose sum is formed in 16 bits: with more, too few of them would be left for each."""

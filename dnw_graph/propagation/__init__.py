@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dnw_graph.propagation.auto import AutoPropagation
-from dnw_graph.propagation.base import Propagate, Propagation, RealEdges, States
 from dnw_graph.propagation.block import BlockPropagation
 from dnw_graph.propagation.message_passing import MessagePassingPropagation
+from dnw_graph.propagation.propagate import Propagate, Propagation, RealEdges, States
 from dnw_graph.propagation.sparse import SparsePropagation
 from dnw_graph.registry import resolve
 

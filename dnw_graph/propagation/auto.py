@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dnw_graph.ops.build import kernels
 from dnw_graph.ops.layout import kernels_take, plain_eager
-from dnw_graph.propagation.base import Propagate, Propagation, RealEdges
 from dnw_graph.propagation.block import BlockPropagation
+from dnw_graph.propagation.propagate import Propagate, Propagation, RealEdges
 from dnw_graph.propagation.sparse import SparsePropagation
 
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnw_graph.candidates import Block
-from dnw_graph.ops.checks import batched
 from dnw_graph.ops.layout import detach_view, plain_eager, traced, transformed
-from dnw_graph.propagation.base import Propagate, Propagation, RealEdges, States, autocast_dtype
+from dnw_graph.ops.operands import batched
 from dnw_graph.propagation.gradient import real_weights, transformable
 from dnw_graph.propagation.message_passing import MessagePassingPropagation
+from dnw_graph.propagation.propagate import Propagate, Propagation, RealEdges, States, autocast_dtype
 
 
 class BlockPropagation(Propagation):

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dnw_graph.ops.layer import spread
-from dnw_graph.propagation.base import RealEdges
+from dnw_graph.propagation.propagate import RealEdges
 
 
 def candidate_weights(edges: RealEdges) -> Float[Tensor, " candidates"]:

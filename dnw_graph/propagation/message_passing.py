@@ -13,11 +13,11 @@ from torch import Tensor
 
 from dnw_graph.arguments import checked, require
 from dnw_graph.errors import InputError, unknown_name
-from dnw_graph.ops.checks import first_order
+from dnw_graph.ops.csr import by_source, sampled_matrix
 from dnw_graph.ops.layout import detach_view, transformed
-from dnw_graph.ops.sparse import by_source, sampled_matrix
-from dnw_graph.propagation.base import Propagate, Propagation, RealEdges, channels_last
+from dnw_graph.ops.operands import first_order
 from dnw_graph.propagation.gradient import unrestricted_weights
+from dnw_graph.propagation.propagate import Propagate, Propagation, RealEdges, channels_last
 
 if TYPE_CHECKING:
     from dnw_graph.propagation.weighted_sum import WeightedSum

@@ -14,12 +14,12 @@ from torch import Tensor
 from dnw_graph.arguments import checked
 from dnw_graph.candidates import Block
 from dnw_graph.errors import InputError, unknown_name
-from dnw_graph.ops.checks import first_order
+from dnw_graph.ops.csr import by_source, product_of_pieces, sampled, sampled_matrix
 from dnw_graph.ops.dense import product_with_transpose
 from dnw_graph.ops.layout import batch_last, detach_view, kernels_take, traced
-from dnw_graph.ops.sparse import by_source, product_of_pieces, sampled, sampled_matrix
-from dnw_graph.propagation.base import Propagate, Propagation, RealEdges, States, autocast_dtype
+from dnw_graph.ops.operands import first_order
 from dnw_graph.propagation.gradient import unrestricted_weights
+from dnw_graph.propagation.propagate import Propagate, Propagation, RealEdges, States, autocast_dtype
 
 CANDIDATE_GRADIENTS = ("exact", "bfloat16")
 

@@ -23,7 +23,7 @@ from dnw_graph.callbacks.wiring_updates import WiringUpdates
 from dnw_graph.checkpoint import SECTION, read_checkpoint
 from dnw_graph.compaction import compact, export
 from dnw_graph.compaction.exports import check_export
-from dnw_graph.data.checks import check_files
+from dnw_graph.data.image_files import check_files
 from dnw_graph.data.sources import ImageData, hold_out, load_images
 from dnw_graph.data.workers import lost_workers_told
 from dnw_graph.errors import InputError
@@ -32,9 +32,9 @@ from dnw_graph.model_card import ModelCard, versions
 from dnw_graph.recipes.options import RunOptions
 from dnw_graph.recipes.schedules import SCHEDULES, after_warmup
 from dnw_graph.training.checkpoints import Checkpoints
-from dnw_graph.training.checks import check_hardware, check_step, on_gpu
 from dnw_graph.training.classifier import Classifier
 from dnw_graph.training.data_module import DataModule
+from dnw_graph.training.hardware import check_hardware, check_step, on_gpu
 from dnw_graph.training.loggers import Events, StepLog, Table, hosted_loggers
 from dnw_graph.training.resuming import check_resumable, check_same_run, start_from
 from dnw_graph.training.run_directory import run_directory

@@ -20,8 +20,8 @@ from dnw_graph._compat import leave_signals_alone
 from dnw_graph.callbacks.wiring_monitor import WiringMonitor
 from dnw_graph.recipes.options import RunOptions
 from dnw_graph.training.checkpoints import WholeFileIO
-from dnw_graph.training.checks import on_gpu
 from dnw_graph.training.console import Console
+from dnw_graph.training.hardware import on_gpu
 
 # Steps between updates of the loss in the progress bar; each one synchronises.
 STEPS_SHOWN_ON_GPU = 20

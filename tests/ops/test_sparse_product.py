@@ -140,7 +140,7 @@ def test_gradients_of_many_messages_are_formed_in_parts(monkeypatch):
     rowptr, columns, values = random_csr(5, 6, 12)
     z = torch.randn(6, 10, dtype=torch.float64)
     sparse_product(z, rowptr, columns, values.requires_grad_()).square().sum().backward()
-    monkeypatch.setattr("dnw_graph.ops.sparse.MAX_MESSAGES", 25)
+    monkeypatch.setattr("dnw_graph.ops.csr.MAX_MESSAGES", 25)
     parts = values.detach().clone().requires_grad_()
     sparse_product(z, rowptr, columns, parts).square().sum().backward()
     torch.testing.assert_close(parts.grad, values.grad)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from dnw_graph import Discrete, InputError, NeuralGraph, Wiring
-from dnw_graph.propagation import MessagePassingPropagation, base
+from dnw_graph.propagation import MessagePassingPropagation, propagate
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 WAYS = [
@@ -86,7 +86,7 @@ def assert_agree(tensors, reference):
 )
 def test_equals_a_plain_loop(way, dtype, edges, learning, sampled, monkeypatch):
     """Whether gradients of some candidates are computed edge by edge, or those of all in one product."""
-    monkeypatch.setattr(base, "SAMPLED", sampled)
+    monkeypatch.setattr(propagate, "SAMPLED", sampled)
     index = EDGES[edges]
     learn = {"all": PAIRS, "real": index, "own": {*index, *range(0, len(PAIRS), 3)}}[learning]
     graph = NeuralGraph(

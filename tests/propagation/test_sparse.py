@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnw_graph import DNW, CandidateEdges, Discrete, InputError, NeuralGraph, RandomGraph, TopKAST
-from dnw_graph.propagation import AutoPropagation, MessagePassingPropagation, SparsePropagation, base
+from dnw_graph.propagation import AutoPropagation, MessagePassingPropagation, SparsePropagation, propagate
 
 SIZES = (3, 4, 5, 2)
 
@@ -47,7 +47,7 @@ def gradients(graph, x, times=1):
 @pytest.fixture(autouse=True)
 def some(monkeypatch):
     """Gradients of some candidates are computed edge by edge, however many they are."""
-    monkeypatch.setattr(base, "SAMPLED", 1.0)
+    monkeypatch.setattr(propagate, "SAMPLED", 1.0)
 
 
 def pair(**options):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dnw_graph import InputError
-from dnw_graph.data.checks import check_images, inspect
+from dnw_graph.data.image_files import check_images, inspect
 
 
 @pytest.fixture(params=["jpg", "png", "bmp", "webp"])

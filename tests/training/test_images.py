@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 
 from dnw_graph import InputError
-from dnw_graph.data.checks import check_files, class_lines
+from dnw_graph.data.image_files import check_files, class_lines
 from dnw_graph.data.images import ArrayImages, FileImages
 from dnw_graph.data.samples import Samples
 from dnw_graph.data.transforms import transforms

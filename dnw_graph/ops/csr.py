@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dnw_graph.errors import InputError
 from dnw_graph.ops.call import run
-from dnw_graph.ops.checks import (
+from dnw_graph.ops.operands import (
     check_csr,
     check_memory,
     check_pointers,

@@ -10,8 +10,8 @@ from torch import nn
 from dnw_graph import InputError
 from dnw_graph.analysis.memory import free_memory
 from dnw_graph.models import MobileNetV1DNW
-from dnw_graph.training import RunOptions, checks
-from dnw_graph.training.checks import check_step
+from dnw_graph.training import RunOptions, hardware
+from dnw_graph.training.hardware import check_step
 
 
 class Convolution(nn.Module):
@@ -29,23 +29,23 @@ class Convolution(nn.Module):
 def test_the_estimate_is_that_of_a_plain_count(evaluate, maps, monkeypatch):
     options = RunOptions(batch_size=8, evaluate=evaluate)
     needed = 8 * 300 * 300 * 4 * (3 + maps)  # the images themselves come on top
-    monkeypatch.setattr(checks, "free_memory", lambda: needed)
+    monkeypatch.setattr(hardware, "free_memory", lambda: needed)
     check_step(Convolution(), 300, options, gpu=False)
-    monkeypatch.setattr(checks, "free_memory", lambda: needed - 2**20)
+    monkeypatch.setattr(hardware, "free_memory", lambda: needed - 2**20)
     with pytest.raises(InputError, match=r"--image-size 300 with --batch-size 8 needs at least .* GiB .* are free"):
         check_step(Convolution(), 300, options, gpu=False)
 
 
 def test_half_precision_takes_half(monkeypatch):
     needed = 8 * 300 * 300 * (3 * 4 + 10 * 2)
-    monkeypatch.setattr(checks, "free_memory", lambda: needed)
+    monkeypatch.setattr(hardware, "free_memory", lambda: needed)
     check_step(Convolution(), 300, RunOptions(batch_size=8, precision="bf16-mixed"), gpu=False)
     with pytest.raises(InputError, match="needs at least"):
         check_step(Convolution(), 300, RunOptions(batch_size=8), gpu=False)
 
 
 def test_a_trial_leaves_the_model_and_the_generator_alone(monkeypatch):
-    monkeypatch.setattr(checks, "free_memory", lambda: 10**9)
+    monkeypatch.setattr(hardware, "free_memory", lambda: 10**9)
     model = TinyModel(10)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from dnw_graph.arguments import check, wrong
 from dnw_graph.errors import InputError
-from dnw_graph.ops.checks import check_csr, check_memory, check_pointers, check_tensors, check_types, is_half
-from dnw_graph.ops.sparse import product
+from dnw_graph.ops.csr import product
+from dnw_graph.ops.operands import check_csr, check_memory, check_pointers, check_tensors, check_types, is_half
 from dnw_graph.ops.static_plan import GraphTensors, StaticPlan
 
 STATE_DTYPES = (None, torch.bfloat16, torch.int8)
