@@ -14,8 +14,8 @@ from dnw_graph.compaction.plain_layers import Layer, require, require_whole
 from dnw_graph.compaction.products import Product, check_csr
 from dnw_graph.errors import InputError
 from dnw_graph.ops import static_graph
-from dnw_graph.ops.static import largest_states
 from dnw_graph.ops.static_plan import GraphTensors
+from dnw_graph.ops.whole_graph import largest_states
 
 STATE_DTYPES = {None: None, "bfloat16": torch.bfloat16, "int8": torch.int8}
 HEADROOM = 2
