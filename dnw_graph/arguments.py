@@ -29,7 +29,7 @@ _LARGEST = 2**63 - 1
 
 
 class _MismatchError(Exception):
-    """A value is not of the type that a hint asks for."""
+    """A value does not have the type of its hint."""
 
 
 def checked(function: F) -> F:

@@ -70,7 +70,7 @@ class RankedWeight:
 
     @property
     def holder(self) -> Any:
-        """The module whose ``probe`` accumulates the gradient of all candidates, if a rule asks for it."""
+        """The module whose ``probe`` accumulates the gradient of all candidates, if a rule requests it."""
         return self
 
     @property

@@ -18,7 +18,7 @@ def match(given: Any, like: Any, where: str, *, exact: bool = True) -> None:
     Args:
         given: The content.
         like: Content with the expected structure: dicts must have the same keys, lists and tuples the same length,
-            tensors the same shape and type (or both floating-point), other values the same type. A type stands for any
+            tensors the same shape and type (or both floating-point), other values the same type. A type matches any
             of its values.
         where: Name of the content in messages.
         exact: Whether further keys in dicts are refused.

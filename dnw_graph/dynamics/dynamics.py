@@ -85,7 +85,7 @@ class Dynamics(nn.Module):
             propagate: The product of this forward pass.
             z: States of the nodes ``have``; all others must have the state zero.
             have: The nodes of z.
-            want: The nodes asked for.
+            want: The nodes requested.
         """
         total: Tensor | None = None
         for number, block in enumerate(propagate.blocks):

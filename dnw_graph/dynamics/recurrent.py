@@ -69,7 +69,7 @@ class Recurrent(Dynamics):
             z: States of the nodes ``have``.
             time: t.
             have: The nodes of z, the others having the state zero. Default: all.
-            want: The nodes asked for. Default: all.
+            want: The nodes requested. Default: all.
         """
         sent = z
         send = getattr(function, "send", None)

@@ -366,7 +366,7 @@ def _check_bias(bias: Tensor | None, outputs: int) -> None:
 def _linear_grad(
     grad: Tensor, x: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor, of_x: bool, of_values: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of inputs and of weights; an empty tensor for one that is not asked for."""
+    """Return the gradients of inputs and of weights; an empty tensor for one that is not requested."""
     _check_linear(x, rowptr, columns, values, None)
     if is_half(x):
         single = grad.float(), x.float(), rowptr, columns, values.float(), of_x, of_values
@@ -443,7 +443,7 @@ def _convolution_grad(
     of_x: bool,
     of_values: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of inputs and of weights; an empty tensor for one that is not asked for."""
+    """Return the gradients of inputs and of weights; an empty tensor for one that is not requested."""
     _check_convolution(x, rowptr, columns, values, None, grad, window, groups)
     if is_half(x):
         single = grad.float(), x.float(), rowptr, columns, values.float(), window, groups, of_x, of_values

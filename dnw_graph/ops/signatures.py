@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-# The types of each kind of tensor; within a call all tensors of one kind have the same type.
+# The dtypes of each kind of tensor; within a call all tensors of one kind have the same dtype.
 TYPES = {
     "number": {torch.float32: "float32", torch.float64: "float64"},
     "index": {torch.int32: "int32", torch.int64: "int64"},
     "place": {torch.int64: "int64"},
     "sum": {torch.float64: "float64"},
 }
-PIECE = 1024  # Values whose squares are added up in one piece, see ``kernels/combination.h``.
+PIECE = 1024  # Values whose squares are summed in one piece, see ``kernels/combination.h``.
 NO_NORM, BATCH, INSTANCE, CONSTANT = range(4)  # Norms of a node function; CONSTANT: mean and variance are given.
 
 
@@ -194,7 +194,7 @@ SIGNATURES: dict[str, tuple[Callable[..., Arguments], tuple[str, ...]]] = {
     "combination": (_combination, ("number",)),
     "error_squares": (_error_squares, ("number",)),
 }
-"""For each kernel its tensors as a function of its numbers, and the kinds of tensor it is compiled for by type."""
+"""For each kernel, its tensors as a function of its numbers, and its supported kinds of tensors by dtype."""
 
 
 def symbols() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Static graphs packed for the CPU kernel, once for many calls: edges are checked when a plan is made."""
+"""Static graphs packed for the CPU kernel, once for many calls: edges are checked when a plan is created."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dnw_graph.ops.call import run
 from dnw_graph.ops.operands import check_memory
 
 MOST_EDGES = 1024
-"""Of a node whose sum is formed in 16 bits: with more, too few of them would be left for each."""
+"""Largest number of edges of a node whose sum uses 16 bits; with more, each would have too few bits."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class GraphTensors:
 
 @dataclass(frozen=True)
 class Ends:
-    """What lies before a static graph and behind it.
+    """Layers before and after a static graph.
 
     Args:
         stem: A 3×3 convolution with a padding of 1 before the graph: ``[inputs, channels, 3, 3]``.
         stem_bias: Its bias.
         stem_stride: Its stride, 1 or 2.
-        shift: What is added to the outputs of the graph.
+        shift: Added to the outputs of the graph.
         relu: Whether a ReLU follows.
         mean: Whether the mean over the map of every output follows.
-        weight: Matrix of a linear layer behind the mean.
+        weight: Matrix of a linear layer after the mean.
         bias: Its bias.
     """
 
@@ -61,9 +61,9 @@ class Ends:
 
 
 class StaticPlan:
-    """A static graph ready to run on a CPU; :meth:`make` makes it.
+    """A static graph ready to run on a CPU; created by :meth:`make`.
 
-    Several threads may call one plan at the same time. It keeps the memory that it works in.
+    Several threads may call one plan at the same time. It keeps its working memory.
     """
 
     def __init__(self, handle: Tensor, sizes: Sequence[int], strides: Sequence[int], ends: Ends) -> None:
@@ -83,7 +83,7 @@ class StaticPlan:
         state_dtype: torch.dtype | None = None,
         ends: Ends = Ends(),
     ) -> StaticPlan | None:
-        """Return a plan for tensors that fit together, or None where PyTorch's operations have to do.
+        """Return a plan for consistent tensors, or None if PyTorch's operations must be used.
 
         Raises:
             InputError: If an edge does not lead from an earlier block with maps of the same size.
@@ -109,12 +109,12 @@ class StaticPlan:
         return cls(handle, sizes, strides, ends) if run("static_plan", numbers, *tensors, handle) else None
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        """Return what the graph, with its ends, makes of ``[batch, channels, height, width]``.
+        """Return the result of the graph, with its ends, for ``[batch, channels, height, width]``.
 
-        None if the kernel cannot read this tensor: it has another type, or its values do not lie in memory as they are.
+        None if the kernel cannot read this tensor: it has another dtype, or is not stored plainly in memory.
 
         Raises:
-            InputError: If no memory holds the states.
+            InputError: If the states do not fit in memory.
         """
         sides = list(x.shape[2:])
         check_memory((x.size(0), 2 * self._nodes, sides[0] + 2, sides[1] + 2))

@@ -44,9 +44,9 @@ def static_graph(
     state is relu(k_v * relu(a_v I_v + b_v) + c_v). The operator ``dnw_graph::static_graph`` of ordinary tensors,
     without gradients. Half precisions are computed in float32 throughout, and the outputs rounded.
 
-    Nodes are numbered block after block. A block with stride 2 halves the maps' sides (rounded up); later blocks can
-    get edges from that block and later ones only. In this way several stages become one graph: the outputs of a stage
-    and the inputs of the next one are one block with stride 2.
+    Nodes are numbered block by block. A block with stride 2 halves the maps' sides (rounded up); later blocks can only
+    have edges from that block and later ones. In this way several stages become one graph: the outputs of a stage and
+    the inputs of the next one are one block with stride 2.
 
     Args:
         x: Inputs of the nodes of the first block.
@@ -61,12 +61,12 @@ def static_graph(
         kernel: k_v, likewise.
         bias: c_v, likewise, for a second norm and ReLU after the convolution.
         state_dtype: ``torch.bfloat16``: states are rounded to it before they are sent, sums are not. ``torch.int8``:
-            they are rounded to s_v · {−127, …, 127}, NaN to any of them; in the CPU kernel, weights and sums of nodes
-            with up to 1,024 edges are integers of 16 bits that cannot overflow. Default: they are sent as they are.
+            states are rounded to s_v · {−127, …, 127}, NaN to any of them; in the CPU kernel, weights and sums of nodes
+            with up to 1,024 edges are 16-bit integers that cannot overflow. Default: no rounding.
         state_scale: s_v > 0 for every node, with ``torch.int8``.
 
     Raises:
-        InputError: If shapes, types or devices do not fit, or an edge does not lead from an earlier block with maps of
+        InputError: If shapes, dtypes or devices do not fit, or an edge does not lead from an earlier block with maps of
             the same size.
     """
     check_tensors(x=x, rowptr=rowptr, columns=columns, values=values, scale=scale, shift=shift, kernel=kernel)
@@ -140,7 +140,7 @@ def _check(
     if state_dtype not in STATE_DTYPES:
         raise wrong("state_dtype", "torch.bfloat16, torch.int8 or None", state_dtype)
     if (state_dtype is torch.int8) != (state_scale is not None):
-        raise InputError("a state_scale belongs to state_dtype=torch.int8, and to no other")
+        raise InputError("state_scale is for state_dtype=torch.int8 only")
     if not sizes or len(sizes) != len(strides) or min(sizes) < 0 or not set(strides) <= {0, 1, 2}:
         raise InputError(f"every block needs a size and a stride of 0, 1 or 2; got sizes {sizes}, strides {strides}")
     if x.dim() != 4 or x.size(1) != sizes[0] or x.size(2) < 1 or x.size(3) < 1:
@@ -177,14 +177,14 @@ def _plain(
 ) -> Tensor:
     """Compute the graph with PyTorch's operations, on any device."""
     received = deque(_states(x, sizes, strides, graph, state_dtype), maxlen=1).pop()
-    # A copy in any case: what an operator returns must not be what it was given.
+    # Always a copy: an operator must not return its input.
     return received.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def largest_states(
     x: Float[Tensor, "batch inputs height width"], sizes: Sequence[int], strides: Sequence[int], graph: GraphTensors
 ) -> Float[Tensor, " nodes"]:
-    """Return the largest magnitude of each node's state, of the nodes of all blocks."""
+    """Return the largest magnitude of each node's state, for the nodes of all blocks."""
     states = _states(x, list(sizes), list(strides), graph, None)
     return torch.cat([state.flatten(1).abs().amax(1) if len(state) else state.new_empty(0) for state in states])
 

@@ -27,7 +27,7 @@ class NM(Wiring):
         strength: λ.
 
     Raises:
-        InputError: If not 1 ≤ n ≤ m, λ is negative, or the graph was asked for another k.
+        InputError: If not 1 ≤ n ≤ m, λ is negative, or another k was requested.
     """
 
     decides_k = True

@@ -32,7 +32,7 @@ class SecondStage(ConstantEdges):
         - ``trained``, ``initial``: ``[num_candidates]``
 
     Raises:
-        InputError: If the number of weights is not the graph's; if edges are asked for that are not known.
+        InputError: If the number of weights is not the graph's, or if unknown edges are requested.
     """
 
     @checked
@@ -130,7 +130,7 @@ class LotteryTicket(SecondStage):
         - ``trained``, ``initial``: ``[num_candidates]``
 
     Raises:
-        InputError: If the number of weights is not the graph's; if edges are asked for that are not known.
+        InputError: If the number of weights is not the graph's, or if unknown edges are requested.
     """
 
 

@@ -33,7 +33,7 @@ class View:
     Args:
         graph: The graph; see :class:`dnw_graph.ranking.Ranking`.
         wiring: Its rule.
-        k: Number of edges asked for.
+        k: Number of edges requested.
         tensors: The parameters as the forward pass sees them. Default: the parameters themselves.
         optimizer: The optimiser, after a step of it.
         copy: Whether ``weight`` is a copy even where the parameter is one vector.
@@ -42,7 +42,7 @@ class View:
         graph: The graph.
         wiring: Its rule.
         name: The graph's name, for messages.
-        k: Number of edges asked for.
+        k: Number of edges requested.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class View:
     def gradient(self) -> Float[Tensor, " candidates"]:
         """∂L/∂w of the last step, summed over micro-batches and averaged over ranks; after a step only.
 
-        For all candidates if the rule asked for it (:meth:`Wiring.needs_gradient`), otherwise the content of ``.grad``.
+        For all candidates if the rule requested it (:meth:`Wiring.needs_gradient`), otherwise the content of ``.grad``.
         """
         parts = []
         for weight in self.graph.weights:

@@ -1,5 +1,5 @@
-// The entry points, called through ctypes: one of each for every type of numbers and of indices. Python checks all
-// tensors against ../signatures.py; what only their values tell is checked here.
+// The entry points, called through ctypes: one for every combination of number and index types. Python checks all
+// tensors against ../signatures.py; checks that depend on their values are here.
 
 #include <new>
 #include <stdexcept>
@@ -15,7 +15,7 @@
 
 namespace {
 
-// An exception must not leave a function that C calls.
+// An exception must not leave a function called from C.
 template <class Work>
 int guarded(Work work) {
   try {

@@ -1,4 +1,4 @@
-// States of nodes as inference keeps them, and the sums over edges that are formed of them.
+// The states of nodes as stored in inference, and the sums over edges of these states.
 
 #pragma once
 
@@ -32,12 +32,12 @@ struct Edge {
   Weight weight;
 };
 
-// What every way to keep states defines: numbers that node functions compute with, and in how many registers of them
-// `together` states are stored; weights of edges, and sums, of which `terms` come from what is stored together. The sum
-// of a target is `factor` times what `numbers` makes of it; `MOST` registers of numbers are summed up at a time: with a
-// weight and what is loaded, as many as AVX2 has.
+// Every storage format of states defines: the numbers of node functions, of which `together` registers are stored as
+// one; the weights of edges; and sums, `terms` of which come from one stored register. The sum of a target is `factor`
+// times the result of `numbers`. `MOST` registers of numbers are summed at a time: with a weight and the loaded states,
+// all registers of AVX2.
 
-// As they are.
+// Unrounded.
 template <class T>
 struct Exact {
   using Number = T;
@@ -53,8 +53,8 @@ struct Exact {
   static void numbers(const Sum *sum, Vector *to) { *to = *sum; }
 };
 
-// Rounded to bfloat16, sums in float32. Two registers lie in one: the first in the lower halves of its lanes, the second
-// in the upper ones.
+// Rounded to bfloat16, sums in float32. Two registers are stored in one: the first in the lower halves of its lanes,
+// the second in the upper halves.
 struct Rounded {
   using Number = float;
   using Stored = uint16_t;
@@ -84,13 +84,13 @@ struct Rounded {
   }
 };
 
-// Rounded to integers from -127 to 127, in the unit of the node, which its kernel has been divided by. Weights and sums
-// are integers of 16 bits, with a factor for each target: so large that no sum can overflow, whatever the states are.
-// Four registers lie in one, byte n of each lane from the register n, but 1 and 2 exchanged.
+// Rounded to integers from -127 to 127, in the unit of the node, by which its kernel has been divided. Weights and sums
+// are 16-bit integers with a factor for each target, chosen so that no sum can overflow, whatever the states are. Four
+// registers are stored in one, byte n of each lane from register n, with 1 and 2 exchanged.
 struct Bytes {
   using Number = float;
   using Stored = int8_t;
-  using Weight = int32_t;  // Twice the same 16 bits, as they are multiplied.
+  using Weight = int32_t;  // The same 16 bits twice, as needed for multiplication.
   using Vector = Simd<float>::Vector;
   using Sum = Simd<int16_t>::Vector;
   using Words = Simd<int32_t>::Vector;
@@ -161,9 +161,9 @@ typename Simd<T>::Vector masked_relu(typename Simd<T>::Vector value, const Bits<
   return typename Simd<T>::Vector(typename Words::Vector(value) & Words::load(mask));
 }
 
-// factor · Σ w z + shift over the edges, for N registers of numbers from the sources' states, which lie N registers
-// apart from `tile` on; with a mask relu of that, and zero outside it. With few registers several edges take turns, so
-// that none waits.
+// factor · Σ w z + shift over the edges, for N registers of numbers from the sources' states, which are N registers
+// apart, starting at `tile`; with a mask, its relu, and zero outside the mask. With few registers, several edges are
+// interleaved, so that none waits.
 template <int N, class State>
 __attribute__((noinline)) void sum_tile(
     const Edge<typename State::Weight> *edge, const Edge<typename State::Weight> *end,
@@ -213,7 +213,7 @@ constexpr std::array<SumTile<State>, sizeof...(N)> sum_tiles(std::integer_sequen
   return {&sum_tile<(N + 1) * State::together, State>...};
 }
 
-// The function for tiles of so many registers, a multiple of `together`.
+// The function for tiles of a number of registers, a multiple of `together`.
 template <class State>
 SumTile<State> sum_tile_of(int64_t registers) {
   static constexpr auto tiles = sum_tiles<State>(std::make_integer_sequence<int, State::MOST / State::together>());

@@ -1,9 +1,9 @@
-// Static graphs for inference, from an image to the states of the last block or to logits: a plan holds the graph, its
-// edges checked and packed, and runs it for images of any number and size.
+// Static graphs for inference, from an image to the states of the last block or to logits. A plan holds the graph with
+// checked and packed edges, and runs it for any number and size of images.
 //
-// All maps of one size lie in tiles: some registers of the first map, as many of the second, and so on, then the next
-// ones of each. What the nodes of a block receive is formed tile by tile, so that the states that are read stay in
-// cache, and the node functions follow as soon as enough of it is there.
+// All maps of one size are stored in tiles: some registers of the first map, as many of the second, and so on, then the
+// next registers of each. The inputs of a block's nodes are computed tile by tile, so that the states that are read
+// stay in cache; node functions follow as soon as enough inputs are available.
 
 #pragma once
 
@@ -27,20 +27,20 @@
 
 namespace {
 
-// Maps of one size. A row and at least one column of zeros make a pitch, an even one, so that rows can be taken apart
-// into even and odd columns; the column is the right border of its row and the left one of the next.
+// Maps of one size. The pitch is a row and at least one column of zeros, and even, so that rows can be split into even
+// and odd columns; the zeros are the right border of a row and the left border of the next.
 template <class State>
 struct Maps {
   using T = typename State::Number;
   static constexpr int64_t lanes = Simd<T>::lanes, LINES = 2, SHARE = CACHE / 2;
-  int64_t height, width, pitch, registers;  // That a map takes.
+  int64_t height, width, pitch, registers;  // Registers per map.
   int64_t tile, nodes;  // Registers of a tile; nodes with maps of this size.
-  std::vector<Bits<T>> mask;  // Ones where a map has a place.
+  std::vector<Bits<T>> mask;  // Ones at the pixels of a map.
 
   Maps(int64_t height, int64_t width, int64_t nodes) : height(height), width(width), nodes(std::max<int64_t>(nodes, 1)) {
     pitch = round_up(width + 1, 2);
     registers = round_up((height * pitch + lanes - 1) / lanes, State::together);
-    // All sources' tiles stay in a core's second-level cache; of two cache lines at least.
+    // The tiles of all sources fit in a core's second-level cache; at least two cache lines each.
     const int64_t fitting = SHARE / (this->nodes * lanes * int64_t(sizeof(typename State::Stored)));
     const int64_t least = LINES * 64 / int64_t(lanes * sizeof(typename State::Stored));
     const int64_t most = std::clamp<int64_t>(fitting, least, State::MOST);
@@ -61,7 +61,7 @@ struct Maps {
 
 };
 
-// A 3×3 kernel, and the bias of a second ReLU if there is one, in registers.
+// A 3×3 kernel, and the bias of an optional second ReLU, in registers.
 template <class T>
 struct NodeFunction {
   using S = Simd<T>;
@@ -76,7 +76,7 @@ struct NodeFunction {
     value += bias;
     return value < 0 ? typename S::Vector{} : value;
   }
-  // For the places that begin one row and one column after `from`.
+  // For pixels that start one row and one column after `from`.
   typename S::Vector at(const T *from, int64_t pitch) const {
     typename S::Vector sum[3];
     for (int dy = 0; dy < 3; ++dy, from += pitch)
@@ -93,8 +93,8 @@ struct NodeFunction {
   }
 };
 
-// So many registers of states, for places that begin one row and one column after `from`. Not inlined: a kernel fills the
-// registers.
+// A number of registers of states, for pixels that start one row and one column after `from`. Not inlined: a kernel
+// fills the registers.
 template <class State>
 __attribute__((noinline)) void convolve(
     const typename State::Number *from, int64_t pitch, const typename State::Number *kernel,
@@ -109,7 +109,7 @@ __attribute__((noinline)) void convolve(
   }
 }
 
-// So many registers of states, as they are.
+// A number of registers of states, unchanged.
 template <class State>
 void keep(const typename State::Number *from, int64_t count, typename State::Stored *to) {
   using S = Simd<typename State::Number>;
@@ -120,13 +120,12 @@ void keep(const typename State::Number *from, int64_t count, typename State::Sto
   }
 }
 
-// Where what the nodes of a block receive lies, between zeros: maps, or their even and then their odd columns with
-// strides of 2.
+// The buffer for the inputs of a block's nodes, between zeros: maps, or with strides of 2 their even, then odd columns.
 template <class State>
 struct Received {
   using T = typename State::Number;
   static constexpr int64_t lanes = Simd<T>::lanes;
-  int64_t parts, values, lead, pitch;  // Values of a part, room around it, from node to node.
+  int64_t parts, values, lead, pitch;  // Values of a part, room around it, and the distance between nodes.
 
   Received(const Maps<State> &in, int64_t stride) : parts(stride == 2 ? 2 : 1) {
     values = round_up(in.values() / parts, lanes);
@@ -144,31 +143,31 @@ struct Received {
   }
 };
 
-// A block for images of one size.
+// A block, for images of one size.
 template <class State>
 struct Step {
-  int64_t size, stride, targets, functions;  // Of the nodes before it, those with edges and those with functions.
+  int64_t size, stride, targets, functions;  // Nodes before it: with edges, and with functions.
   std::shared_ptr<const Maps<State>> in, out;
-  int64_t from, to;  // Number of its first node among those with maps of the sizes in and out.
+  int64_t from, to;  // Index of its first node among those with maps of its input and output size.
   Received<State> received;
-  int room;  // Which of two holds its sources; its states, if their maps are smaller, go to the other one.
+  int room;  // Which of two buffers holds its sources; states with smaller maps go to the other one.
 };
 
 template <class T>
 struct Graph {
   std::vector<int64_t> sizes, strides;
-  std::vector<int64_t> rowptr;  // Of all nodes but the inputs.
-  std::vector<Edge<T>> edges;  // Sources counted from the first node with maps of the size; weights with the scale.
-  std::vector<T> scale, shift, kernel, bias;  // By function; the scale is left for the inputs alone.
+  std::vector<int64_t> rowptr;  // For all nodes except the inputs.
+  std::vector<Edge<T>> edges;  // Sources counted from the first node with maps of this size; weights include the scale.
+  std::vector<T> scale, shift, kernel, bias;  // By function; only the inputs still need the scale.
   std::vector<T> inverse;  // 1 / unit of the inputs, if states have units and the inputs no functions.
   std::vector<T> out_shift;  // Of the last block, or none.
   Stem<T> stem;
   Classifier<T> classifier;
-  bool relu = false, pooled = false;  // Behind the last block.
+  bool relu = false, pooled = false;  // After the last block.
 };
 
-// Returns a status; fills a graph from the tensors of `static_graph`. With the units of states, what makes them is divided
-// by their unit, and weights are multiplied by that of the source.
+// Returns a status; fills a graph from the tensors of `static_graph`. If states have units, the functions that compute
+// them are divided by the unit, and weights are multiplied by that of the source.
 template <class T, class Index>
 int pack_edges(
     Graph<T> &graph, const Edges<T, Index> &edges, const T *scale, const T *shift, const T *kernel, const T *bias,
@@ -222,7 +221,7 @@ class Plan : public PlanOf<typename State::Number> {
   using S = Simd<T>;
   using Vector = typename S::Vector;
   static constexpr int64_t lanes = S::lanes, together = State::together;
-  static constexpr int64_t AT_ONCE = 32;  // Registers for which a node function is called, at least.
+  static constexpr int64_t AT_ONCE = 32;  // Minimum number of registers per call of a node function.
 
  public:
   explicit Plan(Graph<T> &&from) : graph(std::move(from)) {
@@ -237,7 +236,7 @@ class Plan : public PlanOf<typename State::Number> {
     }
   }
 
-  // Images are dealt out to the threads; what is left over, less than one for each, all threads share.
+  // Images are distributed over the threads; the remainder, less than one per thread, is shared by all threads.
   int run(int64_t threads, int64_t batch, int64_t height, int64_t width, const T *x, T *out) override {
     if (too_large(threads, height, width)) return NO_MEMORY;
     const std::shared_ptr<const Layout> layout = layout_of(height, width);
@@ -271,8 +270,8 @@ class Plan : public PlanOf<typename State::Number> {
   };
 
   Graph<T> graph;
-  std::vector<Edge<Weight>> edges;  // In place of those of the graph.
-  std::vector<T> factor;  // Of the sums of each target, or none.
+  std::vector<Edge<Weight>> edges;  // Instead of those of the graph.
+  std::vector<T> factor;  // For the sums of each target, or none.
   Pool pool;
   std::mutex mutex;
   std::shared_ptr<const Layout> last;
@@ -281,7 +280,7 @@ class Plan : public PlanOf<typename State::Number> {
     return (graph.stem ? graph.stem.inputs : graph.sizes[0]) * height * width;
   }
 
-  // Whether the sizes below may be larger than an integer: more than any memory holds.
+  // Whether the sizes below may exceed an integer: more than any memory.
   bool too_large(int64_t threads, int64_t height, int64_t width) const {
     double nodes = 1;
     for (int64_t size : graph.sizes) nodes += double(size);
@@ -301,7 +300,7 @@ class Plan : public PlanOf<typename State::Number> {
     if (graph.stem) height = graph.stem.output(height), width = graph.stem.output(width);
     const auto &sizes = graph.sizes, &strides = graph.strides;
     const int64_t blocks = sizes.size();
-    // Nodes whose states have the size that begins with a block; those of the last block are not kept.
+    // Nodes whose states have the size that starts with a block; those of the last block are not stored.
     const auto nodes_from = [&](int64_t b) {
       int64_t nodes = sizes[b];
       while (++b < blocks - 1 && strides[b] != 2) nodes += sizes[b];
@@ -410,7 +409,7 @@ class Plan : public PlanOf<typename State::Number> {
       }
     }
 
-    // How many registers of the states can be computed when so many values of what is received are there.
+    // The number of registers of states that can be computed from a number of received values.
     static int64_t ready_with(const Step<State> &step, int64_t there) {
       const int64_t pitch = step.in->pitch;
       if (step.stride == 2) there = there / pitch / 2 * step.out->pitch;
@@ -423,7 +422,7 @@ class Plan : public PlanOf<typename State::Number> {
       return graph.bias.empty() ? nullptr : &graph.bias[step.functions + v];
     }
 
-    // A tile of what a node receives, with relu and zeros around it if a function follows.
+    // A tile of a node's input, with relu and zeros around it if a function follows.
     void sum(const Step<State> &step, int64_t t, int64_t v, T *own) {
       const Maps<State> &in = *step.in;
       const int64_t number = step.targets + v, count = in.width_of(t), at = t * in.tile * lanes;
@@ -437,7 +436,7 @@ class Plan : public PlanOf<typename State::Number> {
       if (step.stride == 2) split(step.received, apart, count, own + at / 2);
     }
 
-    // So many registers into even and odd columns.
+    // Splits a number of registers into even and odd columns.
     static void split(const Received<State> &received, const T *from, int64_t count, T *even) {
       for (int64_t n = 0; n < count; n += 2, even += lanes) {
         Vector e, o;
@@ -476,7 +475,7 @@ class Plan : public PlanOf<typename State::Number> {
       }
     }
 
-    // States with a stride of 2: the rows that the registers from … to - 1 touch, in `flat`.
+    // States with a stride of 2: the rows that the registers from … to - 1 cover, in `flat`.
     void apply_stride2(const Step<State> &step, int64_t v, const T *even, int64_t from, int64_t to) {
       const Maps<State> &in = *step.in, &out = *step.out;
       const NodeFunction<T> f(kernel_of(step, v), bias_of(step, v));
@@ -489,7 +488,7 @@ class Plan : public PlanOf<typename State::Number> {
         }
     }
 
-    // What becomes of a node of the last block: shifted, with relu, as it is or its mean.
+    // The result of a node of the last block: shifted, with relu, as a map or its mean.
     void leave(const Maps<State> &out, int64_t v, const T *map, T *result) const {
       const T shift = graph.out_shift.empty() ? T(0) : graph.out_shift[v];
       const auto value = [&](T place) { return graph.relu ? relu(place + shift) : place + shift; };
@@ -513,7 +512,7 @@ class Plan : public PlanOf<typename State::Number> {
   };
 };
 
-// Bits of a state, or 0 for numbers as they are.
+// Bits of a state, or 0 for unrounded states.
 template <class T>
 AnyPlan *new_plan(Graph<T> &&graph, int64_t) {
   return new Plan<Exact<T>>(std::move(graph));
