@@ -92,8 +92,8 @@ def _draw_kept(ax: matplotlib.axes.Axes, graph: RecordedGraph, at: list[float]) 
     first, last = graph.edges(0), graph.edges(-1)
     found = [graph.edges(moment) for moment in range(len(graph))]
     for edges, colour, dashes, label in (
-        (first, style.GONE, "--", "of the first edges"),
-        (last, style.BORN, "-", "of the last edges"),
+        (first, style.SIDE, "--", "of the first edges"),
+        (last, style.MAIN, "-", "of the last edges"),
     ):
         real = [np.isin(edges, now, assume_unique=True).mean() if len(edges) else 0 for now in found]
         ax.plot(at, real, color=colour, linestyle=dashes, label=label)
@@ -130,8 +130,8 @@ def _draw_degrees(ax: matplotlib.axes.Axes, graph: RecordedGraph, at: list[float
             found.append((np.median(count), np.quantile(count, 0.95)))
         middle, high = np.array(found).T
         when = [at[moment] for moment in moments]
-        ax.plot(when, high, color=style.LIVE, linestyle=dashes, label=f"{name}: 95%")
-        ax.plot(when, middle, color=style.DEAD, linestyle=dashes, label=f"{name}: median")
+        ax.plot(when, high, color=style.MAIN, linestyle=dashes, label=f"{name}: 95%")
+        ax.plot(when, middle, color=style.SIDE, linestyle=dashes, label=f"{name}: median")
     highest = max(float(np.max(line.get_ydata())) for line in ax.lines)
     ax.set_ylim(0, 1.6 * max(1.0, highest))  # with room for the legend
     ax.legend(frameon=False, fontsize="small", loc="upper right", ncols=2)
@@ -150,6 +150,7 @@ def _draw_dead(ax: matplotlib.axes.Axes, graph: RecordedGraph, at: list[float]) 
         layers, colours, labels = zip(*shown, strict=True)
         ax.stackplot(at, *layers, colors=colours, labels=labels)
         ax.legend(frameon=False, fontsize="small", loc="upper left", ncols=2)
+    ax.yaxis.get_major_locator().set_params(integer=True)
     ax.set_title(f"dead nodes, of {graph.nodes.num_nodes:,}")
     ax.set_ylim(0, 1.4 * max(1, int(sum(dead).max())))  # with room for the legend
 
@@ -157,9 +158,9 @@ def _draw_dead(ax: matplotlib.axes.Axes, graph: RecordedGraph, at: list[float]) 
 def _draw_fan(ax: matplotlib.axes.Axes, at: list[float], values: np.ndarray) -> None:
     low, lower, middle, upper, high = values.T
     names = [f"{100 * each:.0f}%" for each in QUANTILES]
-    ax.fill_between(at, low, high, color="#E3E3E3", linewidth=0, label=f"{names[0]} to {names[-1]}")
-    ax.fill_between(at, lower, upper, color=style.DEAD, linewidth=0, label=f"{names[1]} to {names[-2]}")
-    ax.plot(at, middle, color=style.LIVE, label="median")
+    ax.fill_between(at, low, high, color=style.BANDS[0], linewidth=0, label=f"{names[0]} to {names[-1]}")
+    ax.fill_between(at, lower, upper, color=style.BANDS[1], linewidth=0, label=f"{names[1]} to {names[-2]}")
+    ax.plot(at, middle, color=style.MAIN, label="median")
     ax.legend(edgecolor="none", framealpha=0.9, fontsize="small")
 
 
@@ -168,7 +169,7 @@ def animate(graph: RecordedGraph, path: str | Path, frames: int = 60, seconds: f
     """Write an animation of a wiring as a GIF.
 
     In a graph of up to 600 edges, edges born since the previous frame are green, and edges that will be gone in the
-    next one are a dashed reddish purple. The others are blue for a positive weight and orange for a negative one, more
+    next one are dashed purple. The others are blue for a positive weight and orange for a negative one, more
     opaque for a larger √|w|. Larger graphs, graphs with cycles and layers are matrices as in :func:`plot_adjacency`. A
     curve below shows how many edges are born per epoch or step.
 
@@ -263,9 +264,8 @@ class _Film:
         after = self.graph.edges(self.moments[number + 1]) if number + 1 < len(self.moments) else now
         order = data.edge_weight.abs().argsort()
         colours, opacity = style.sign_colours(data, order)
-        opacity = (
-            opacity * _SHADES
-        ).ceil() / _SHADES  # what hardly changes is the same in the next frame: a small file
+        # What hardly changes is the same in the next frame: a small file.
+        opacity = (opacity * _SHADES).round().clamp(min=1) / _SHADES
         born, gone = (~np.isin(now, others)[order.numpy()] for others in (before, after))
         shades = []
         for colour, alpha, new, leaving in zip(colours, opacity.tolist(), born, gone, strict=True):

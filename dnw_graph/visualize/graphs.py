@@ -26,6 +26,8 @@ _MOST_CIRCLES = 80
 _FEW_EDGES = 200
 # Curves pass a column at about so many places or more.
 _GAPS = 9
+# What of a change is drawn above what.
+_LAYERS = {"gone": 1.0, "kept": 1.1, "born": 1.2}
 # Points of a curve from one column to the next.
 _STEPS = 24
 
@@ -40,8 +42,9 @@ def plot(
 ) -> matplotlib.axes.Axes:
     """Draw a wiring: nodes in columns from inputs to outputs, and the real edges between them.
 
-    Blue edges have a positive weight, orange ones a negative one. The opacity of an edge is √(|w| / max |w|). Dead
-    nodes are hollow or, in large graphs, pale. Title and legend give the counts.
+    Blue edges have a positive weight, orange ones a negative one. The opacity of an edge is √(|w| / q), at most
+    1; q is the 95th percentile of |w|. Dead nodes are hollow or, in large graphs, pale. Title and legend give the
+    counts.
 
     If the graph has more than ``top`` real edges, the same share of the edges between any two blocks is drawn, those of
     largest |w|, so that no pair of blocks looks emptier than it is. A line below the title gives the share.
@@ -100,7 +103,7 @@ def plot_change(
 ) -> matplotlib.axes.Axes:
     """Draw the real edges of a graph that were kept, born and gone between two moments.
 
-    Edges born are green, edges gone a dashed reddish purple, and kept ones grey.
+    Edges born are green, edges gone dashed purple, and kept ones grey.
 
     Args:
         before: What :meth:`~dnw_graph.NeuralGraph.to_data` returned at an earlier moment, or a moment of a recording.
@@ -133,7 +136,8 @@ def plot_change(
     for (name, colour, data, _), edges in zip(kinds, chosen, strict=True):
         opacity = torch.full((len(edges),), 0.8 if len(edges) <= 2 * _FEW_EDGES else 0.5)
         dashed = torch.full((data.num_edges,), name == "gone")
-        draw_edges(ax, data, edges, [colour] * len(edges), opacity, dashed)
+        lines = draw_edges(ax, data, edges, [colour] * len(edges), opacity, dashed)
+        lines.set_zorder(_LAYERS[name])
     draw_nodes(ax, after, style.block_names(after))
     counts = [int(mask.sum()) for *_, mask in kinds]
     style.legend_beside(

@@ -23,7 +23,7 @@ Layout = Callable[[Any], Mapping[int, Any]]
 
 # Nodes are numbered up to this many.
 _MOST_NUMBERS = 80
-_NODE_SIZE = 60
+_NUMBERED, _NODE_SIZE = 240, 60
 
 
 @checked
@@ -92,7 +92,9 @@ def _draw(
 
     shades = [to_rgba(colour, max(alpha, 0.15)) for colour, alpha in zip(colours, opacity.tolist(), strict=True)]
     # Curves, so that two edges between the same nodes are told apart.
-    look = {"arrowsize": 9, "node_size": _NODE_SIZE, "connectionstyle": "arc3,rad=0.08", "width": 1.2}
+    numbered = len(network) <= _MOST_NUMBERS
+    size = _NUMBERED if numbered else _NODE_SIZE
+    look = {"arrowsize": 10, "node_size": size, "connectionstyle": "arc3,rad=0.08", "width": 1.2}
     nx.draw_networkx_edges(network, places, pairs, ax=ax, edge_color=shades, arrows=True, **look)
     kinds = (
         ("inputs", data.input_mask, "s"),
@@ -105,11 +107,12 @@ def _draw(
             x, y = zip(*(places[node] for node in nodes), strict=True)
             faces = [style.LIVE if data.live_mask[node] else "white" for node in nodes]
             ends = [style.LIVE if data.live_mask[node] else style.DEAD for node in nodes]
-            ax.scatter(x, y, _NODE_SIZE, faces, marker=marker, edgecolors=ends, zorder=2)
+            ax.scatter(x, y, size, faces, marker=marker, edgecolors=ends, zorder=2)
             ax.scatter([], [], _NODE_SIZE, style.LIVE, marker=marker, label=name)
-    if len(network) <= _MOST_NUMBERS:
+    if numbered:
         for node, place in places.items():
-            ax.annotate(str(node), place, (4, 4), textcoords="offset points", fontsize=8)
+            look = {"ha": "center", "va": "center", "fontsize": 9, "zorder": 3}
+            ax.text(*place, str(node), color="white" if data.live_mask[node] else style.LIVE, **look)
     if not data.live_mask[list(network)].all():
         ax.scatter([], [], _NODE_SIZE, "white", edgecolors=style.DEAD, label="dead nodes")
     ax.margins(0.05)

@@ -30,7 +30,7 @@ _MOST_NODES = 400
 # the picture shows chance alone.
 _CELLS, _EDGES = 128, 16
 # Groups of less than this share of the nodes have no room for numbers, nor for a name that lies across.
-_NARROW = 0.06
+_NARROW = 0.065
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Cells:
         self.cell[arrangement.order] = torch.repeat_interleave(torch.arange(len(widths)), widths)
         self.candidates = self._count_candidates()
         self.real = self.count(data.edge_index)
-        self.label, self.extend = "weight of a real edge", "neither"
+        self.label, self.extend = "weight of a real edge", "both"
         if not self.by_pair:
             pairs = f"{side} × {side} pairs" if even else f"about {side} × {side} pairs"
             self.label = f"real share of the candidates in a cell of {pairs}"
@@ -182,7 +182,7 @@ class Cells:
             ax: Where to draw.
             vmax: The share that is black. Default: one that few cells are above.
         """
-        from matplotlib.colors import FuncNorm, LinearSegmentedColormap
+        from matplotlib.colors import FuncNorm, LinearSegmentedColormap, PowerNorm
 
         ax.set_facecolor("white")
         scale: dict[str, Any]
@@ -190,7 +190,8 @@ class Cells:
             values = np.full(self.candidates.shape, np.nan)
             source, target = self.cell[self.data.edge_index]
             values[target, source] = self.data.edge_weight.float()
-            largest = float(np.nanmax(np.abs(values), initial=1e-12))
+            weights = self.data.edge_weight.abs().float().numpy()
+            largest = max(float(np.quantile(weights, style.OPAQUE)) if len(weights) else 0.0, 1e-12)
             # A step at zero: the weakest real edge still differs from white.
             steps = [(0, style.NEGATIVE), (0.5, "#F7CFB2"), (0.5, "#B5D7EC"), (1, style.POSITIVE)]
             root = (lambda w: np.sign(w) * np.sqrt(np.abs(w)), lambda root: np.sign(root) * root**2)
@@ -200,7 +201,7 @@ class Cells:
             values = self.density(self.real)
             if vmax is None:
                 vmax = max(float(np.nanquantile(values, 0.99)), 1e-6)
-            scale = {"vmin": 0, "vmax": vmax}
+            scale = {"norm": PowerNorm(0.5, vmin=0, vmax=vmax)}
             colours = LinearSegmentedColormap.from_list("density", style.DENSITY)
         return ax.pcolormesh(
             self.bounds, self.bounds, np.ma.masked_invalid(values), cmap=colours, rasterized=True, **scale
@@ -215,12 +216,18 @@ class Cells:
 def draw_groups(ax: matplotlib.axes.Axes, data: Data, arrangement: Arrangement, cells: Cells) -> None:
     """Draw bounds and names of groups, densities, and what is no candidate; show what has candidates alone."""
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
 
     groups = style.groups(arrangement.sizes)
     at = [np.searchsorted(cells.bounds, [group.start, group.stop]) for group in groups]
     narrow = [len(group) < _NARROW * data.num_nodes for group in groups]
     dynamic = style.is_dynamic(data)
     forward = back = 0
+    number: dict[str, Any] = {"ha": "center", "va": "center", "fontweight": "bold", "color": style.LIVE}
+    if cells.by_pair:  # whose cells a box would hide
+        number["path_effects"] = [withStroke(linewidth=2.5, foreground="white", alpha=0.8)]
+    else:
+        number["bbox"] = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5}
     for row, target in enumerate(groups):
         for column, source in enumerate(groups):
             part = (slice(*at[row]), slice(*at[column]))
@@ -242,17 +249,8 @@ def draw_groups(ax: matplotlib.axes.Axes, data: Data, arrangement: Arrangement, 
             else:
                 forward += real
             if not (narrow[row] or narrow[column]):
-                ax.text(
-                    (source.start + source.stop) / 2,
-                    (target.start + target.stop) / 2,
-                    style.share(real / candidates),
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    fontweight="bold",
-                    color=style.LIVE,
-                    bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5},
-                )
+                middle = (source.start + source.stop) / 2, (target.start + target.stop) / 2
+                ax.text(*middle, style.share(real / candidates), **number)
     for bound in (0, *(group.stop for group in groups)):
         ax.axhline(bound, color=style.LIVE, linewidth=0.6)
         ax.axvline(bound, color=style.LIVE, linewidth=0.6)
@@ -319,13 +317,15 @@ def plot_layers(
         ax.set_title(f"{data.name}\n{shape}, {style.share(data.num_edges / weight.numel)} kept", fontsize=9)
         ax.set_xticks([])
         ax.set_yticks([])
+        ax.set_xlabel(f"{inputs:,} input channels")
+        ax.set_ylabel(f"{data.num_nodes - inputs:,} output channels")
     for ax in axes[len(datas) :]:
         ax.set_axis_off()
     figure.colorbar(
         image,
         ax=axes.tolist(),
         label="real share of the weights in a cell",
-        extend="max",
+        extend="max" if vmax < values.max() else "neither",
         shrink=0.7,
         format=lambda value, _: style.share(value),
     )

@@ -49,12 +49,14 @@ class Change:
     Attributes:
         born: Number of edges that are real now and were not before.
         gone: Number of edges that were real.
+        real: Number of edges that are real now.
         magnitudes: Quantiles of |w| over the real edges.
         content: Both lists of edges, live nodes and weights, compressed.
     """
 
     born: int
     gone: int
+    real: int
     magnitudes: tuple[float, ...]
     content: bytes
 
@@ -139,7 +141,12 @@ class RecordedGraph:
             at, edges = -1, np.empty(0, np.int64)
         for number in range(at + 1, moment + 1):
             born, gone = self._parts(number)[:2]
-            edges = _differences(gone, np.sort(np.concatenate([edges, born]), kind="stable"))[0]
+            kept = _differences(gone, edges)[0]
+            if len(kept) != len(edges) - len(gone):
+                raise self._damaged(number)
+            edges = np.sort(np.concatenate([kept, born]), kind="stable")
+            if not (np.diff(edges) > 0).all():
+                raise self._damaged(number)
         self._last = moment, edges
         return edges
 
@@ -162,6 +169,7 @@ class RecordedGraph:
         Lives are ordered by flat index, so that those of the real edges of a moment have the order of :meth:`edges`.
         For an edge that is real at the end, the last number is ``len(graph)``.
         """
+        self.edges(-1)  # refuses changes that contradict each other
         (edge, birth), (gone, death) = (
             _in_order([part(moment) for moment in range(len(self))]) for part in (self.born, self.gone)
         )
@@ -200,14 +208,23 @@ class RecordedGraph:
 
     def _parts(self, moment: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
         change = self.changes[self._number(moment)]
-        at = np.cumsum((0, 4 * change.born, 4 * change.gone, self._live_bytes))
-        content = _decompressed(change.content, int(at[-1]) + 2 * MOST_WEIGHTS)
-        if len(content) < at[-1] or len(content) % 2 != at[-1] % 2:
-            raise InputError(f"{self.name}: moment {moment} of the recording is damaged: it has another length")
-        born, gone, live = (content[a:b] for a, b in pairwise(at))
-        weights = _planes_back(content[at[-1] :], "<f2").astype(np.float32) if at[-1] < len(content) else None
+        known = change.real <= MOST_WEIGHTS
+        at = np.cumsum((0, 4 * change.born, 4 * change.gone, self._live_bytes, 2 * change.real * known))
+        content = _decompressed(change.content, int(at[-1]))
+        if len(content) != at[-1]:
+            raise self._damaged(moment)
+        born, gone, live, planes = (content[a:b] for a, b in pairwise(at))
+        edges = _indices(born), _indices(gone)
+        weights = _planes_back(planes, "<f2").astype(np.float32) if known else None
+        most = self.candidates.num_candidates
+        ascending = all((np.diff(each, prepend=-1, append=most) > 0).all() for each in edges)
+        if not ascending or not (weights is None or np.isfinite(weights).all()):
+            raise self._damaged(moment)
         mask = np.unpackbits(np.frombuffer(live, np.uint8), count=8 * len(live))[: self.nodes.num_nodes].astype(bool)
-        return _indices(born), _indices(gone), mask, weights
+        return *edges, mask, weights
+
+    def _damaged(self, moment: int) -> InputError:
+        return InputError(f"{self.name}: moment {moment} of the recording is damaged: its content contradicts its head")
 
     @property
     def _live_bytes(self) -> int:
@@ -234,7 +251,7 @@ class RecordedGraph:
         if len(now) <= MOST_WEIGHTS:
             content += _planes(weight.clip(-LARGEST, LARGEST).astype("<f2"))
         magnitudes = tuple(float(f"{each:.4g}") for each in _quantiles(np.sort(np.abs(weight))))
-        return Change(len(born), len(gone), magnitudes, zlib.compress(content))
+        return Change(len(born), len(gone), len(now), magnitudes, zlib.compress(content))
 
     def add(self, change: Change, now: Int[np.ndarray, " edges"]) -> None:
         """Append what :meth:`change_to` returned for these edges."""
@@ -246,8 +263,10 @@ def _differences(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.nd
     """Return the elements that are only in the second of two ascending lists, and those only in the first."""
     # The lowest bit tells the lists apart. A stable sort merges two ascending parts in linear time.
     both = np.sort(np.concatenate([2 * before, 2 * now + 1]), kind="stable")
-    twice = np.diff(both >> 1) == 0
-    alone = both[~(np.append(twice, False) | np.append(False, twice))]
+    new, once = np.diff(both >> 1) != 0, np.ones(len(both), bool)
+    once[1:] &= new
+    once[:-1] &= new
+    alone = both[once]
     return alone[alone & 1 == 1] >> 1, alone[alone & 1 == 0] >> 1
 
 

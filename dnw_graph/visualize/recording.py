@@ -235,13 +235,16 @@ def _read_graph(head: object, moments: list[Moment], file: str) -> tuple[Recorde
         most = graph.candidates.num_candidates
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    lengths = []
+    lengths, real = [], 0
     require(len(head["changes"]) == len(moments), f"{name}: changes", f"{len(moments)}, one a moment", head["changes"])
     for change in head["changes"]:
         match(change, [*[int] * 3, *[float | int] * len(QUANTILES)], f"{name}: a change")
         born, gone, length, *magnitudes = change
-        require(min(change[:3]) >= 0 and max(born, gone) <= most, f"{name}: a change", f"up to {most} edges", change)
-        graph.changes.append(Change(born, gone, tuple(magnitudes), b""))
+        real += born - gone
+        fits = min(change[:3]) >= 0 and max(born, gone) <= most and 0 <= real <= most
+        require(fits, f"{name}: a change", f"up to {most} edges", change)
+        require(magnitudes == sorted(map(abs, magnitudes)), f"{name}: |w|", "ascending quantiles", magnitudes)
+        graph.changes.append(Change(born, gone, real, tuple(magnitudes), b""))
         lengths.append(length)
     return graph, lengths
 

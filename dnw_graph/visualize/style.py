@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -23,14 +24,18 @@ from torch_geometric.data import Data  # noqa: E402
 if TYPE_CHECKING:
     import matplotlib.axes
 
-# Okabe and Ito's colours, which are told apart with any kind of colour vision. Each has one meaning.
+# Okabe and Ito's colours and Tol's purple, which are told apart with any kind of colour vision. Each has one meaning.
 POSITIVE, NEGATIVE = "#0072B2", "#D55E00"
-BORN, GONE, KEPT = "#009E73", "#CC79A7", "#C4C4C4"
+BORN, GONE, KEPT = "#009E73", "#AA3377", "#C4C4C4"
 LIVE, DEAD = "#202020", "#B0B0B0"
+# Of two curves without one of these meanings; and of bands from a wide range of quantiles to a narrow one.
+MAIN, SIDE, BANDS = "#000000", "#767676", ("#E3E3E3", "#BABABA")
 # Of pairs that are no candidates, and of the part of a matrix where edges lead back.
 IMPOSSIBLE, FEEDBACK = "#DDDDDD", "#F6F1D5"
 # From no real edge among the candidates to many.
 DENSITY = ("#FFFFFF", "#D0D0D0", "#7A7A7A", "#303030", "#000000")
+# Edges have their full colour from this quantile of |w| on: one that is far larger does not make the others pale.
+OPAQUE = 0.95
 
 
 def to_data(graph: NeuralGraph | Data, epoch: float | None = None) -> Data:
@@ -149,7 +154,7 @@ def legend_above(ax: matplotlib.axes.Axes, lines: Sequence[tuple[str, str, Any]]
 
     handles = [Line2D([], [], color=colour, label=label, linestyle=dashes) for colour, label, dashes in lines]
     place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": len(handles)}
-    ax.legend(handles=handles, title=note, frameon=False, fontsize="small", title_fontsize="small", **place)
+    ax.legend(handles=handles, title=note, frameon=False, **place)
 
 
 def depths(data: Data) -> Int[Tensor, " nodes"]:
@@ -179,7 +184,8 @@ def sign_colours(data: Data, edges: Int[Tensor, " edges"]) -> tuple[list[str], T
     if data.get("edge_weight") is None:
         return [LIVE] * len(edges), torch.full((len(edges),), 0.3)
     weight = data.edge_weight[edges]
-    opacity = (weight.abs() / data.edge_weight.abs().max().clamp(min=1e-12)).sqrt()
+    large = np.quantile(data.edge_weight.abs().numpy(), OPAQUE) if data.num_edges else 1.0
+    opacity = (weight.abs() / max(float(large), 1e-12)).sqrt().clamp(max=1.0)
     return [POSITIVE if w > 0 else NEGATIVE for w in weight.tolist()], opacity
 
 

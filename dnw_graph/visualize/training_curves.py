@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 # Per panel: its title, and what it shows: column, label, colour and dashes.
 _PANELS: tuple[tuple[str, tuple[tuple[str, str, str, str], ...]], ...] = (
-    ("loss", (("train/loss", "training", style.DEAD, "-"), ("val/loss", "evaluation", style.LIVE, "-"))),
-    ("accuracy", (("val/top1", "top-1", style.LIVE, "-"), ("val/top5", "top-5", style.DEAD, "--"))),
-    ("learning rate", (("train/lr", "learning rate", style.LIVE, "-"),)),
+    ("loss", (("train/loss", "training", style.SIDE, "-"), ("val/loss", "evaluation", style.MAIN, "-"))),
+    ("accuracy", (("val/top1", "top-1", style.MAIN, "-"), ("val/top5", "top-5", style.SIDE, "--"))),
+    ("learning rate", (("train/lr", "learning rate", style.MAIN, "-"),)),
     ("edges born per epoch", (("wiring/edges_swapped", "all graphs", style.BORN, "-"),)),
     ("live nodes", (("wiring/live_nodes", "all graphs", style.LIVE, "-"),)),
 )

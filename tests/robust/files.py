@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ import resource
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -54,6 +56,8 @@ from dnw_graph.training import (
 from dnw_graph.training.checkpoints import WholeFileIO
 from dnw_graph.training.command_line import read_options
 from dnw_graph.training.resuming import check_same_run
+from dnw_graph.visualize import Recording, plot, plot_evolution, save_page
+from dnw_graph.visualize.recording import MAGIC
 
 try:
     from dnw_graph.checksum import checksum
@@ -68,7 +72,7 @@ BAD_VALUES = (None, "x", -1, 2**70, 1.5, math.inf, math.nan, [], {}, True, [[1]]
 
 def cases(rng: random.Random, count: int) -> Iterator[Case]:
     """Yield cases of all kinds, most of them of checkpoints."""
-    makers = (resumed, evaluated, completed, resumed, compacted, compacted, loaded, configured)
+    makers = (resumed, evaluated, completed, resumed, compacted, compacted, loaded, configured, recorded, recorded)
     for number in range(count):
         description, call = makers[number % len(makers)](random.Random(rng.random()))
         yield description, partial(_watched, call)
@@ -495,6 +499,101 @@ def compacted(rng: random.Random) -> Case:
                 _compare(out, first(x))
 
     return f"load_compact: {what}", call
+
+
+# Recordings
+
+
+@cache
+def _recording() -> bytes:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 3, 3)
+    sparsify(layer, 0.4)
+    model = nn.Sequential(NeuralGraph((3, 5, 4), 17, name="fuzzed"), layer)
+    recording = Recording(model)
+    for step in range(1, 4):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        recording.add(step, step / 2)
+    return recording.to_bytes()
+
+
+def _parts_of_recording() -> tuple[dict[str, Any], list[bytes]]:
+    """Return the head of a recording, and the content of every change."""
+    rest = _recording()[len(MAGIC) + 16 :]
+    at = 8 + int.from_bytes(rest[:8], "little")
+    head, changes = json.loads(rest[8:at]), []
+    for graph in head["graphs"]:
+        for change in graph["changes"]:
+            changes.append(rest[at : at + change[2]])
+            at += change[2]
+    return head, changes
+
+
+def _forged(rng: random.Random, change: bytes) -> tuple[str, bytes]:
+    """Return other content of a change, most of it as well compressed as before."""
+    plain = zlib.decompress(change)
+    kind, data = rng.choice(
+        [
+            *[_damaged(rng, plain)] * 4,
+            ("nothing", b""),
+            ("shorter", plain[: rng.randrange(len(plain))]),
+            ("longer", plain + rng.randbytes(rng.choice((1, 2, 64)))),
+            ("far longer", plain + bytes(10**7)),
+            ("noise", rng.randbytes(len(plain))),
+            ("all ones", b"\xff" * len(plain)),
+        ]
+    )
+    packed = zlib.compress(data)
+    return rng.choice([*[(kind, packed)] * 5, ("not compressed", data), ("compressed, cut", packed[:-3])])
+
+
+def recorded(rng: random.Random) -> Case:
+    """A recording, all that is read from it, and pictures of it."""
+    original = _recording()
+    head, changes = _parts_of_recording()
+    what = kind = rng.choice(("bytes", "head", "head", "change", "change", "length"))
+    data = original
+    if kind == "bytes":
+        what, data = _damaged(rng, original)
+    else:
+        if kind == "head":
+            what = f"head: {_changed(rng, head, value_too=True)}"
+        elif kind == "change":
+            number = rng.randrange(len(changes))
+            what, changes[number] = _forged(rng, changes[number])
+            graph, place = divmod(number, len(head["moments"]))
+            head["graphs"][graph]["changes"][place][2] = len(changes[number])
+        try:
+            packed = json.dumps(head).encode()
+        except (TypeError, ValueError):  # what cannot be written cannot be read either
+            packed = b"{}"
+        length = rng.choice((0, 1, 2**40, 2**63, rng.randrange(2**64))) if kind == "length" else len(packed)
+        rest = length.to_bytes(8, "little") + packed + b"".join(changes)
+        data = MAGIC + hashlib.blake2b(rest, digest_size=16).digest() + rest
+
+    def call() -> None:
+        recording = Recording.load(_written("wiring.recording", data))
+        if kind == "bytes" and recording.to_bytes() != original:
+            raise Bad("accepted, but other than what was written")
+        for graph in recording.graphs.values():
+            for moment in range(len(graph)):
+                found = graph.to_data(moment)
+                found.validate()
+                if found.num_edges and len({*map(tuple, found.edge_index.T.tolist())}) != found.num_edges:
+                    raise Bad("accepted an edge twice")
+                if not all(value.isfinite().all() for _, value in found if isinstance(value, Tensor)):
+                    raise Bad("accepted what is not finite")
+            if not (graph.lives()[1] < graph.lives()[2]).all():
+                raise Bad("accepted an edge that is gone before it is born")
+        save_page(recording, _folder() / "page.html")
+        if rng.random() < 0.02:
+            for graph in recording.graphs.values():
+                plot_evolution(graph)
+                plot(graph.to_data())
+
+    return f"Recording.load: {what}", call
 
 
 # Edges in a state dict

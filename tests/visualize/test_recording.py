@@ -254,6 +254,8 @@ WRONG = {
     "more born than there are": lambda head: head["graphs"][0]["changes"][0].__setitem__(0, 2**40),
     "a negative length": lambda head: head["graphs"][0]["changes"][0].__setitem__(2, -1),
     "a longer change": lambda head: head["graphs"][0]["changes"][0].__setitem__(2, 10**9),
+    "more gone than there are": lambda head: head["graphs"][0]["changes"][1].__setitem__(1, 47),
+    "descending quantiles": lambda head: head["graphs"][0]["changes"][0].__setitem__(7, 0.0),
     "no number": lambda head: head["graphs"][0]["changes"][0].__setitem__(4, float("nan")),
 }
 
@@ -279,6 +281,33 @@ def test_a_moment_that_cannot_be_is_refused(bad):
     assert len(graph.edges(0)) == 20
     with pytest.raises(InputError, match="first: moment 1 of the recording is damaged"):
         graph.edges(1)
+
+
+def _edges(index):
+    return np.diff(index, prepend=0).astype("<u4").view(np.uint8).reshape(-1, 4).T.tobytes()
+
+
+CONTRADICTIONS = {
+    "an edge that is no candidate": lambda plain, born, real: b"\xff" + plain[1:],
+    "an edge born twice": lambda plain, born, real: _edges(real[:born]) + plain[4 * born :],
+    "an edge gone that was not real": lambda plain, born, real: 2 * plain[: 4 * born] + plain[8 * born :],
+    "edges in no order": lambda plain, born, real: _edges(np.zeros(born, int)) + plain[4 * born :],
+    "an infinite weight": lambda plain, born, real: plain[:-40] + bytes(20) + b"\x7c" * 20,
+    "a byte more": lambda plain, born, real: plain + b"0",
+}
+
+
+@pytest.mark.parametrize("wrong", CONTRADICTIONS)
+def test_a_moment_that_contradicts_the_others_is_refused(wrong):
+    recording = recorded(2)[1]
+    graph = recording["first"]
+    change, real = graph.changes[1], np.setdiff1d(graph.edges(0), graph.gone(1))
+    assert change.born == change.gone > 1
+    content = CONTRADICTIONS[wrong](zlib.decompress(change.content), change.born, real)
+    graph.changes[1] = replace(change, content=zlib.compress(content))
+    graph = Recording.from_bytes(recording.to_bytes())["first"]
+    with pytest.raises(InputError, match="first: moment 1 of the recording is damaged: its content contradicts"):
+        graph.lives()
 
 
 def test_what_cannot_be_is_refused(tmp_path):
