@@ -73,3 +73,11 @@ def test_links_of_the_readme_hold_on_an_index(setup_file):
     plain = for_index(text, "")
     assert "The gallery has more." in plain
     assert "docs/" not in re.sub(r"```.*?```", "", plain, flags=re.DOTALL).replace("The pages are in docs/;", "")
+
+
+def test_the_readme_says_of_its_animation_what_the_gallery_says():
+    said = [(ROOT / name).read_text() for name in ("README.md", "docs/gallery.md")]
+    for pattern in (r"(\d+)(?: edges)? are born on the\s+way", r"(\d+) nodes are dead", r"graph of (\d+) nodes"):
+        readme, gallery = (re.search(pattern, text).group(1) for text in said)
+        assert readme == gallery
+    assert (ROOT / "docs" / "images" / "learning.gif").stat().st_size < 1_500_000

@@ -1,7 +1,11 @@
-"""Draws the gallery: trains small models on scikit-learn's digits and writes ``docs/gallery.md`` with its pictures."""
+"""Draws the gallery: trains small models on scikit-learn's digits and writes ``docs/gallery.md`` with its pictures.
+
+The numbers below the README's first picture are written too.
+"""
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,6 +111,12 @@ def static() -> str:
     by_block = partial(nx.multipartite_layout, subset_key="block")
     save(plot(after(graph), top=30, layout=by_block), "networkx")
     born, dead = int(graph.swaps()[:, 0].sum()), int((~graph.live(-1)).sum())
+    readme = ROOT / "README.md"
+    caption = f"{born} are born on the\nway, and {dead} nodes are dead"
+    text, count = re.subn(r"\d+ are born on the\nway, and \d+ nodes are dead", caption, readme.read_text())
+    if count != 1:
+        raise SystemExit("README.md lacks the sentence on its first picture")
+    readme.write_text(text)
     return f"""## A static graph
 
 A graph of 74 nodes with 240 of 1,984 candidate edges learns to read digits: {accuracy:.1%} of 360 test images after 30

@@ -139,6 +139,8 @@ def _draw_degrees(ax: matplotlib.axes.Axes, graph: RecordedGraph, at: list[float
 
 
 def _draw_dead(ax: matplotlib.axes.Axes, graph: RecordedGraph, at: list[float]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     live = np.array([graph.live(moment) for moment in range(len(graph))])
     shades = style.shades(len(graph.nodes.blocks))
     data = graph.to_data()
@@ -150,7 +152,7 @@ def _draw_dead(ax: matplotlib.axes.Axes, graph: RecordedGraph, at: list[float]) 
         layers, colours, labels = zip(*shown, strict=True)
         ax.stackplot(at, *layers, colors=colours, labels=labels)
         ax.legend(frameon=False, fontsize="small", loc="upper left", ncols=2)
-    ax.yaxis.get_major_locator().set_params(integer=True)
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_title(f"dead nodes, of {graph.nodes.num_nodes:,}")
     ax.set_ylim(0, 1.4 * max(1, int(sum(dead).max())))  # with room for the legend
 

@@ -111,8 +111,8 @@ def _draw(
             ax.scatter([], [], _NODE_SIZE, style.LIVE, marker=marker, label=name)
     if numbered:
         for node, place in places.items():
-            look = {"ha": "center", "va": "center", "fontsize": 9, "zorder": 3}
-            ax.text(*place, str(node), color="white" if data.live_mask[node] else style.LIVE, **look)
+            colour = "white" if data.live_mask[node] else style.LIVE
+            ax.text(*place, str(node), color=colour, ha="center", va="center", fontsize=9, zorder=3)
     if not data.live_mask[list(network)].all():
         ax.scatter([], [], _NODE_SIZE, "white", edgecolors=style.DEAD, label="dead nodes")
     ax.margins(0.05)
