@@ -7,12 +7,13 @@ for (const formula of document.querySelectorAll(".arithmatex")) {
   })
 }
 
-// Long names in the headings of the reference break after dots and underscores.
-for (const name of document.querySelectorAll(".doc-heading > .doc-object-name")) {
-  name.innerHTML = name.innerHTML.replace(/[._]/g, "$&<wbr>")
+// Long names in the headings of the reference and in tables break after dots and underscores.
+for (const name of document.querySelectorAll(".doc-heading > .doc-object-name, td code")) {
+  name.innerHTML = name.innerHTML.replace(/[._](?![^<]*>)/g, "$&<wbr>")
 }
 
-// Tables that are wider than the page: one line per cell, with the name of its column.
+// Tables that are wider than the page are set tighter; if that is not enough, each cell gets a line with the name of
+// its column.
 const tables = document.querySelectorAll(".md-content table:not(.highlighttable)")
 for (const table of tables) {
   const names = [...table.querySelectorAll("thead th")].map((cell) => cell.textContent)
@@ -23,8 +24,10 @@ for (const table of tables) {
 
 function stack() {
   for (const table of tables) {
+    delete table.dataset.tight
     delete table.dataset.stacked
     const room = table.closest(".md-typeset__scrollwrap") ?? table.parentElement
+    if (room.scrollWidth > room.clientWidth) table.dataset.tight = ""
     if (room.scrollWidth > room.clientWidth) table.dataset.stacked = ""
   }
 }
