@@ -12,6 +12,11 @@ for (const name of document.querySelectorAll(".doc-heading > .doc-object-name, t
   name.innerHTML = name.innerHTML.replace(/[._](?![^<]*>)/g, "$&<wbr>")
 }
 
+// A flag does not break after its dashes.
+for (const code of document.querySelectorAll(":not(pre) > code")) {
+  code.innerHTML = code.innerHTML.replace(/(^|\s)(--\w+)/g, '$1<span class="flag">$2</span>')
+}
+
 // Tables that are wider than the page are set tighter; if that is not enough, each cell gets a line with the name of
 // its column.
 const tables = document.querySelectorAll(".md-content table:not(.highlighttable)")

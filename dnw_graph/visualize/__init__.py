@@ -1,6 +1,6 @@
-"""Pictures of wirings, recordings of how they change over time, and the way to networkx.
+"""Pictures of wirings, recordings of how they change over time, and the export to networkx.
 
-matplotlib and networkx come with the extra ``dnw-graph[train]`` and are imported only where they are needed.
+matplotlib and networkx come with the extra ``dnw-graph[train]`` and are imported only when needed.
 """
 
 from dnw_graph.visualize.evolution import animate, plot_evolution

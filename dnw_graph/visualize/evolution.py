@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import matplotlib.axes
     import matplotlib.figure
 
-# Degrees are counted at about so many moments.
+# Approximate number of moments at which degrees are counted.
 _MOST_MOMENTS = 40
 # So many opacities of edges, colours, and dots per inch has an animation.
 _SHADES, _COLOURS, _DPI = 4, 64, 85
@@ -28,7 +28,7 @@ _MOST_LINES = 600
 
 
 def times(graph: RecordedGraph) -> tuple[list[float], str]:
-    """Return the moments as numbers for an axis, and what they count."""
+    """Return the moments as numbers for an axis, and their unit."""
     epochs = [moment.epoch for moment in graph.moments]
     known = [epoch for epoch in epochs if epoch is not None]
     return (known, "epoch") if len(known) == len(epochs) else ([float(m.step) for m in graph.moments], "step")
@@ -190,13 +190,13 @@ def animate(graph: RecordedGraph, path: str | Path, frames: int = 60, seconds: f
 
 
 def gif(graph: RecordedGraph, frames: int = 60, seconds: float = 12.0) -> bytes:
-    """Return what :func:`animate` writes."""
+    """Return the file that :func:`animate` writes."""
     from PIL import Image
 
     moments = sorted({round(n) for n in np.linspace(0, len(graph) - 1, min(frames, len(graph)))})
     film = _Film(graph, moments)
     pictures = [film.picture(number) for number in range(len(moments))]
-    # One palette for all frames, so that what does not change does not flicker, with what rarely occurs in it.
+    # One palette for all frames, including rare colours, so that unchanged parts do not flicker.
     key = [[int(colour[n : n + 2], 16) for n in (1, 3, 5)] for colour in (style.BORN, style.GONE)]
     rare = np.repeat(np.array(key, np.uint8), 20, axis=0)[:, None].repeat(pictures[0].shape[1], axis=1)
     sample = np.concatenate([pictures[0], pictures[len(pictures) // 2], pictures[-1], rare])
@@ -217,7 +217,7 @@ def gif(graph: RecordedGraph, frames: int = 60, seconds: float = 12.0) -> bytes:
 
 
 class _Film:
-    """Draws one frame after the other into one figure."""
+    """Draws all frames into one figure."""
 
     def __init__(self, graph: RecordedGraph, moments: list[int]) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -20,15 +20,15 @@ from dnw_graph.visualize.style import Data
 if TYPE_CHECKING:
     import matplotlib.axes
 
-# Nodes are ticks in columns of more nodes than this, where circles would touch.
+# In columns of more nodes than this, circles would touch, so nodes are ticks.
 _MOST_CIRCLES = 80
 # Up to this many edges are drawn as broad lines. More edges of a layer, or of a graph with cycles, become a matrix.
 _FEW_EDGES = 200
-# Curves pass a column at about so many places or more.
+# Approximate minimum number of gaps at which curves can pass a column.
 _GAPS = 9
 # What of a change is drawn above what.
 _LAYERS = {"gone": 1.0, "kept": 1.1, "born": 1.2}
-# Points of a curve from one column to the next.
+# Points of a curve between adjacent columns.
 _STEPS = 24
 
 
@@ -59,8 +59,9 @@ def plot(
     graph by block. The ``top`` edges of largest |w| and their nodes are drawn.
 
     Args:
-        graph: A graph, or what its :meth:`~dnw_graph.NeuralGraph.to_data` returned. For a graph within a model, set
-            ``data.live_mask`` to its entry of :func:`dnw_graph.analysis.cost.live_nodes` to see what is dead there.
+        graph: A graph, or the result of its :meth:`~dnw_graph.NeuralGraph.to_data`. For a graph within a model, set
+            ``data.live_mask`` to its entry of :func:`dnw_graph.analysis.cost.live_nodes` to see which nodes are dead
+            there.
         top: Largest number of edges to draw; without a layout, at least one between any two connected blocks.
         ax: Where to draw. Default: a new figure of a size that fits the graph.
         epoch: Number of epochs so far, for the title. Default: that of the data, as from a recording.
@@ -106,7 +107,7 @@ def plot_change(
     Edges born are green, edges gone dashed purple, and kept ones grey.
 
     Args:
-        before: What :meth:`~dnw_graph.NeuralGraph.to_data` returned at an earlier moment, or a moment of a recording.
+        before: The result of :meth:`~dnw_graph.NeuralGraph.to_data` at an earlier moment, or a moment of a recording.
         after: The same at a later moment; the dead nodes shown are those of this moment.
         top: Largest number of edges of each kind to draw; the same share between any two blocks, as in :func:`plot`.
         ax: Where to draw. Default: a new figure of a size that fits the graph.
@@ -182,7 +183,7 @@ def _strongest(data: Data, edges: Int[Tensor, " edges"], top: int) -> Int[Tensor
 
 
 def _in_columns(data: Data) -> tuple[Data, list[str], Tensor]:
-    """Return a wiring with its nodes in columns, their names, and which edges lead back or stay."""
+    """Return a wiring with its nodes in columns, the names of the columns, and which edges lead back or stay."""
     if not style.is_dynamic(data):
         return data, style.block_names(data), torch.zeros(data.num_edges, dtype=torch.bool)
     arrangement, data = arrange(data), data.clone()
@@ -242,7 +243,7 @@ def curves(data: Data, edges: Int[Tensor, " edges"]) -> list[Any]:
 def _curves_between_blocks(data: Data, edges: Int[Tensor, " edges"]) -> Float[Tensor, "edges points 2"]:
     """Return curves that are level at every column and pass between the nodes of the blocks that they skip.
 
-    At a skipped block a curve goes through the place between two nodes that is nearest to the straight line.
+    At a skipped block a curve passes through the gap between two nodes that is nearest to the straight line.
     """
     sizes = data.block.bincount()
     source, target = data.edge_index[:, edges]
@@ -250,7 +251,7 @@ def _curves_between_blocks(data: Data, edges: Int[Tensor, " edges"]) -> Float[Te
     y_first, y_last = data.pos[source, 1:], data.pos[target, 1:]
     column = torch.arange(len(sizes)).clamp(torch.minimum(first, last), torch.maximum(first, last))
     straight = y_first + (y_last - y_first) * (column - first) / (last - first)
-    # Where nodes are few, there are further places between them: an odd number of times as many never meets a node.
+    # With few nodes there are additional gaps: an odd multiple never coincides with a node.
     places = sizes * ((_GAPS // sizes).clamp(min=1) - 1).div(2, rounding_mode="floor").mul(2).add(1)
     gap = (straight * places[column]).round() / places[column]
     y = torch.where(column == first, y_first, torch.where(column == last, y_last, gap))

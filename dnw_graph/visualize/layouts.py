@@ -1,4 +1,4 @@
-"""The way to networkx, and wirings in its layouts."""
+"""The export to networkx, and wirings in its layouts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Layout = Callable[[Any], Mapping[int, Any]]
 """A function that returns a position ``(x, y)`` for every node of a ``networkx.DiGraph``, like networkx's layouts."""
 
-# Nodes are numbered up to this many.
+# Largest number of nodes with numbers.
 _MOST_NUMBERS = 80
 _NUMBERED, _NODE_SIZE = 240, 60
 
@@ -34,7 +34,7 @@ def to_networkx(graph: NeuralGraph | Data) -> Any:
     ``live_mask``, as in :meth:`~dnw_graph.NeuralGraph.to_data`. Nodes without an edge are included.
 
     Args:
-        graph: A graph, or what its ``to_data`` returned.
+        graph: A graph, or the result of its ``to_data``.
 
     Raises:
         InputError: If networkx is not installed.
@@ -91,7 +91,7 @@ def _draw(
     from matplotlib.colors import to_rgba
 
     shades = [to_rgba(colour, max(alpha, 0.15)) for colour, alpha in zip(colours, opacity.tolist(), strict=True)]
-    # Curves, so that two edges between the same nodes are told apart.
+    # Curves, to distinguish two edges between the same nodes.
     numbered = len(network) <= _MOST_NUMBERS
     size = _NUMBERED if numbered else _NODE_SIZE
     look = {"arrowsize": 10, "node_size": size, "connectionstyle": "arc3,rad=0.08", "width": 1.2}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import matplotlib.axes
     import matplotlib.figure
 
-# In graphs of up to so many nodes a cell is one pair.
+# In graphs with up to this many nodes, a cell is one pair.
 _MOST_NODES = 400
 # At most about so many cells, either way, in larger ones, and about so many real edges in a cell on average: with fewer
 # the picture shows chance alone.
@@ -40,7 +40,7 @@ class Arrangement:
     Attributes:
         order: The nodes in their order.
         sizes: Number of nodes of each group.
-        names: What the groups are called.
+        names: Names of the groups.
     """
 
     order: Int[Tensor, " nodes"]
@@ -89,8 +89,7 @@ def plot_adjacency(
     above them, on yellow where a cell is a pair, lead back or stay: feedback.
 
     Args:
-        graph: A graph, or what its :meth:`~dnw_graph.NeuralGraph.to_data` returned, that of a layer or of a moment of a
-            recording.
+        graph: A graph, or the PyG data of a graph, a layer or a moment of a recording.
         ax: Where to draw. Default: a new figure.
         epoch: Number of epochs so far, for the title. Default: that of the data, as from a recording.
 
@@ -98,12 +97,12 @@ def plot_adjacency(
         The axes.
 
     Raises:
-        InputError: If it is no graph, or matplotlib is not installed.
+        InputError: If it is not a graph, or matplotlib is not installed.
     """
     style.check_axes(ax)
     data = style.to_data(graph, epoch)
     if style.candidate_blocks(data) is None:
-        raise InputError("the data does not say which pairs are candidates: give the graph, or what to_data() returned")
+        raise InputError("the data does not contain its candidates: give the graph, or the result of to_data()")
     ax = style.new_axes(8.0, 7.0) if ax is None else ax
     arrangement = arrange(data)
     cells = Cells(data, arrangement)
@@ -126,8 +125,8 @@ class Cells:
         candidates: Number of candidates in each cell, targets × sources.
         real: Number of real edges in each cell.
         by_pair: Whether a cell is a pair whose weight is known.
-        label: What the colours say.
-        extend: At which end of the colour bar there is more.
+        label: The meaning of the colours.
+        extend: The ends at which the colour bar extends.
     """
 
     def __init__(self, data: Data, arrangement: Arrangement) -> None:
@@ -166,17 +165,17 @@ class Cells:
         return total * int(self.data.get("places") or 1)
 
     def count(self, edge_index: Int[Tensor, "2 edges"]) -> Float[Tensor, "cells cells"]:
-        """Return how many of some edges lie in each cell."""
+        """Return the number of edges in each cell."""
         count = len(self.bounds) - 1
         flat = self.cell[edge_index[1]] * count + self.cell[edge_index[0]]
         return flat.bincount(minlength=count * count).view(count, count).float()
 
     def density(self, real: Tensor) -> np.ndarray:
-        """Return the share of the candidates of each cell that is real; NaN where there are none."""
+        """Return the real share of the candidates in each cell; NaN without candidates."""
         return (real / self.candidates).numpy()
 
     def draw(self, ax: matplotlib.axes.Axes, vmax: float | None = None) -> Any:
-        """Draw the cells, and return what a colour bar needs.
+        """Draw the cells, and return the data for a colour bar.
 
         Args:
             ax: Where to draw.
@@ -208,13 +207,13 @@ class Cells:
         )
 
     def draw_bar(self, image: Any, ax: Any) -> None:
-        """Draw the colour bar of what :meth:`draw` returned."""
+        """Draw the colour bar for the result of :meth:`draw`."""
         written = None if self.by_pair else lambda value, _: style.share(value)
         ax.figure.colorbar(image, ax=ax, label=self.label, extend=self.extend, shrink=0.7, format=written)
 
 
 def draw_groups(ax: matplotlib.axes.Axes, data: Data, arrangement: Arrangement, cells: Cells) -> None:
-    """Draw bounds and names of groups, densities, and what is no candidate; show what has candidates alone."""
+    """Draw bounds and names of groups, densities, and hatching for non-candidates; hide groups without candidates."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
@@ -291,7 +290,7 @@ def plot_layers(
         The figure; ``figure.savefig("layers.png")`` writes it.
 
     Raises:
-        InputError: If there is no sparse weight, or none of a name, or matplotlib is not installed.
+        InputError: If there is no sparse weight, a name is unknown, or matplotlib is not installed.
     """
     found = sparse_weights(module)
     if not found:

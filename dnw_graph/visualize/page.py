@@ -24,9 +24,9 @@ def save_page(recording: Recording | RecordedGraph, path: str | Path) -> None:
     """Write an interactive page on a recording, one self-contained HTML file.
 
     A slider, arrow keys and a button move through time. Graphs with few edges are drawn as nodes and edges, others as
-    matrices; either can be chosen. The page describes what is under the mouse: for a node its block, its degrees and
-    whether it is live; for an edge its weight, if known, and its birth; for a cell how many of its candidates are real.
-    Edges born and gone at the moment have their own colours.
+    matrices; you can switch between both. The page describes what is under the mouse: for a node its block, its degrees
+    and whether it is live; for an edge its weight, if known, and its birth; for a cell how many of its candidates are
+    real. Edges born and gone at the moment have their own colours.
 
     Args:
         recording: A recording, or one graph of it.
@@ -39,7 +39,7 @@ def save_page(recording: Recording | RecordedGraph, path: str | Path) -> None:
 
 
 def page(recording: Recording | RecordedGraph) -> str:
-    """Return what :func:`save_page` writes."""
+    """Return the page that :func:`save_page` writes."""
     graphs = [recording] if isinstance(recording, RecordedGraph) else list(recording.graphs.values())
     colours = {name: getattr(style, name) for name in ("POSITIVE", "NEGATIVE", "BORN", "GONE", "LIVE", "DEAD")}
     colours |= {"IMPOSSIBLE": style.IMPOSSIBLE, "FEEDBACK": style.FEEDBACK, "DENSITY": style.DENSITY}

@@ -1,4 +1,4 @@
-"""Pictures of a run: into its directory, and into the logs of TensorBoard and W&B."""
+"""Pictures of a run, for its directory and for TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from dnw_graph.visualize.recording import Recording
 from dnw_graph.visualize.training_curves import plot_training
 from dnw_graph.whole_file import file_names, make_writable, write_whole
 
-# So many graphs, the first ones, have pictures of their own: a model with many sparse layers would have hundreds.
+# Only this many graphs, the first ones, get their own pictures: a model with many sparse layers would have hundreds.
 MOST_GRAPHS = 8
 
 
 def draw_pictures(recording: Recording, metrics: Path | None = None) -> dict[str, bytes]:
     """Return the pictures of a run by file name.
 
-    Of each of the first 8 graphs: the wiring at the end (``<graph>-wiring.png``), how it changed
-    (``<graph>-evolution.png``) and an animation (``<graph>.gif``); of all ``page.html``; and ``training.png`` with the
-    curves of the run.
+    For each of the first 8 graphs: the wiring at the end (``<graph>-wiring.png``), how it changed
+    (``<graph>-evolution.png``) and an animation (``<graph>.gif``). For all graphs: ``page.html``, and ``training.png``
+    with the curves of the run.
 
     Args:
         recording: The recording.
@@ -44,7 +44,7 @@ def draw_pictures(recording: Recording, metrics: Path | None = None) -> dict[str
 
 
 def write_pictures(pictures: dict[str, bytes], directory: Path) -> None:
-    """Write pictures into a directory, which is made if needed.
+    """Write pictures to a directory, which is created if necessary.
 
     Raises:
         InputError: If a file cannot be written.
@@ -55,14 +55,14 @@ def write_pictures(pictures: dict[str, bytes], directory: Path) -> None:
 
 
 def log_pictures(pictures: dict[str, bytes], loggers: Iterable[Logger], step: int) -> None:
-    """Show pictures in TensorBoard, animations too, and in W&B, which also takes the page.
+    """Log pictures and animations to TensorBoard, and with the page to W&B.
 
-    Other loggers are left alone.
+    Other loggers are ignored.
 
     Args:
         pictures: The pictures by file name.
         loggers: The loggers of a trainer.
-        step: The step that they belong to.
+        step: The step of the pictures.
     """
     for logger in loggers:
         for name, content in pictures.items():
@@ -87,7 +87,7 @@ def _to_tensorboard(writer: Any, title: str, content: bytes, step: int) -> None:
     if getattr(image, "n_frames", 1) == 1:
         writer.add_image(title, np.asarray(image.convert("RGB")), step, dataformats="HWC")
         return
-    # TensorBoard shows what is encoded as it is; add_video would want moviepy and encode once more.
+    # TensorBoard shows encoded images as is; add_video would need moviepy and encode again.
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     encoded = Summary.Image(height=image.height, width=image.width, colorspace=3, encoded_image_string=content)

@@ -21,9 +21,9 @@ from dnw_graph.nodes import Nodes
 if TYPE_CHECKING:
     import torch_geometric.data
 
-# The weights of all real edges are kept of graphs with at most this many.
+# The weights of all real edges are stored for graphs with at most this many edges.
 MOST_WEIGHTS = 4096
-# They are kept in half precision.
+# They are stored in half precision.
 LARGEST = float(np.finfo(np.float16).max)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Which quantiles of |w| over the real edges are recorded."""
@@ -261,7 +261,7 @@ class RecordedGraph:
 
 def _differences(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the elements that are only in the second of two ascending lists, and those only in the first."""
-    # The lowest bit tells the lists apart. A stable sort merges two ascending parts in linear time.
+    # The lowest bit identifies the list. A stable sort merges two ascending parts in linear time.
     both = np.sort(np.concatenate([2 * before, 2 * now + 1]), kind="stable")
     new, once = np.diff(both >> 1) != 0, np.ones(len(both), bool)
     once[1:] &= new

@@ -102,7 +102,7 @@ class Recording:
     @torch.no_grad()
     def _add(self, moment: Moment) -> None:
         if self.model is None:
-            raise InputError("this recording was loaded without a model: Recording.load(path, model) goes on with one")
+            raise InputError("this recording was loaded without a model: Recording.load(path, model) continues one")
         graphs = _graphs_of(self.model)
         real = {name: graph.real_index for name, graph in graphs.items()}
         live = live_nodes(unwrapped(self.model), real)
@@ -136,7 +136,7 @@ class Recording:
             model: The model, to continue the recording; None to only look at it.
 
         Raises:
-            InputError: If the file cannot be read, is damaged or no recording, or has other graphs than the model.
+            InputError: If the file cannot be read, is damaged, is not a recording, or has other graphs than the model.
         """
         try:
             content = Path(path).read_bytes()
@@ -176,9 +176,9 @@ class Recording:
         start = len(MAGIC) + _DIGEST
         rest = content[start:]
         if content[: len(MAGIC)] != MAGIC:
-            raise InputError(f"{name} is no recording: give a file that Recording.save wrote")
+            raise InputError(f"{name} is not a recording: give a file that Recording.save wrote")
         if content[len(MAGIC) : start] != _digest(rest):
-            raise InputError(f"{name} is damaged: its checksum is not that of its content")
+            raise InputError(f"{name} is damaged: its checksum does not match its content")
         recording = cls.__new__(cls)
         recording.model = model
         recording._read(rest, name)
@@ -191,7 +191,7 @@ class Recording:
         try:
             head = json.loads(rest[_LENGTH:at])
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{name} is damaged: its head is no JSON ({error})") from error
+            raise InputError(f"{name} is damaged: its header is not JSON ({error})") from error
         match(head, _HEAD, name)
         require(head["every"] >= 1, f"{name}: every", "an integer >= 1", head["every"])
         for moment in head["moments"]:
@@ -210,14 +210,14 @@ class Recording:
                 at += length
             self.graphs[graph.name] = graph
         if at != len(rest) or len(self.graphs) != len(head["graphs"]):
-            raise InputError(f"{name} is damaged: it has another length than its head says, or a graph twice")
+            raise InputError(f"{name} is damaged: its length does not match its header, or a graph occurs twice")
 
 
 def _read_graph(head: object, moments: list[Moment], file: str) -> tuple[RecordedGraph, list[int]]:
-    """Return a graph without the content of its changes, and how long that is for each.
+    """Return a graph without the content of its changes, and the length of each content.
 
     Args:
-        head: The graph's entry in the head of the file.
+        head: The graph's entry in the header of the file.
         moments: The moments of the recording.
         file: The file, for messages.
     """

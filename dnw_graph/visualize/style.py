@@ -24,22 +24,22 @@ from torch_geometric.data import Data  # noqa: E402
 if TYPE_CHECKING:
     import matplotlib.axes
 
-# Okabe and Ito's colours and Tol's purple, which are told apart with any kind of colour vision. Each has one meaning.
+# Okabe and Ito's colours and Tol's purple, distinguishable with any colour vision. Each has one meaning.
 POSITIVE, NEGATIVE = "#0072B2", "#D55E00"
 BORN, GONE, KEPT = "#009E73", "#AA3377", "#C4C4C4"
 LIVE, DEAD = "#202020", "#B0B0B0"
-# Of two curves without one of these meanings; and of bands from a wide range of quantiles to a narrow one.
+# For two curves without one of these meanings, and for bands from a wide range of quantiles to a narrow one.
 MAIN, SIDE, BANDS = "#000000", "#767676", ("#E3E3E3", "#BABABA")
-# Of pairs that are no candidates, and of the part of a matrix where edges lead back.
+# For pairs that are not candidates, and for the part of a matrix where edges lead back.
 IMPOSSIBLE, FEEDBACK = "#DDDDDD", "#F6F1D5"
-# From no real edge among the candidates to many.
+# From no real edges among the candidates to many.
 DENSITY = ("#FFFFFF", "#D0D0D0", "#7A7A7A", "#303030", "#000000")
 # Edges have their full colour from this quantile of |w| on: one that is far larger does not make the others pale.
 OPAQUE = 0.95
 
 
 def to_data(graph: NeuralGraph | Data, epoch: float | None = None) -> Data:
-    """Return a wiring as a PyG graph, at an epoch where one is given."""
+    """Return a wiring as a PyG graph, at an epoch if one is given."""
     data = graph.to_data() if isinstance(graph, NeuralGraph) else graph
     if epoch is None:
         return data
@@ -180,7 +180,7 @@ def legend_beside(ax: matplotlib.axes.Axes, lines: Sequence[tuple[str, str, Any]
 
 
 def sign_colours(data: Data, edges: Int[Tensor, " edges"]) -> tuple[list[str], Tensor]:
-    """Return colours that say the signs of weights, and opacities that say their magnitudes."""
+    """Return colours for the signs of weights, and opacities for their magnitudes."""
     if data.get("edge_weight") is None:
         return [LIVE] * len(edges), torch.full((len(edges),), 0.3)
     weight = data.edge_weight[edges]
@@ -190,7 +190,7 @@ def sign_colours(data: Data, edges: Int[Tensor, " edges"]) -> tuple[list[str], T
 
 
 def sign_lines(data: Data) -> list[tuple[str, str, Any]]:
-    """Return what a legend says of the edges: colour, label and dashes."""
+    """Return the legend entries of the edges: colour, label and dashes."""
     if data.get("edge_weight") is None:
         return [(KEPT, f"edges: {data.num_edges:,}", "-")]
     positive = int((data.edge_weight > 0).sum())

@@ -1,4 +1,4 @@
-"""Curves of a run: what its ``metrics.csv`` says."""
+"""Curves of a run, from its ``metrics.csv``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dnw_graph.visualize import style
 if TYPE_CHECKING:
     import matplotlib.figure
 
-# Per panel: its title, and what it shows: column, label, colour and dashes.
+# Per panel: its title and its curves: column, label, colour and dashes.
 _PANELS: tuple[tuple[str, tuple[tuple[str, str, str, str], ...]], ...] = (
     ("loss", (("train/loss", "training", style.SIDE, "-"), ("val/loss", "evaluation", style.MAIN, "-"))),
     ("accuracy", (("val/top1", "top-1", style.MAIN, "-"), ("val/top5", "top-5", style.SIDE, "--"))),
@@ -32,10 +32,10 @@ def plot_training(path: str | Path) -> matplotlib.figure.Figure:
         path: The directory of a run, or its ``metrics.csv``.
 
     Returns:
-        The figure; ``figure.savefig("training.png")`` writes it. Curves that were not logged are left out.
+        The figure; ``figure.savefig("training.png")`` writes it. Curves that were not logged are omitted.
 
     Raises:
-        InputError: If there is no such file, it has none of these columns, or matplotlib is not installed.
+        InputError: If the file does not exist or has none of these columns, or matplotlib is not installed.
     """
     path = Path(path)
     path = path / "metrics.csv" if path.is_dir() else path
@@ -67,7 +67,7 @@ def plot_training(path: str | Path) -> matplotlib.figure.Figure:
                 ax.plot(steps, values, color=colour, linestyle=dashes, label=label, linewidth=1.4, **look)
         if len(ax.lines) > 1:
             ax.legend(frameon=False, fontsize="small")
-        # As many decimals as the ticks need.
+        # As many decimals as the ticks require.
         ax.yaxis.set_major_formatter(PercentFormatter(1) if title in _SHARES else StrMethodFormatter("{x:,g}"))
         ax.set_title(title, fontsize="medium")
         ax.set_xlabel("step")

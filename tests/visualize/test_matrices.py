@@ -162,7 +162,7 @@ def test_layers_are_blocks_with_their_shares():
 
 
 def test_what_cannot_be_drawn_is_refused():
-    with pytest.raises(InputError, match="does not say which pairs are candidates"):
+    with pytest.raises(InputError, match="does not contain its candidates"):
         plot_adjacency(Data(edge_index=torch.tensor([[0], [1]]), num_nodes=2))
     with pytest.raises(InputError, match="has no sparse layer to draw: call sparsify first"):
         plot_layers(nn.Linear(2, 2))

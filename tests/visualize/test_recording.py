@@ -228,7 +228,7 @@ def test_damage_is_told(tmp_path, place):
     content = bytearray(recording.to_bytes())
     content[place] ^= 1
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(InputError, match=r"is damaged: its checksum|is no recording"):
+    with pytest.raises(InputError, match=r"is damaged: its checksum|is not a recording"):
         Recording.load(tmp_path / "a")
 
 
