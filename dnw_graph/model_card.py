@@ -32,6 +32,7 @@ class ModelCard:
         options: Options of the run that trained it, by the names of the command line.
         metrics: Top-1 and top-5 accuracy (0 to 1) at the last evaluation, and the epochs and steps before it.
         versions: Versions of the packages that trained it.
+        directories: Directories of the classes in a data set, if those have other names, such as WordNet's.
 
     Raises:
         InputError: If a field has the wrong type.
@@ -43,10 +44,18 @@ class ModelCard:
     options: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, int | float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    directories: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_fields(self)
         require(len(self.classes) >= 1, "classes", "at least one name", self.classes)
+        fits = len(self.directories) in (0, len(self.classes))
+        require(fits, "directories", f"{len(self.classes)} names", self.directories)
+
+    @property
+    def class_directories(self) -> list[str]:
+        """Directories of the classes in a data set."""
+        return self.directories or self.classes
 
     def to_dict(self) -> dict[str, Any]:
         """Return the card as dicts, lists, strings and numbers, for JSON."""

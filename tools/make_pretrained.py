@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -38,10 +38,14 @@ def main() -> None:
     parser.add_argument("--data-name", required=True, help="name of the data in the table")
     parser.add_argument("--images", required=True, help="all test images, one directory per class")
     parser.add_argument("--commit", required=True, help="commit from which the run was started")
+    parser.add_argument("--classes", nargs="+", help="names of the classes, if their directories have others")
     given = parser.parse_args()
     model = dnw_graph.load(given.run / "last.ckpt")
     card = card_of(model)
     assert card is not None
+    if given.classes:
+        card = replace(card, classes=given.classes, directories=card.class_directories)
+        card.describe(model)
     path = TABLE.parent / f"{given.name}.safetensors"
     save_weights(model, path)
     if path.stat().st_size > LARGEST:
@@ -70,7 +74,7 @@ def main() -> None:
 def accuracy(model: nn.Module, images: str) -> float:
     """Return the top-1 accuracy on a directory of images."""
     data = ImageFolder(images, model.preprocess)
-    assert data.classes == model.classes
+    assert data.classes == model.card.class_directories
     with torch.no_grad():
         right = [(model(x).argmax(1) == labels).sum() for x, labels in DataLoader(data, 100)]
     return float(torch.stack(right).sum()) / len(data)

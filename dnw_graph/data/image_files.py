@@ -71,7 +71,7 @@ def check_images(paths: Sequence[str], threads: int = 16) -> list[str]:
     return [kind for kind, _ in found]
 
 
-def check_files(classes: Sequence[str], **parts: Images) -> None:
+def check_files(classes: Sequence[str], **parts: Images | None) -> None:
     """Check all image files and print the content of each class, in the first process of a run.
 
     Args:

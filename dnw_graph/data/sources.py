@@ -14,6 +14,8 @@ from dnw_graph.data.images import ArrayImages, FileImages, Images, class_names
 from dnw_graph.errors import InputError
 
 NUM_TEST_DIGITS = 360
+# By default a tenth of the training images is held out, and no more than these.
+MOST_HELD_OUT = 5000
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,19 @@ class ImageData:
         train: Images to learn from.
         test: Images to evaluate on.
         classes: Class names, in the order of their labels.
+        held_out: Training images that are not learned from, see :func:`hold_out`; they choose the best epoch.
     """
 
     name: str
     train: Images
     test: Images
     classes: list[str]
+    held_out: Images | None = None
+
+    @property
+    def validation(self) -> Images:
+        """What an epoch is evaluated on: the images held out, or the test images."""
+        return self.test if self.held_out is None else self.held_out
 
 
 def digits() -> ImageData:
@@ -116,22 +125,24 @@ def load_images(data: str, classes: Sequence[str] | None = None) -> ImageData:
 
 
 @checked
-def hold_out(images: ImageData, count: int) -> ImageData:
-    """Return the training images without some of them, which replace the test images.
+def hold_out(images: ImageData, count: int | None) -> ImageData:
+    """Return the images with some of those for training held out.
 
     The choice depends only on the data.
 
     Args:
         images: All images.
-        count: Number of images to hold out; 0 changes nothing.
+        count: Number of images to hold out; 0 changes nothing. None: a tenth, at most 5,000.
 
     Raises:
         InputError: If no training images would be left.
     """
+    if count is None:
+        count = min(len(images.train) // 10, MOST_HELD_OUT)
     if not count:
         return images
     if count >= len(images.train):
         raise InputError(f"--held-out is {count}: expected less than the {len(images.train)} training images")
     order = np.random.default_rng(0).permutation(len(images.train))
     held, rest = np.sort(order[:count]), np.sort(order[count:])
-    return replace(images, train=images.train.part(rest), test=images.train.part(held))
+    return replace(images, train=images.train.part(rest), held_out=images.train.part(held))

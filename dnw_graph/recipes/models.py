@@ -186,6 +186,7 @@ class Family:
 
 
 RESNET_RECIPE = RunOptions(
+    held_out=None,
     epochs=5,
     lr=0.064,
     warmup_epochs=1,
@@ -194,8 +195,10 @@ RESNET_RECIPE = RunOptions(
     norm_weight_decay=False,
     label_smoothing=0.1,
 )
-MOBILENET_RECIPE = RunOptions(warmup_epochs=1)
-TINY_RECIPE = RunOptions(image_size=16, epochs=5, schedule="step", lr=0.1, warmup_epochs=1, weight_decay=1e-4)
+MOBILENET_RECIPE = RunOptions(held_out=None, warmup_epochs=1)
+TINY_RECIPE = RunOptions(
+    image_size=16, held_out=None, epochs=5, schedule="step", lr=0.1, warmup_epochs=1, weight_decay=1e-4
+)
 
 FAMILIES: dict[str, Family] = {
     "mobilenet": Family(MobileNetOptions, MOBILENET_RECIPE, MOBILENETS),
@@ -217,7 +220,7 @@ def register_models(name: str, options: type[ModelOptions], defaults: RunOptions
     Raises:
         InputError: If other options have the name.
     """
-    family = FAMILIES.setdefault(name, Family(options, defaults or RunOptions(), (name,)))
+    family = FAMILIES.setdefault(name, Family(options, defaults or RunOptions(held_out=None), (name,)))
     if family.options is not options:
         raise InputError(f"the models {name!r} are made by {family.options.__qualname__} already: choose another name")
 

@@ -92,10 +92,11 @@ class RunOptions:
         "before training, open every image file of a directory to find broken ones, so that none stops the run later. "
         "ImageNet's 1.33 million files take 2 to 4 minutes on a local disk",
     )
-    held_out: int = option(
+    held_out: int | None = option(
         0,
-        "evaluate on this many training images, left out of training, instead of on the test images: for choosing "
-        "options. They are the same for every seed",
+        "choose best.ckpt by this many training images, left out of training, after every epoch, and evaluate it on the "
+        "test images at the end. They are the same for every seed. 0: epochs are evaluated on the test images, and the "
+        "last one counts. Default of the command: a tenth, at most 5,000",
         fixed=True,
     )
     epochs: int = option(15, "passes over the training images", fixed=True)
@@ -138,7 +139,7 @@ class RunOptions:
     )
     clip_grad_norm: float = option(0.0, "clip the norm of the gradient of all parameters; 0 for none", fixed=True)
     accumulate: int = option(
-        1, "split each batch into this many parts and accumulate their gradients, for less memory", fixed=True
+        1, "split each device's batch into this many parts and accumulate their gradients, for less memory", fixed=True
     )
     compile: bool = option(False, "compile the model with torch.compile")
     precision: str = option("32-true", f"number format: one of {', '.join(PRECISIONS)}", fixed=True)
@@ -179,8 +180,8 @@ class RunOptions:
     )
     init_from: str | None = option(
         None,
-        "trained model to start from: a checkpoint or the directory of a run. Its classifier is left out if its "
-        "classes are others",
+        "trained model to start from: a checkpoint, the directory of a run, or the name of a pretrained model. Its "
+        "classifier is left out if its classes are others",
     )
     evaluate: str | None = option(
         None, "model to evaluate, with its stored options; nothing is trained, and no train/ is needed"
@@ -231,11 +232,10 @@ class RunOptions:
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)
         processes = self.devices * self.num_nodes
-        if self.accumulate > 1 and processes > 1:
-            raise InputError("--accumulate goes with one device: leave it out, or leave --devices and --num-nodes at 1")
         parts = processes * self.accumulate
         if self.batch_size % parts:
-            who = f"{processes} devices" if processes > 1 else f"{self.accumulate} parts"
+            numbers = {"devices": processes, "parts": self.accumulate}
+            who = " with ".join(f"{number} {name}" for name, number in numbers.items() if number > 1)
             raise InputError(
                 f"{who} cannot share a batch of {self.batch_size} images evenly: "
                 f"give a --batch-size that is a multiple of {parts}"

@@ -21,31 +21,26 @@ if TYPE_CHECKING:
     from dnw_graph.training.runs import run
     from dnw_graph.training.summary import Summary
 
-# Modules of the public names, imported on first use: help and files need no Lightning.
-_HOMES = {
-    "Checkpoints": "training.checkpoints",
-    "Classifier": "training.classifier",
-    "DataModule": "training.data_module",
-    "ImageData": "data.sources",
-    "ModelOptions": "recipes.options",
-    "RunOptions": "recipes.options",
-    "SCHEDULES": "recipes.schedules",
-    "Stopped": "stopping",
-    "Summary": "training.summary",
-    "TrainingCost": "callbacks.training_cost",
-    "WiringMonitor": "callbacks.wiring_monitor",
-    "WiringOptions": "recipes.models",
-    "WiringRecorder": "callbacks.wiring_recorder",
-    "WiringUpdates": "callbacks.wiring_updates",
-    "cosine": "recipes.schedules",
-    "load_images": "data.sources",
-    "main": "training.command_line",
-    "option": "recipes.options",
-    "read_checkpoint": "checkpoint",
-    "register_models": "recipes.models",
-    "run": "training.runs",
-    "step": "recipes.schedules",
+# Public names by module, imported on first use: help and files need no Lightning.
+_NAMES = {
+    "callbacks.training_cost": "TrainingCost",
+    "callbacks.wiring_monitor": "WiringMonitor",
+    "callbacks.wiring_recorder": "WiringRecorder",
+    "callbacks.wiring_updates": "WiringUpdates",
+    "checkpoint": "read_checkpoint",
+    "data.sources": "ImageData load_images",
+    "recipes.models": "WiringOptions register_models",
+    "recipes.options": "ModelOptions RunOptions option",
+    "recipes.schedules": "SCHEDULES cosine step",
+    "stopping": "Stopped",
+    "training.checkpoints": "Checkpoints",
+    "training.classifier": "Classifier",
+    "training.command_line": "main",
+    "training.data_module": "DataModule",
+    "training.runs": "run",
+    "training.summary": "Summary",
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
     "SCHEDULES",

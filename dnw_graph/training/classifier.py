@@ -74,16 +74,10 @@ class Classifier(LightningModule):
         require(min(mixup, cutmix) >= 0, "mixup and cutmix", "0 or more", (mixup, cutmix))
         require(accumulate >= 1, "accumulate", "an integer >= 1", accumulate)
         require(0 <= label_smoothing <= 1, "label_smoothing", "a share, 0 … 1", label_smoothing)
-        self.model = model
-        self.schedule = schedule
-        self.lr = lr
-        self.momentum = momentum
-        self.weight_decay = weight_decay
-        self.seed = seed
-        self.label_smoothing = label_smoothing
-        self.norm_weight_decay = norm_weight_decay
+        self.model, self.schedule, self.seed, self.accumulate = model, schedule, seed, accumulate
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.label_smoothing, self.norm_weight_decay = label_smoothing, norm_weight_decay
         self.optimizer, self.optimizer_options = optimizer, dict(optimizer_options or {})
-        self.accumulate = accumulate
         # They draw from the generators seeded in every step, and so are functions of (seed, step, rank).
         kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
         mixing = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]

@@ -208,7 +208,8 @@ def _held(given: Mapping[str, Any], models: type[ModelOptions], file: ModelFile)
     if not (given.get("resume") or given.get("evaluate")):
         return {f.name: options[f.name] for f in fields(models) if f.name in options}
     machine = file.checkpoint[SECTION].get("machine", {}) if file.checkpoint else {}
-    if given.get("evaluate"):
+    if given.get("evaluate"):  # on the test images, unless the command line has some held out
+        options["held_out"] = 0
         machine = {name: machine[name] for name in ("data",) if name in machine}
     return {**options, **machine}
 

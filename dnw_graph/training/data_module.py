@@ -57,10 +57,8 @@ class DataModule(LightningDataModule):
                 "give a smaller --batch-size"
             )
         processes = options.devices * options.num_nodes
-        if len(images.test) < processes:
-            raise InputError(
-                f"{len(images.test)} test images cannot be split over {processes} devices: use fewer --devices"
-            )
+        if (fewest := min(len(images.test), len(images.validation))) < processes:
+            raise InputError(f"{fewest} test images cannot be split over {processes} devices: use fewer --devices")
         default_workers = 0
         if images.name != "digits":
             default_workers = min(MAX_DEFAULT_WORKERS, (os.cpu_count() or 1) // options.devices)
@@ -77,8 +75,8 @@ class DataModule(LightningDataModule):
         return self._loader(images, order, training=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        """Return the loader of this rank's test batches."""
-        images, ranks = self.images.test, (self.trainer.global_rank, self.trainer.world_size)
+        """Return the loader of this rank's batches of held-out images, or else of test images."""
+        images, ranks = self.images.validation, (self.trainer.global_rank, self.trainer.world_size)
         return self._loader(images, EvaluationOrder(len(images), self.batch_size // ranks[1], *ranks), training=False)
 
     def _loader(self, images: Images, order: Sampler[Any], training: bool) -> DataLoader[tuple[Tensor, int]]:

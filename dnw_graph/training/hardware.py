@@ -52,12 +52,12 @@ def check_step(model: nn.Module, size: int, options: RunOptions, gpu: bool) -> N
     """
     training = options.evaluate is None
     _check_memory(model, size, options, gpu, training)
-    if training and options.batch_size == options.devices * options.num_nodes:
+    if training and options.batch_size == options.devices * options.num_nodes * options.accumulate:
         try:
             memory_of(model, (1, 3, size, size), training)
         except ValueError as error:
             raise InputError(
-                f"--batch-size {options.batch_size} leaves one image per device, too few for the norms of this model "
+                f"--batch-size {options.batch_size} leaves one image at a time, too few for the norms of this model "
                 f"({error}): give a larger --batch-size or --image-size"
             ) from error
 
@@ -77,10 +77,6 @@ def _check_memory(model: nn.Module, size: int, options: RunOptions, gpu: bool, t
     needed = pixels * (IMAGE_BYTES + per_pixel)
     if needed > free:
         raise InputError(
-            f"--image-size {size} with --batch-size {options.batch_size} needs at least {_gigabytes(needed)} of "
-            f"memory, and {_gigabytes(free)} are free: give a smaller --image-size or --batch-size"
+            f"--image-size {size} with --batch-size {options.batch_size} needs at least "
+            f"{needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB are free: give smaller ones"
         )
-
-
-def _gigabytes(number: int | float) -> str:
-    return f"{number / 2**30:,.1f} GiB"

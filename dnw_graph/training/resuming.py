@@ -22,6 +22,7 @@ from dnw_graph.recipes.options import completed, flag
 from dnw_graph.structure import match
 from dnw_graph.training.checkpoints import Checkpoints, loop_state
 from dnw_graph.training.classifier import Classifier
+from dnw_graph.weights_file import is_weights_file
 from dnw_graph.wirings import wiring_name
 
 # Essential options of an optimiser; others differ between versions of PyTorch.
@@ -209,16 +210,18 @@ def start_from(
     Args:
         model: The model, changed in place.
         create: The function that creates both models; they have the same options.
-        file: The checkpoint of the trained model.
+        file: The trained model: a checkpoint, or a file of :func:`~dnw_graph.weights_file.save_weights`.
         classes: Classes of the run.
 
     Raises:
         InputError: If the file cannot be read, or holds another model.
     """
-    if file.checkpoint is None:
-        raise InputError(f"--init-from is {str(file.path)!r}: expected a checkpoint or the directory of a run")
+    if file.checkpoint is None and not is_weights_file(file.path):
+        raise InputError(
+            f"--init-from is {str(file.path)!r}: expected a checkpoint, the directory of a run, or a pretrained model"
+        )
     weights, card = file.model(create).state_dict(), file.card
-    if card.classes != list(classes):
+    if card.class_directories != list(classes):
         with torch.random.fork_rng(devices=[]):  # the run must draw the same random numbers afterwards
             other = create(len(card.classes) + 1, card.preprocess.image_size).state_dict()
         sized = {name.partition(".")[0] for name, value in weights.items() if other[name].shape != value.shape}

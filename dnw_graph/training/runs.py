@@ -20,7 +20,7 @@ from dnw_graph.callbacks.training_cost import TrainingCost
 from dnw_graph.callbacks.wiring_monitor import WiringMonitor
 from dnw_graph.callbacks.wiring_recorder import WiringRecorder
 from dnw_graph.callbacks.wiring_updates import WiringUpdates
-from dnw_graph.checkpoint import SECTION, read_checkpoint
+from dnw_graph.checkpoint import SECTION, model_weights, read_checkpoint
 from dnw_graph.compaction import compact, export
 from dnw_graph.compaction.exports import check_export
 from dnw_graph.data.image_files import check_files
@@ -86,6 +86,7 @@ def run(
     if options.resume:
         checkpoint = (file and file.checkpoint) or read_checkpoint(options.resume)
     images = hold_out(images or load_images(options.data), options.held_out)
+    options = replace(options, held_out=len(images.held_out or ()))
     data = DataModule(images, options)
     torch.manual_seed(options.seed)
     model = create(len(images.classes), data.image_size)
@@ -144,7 +145,8 @@ def _train(
     card: ModelCard,
 ) -> Summary:
     if options.check_images:
-        check_files(data.images.classes, train=data.images.train, test=data.images.test)
+        found = data.images
+        check_files(found.classes, train=found.train, held_out=found.held_out, test=found.test)
     steps_per_row = min(STEPS_PER_ROW, data.steps_per_epoch)
     monitor, training_cost = WiringMonitor(module.model, max(1, steps_per_row)), TrainingCost(module.model)
     table = Table(directory, checkpoint[SECTION].get("metrics_rows") if checkpoint else 0)
@@ -167,12 +169,15 @@ def _train(
     with stopping.watched(), repeatable(), lost_workers_told():
         start_ranks(trainer, directory)
         trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)
-    if "val/top1" not in trainer.callback_metrics:  # resumed at its end
-        trainer.validate(module, data, verbose=False)
+        if "val/top1" not in trainer.callback_metrics:  # resumed at its end
+            trainer.validate(module, data, verbose=False)
+        metrics = trainer.callback_metrics
+        if data.images.held_out is not None:
+            metrics = _test_best(module, data, options, checkpoints)
     summary = summarize(
         module.model,
         data.image_size,
-        trainer.callback_metrics,
+        metrics,
         {**identity, "data": options.data},
         initial=monitor.initial,
         best=(checkpoints.best_top1, checkpoints.best_epoch),
@@ -190,6 +195,16 @@ def _train(
     return summary
 
 
+def _test_best(module: Classifier, data: DataModule, options: RunOptions, checkpoints: Checkpoints) -> dict[str, Any]:
+    """Give the model the weights of ``best.ckpt``, and return its metrics on the test images."""
+    if checkpoints.best.exists():  # a run that is resumed into another directory may have none
+        module.model.load_state_dict(model_weights(read_checkpoint(checkpoints.best)))
+    data.images = replace(data.images, held_out=None)
+    trainer = make_trainer(options)
+    trainer.validate(module, data, verbose=False)
+    return trainer.callback_metrics
+
+
 def _evaluate(
     create: Callable[[int, int], nn.Module],
     model_options: dict[str, Any],
@@ -202,16 +217,15 @@ def _evaluate(
     path, card = str(file.path), file.card
     check_same_run(path, card.options, model_options, list(model_options))
     model = file.model(create)
-    size, classes = card.preprocess.image_size, card.classes
-    images = images or load_images(options.data, None if options.held_out else classes)
-    images = hold_out(images, options.held_out)
+    size, classes = card.preprocess.image_size, card.class_directories
+    images = hold_out(images or load_images(options.data, None if options.held_out else classes), options.held_out or 0)
     now = {"image_size": options.image_size or size, "classes": images.classes}
     check_same_run(path, {"image_size": size, "classes": classes}, now, list(now))
     options = replace(options, image_size=size)
     data = DataModule(images, options)
     data.preprocess = card.preprocess
     if options.check_images:
-        check_files(images.classes, test=images.test)
+        check_files(images.classes, test=images.validation)
     check_step(model, size, options, on_gpu(options))
     # Any images will do: they are for counting and tracing.
     example = torch.zeros(2, 3, size, size)

@@ -60,9 +60,11 @@ class Summary:
     """Result of a run.
 
     Attributes:
-        top1: Share of test images whose class has the highest score, 0 to 1, for the weights at the end.
+        top1: Share of test images whose class has the highest score, 0 to 1, for the weights at the end; for those of
+            ``best.ckpt`` if training images were held out to choose it.
         top5: Share of test images whose class is among the five highest scores.
-        best_top1: Highest top-1 after any epoch, or None if nothing was trained.
+        best_top1: Highest top-1 after any epoch, of the images held out if there are some, or None if nothing was
+            trained.
         best_epoch: The epoch of ``best_top1``, counted from 1, or None.
         parameters: Parameters of live nodes, real edges and all other layers.
         multiply_adds: Multiply-adds for one image, live nodes and real edges only.
@@ -89,7 +91,10 @@ class Summary:
 
     def lines(self) -> list[str]:
         """Return the summary as lines to print."""
-        best = f"   (best {self.best_top1:.2%} after epoch {self.best_epoch})" if self.best_top1 is not None else ""
+        best, held_out = "", self.options.get("held_out")
+        if self.best_top1 is not None:
+            which = f"best.ckpt, {self.best_top1:.2%} of held-out images" if held_out else f"best {self.best_top1:.2%}"
+            best = f"   ({which} after epoch {self.best_epoch})"
         rows = [("top-1", f"{self.top1:.2%}{best}"), ("top-5", f"{self.top5:.2%}")]
         if graphs := self.graphs.values():
             rows.append(("real edges", f"{sum(g.real_edges for g in graphs):,}"))
@@ -188,9 +193,11 @@ def write_files(summary: Summary, model: nn.Module, directory: Path) -> list[str
     if not files:
         return ["summary.json"]
     make_writable(files[0].parent, "--output")
-    epochs = None if summary.seconds is None else summary.options.get("epochs")
+    epoch = None
+    if summary.seconds is not None:
+        epoch = summary.best_epoch if summary.options.get("held_out") else summary.options.get("epochs")
     for graph, file in zip(graphs.values(), files, strict=False):
-        _save_picture(graph, file.with_name(f"{file.name}.png"), epochs)
+        _save_picture(graph, file.with_name(f"{file.name}.png"), epoch)
         _save_data(graph.to_data(), file.with_name(f"{file.name}.pt"))
     for name, file in zip(weights, files[len(graphs) :], strict=True):
         _save_data(to_data(model, name), file.with_name(f"{file.name}.pt"))

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from reference import relative_error
 from torch import Tensor, nn
 
 import dnw_graph
 from dnw_graph import InputError, attach
 from dnw_graph.analysis.cost import cost, neural_graphs
-from dnw_graph.compaction import compact
+from dnw_graph.cli import main
+from dnw_graph.compaction import compact, save_compact
+from dnw_graph.loading import ModelFile
 from dnw_graph.model_card import ModelCard
 from dnw_graph.models import create_model
+from dnw_graph.models.pretrained import FOLDER
 from dnw_graph.preprocessing import Preprocessing
 from dnw_graph.recipes.models import MobileNetOptions
 from dnw_graph.weights_file import save_weights
@@ -198,3 +203,55 @@ def test_what_goes_to_the_hub_and_comes_from_it(hub, images: Tensor, tmp_path: P
 def test_a_directory_without_a_model_is_refused(hub, tmp_path: Path):
     with pytest.raises(InputError, match=r"model.safetensors' does not exist"):
         hub.from_pretrained(tmp_path)
+
+
+def test_a_run_starts_from_a_file_of_weights(tmp_path: Path, images: Tensor):
+    from dnw_graph.training.resuming import start_from
+
+    model = trained()
+    save_weights(model, tmp_path / "model.safetensors")
+    create = MobileNetOptions(width=0.1).create
+    same, other = create(3, 16), create(2, 16)
+    start_from(same, create, ModelFile(tmp_path / "model.safetensors"), ["a", "b", "c"])
+    assert relative_error(same.eval()(images), model(images)) < 1e-6
+    start_from(other, create, ModelFile(tmp_path / "model.safetensors"), ["a", "b"])
+    assert torch.equal(other.stages[0].real_index, model.stages[0].real_index)
+    assert other(images).shape == (4, 2)
+    save_compact(compact(model), tmp_path / "compact.safetensors")
+    with pytest.raises(InputError, match="expected a checkpoint, the directory of a run, or a pretrained model"):
+        start_from(same, create, ModelFile(tmp_path / "compact.safetensors"), ["a", "b", "c"])
+
+
+def test_the_command_starts_from_a_pretrained_model_by_name(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr("dnw_graph.training.runs.run", lambda *args: seen.append(args))
+    assert main(["train", "--init-from", "mobilenet_v1_dnw.imagenette", "--width", "0.225"]) == 0
+    ((_, options, _, _, _, file),) = seen
+    assert file.path == FOLDER / "mobilenet_v1_dnw.imagenette.safetensors"
+    assert options["model"] == "mobilenet_v1_dnw"
+
+
+def test_classes_have_other_names_than_their_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = trained()
+    card = replace(model.card, directories=["n1", "n2", "n3"])
+    card.describe(model)
+    save_weights(model, tmp_path / "model.safetensors")
+    loaded = dnw_graph.load(tmp_path / "model.safetensors")
+    assert (loaded.classes, loaded.card.class_directories) == (["a", "b", "c"], ["n1", "n2", "n3"])
+    for number, name in enumerate(card.directories):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        for grey in (40 * number, 80 * number + 9):
+            Image.new("RGB", (16, 16), (grey,) * 3).save(tmp_path / "val" / name / f"{grey}.png")
+    evaluate = ["evaluate", str(tmp_path / "model.safetensors"), "--workers", "0", "--data", str(tmp_path)]
+    assert main(evaluate) == 0
+    (tmp_path / "val" / "n1").rename(tmp_path / "val" / "a")
+    assert main(evaluate) == 2
+    assert "class directories that the training images lack, such as 'a'" in capsys.readouterr().err
+    with pytest.raises(InputError, match="directories must be 3 names"):
+        replace(model.card, directories=["n1"])
+
+
+def test_the_model_of_imagenette_has_names_that_can_be_read():
+    model = create_model("mobilenet_v1_dnw.imagenette", pretrained=True)
+    assert model.classes[:3] == ["tench", "English springer", "cassette player"]
+    assert model.card.class_directories[:3] == ["n01440764", "n02102040", "n02979186"]

@@ -60,7 +60,7 @@ def test_single_images_need_maps_of_more_than_one_pixel():
     check_step(model, 32, RunOptions(batch_size=1), gpu=False)
     check_step(model, 16, RunOptions(batch_size=2), gpu=False)
     check_step(model, 16, RunOptions(batch_size=1, evaluate="last.ckpt"), gpu=False)
-    with pytest.raises(InputError, match="--batch-size 2 leaves one image per device, too few for the norms"):
+    with pytest.raises(InputError, match="--batch-size 2 leaves one image at a time, too few for the norms"):
         check_step(model, 16, RunOptions(batch_size=2, devices=2), gpu=False)
 
 

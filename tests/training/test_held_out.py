@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,10 +32,12 @@ def test_the_parts_are_disjoint_and_complete(kind: str, count: int, image_direct
     assert isinstance(images.train, FileImages if kind == "files" else ArrayImages)
     whole = content(images.train)
     split = hold_out(images, count)
-    assert len(split.test) == count
+    assert split.held_out is split.validation
+    assert split.test is images.test is images.validation
+    assert len(split.held_out) == count
     assert len(split.train) == len(whole) - count
-    assert Counter(content(split.train)) + Counter(content(split.test)) == Counter(whole)
-    order = [whole.index(image) for part in (split.train, split.test) for image in content(part)]
+    assert Counter(content(split.train)) + Counter(content(split.held_out)) == Counter(whole)
+    order = [whole.index(image) for part in (split.train, split.held_out) for image in content(part)]
     assert sorted(order[:-count]) == order[:-count]  # each part keeps the order
     assert sorted(order[-count:]) == order[-count:]
     assert (split.name, split.classes) == (images.name, images.classes)
@@ -44,7 +47,7 @@ def test_the_parts_are_disjoint_and_complete(kind: str, count: int, image_direct
 def test_files_keep_their_labels(image_directory: Path):
     images = load_images(str(image_directory))
     split = hold_out(images, 5)
-    for part in (split.train, split.test):
+    for part in (split.train, split.held_out):
         assert isinstance(part, FileImages)
         names = [Path(path).parent.name for path in part.paths]
         assert [split.classes[label] for label in part.labels] == names
@@ -53,7 +56,8 @@ def test_files_keep_their_labels(image_directory: Path):
 
 def test_the_held_out_images_are_drawn_from_everywhere():
     images = load_images("digits")
-    held = hold_out(images, 400).test
+    held = hold_out(images, 400).held_out
+    assert held is not None
     whole = content(images.train)
     places = np.array([whole.index(image) for image in content(held)])
     quarters = np.bincount(places * 4 // len(whole))
@@ -64,6 +68,14 @@ def test_the_held_out_images_are_drawn_from_everywhere():
 
 def test_none_held_out_changes_nothing(small_digits: ImageData):
     assert hold_out(small_digits, 0) is small_digits
+
+
+def test_by_default_it_is_a_tenth_and_no_more_than_5000(small_digits: ImageData):
+    assert len(hold_out(small_digits, None).held_out or ()) == 7
+    many = ArrayImages(np.zeros((60_000, 1, 1, 3), np.uint8), np.zeros(60_000))
+    assert len(hold_out(replace(small_digits, train=many), None).held_out or ()) == 5000
+    few = small_digits.train.part(np.arange(9))
+    assert hold_out(replace(small_digits, train=few), None).held_out is None
 
 
 @pytest.mark.parametrize("count", [70, 71, 1000])
@@ -96,7 +108,9 @@ def test_a_run_evaluates_on_the_same_ones_for_every_seed(
     seed: int, options: Callable[..., RunOptions], small_digits: ImageData, tmp_path: Path
 ):
     evaluated = []
-    for given, count in ((small_digits, 20), (hold_out(small_digits, 20), 0)):
+    split = hold_out(small_digits, 20)
+    assert split.held_out is not None
+    for given, count in ((small_digits, 20), (replace(split, test=split.held_out, held_out=None), 0)):
         models: list[Recording] = []
 
         def create(num_classes: int, image_size: int, models: list[Recording] = models) -> nn.Module:
@@ -105,10 +119,9 @@ def test_a_run_evaluates_on_the_same_ones_for_every_seed(
 
         chosen = options(seed=seed, held_out=count, epochs=1, lr=0.1, output=str(tmp_path / str(count)))
         summary = run(create, {}, chosen, given)
-        evaluated.append((summary.top1, summary.best_top1, models[0].seen))
+        evaluated.append((summary.best_top1, models[0].seen[True]))
     # What the run holds out itself is what was held out before another run.
     assert evaluated[0] == evaluated[1]
-    assert len(evaluated[0][2][False]) >= 18
 
 
 @pytest.mark.slow
@@ -124,7 +137,7 @@ def test_a_resumed_run_must_hold_out_as_many(
         with pytest.raises(InputError, match=f"--held-out is {other}, but .* was trained with 6"):
             run(create, {}, replace(chosen, held_out=other, resume=last), small_digits)
     again = run(create, {}, replace(chosen, output=None, evaluate=last), small_digits)
-    assert again.top1 == summary.top1
+    assert again.top1 == summary.best_top1  # of the only epoch
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -132,16 +145,32 @@ def test_a_broken_file_is_found_wherever_it_went(
     held: bool, create: Create, options: Callable[..., RunOptions], image_directory: Path
 ):
     split = hold_out(load_images(str(image_directory)), 5)
-    part = split.test if held else split.train
+    part = split.held_out if held else split.train
     assert isinstance(part, FileImages)
     broken = Path(part.paths[2])
     broken.write_bytes(broken.read_bytes()[:60])
-    with pytest.raises(InputError, match=f"1 of 12 image files cannot be read: {broken}"):
+    with pytest.raises(InputError, match=f"1 of 24 image files cannot be read: {broken}"):
         run(create, {}, options(held_out=5, batch_size=4), load_images(str(image_directory)))
 
 
-def test_test_images_take_no_part(create: Create, options: Callable[..., RunOptions], image_directory: Path):
-    for path in (image_directory / "val" / "one").iterdir():
-        path.write_bytes(b"broken")
-    summary = run(create, {}, options(held_out=5, batch_size=4, epochs=1), load_images(str(image_directory)))
-    assert 0 <= summary.top1 <= 1
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_the_held_out_images_choose_the_checkpoint_that_is_tested(
+    ema: float, create: Create, options: Callable[..., RunOptions], small_digits: ImageData
+):
+    chosen = options(held_out=20, epochs=3, batch_size=10, lr=0.3, ema=ema)
+    backwards = replace(small_digits, test=small_digits.test.part(np.arange(7)))
+    found = [
+        run(create, {}, replace(chosen, output=f"{chosen.output}-{len(images.test)}"), images)
+        for images in (small_digits, backwards)
+    ]
+    directory = Path(f"{chosen.output}-{len(small_digits.test)}")
+    rows = csv.DictReader((directory / "metrics.csv").read_text().splitlines())
+    held_out = [float(row["val/top1"]) for row in rows if row["val/top1"]]
+    assert len(held_out) == 3
+    assert found[0].best_top1 == pytest.approx(max(held_out))
+    assert found[0].best_epoch == 1 + held_out.index(max(held_out))
+    # The test images decide nothing.
+    assert [each.best_top1 for each in found] == [found[0].best_top1] * 2
+    tested = run(create, {}, options(output=None, evaluate=str(directory / "best.ckpt")), small_digits)
+    assert tested.top1 == found[0].top1
+    assert f"(best.ckpt, {found[0].best_top1:.2%} of held-out images" in found[0].lines()[0]

@@ -25,7 +25,10 @@ from dnw_graph.training.resuming import check_same_run
 
 EXAMPLE = "imagenet_mobilenet"
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SHORT = ("--image-size", "8", "--batch-size", "32", "--epochs", "1", "--accelerator", "cpu", "--width", "0.1")
+SHORT = (
+    *("--image-size", "8", "--batch-size", "32", "--epochs", "1", "--accelerator", "cpu", "--width", "0.1"),
+    *("--held-out", "0"),
+)
 
 # Rows of Table 3: model, width, further options.
 TABLE_3 = {
@@ -170,7 +173,7 @@ def test_configurations_are_those_of_the_paper(
     config = EXAMPLES / "configs" / f"{name}.yaml"
     model, width, further = TABLE_3[name]
     schedule = {"epochs": 250, "batch_size": 512, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-5, "image_size": 224}
-    schedule["warmup_epochs"] = 0
+    schedule |= {"warmup_epochs": 0, "held_out": 0}
     assert yaml.safe_load(config.read_text()) == {
         "model": model,
         "width": width,
@@ -209,6 +212,13 @@ def test_the_papers_configurations_have_neither_a_larger_eps_nor_a_warm_up(path:
     model, run, _ = read_options("", family.options, family.defaults, ["--config", str(path)])
     remedy = path.stem.endswith("eps_warmup") or path.stem.startswith("recipe")
     assert (model.identity()["node_norm_eps"], run.warmup_epochs) == ((1e-3, 5) if remedy else (1e-5, 0))
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_papers_configurations_alone_keep_all_training_images(path: Path):
+    options = yaml.safe_load(path.read_text())
+    assert (options["held_out"] == 0) == (not path.stem.startswith("recipe"))
+    assert all(family.defaults.held_out is None for family in FAMILIES.values())
 
 
 def test_checkpoints_from_before_that_option_are_taken():

@@ -23,7 +23,7 @@ from dnw_graph.training import Classifier, cosine, read_checkpoint
 
 EXAMPLE = "imagenet_resnet50"
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SHORT = ("--image-size=8", "--batch-size=64", "--epochs=3", "--accelerator=cpu", "--lr=0.05")
+SHORT = ("--image-size=8", "--batch-size=64", "--epochs=3", "--accelerator=cpu", "--lr=0.05", "--held-out=0")
 # Convolutions of ResNet-18 and its classifier for 10 classes.
 WEIGHTS_18 = 11_172_032
 

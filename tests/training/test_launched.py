@@ -25,7 +25,7 @@ OPTIONS = (
     *("--workers", "0", "--accelerator", "cpu"),
 )
 
-STEPS_PER_EPOCH = 2  # 1,437 digits in batches of 512
+STEPS_PER_EPOCH = 2  # 1,294 digits in batches of 512
 
 
 def start(directory: Path, *words: str, group: int | None = None, **environ: str) -> subprocess.Popen[str]:

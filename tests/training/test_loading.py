@@ -22,14 +22,17 @@ from torch import nn
 
 import dnw_graph
 from dnw_graph import InputError, load
+from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.checkpoint import FORMAT, SECTION
 from dnw_graph.compaction import compact, export, save_compact
 from dnw_graph.data.samples import Samples
+from dnw_graph.loading import ModelFile
 from dnw_graph.model_card import ModelCard, card_of
 from dnw_graph.preprocessing import Preprocessing, rgb
 from dnw_graph.recipes.models import FAMILIES, MobileNetOptions
 from dnw_graph.training import ImageData, RunOptions, run
 from dnw_graph.training.checkpoints import WholeFileIO
+from dnw_graph.weights_file import save_weights
 
 CLASSES = ["cat", "dog", "fish"]
 PREPROCESS = Preprocessing(16, 20, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
@@ -276,6 +279,27 @@ def test_onnx_carries_the_card(with_preprocessing: bool, directory: Path, card: 
     image = (pixels if with_preprocessing else normalised).numpy()
     (logits,) = session.run(["logits"], {"image": image})
     torch.testing.assert_close(torch.from_numpy(logits), model(normalised), rtol=1e-3, atol=1e-4)
+
+
+def eps_of(model: nn.Module) -> set[float]:
+    graphs = neural_graphs(model).values()
+    return {each.eps for graph in graphs for each in graph.modules() if isinstance(each, nn.BatchNorm2d)}
+
+
+@pytest.mark.parametrize("name", ["best.ckpt", "weights.safetensors", "compact.safetensors", "x.pt2", "x.onnx"])
+def test_every_file_says_which_eps_the_norms_of_nodes_have(name: str, tmp_path: Path, card: ModelCard):
+    options, path = MobileNetOptions(width=0.1, wiring="random_graph", node_norm_eps=0.02), tmp_path / name
+    write(tmp_path / "best.ckpt", options.create(3, 16), card=replace(card, options=options.identity()).to_dict())
+    model = load(tmp_path)
+    if name.startswith("weights"):
+        save_weights(model, path)
+    elif not name.endswith(".ckpt"):
+        export(model, path, torch.zeros(2, 3, 16, 16))
+    found = ModelFile(path).card.options
+    assert found["node_norm_eps"] == 0.02
+    assert eps_of(MobileNetOptions(**found).create(3, 16)) == {0.02}
+    if name in ("best.ckpt", "weights.safetensors"):  # in the others norms are folded into products
+        assert eps_of(load(path)) == {0.02}
 
 
 def test_preprocessing_that_is_not_known_is_not_baked_in(directory: Path, model: nn.Module):

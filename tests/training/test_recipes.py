@@ -188,7 +188,7 @@ def test_what_is_no_optimiser_is_refused(name: str, options: dict[str, object], 
         ({"randaugment": 31}, "--randaugment must be a magnitude from 0 to 30"),
         ({"mixup": -1.0}, "--mixup must be 0 or more"),
         ({"accumulate": 3}, "3 parts cannot share a batch of 16 images evenly"),
-        ({"accumulate": 2, "devices": 2}, "--accumulate goes with one device"),
+        ({"accumulate": 3, "devices": 2}, "2 devices with 3 parts cannot share a batch of 16 images evenly"),
     ],
 )
 def test_options_that_cannot_be(changes: dict[str, object], message: str, options: Make):

@@ -13,10 +13,12 @@ models = []
 
 def create(num_classes: int, image_size: int) -> TinyModel:
     models.append(TinyModel(num_classes))
+    if accumulate > 1:  # which is compared with one process, of other random numbers
+        models[-1].dropout.p = 0.0
     return models[-1]
 
 
-directory = Path(sys.argv[1])
+directory, accumulate = Path(sys.argv[1]), int(sys.argv[2])
 options = RunOptions(
     image_size=8,
     batch_size=16,
@@ -24,6 +26,7 @@ options = RunOptions(
     lr=1.0,
     accelerator="cpu",
     devices=2,
+    accumulate=accumulate,
     workers=0,
     output=str(directory / "run"),
 )
