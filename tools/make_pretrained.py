@@ -74,7 +74,9 @@ def main() -> None:
 def accuracy(model: nn.Module, images: str) -> float:
     """Return the top-1 accuracy on a directory of images."""
     data = ImageFolder(images, model.preprocess)
-    assert data.classes == model.card.class_directories
+    card = card_of(model)
+    assert card is not None
+    assert data.classes == card.class_directories
     with torch.no_grad():
         right = [(model(x).argmax(1) == labels).sum() for x, labels in DataLoader(data, 100)]
     return float(torch.stack(right).sum()) / len(data)

@@ -94,8 +94,8 @@ class RunOptions:
     )
     held_out: int | None = option(
         0,
-        "choose best.ckpt by this many training images, left out of training, after every epoch, and evaluate it on the "
-        "test images at the end. They are the same for every seed. 0: epochs are evaluated on the test images, and the "
+        "choose best.ckpt by this many training images, left out of training, after every epoch, and evaluate it on "
+        "the test images at the end. The same for every seed. 0: epochs are evaluated on the test images, and the "
         "last one counts. Default of the command: a tenth, at most 5,000",
         fixed=True,
     )
