@@ -1,14 +1,14 @@
-"""Times inference: MobileNetV1-DNW without dead nodes, by its edges and as dense products, beside MobileNetV1.
+"""Compares inference of MobileNetV1-DNW without dead nodes, with sparse and with dense products, with MobileNetV1.
 
-MobileNetV1-DNW has a random graph; all norms have random statistics, and are folded in every model but those named "as
-trained" and in the reference formulation (``reference_formulation.py``), whose masked weights are made once and whose
-outputs are made sure to be those of the compact models. MobileNetV1 also runs in onnxruntime, with its int8 as well
-(``quantize_static``, and ``quantize_dynamic``, which leaves convolutions as they are), and in OpenVINO, where they are
+MobileNetV1-DNW has a random graph. All norms have random statistics; they are folded except in models named "as
+trained" and in the reference formulation (``reference_formulation.py``), whose masked weights are computed once and
+whose outputs are compared with those of the compact models. MobileNetV1 also runs in onnxruntime, also in int8
+(``quantize_static``, and ``quantize_dynamic``, which does not change convolutions), and in OpenVINO, if they are
 installed. All models of one batch size and number of threads take turns in one run.
 
-Accuracies are published ones (ImageNet, top-1, float32), not measured here. Beside a random graph stands that of the
-wiring learned in its place, which has fewer live nodes and costs less: its time is an upper bound. Run with ``python
-benchmarks/inference.py``; ``--picture FILE`` draws the accuracies against the times.
+Accuracies are published ones (ImageNet, top-1, float32), not measured here. For a random graph the accuracy is that of
+the learned wiring, which has fewer live nodes and costs less: the time is an upper bound. Run with ``python
+benchmarks/inference.py``; ``--picture FILE`` plots the accuracies against the times.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def models() -> dict[str, nn.Module]:
 
 
 def runtimes(found: Mapping[str, nn.Module], threads: int, size: int) -> dict[str, Callable[[Tensor], object]]:
-    """Return MobileNetV1 in other runtimes for CPUs, by name; without those that are not installed."""
+    """Return MobileNetV1 in other installed runtimes for CPUs, by name."""
     calls: dict[str, Callable[[Tensor], object]] = {}
     mobilenets = [name for name in PUBLISHED if name.startswith("MobileNetV1")]
     with tempfile.TemporaryDirectory() as directory:
@@ -130,7 +130,7 @@ def _openvino(file: Path, threads: int) -> Callable[[Tensor], object]:
 def main() -> None:
     """Print one row per batch size, number of threads and model."""
     shared = arguments(__doc__ or "")
-    # Here several numbers of threads can be given.
+    # This benchmark takes several numbers of threads.
     parser = argparse.ArgumentParser(
         description=shared.description,
         formatter_class=shared.formatter_class,
@@ -179,7 +179,7 @@ def main() -> None:
 
 
 def _ratios(name: str, times: Mapping[str, float]) -> dict[str, Any]:
-    """Return the time of a model over those of others, where they were measured."""
+    """Return the time of a model divided by those of others, if measured."""
     columns = (("dense products", DENSE), *((f"{REFERENCE}", each) for each in times if REFERENCE in each))
     best: dict[str, float] = {}
     for column, other in columns:
@@ -235,7 +235,7 @@ def _with_statistics(model: nn.Module) -> nn.Module:
 
 
 def _check(found: dict[str, nn.Module], image: Tensor) -> None:
-    """Make sure that the compact models have the outputs of the reference formulation."""
+    """Check that the compact models have the outputs of the reference formulation."""
     with torch.no_grad():
         logits = {
             name: model(image)

@@ -175,7 +175,7 @@ class Step:
         return {part: f"{share:.0%}" for part, share in {**shares, "rest": 1 - sum(shares.values())}.items()}
 
     def peak(self) -> int:
-        """Return how many bytes a step allocates at most beyond what it starts with."""
+        """Return the peak number of bytes that a step allocates beyond its start."""
         self.optimizer.zero_grad()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             self()

@@ -106,7 +106,7 @@ def as_plain_tensors() -> AbstractContextManager[None]:
 
 
 def version(tensor: Tensor) -> int:
-    """Return how often a tensor was changed in place, or −1 for inference tensors, which have no such counter.
+    """Return how many times a tensor was changed in place, or −1 for inference tensors, which have no such counter.
 
     Autograd uses the counter to check saved tensors; it has no public name.
     """

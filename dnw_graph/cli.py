@@ -83,7 +83,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Raise the error."""
-        raise InputError(f"{message}: {self.prog} --help says how")
+        raise InputError(f"{message}: see {self.prog} --help")
 
 
 def train(argv: Sequence[str]) -> int:

@@ -85,8 +85,8 @@ class NormReluConv(nn.Module):
         stride: Stride of the convolution.
         norm: ``"batch"`` or ``"instance"``.
         kernel_size: Odd size of the convolution, padded so that stride 1 keeps the resolution.
-        eps: Added to the variance by the norm. The map of a node without input edges is constant, so that its gradient
-            is scaled by 1 / √eps.
+        eps: Added to the variance by the norm. The map of a node without input edges is constant, so its gradient is
+            scaled by 1 / √eps.
 
     Shapes:
         - input: ``[batch, num_nodes, height, width]``

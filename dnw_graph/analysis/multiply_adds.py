@@ -220,7 +220,7 @@ def _without_fused_products(modules: Mapping[nn.Module, str]) -> Iterator[None]:
         scope.enter_context(sdpa_kernel(SDPBackend.MATH))
         if recurrent:
             scope.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", "TF32 acceleration")  # of setting a flag to what it was
+            warnings.filterwarnings("ignore", "TF32 acceleration")  # raised when a flag is restored
             scope.enter_context(torch.backends.mkldnn.flags(enabled=False))
             scope.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
@@ -249,7 +249,7 @@ def _weight(layer: nn.Module) -> tuple[Tensor, Fraction, Fraction]:
 
 
 def _passes(weight: Tensor, to_source: bool) -> tuple[int, int]:
-    """Return how often a product runs: forward and for the gradient of its source; and for that of its weight."""
+    """Return how many times a product runs: forward and for the gradient of its source; and for that of its weight."""
     backward = torch.is_grad_enabled()
     return 1 + (backward and to_source), backward and weight.requires_grad
 

@@ -42,7 +42,7 @@ def silent_nodes(model: nn.Module) -> dict[str, Bool[Tensor, " nodes"]]:
 
 @checked
 def silent_blocks(model: nn.Module) -> list[SilentBlock]:
-    """Return the blocks of which more than half of the outputs are silent, graph by graph."""
+    """Return the blocks in which more than half of the outputs are silent, graph by graph."""
     found = []
     for name, graph in neural_graphs(model).items():
         silent = graph.silent_nodes()

@@ -186,7 +186,7 @@ class ContinuousGraph(Layer):
         super().__init__()
         self.step = step
         require(step.num_inputs == step.num_outputs, "a continuous graph needs as many targets as sources")
-        Continuous(method, rtol=rtol, atol=atol, options=solver_options, t_span=t_span)  # refuses what it does not know
+        Continuous(method, rtol=rtol, atol=atol, options=solver_options, t_span=t_span)  # refuses unknown options
         self.method = method
         self.rtol = rtol
         self.atol = atol

@@ -183,7 +183,7 @@ class WholeFunction(nn.Module):
         self.takes_time = takes_time(function)
 
     def send(self, z: Tensor) -> Tensor:
-        """Return what the nodes send."""
+        """Return the values that the nodes send."""
         send = getattr(self.function, "send", None)
         return z if send is None else send(z)
 

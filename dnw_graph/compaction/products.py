@@ -60,7 +60,7 @@ class SparseProduct(Layer):
         return True
 
     def forward(self, z: Float[Tensor, "batch sources *space"]) -> Float[Tensor, "batch targets *space"]:
-        """Return what the targets receive."""
+        """Return the inputs of the targets."""
         received = sparse_product(z.transpose(0, 1).flatten(1), self.rowptr, self.columns, self.values)
         received = received + self.bias.view(-1, 1)
         return received.view(len(self.bias), z.size(0), *z.shape[2:]).transpose(0, 1)
@@ -110,7 +110,7 @@ class DenseProduct(Layer):
         return True
 
     def forward(self, z: Float[Tensor, "batch sources *space"]) -> Float[Tensor, "batch targets *space"]:
-        """Return what the targets receive."""
+        """Return the inputs of the targets."""
         if z.dim() == 4:
             return F.conv2d(z, self.weight, self.bias)
         return F.linear(z.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)

@@ -50,7 +50,7 @@ class TinyClassifier(ImageClassifier):
         recompute: See :class:`~dnw_graph.NeuralGraph`.
 
     Shapes:
-        - input: ``[batch, 3, 32, 32]``; larger images give larger maps, of which the same patch is read
+        - input: ``[batch, 3, 32, 32]``; larger images give larger maps, but the same patch is read
         - output: logits ``[batch, num_classes]``
 
     Raises:

@@ -42,7 +42,7 @@ def sparse_product(
         values: Weight of each edge.
 
     Raises:
-        InputError: If shapes, types or devices do not fit, or an index is out of range.
+        InputError: If shapes, dtypes or devices do not fit, or an index is out of range.
 
     Examples:
         >>> import torch

@@ -53,7 +53,7 @@ def sparse_linear(
         relu: Return relu(y).
 
     Raises:
-        InputError: If shapes, types or devices do not fit, or an index is out of range.
+        InputError: If shapes, dtypes or devices do not fit, or an index is out of range.
     """
     check_tensors(x=x, rowptr=rowptr, columns=columns, values=values, **({} if bias is None else {"bias": bias}))
     call = _linear if _plain(x, values, bias) else _sparse_linear
@@ -61,12 +61,12 @@ def sparse_linear(
 
 
 class Turned(NamedTuple):
-    """Edges in CSR by what they leave.
+    """Edges in CSR by input.
 
     Attributes:
         rowptr: Where the edges of each input start.
         columns: Output of each edge.
-        order: The number of each edge by what it goes to.
+        order: The index of each edge in the order by output.
     """
 
     rowptr: Int[Tensor, " inputs_and_one"]
@@ -180,7 +180,7 @@ def sparse_conv2d(
         relu: Return relu(y + add).
 
     Raises:
-        InputError: If shapes, types or devices do not fit, or an index is out of range.
+        InputError: If shapes, dtypes or devices do not fit, or an index is out of range.
     """
     optional = {name: each for name, each in (("bias", bias), ("add", add)) if each is not None}
     check_tensors(x=x, rowptr=rowptr, columns=columns, values=values, **optional)

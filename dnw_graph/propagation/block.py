@@ -30,7 +30,7 @@ class BlockPropagation(Propagation):
     graph: there, all targets of such a source become NaN.
 
     Nodes are moved to the last dimension for the product, which costs nothing for channels-last maps. The states of a
-    static graph share one buffer, of which each product takes the columns that it needs, and so do their gradients.
+    static graph share one buffer; each product reads the columns that it needs. The same holds for their gradients.
     """
 
     def forward(self, edges: RealEdges, x: Tensor) -> Propagate:

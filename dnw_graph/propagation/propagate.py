@@ -126,7 +126,7 @@ class Propagate:
         sources: range | None = None,
         targets: range | None = None,
     ) -> Float[Tensor, "batch targets *space"]:
-        """Return what the targets of a block receive.
+        """Return the inputs of a block's targets.
 
         Args:
             number: Number of the block.
@@ -140,7 +140,7 @@ class Propagate:
     def product(
         self, number: int, z: Float[Tensor, "batch sources *space"], rows: slice, columns: slice
     ) -> Float[Tensor, "batch targets *space"]:
-        """Return what some targets of a block receive over its real edges.
+        """Return the inputs of some targets of a block, over its real edges.
 
         Args:
             number: Number of the block.

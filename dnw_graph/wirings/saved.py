@@ -110,7 +110,7 @@ def saved_number(saved: Mapping[str, Any], key: str, what: str) -> int | None:
         what: Its name in messages.
 
     Raises:
-        InputError: If it is no int64 scalar >= 0.
+        InputError: If it is not an int64 scalar >= 0.
     """
     if (value := saved.get(key)) is None:
         return None

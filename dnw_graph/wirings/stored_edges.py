@@ -37,7 +37,7 @@ class StoredEdges(Wiring):
         self.register_buffer("checksum", torch.tensor(0))
 
     def refuse(self, saved: object, num_candidates: int, num_edges: int, what: str) -> None:
-        """Refuse what the buffer cannot be."""
+        """Refuse values that the buffer cannot have."""
         raise NotImplementedError
 
     def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
