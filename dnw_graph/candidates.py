@@ -96,7 +96,7 @@ class RankedWeight:
         return index
 
 
-def split_index(index: Int[Tensor, " edges"], weights: Sequence[RankedWeight]) -> list[Int[Tensor, " part"]]:
+def split_index(index: Int[Tensor, " edges"], weights: Sequence[RankedWeight]) -> list[Tensor]:
     """Return the edges in each of several weights, counted from its first candidate.
 
     Args:

@@ -267,9 +267,11 @@ class Ranking(nn.Module):
     def _edges_of(
         self, kind: str, real: Tensor | None = None, tensors: Sequence[Tensor] | None = None
     ) -> Tensor | None:
-        if kind == "all" or (kind == "real" and real is not None):
-            return None if kind == "all" else real
-        return (self.wiring.choose if kind == "real" else self.wiring.trained_edges)(self.view(tensors))
+        if kind == "all":
+            return None
+        if kind == "own":
+            return self.wiring.trained_edges(self.view(tensors))
+        return self.wiring.choose(self.view(tensors)) if real is None else real
 
     def guarded(self, weight: Tensor) -> Tensor:
         """Raise an error at the second backward pass if the rule needs an attached optimiser and has none.
