@@ -204,13 +204,12 @@ void node_functions(int64_t norm, int64_t stride) {
   std::vector<T> scale_grad(nodes), shift_grad(nodes), kernel_grad(nodes * 9);
   const TrainedFunction<T> f{nodes, side,     side,         batch,        norm,          1,           stride,
                              1e-5,  x.data(), scale.data(), shift.data(), kernel.data(), mean.data(), variance.data()};
-  const int status = f.each_node(2, 1, [&](int64_t node, T *scratch) { f.forward(node, scratch, out.data()); });
+  const auto forward = [&](int64_t node, T *scratch) { f.forward(node, scratch, out.data()); };
+  const int status = f.each_node(2, f.forward_room(), forward);
   const std::vector<double> wide(x.begin(), x.end());
   report("node_function", status, out, plain(wide));
-  f.each_node(2, 2, [&](int64_t node, T *scratch) {
-    T *grads = scratch + f.padded() * Simd<T>::lanes;
-    f.backward(
-        node, grad.data(), scratch, grads, x_grad.data(), scale_grad.data(), shift_grad.data(), kernel_grad.data());
+  f.each_node(2, f.backward_room(), [&](int64_t node, T *scratch) {
+    f.backward(node, grad.data(), scratch, x_grad.data(), scale_grad.data(), shift_grad.data(), kernel_grad.data());
   });
   // Against differences of the plain loop; those are right to about 1e-8 where no ReLU opens or closes.
   double difference = 0, size = 0;

@@ -157,7 +157,8 @@ INDICES(int64_t, int64)
       T *out) {                                                                                                       \
     const TrainedFunction<T> f{nodes, height, width, batch, norm,   relu, stride,                                     \
                                eps,   x,      scale, shift, kernel, mean, variance};                                  \
-    return f.each_node(threads, 1, [&](int64_t node, T *scratch) { f.forward(node, scratch, out); });                 \
+    return f.each_node(                                                                                               \
+        threads, f.forward_room(), [&](int64_t node, T *scratch) { f.forward(node, scratch, out); });                 \
   }                                                                                                                   \
   extern "C" int node_function_grad_##SUFFIX(                                                                         \
       int64_t threads, int64_t nodes, int64_t height, int64_t width, int64_t batch, int64_t norm, int64_t relu,       \
@@ -165,9 +166,8 @@ INDICES(int64_t, int64)
       const T *out_grad, T *x_grad, T *scale_grad, T *shift_grad, T *kernel_grad) {                                   \
     const TrainedFunction<T> f{nodes, height, width, batch, norm,   relu, stride,                                     \
                                eps,   x,      scale, shift, kernel, mean, variance};                                  \
-    return f.each_node(threads, 2, [&](int64_t node, T *scratch) {                                                    \
-      T *grads = scratch + f.padded() * Simd<T>::lanes;                                                               \
-      f.backward(node, out_grad, scratch, grads, x_grad, scale_grad, shift_grad, kernel_grad);                        \
+    return f.each_node(threads, f.backward_room(), [&](int64_t node, T *scratch) {                                    \
+      f.backward(node, out_grad, scratch, x_grad, scale_grad, shift_grad, kernel_grad);                               \
     });                                                                                                               \
   }                                                                                                                   \
   extern "C" int combination_##SUFFIX(                                                                                \
