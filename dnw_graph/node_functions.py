@@ -13,6 +13,7 @@ from dnw_graph._compat import has_hooks
 from dnw_graph.arguments import checked, fits, require, wrong
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.ops.node_function import computes_as_usual, fused_node_function, fusible, keeps_forward
+from dnw_graph.usual import keeps_methods
 
 EPS = 1e-5
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {
@@ -219,6 +220,19 @@ class ReluConvSendNorm(NormReluConv):
         """Return the states from the inputs of all nodes, or of the given ones if ``node_wise``."""
         self._check(z, nodes, self.conv)
         return self._compute(z, self.norm, False, None, nodes)
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether :meth:`pass_on` is the same as both methods: neither is overridden, replaced or has hooks."""
+        kind = type(self)
+        own = kind.forward is ReluConvSendNorm.forward and kind.send is ReluConvSendNorm.send
+        return own and keeps_methods(self) and not has_hooks(self)
+
+    def pass_on(self, z: Float[Tensor, "batch nodes height width"]) -> Float[Tensor, "batch nodes h w"]:
+        """Return what all nodes send next, ``send(forward(z))``, without their states in between."""
+        conv = self.conv
+        self._check(z, None, conv)
+        return self._compute(z, self.norm, True, conv, None)
 
 
 class Biased(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dnw_graph.arguments import checked, fits, require, wrong
 from dnw_graph.dynamics.recurrent import Recurrent
 from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.ops.layout import plain_eager
 from dnw_graph.propagation import Propagate
 
 INPUT_MODES = ("initial", "hold", "sequence")
@@ -95,16 +96,23 @@ class Discrete(Recurrent):
         # Until the first step is done, z holds only the states of the inputs if all others are zero.
         z = first
         states = [self._with_inputs(first, initial_states)] if return_states else []
+        # States that nobody reads need not be made: from what nodes receive follows what they send next.
+        unread = self.input_mode == "initial" and not (return_states or self.function_per_step) and plain_eager()
+        sends = True
         for step in range(steps):
             function = self.node_functions[step % len(self.node_functions)]
-            part: dict[str, range] = {}
+            part: dict[str, Any] = {}
             if step == 0 and initial_states is None and (node_wise(function) or not hasattr(function, "send")):
                 part["have"] = self.nodes.inputs
             elif step == 0:
                 z = self._with_inputs(first, initial_states)
             if step == steps - 1 and node_wise(function) and not return_states:
-                return self.step(propagate, function, z, first_step + step, want=self.nodes.outputs, **part)
-            z = self.step(propagate, function, z, first_step + step, **part)
+                want = self.nodes.outputs
+                return self.step(propagate, function, z, first_step + step, want=want, sends=sends, **part)
+            passes_on = unread and step < steps - 1 and getattr(function, "passes_on", False)
+            call = function.pass_on if passes_on else None
+            z = self.step(propagate, function, z, first_step + step, sends=sends, call=call, **part)
+            sends = not passes_on
             if step < steps - 1:
                 z = self._after(z, x, step + 1)
             if return_states:

@@ -60,6 +60,9 @@ class Recurrent(Dynamics):
         time: Any,
         have: range | None = None,
         want: range | None = None,
+        *,
+        sends: bool = True,
+        call: Callable[..., Tensor] | None = None,
     ) -> Float[Tensor, "batch want *space"]:
         """Return f_θ(A Z, t).
 
@@ -70,15 +73,17 @@ class Recurrent(Dynamics):
             time: t.
             have: The nodes of z, the others having the state zero. Default: all.
             want: The nodes requested. Default: all.
+            sends: Whether states pass through ``send``; otherwise z is what they send already.
+            call: What to call with A Z, if not the node function itself but a method of it.
         """
         sent = z
-        send = getattr(function, "send", None)
+        send = getattr(function, "send", None) if sends else None
         if send is not None:
             sent = _keep_size(self.compute(function, *((z, have) if have else (z,)), call=send), z)
         received = self.receive(propagate, sent, have or self.nodes.all, want or self.nodes.all)
         arguments = (received, time) if takes_time(function) else (received,)
         nodes: dict[str, Any] = {"nodes": want} if want else {}
-        return _keep_size(self.compute(function, *arguments, **nodes), received)
+        return _keep_size(self.compute(function, *arguments, call=call, **nodes), received)
 
 
 def takes_time(function: nn.Module) -> bool:

@@ -310,6 +310,21 @@ def test_the_cuts_change_neither_outputs_nor_gradients(cut, whole, input_mode, p
             assert relative_error(a, b) < 1e-12
 
 
+def test_states_that_nobody_reads_are_not_made(maps, monkeypatch):
+    calls, pass_on = [], ReluConvSendNorm.pass_on
+    monkeypatch.setattr(ReluConvSendNorm, "pass_on", lambda self, z: (calls.append(1), pass_on(self, z))[1])
+    graph = make_graph(Discrete(3), "send_batch")
+    graph(maps)
+    assert len(calls) == 2
+    seen = []
+    graph.dynamics.node_functions[0].register_forward_hook(lambda *args: seen.append(args))
+    graph(maps)
+    assert (len(calls), len(seen)) == (2, 3)
+    make_graph(Discrete(3, input_mode="hold"), "send_batch")(maps)
+    make_graph(Discrete(3, function_per_step=True), "send_batch")(maps)
+    assert len(calls) == 2
+
+
 def test_the_edges_are_chosen_once_per_forward_pass(maps):
     graph = make_graph(Discrete(STEPS))
     choose, calls = graph.wiring.choose, []
