@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr int64_t STAGED = 1 << 14;  // Bytes of a node's maps that fit into a core's L1 cache together with the results.
+constexpr int64_t STAGED = 1 << 14;  // Bytes of a node's maps that fit into an L1 cache with their results.
 
 enum Norm { NO_NORM = 0, BATCH = 1, INSTANCE = 2, CONSTANT = 3 };  // CONSTANT: mean and variance are given.
 
@@ -74,8 +74,8 @@ struct TrainedFunction {
     else
       std::memcpy(to, &value, count * sizeof(T));
   }
-  // Copies images of maps [pixel, image] to contiguous maps of one register's images each, and back. Without copies a
-  // cache line that two registers share would be fetched twice: pixels lie a power of two apart, in few sets of the cache.
+  // Copies images of maps [pixel, image] to contiguous maps of one register's images each, and back. Without copies
+  // a cache line that two registers share would be fetched twice: pixels lie a power of two apart, in few cache sets.
   void stage(const T *from, int64_t count_of_places, int64_t images, T *to) const {
     const int64_t pitch = batch, whole = images / S::lanes * S::lanes;
     for (int64_t p = 0; p < count_of_places; ++p, from += pitch) {
