@@ -125,6 +125,15 @@ def main() -> None:
     measured = {"peak": f"{machine.peak / 1e9:,.0f} GFLOP/s", "copy": f"{machine.bandwidth / 1e9:,.0f} GB/s"}
     title = f"Training step, batch {options.batch}, {options.size} × {options.size} pixels, {what}"
     report(title, rows, options, measured)
+    print()
+    for row in rows:
+        least, ms = row["candidate gradient at the peak, ms"], row["ms"]
+        if row["step"] != REFERENCE:
+            bound = row["reference / this"] * ms / least
+            print(
+                f"{row['model']}, {row['step']}: the dense candidate gradient alone is {least:,.1f} of {ms:,.1f} ms at "
+                f"the peak ({least / ms:.0%}), and bounds the ratio to {bound:.1f}"
+            )
     if options.roofline:
         for case, found, _ in cases:
             print(f"\nFloor of a step of {case.name}\n")
