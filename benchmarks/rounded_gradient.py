@@ -39,7 +39,13 @@ def main() -> None:
     parts = [load(options.data / part, count) for part, count in zip(("train", "test"), options.images, strict=True)]
     rows: list[dict[str, Any]] = []
     for way, gradient in (("float32", "exact"), ("bfloat16", "bfloat16")):
-        found = [train(gradient, seed, options.epochs, *parts) for seed in range(options.seeds)]
+        found = []
+        for seed in range(options.seeds):
+            found.append(train(gradient, seed, options.epochs, *parts))
+            print(
+                f"{way}, seed {seed}: top-1 {found[-1][0]:.2f}, loss {found[-1][1]:.3f}, swaps {found[-1][2]:,}",
+                flush=True,
+            )
         top1, loss, swaps = (torch.tensor(each, dtype=torch.float64) for each in zip(*found, strict=True))
         rows.append(
             {

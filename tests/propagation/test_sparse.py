@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnw_graph import DNW, CandidateEdges, Discrete, InputError, NeuralGraph, RandomGraph, TopKAST
-from dnw_graph.propagation import AutoPropagation, MessagePassingPropagation, SparsePropagation, propagate
+from dnw_graph.propagation import AutoPropagation, MessagePassingPropagation, SparsePropagation, propagate, sparse
+from dnw_graph.propagation.sparse import _few_pixels as few_pixels
 
 SIZES = (3, 4, 5, 2)
 
@@ -67,6 +68,19 @@ def assert_same(found, expected):
 
 
 X = torch.randn(6, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.0])
+@pytest.mark.parametrize(("rows", "few"), [(slice(1, 3), True), (slice(1, 4), False)])
+def test_a_loss_of_a_patch(rows, few, factor, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sparse, "_few_pixels", lambda *args: (seen.append(found := few_pixels(*args)), found)[1])
+    found = []
+    for graph in pair(node_function=nn.Tanh()):
+        (factor * graph(X)[:, :, rows].square().sum()).backward()
+        found.append({name: p.grad for name, p in graph.named_parameters()})
+    assert_same(*found)
+    assert (seen[0] is not None) is (few or not factor)
 
 
 @pytest.mark.parametrize(
