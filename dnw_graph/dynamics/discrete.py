@@ -110,7 +110,7 @@ class Discrete(Recurrent):
                 want = self.nodes.outputs
                 return self.step(propagate, function, z, first_step + step, want=want, sends=sends, **part)
             passes_on = unread and step < steps - 1 and getattr(function, "passes_on", False)
-            call = function.pass_on if passes_on else None
+            call: Any = function.pass_on if passes_on else None
             z = self.step(propagate, function, z, first_step + step, sends=sends, call=call, **part)
             sends = not passes_on
             if step < steps - 1:

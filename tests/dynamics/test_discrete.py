@@ -340,7 +340,7 @@ def test_steps_must_be_an_integer_from_one_up(steps, unchecked):
 
 
 def test_a_sequence_brings_its_own_steps():
-    with pytest.raises(InputError, match="the steps of input_mode='sequence' are those of the input; give no steps"):
+    with pytest.raises(InputError, match="takes as many steps as the input has: leave out steps"):
         Discrete(3, input_mode="sequence")
     with pytest.raises(InputError, match="leave out steps and function_per_step"):
         Discrete(input_mode="sequence", function_per_step=True)
