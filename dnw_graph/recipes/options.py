@@ -94,9 +94,9 @@ class RunOptions:
     )
     held_out: int | None = option(
         0,
-        "choose best.ckpt by this many training images, left out of training, after every epoch, and evaluate it on "
-        "the test images at the end. The same for every seed. 0: epochs are evaluated on the test images, and the "
-        "last one counts. Default of the command: a tenth, at most 5,000",
+        "hold out this many training images, the same for every seed: after every epoch they choose best.ckpt, which "
+        "is evaluated on the test images at the end. 0: every epoch is evaluated on the test images, and the last one "
+        "counts. Default of the command: a tenth, at most 5,000",
         fixed=True,
     )
     epochs: int = option(15, "passes over the training images", fixed=True)

@@ -266,7 +266,7 @@ class _Film:
         after = self.graph.edges(self.moments[number + 1]) if number + 1 < len(self.moments) else now
         order = data.edge_weight.abs().argsort()
         colours, opacity = style.sign_colours(data, order)
-        # What hardly changes is the same in the next frame: a small file.
+        # Parts that hardly change stay the same in the next frame, for a small file.
         opacity = (opacity * _SHADES).round().clamp(min=1) / _SHADES
         born, gone = (~np.isin(now, others)[order.numpy()] for others in (before, after))
         shades = []

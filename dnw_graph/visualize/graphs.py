@@ -26,7 +26,7 @@ _MOST_CIRCLES = 80
 _FEW_EDGES = 200
 # Approximate minimum number of gaps at which curves can pass a column.
 _GAPS = 9
-# What of a change is drawn above what.
+# Drawing order of the parts of a change.
 _LAYERS = {"gone": 1.0, "kept": 1.1, "born": 1.2}
 # Points of a curve between adjacent columns.
 _STEPS = 24

@@ -169,7 +169,7 @@ class RecordedGraph:
         Lives are ordered by flat index, so that those of the real edges of a moment have the order of :meth:`edges`.
         For an edge that is real at the end, the last number is ``len(graph)``.
         """
-        self.edges(-1)  # refuses changes that contradict each other
+        self.edges(-1)  # refuses inconsistent changes
         (edge, birth), (gone, death) = (
             _in_order([part(moment) for moment in range(len(self))]) for part in (self.born, self.gone)
         )
@@ -224,7 +224,7 @@ class RecordedGraph:
         return *edges, mask, weights
 
     def _damaged(self, moment: int) -> InputError:
-        return InputError(f"{self.name}: moment {moment} of the recording is damaged: its content contradicts its head")
+        return InputError(f"{self.name}: moment {moment} of the recording is damaged: its content and header differ")
 
     @property
     def _live_bytes(self) -> int:

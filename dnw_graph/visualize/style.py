@@ -34,7 +34,7 @@ MAIN, SIDE, BANDS = "#000000", "#767676", ("#E3E3E3", "#BABABA")
 IMPOSSIBLE, FEEDBACK = "#DDDDDD", "#F6F1D5"
 # From no real edges among the candidates to many.
 DENSITY = ("#FFFFFF", "#D0D0D0", "#7A7A7A", "#303030", "#000000")
-# Edges have their full colour from this quantile of |w| on: one that is far larger does not make the others pale.
+# Edges have full colour from this quantile of |w|, so that a single large weight does not make all others pale.
 OPAQUE = 0.95
 
 
