@@ -78,8 +78,8 @@ class WiringMonitor(Callback):
         self.warned = True
         rank_zero_warn(
             f"step {step}: no real edge arrives at {', '.join(map(str, blocks))}. The norms of such nodes multiply "
-            "gradients by 1/√eps, so the weights of edges to them can explode and the wiring freezes: a larger eps "
-            "(--node-norm-eps 1e-3) and a warm-up (--warmup-epochs) prevent this"
+            "gradients by 1/√eps, so the weights of edges to them can explode and the wiring freezes: 1e-3 in these "
+            "norms (--node-norm-eps) and a warm-up (--warmup-epochs) prevent this"
         )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

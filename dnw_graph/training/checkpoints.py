@@ -59,7 +59,7 @@ class Checkpoints(Checkpoint):
     """Writes ``last.ckpt`` at the end of every epoch, every few steps and when a run is stopped; and two others.
 
     ``first.ckpt`` is the checkpoint before the first step, ``best.ckpt`` that of the epoch with the highest top-1
-    accuracy. A run can resume from any of them.
+    accuracy, of equal ones the last. A run can resume from any of them.
 
     Checkpoints are taken between steps, where weights, optimiser and schedule are consistent. A run that is stopped
     (Ctrl-C, SIGTERM) finishes the step in progress, on several GPUs up to four more, and saves the last one, which is
@@ -176,7 +176,7 @@ class Checkpoints(Checkpoint):
         """Save at the end of an epoch, after validation."""
         self._epoch_complete = True
         top1 = float(trainer.callback_metrics["val/top1"])
-        if self.best_top1 is None or top1 > self.best_top1:
+        if self.best_top1 is None or top1 >= self.best_top1:
             self.best_top1, self.best_epoch = top1, trainer.current_epoch + 1
             trainer.save_checkpoint(self.best)
         self._save_last(trainer, due=True)
