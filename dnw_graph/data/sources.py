@@ -27,7 +27,7 @@ class ImageData:
         train: Images to learn from.
         test: Images to evaluate on.
         classes: Class names, in the order of their labels.
-        held_out: Training images that are not learned from, see :func:`hold_out`; they choose the best epoch.
+        held_out: Training images that are not learned from, see ``hold_out``; they choose the best epoch.
     """
 
     name: str
