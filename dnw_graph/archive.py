@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dnw_graph.errors import InputError
 
-# The only names that plain content may use; ``weights_only`` allows more, such as a bytearray of any size.
-NAMES = re.compile(r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch \w+Storage")
+# The only names that plain content may use; ``weights_only`` allows more, such as a bytearray of any size. A counter
+# holds the milestones of ``MultiStepLR``.
+NAMES = re.compile(r"torch\._utils _rebuild_tensor_v2|collections (OrderedDict|Counter)|torch \w+Storage")
 
 
 def read_archive(path: Path) -> Any:

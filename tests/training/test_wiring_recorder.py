@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dnw_graph import InputError, NeuralGraph, sparsify
-from dnw_graph.training import ImageData, RunOptions, WiringRecorder, run
+from dnw_graph.training import SCHEDULES, ImageData, RunOptions, WiringRecorder, run
 from dnw_graph.visualize import Recording
 from dnw_graph.visualize.pictures import draw_pictures, log_pictures, write_pictures
 
@@ -89,9 +90,16 @@ def test_a_model_without_graphs_is_not_recorded(small_digits: ImageData, options
     assert not (Path(chosen.output or "") / "wiring.recording").exists()
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_run_that_is_stopped_within_an_epoch_records_the_same(
-    create: Callable[[int, int], nn.Module], small_digits: ImageData, options: Callable[..., RunOptions], tmp_path: Path
+    create: Callable[[int, int], nn.Module],
+    small_digits: ImageData,
+    options: Callable[..., RunOptions],
+    tmp_path: Path,
+    schedule: str,
 ):
+    options = partial(options, record_every=2, epochs=2, schedule=schedule)
+
     def stopping(classes: int, image_size: int) -> nn.Module:
         model, calls = create(classes, image_size), iter(range(99))
 
@@ -102,11 +110,11 @@ def test_a_run_that_is_stopped_within_an_epoch_records_the_same(
         model.register_forward_pre_hook(stop)
         return model
 
-    whole, broken = (options(record_every=2, epochs=2, output=str(tmp_path / name)) for name in ("whole", "broken"))
+    whole, broken = (options(output=str(tmp_path / name)) for name in ("whole", "broken"))
     run(create, {}, whole, small_digits)
     with pytest.raises(RuntimeError):
         run(stopping, {}, broken, small_digits)
-    resume = options(record_every=2, epochs=2, output=broken.output, resume=str(tmp_path / "broken" / "last.ckpt"))
+    resume = options(output=broken.output, resume=str(tmp_path / "broken" / "last.ckpt"))
     run(create, {}, resume, small_digits)
     paths = [tmp_path / name / "wiring.recording" for name in ("whole", "broken")]
     assert paths[0].read_bytes() == paths[1].read_bytes()
