@@ -28,8 +28,8 @@ from torch import Tensor
 
 from dnw_graph import sparsify
 from dnw_graph.compaction import compact
-from dnw_graph.compaction.sparse_layers import DENSEST
-from dnw_graph.ops import sparse_conv2d, sparse_linear
+from dnw_graph.compaction.sparse_layers import DENSEST, SparseLinear
+from dnw_graph.ops import sparse_conv2d
 
 OUTPUTS, INPUTS = 3072, 768
 # Inputs, outputs, kernel, stride, side of the maps.
@@ -81,7 +81,7 @@ def linear_rows(rounds: int) -> list[dict[str, Any]]:
                 "dense": partial(F.linear, x, weight, bias),
                 "SciPy": partial(matrix.__matmul__, columns.numpy()),
                 "PyTorch CSR": partial(tensor.__matmul__, columns),
-                "ours": partial(sparse_linear, x, *csr, bias),
+                "ours": partial(SparseLinear(*csr, bias, INPUTS), x),
             }
             times = _times(ways, 10 * rounds)
             better = min(times["SciPy"], times["PyTorch CSR"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,7 @@ import dnw_graph.ops.flops  # noqa: F401
 from dnw_graph.compaction.plain_layers import Conv, Layer, Linear, require, require_whole
 from dnw_graph.compaction.products import check_csr
 from dnw_graph.ops import sparse_conv2d, sparse_linear
-from dnw_graph.ops.layer import LARGEST
+from dnw_graph.ops.layer import LARGEST, LinearCall, plain_call
 
 DENSEST = 0.3
 """Largest share of non-zero weights for a sparse layer: below the smallest share at which dense and sparse layers take
@@ -70,10 +71,22 @@ class SparseLinear(SparseLayer):
         require_whole(inputs, 1, "inputs")
         super().__init__(rowptr, columns, values, bias, inputs, relu)
         self.inputs = inputs
+        self._call: LinearCall | None = None
 
     def forward(self, z: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """Multiply and add the bias."""
+        tensors = [self._buffers[name] for name in ("rowptr", "columns", "values", "bias")]
+        if isinstance(z, Tensor) and plain_call(z, *tensors):
+            if self._call is None or not self._call.fits(tensors):
+                self._call = LinearCall(tensors, self.inputs, self.relu)
+            out = self._call(z)
+            if out is not None:
+                return out
         return sparse_linear(z, self.rowptr, self.columns, self.values, self.bias, self.relu)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the call, which belongs to this process."""
+        return {**self.__dict__, "_call": None}
 
 
 class SparseConv(SparseLayer):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,17 +33,55 @@ def run(name: str, numbers: Sequence[Number], *tensors: Given) -> bool:
     Raises:
         InputError: If the kernel finds an index out of range.
     """
+    kernel = bind(name, numbers, *tensors)
+    if kernel is None:
+        return False
+    kernel({}, {})
+    return True
+
+
+class Bound:
+    """A kernel with numbers and tensors that fit; made by :func:`bind`."""
+
+    def __init__(self, name: str, function: Any, numbers: Sequence[Any], addresses: Sequence[Any]) -> None:
+        self._name = name
+        self._function = function
+        self._numbers = numbers
+        self._addresses = addresses
+
+    def __call__(self, numbers: Mapping[int, int], addresses: Mapping[int, int]) -> None:
+        """Call the kernel with as many threads as PyTorch uses.
+
+        Args:
+            numbers: Integers to use in place of those bound, by their index.
+            addresses: Addresses in place of those bound, by their index; what lies there must fit as well.
+
+        Raises:
+            InputError: If the kernel finds an index out of range.
+        """
+        given = [*self._numbers, *self._addresses]
+        for index, number in numbers.items():
+            given[index] = ctypes.c_int64(number)
+        for index, address in addresses.items():
+            given[len(self._numbers) + index] = ctypes.c_void_p(address)
+        status = self._function(ctypes.c_int64(torch.get_num_threads()), *given)
+        if status == _WRONG_EDGES:
+            raise wrong_edges()
+        if status:
+            raise MemoryError(f"not enough memory for {self._name}")
+
+
+def bind(name: str, numbers: Sequence[Number], *tensors: Given) -> Bound | None:
+    """Return a kernel bound to numbers and tensors, to be called later, or None where :func:`run` returns False.
+
+    The tensors must outlive it, in the same place of memory.
+    """
     library = kernels()
     bound = None if library is None else _bind(name, numbers, tensors)
     if bound is None:
-        return False
+        return None
     symbol, addresses = bound
-    status = getattr(library, symbol)(ctypes.c_int64(torch.get_num_threads()), *_as_c(numbers), *addresses)
-    if status == _WRONG_EDGES:
-        raise wrong_edges()
-    if status:
-        raise MemoryError(f"not enough memory for {name}")
-    return True
+    return Bound(name, getattr(library, symbol), _as_c(numbers), addresses)
 
 
 def readable(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dnw_graph.errors import InputError
 from dnw_graph.ops.build import kernels
-from dnw_graph.ops.call import run
+from dnw_graph.ops.call import bind, readable, run
 from dnw_graph.ops.csr import by_source, targets_of
 from dnw_graph.ops.layout import detach_view, kernels_take, plain_eager
 from dnw_graph.ops.operands import (
@@ -56,7 +56,7 @@ def sparse_linear(
         InputError: If shapes, dtypes or devices do not fit, or an index is out of range.
     """
     check_tensors(x=x, rowptr=rowptr, columns=columns, values=values, **({} if bias is None else {"bias": bias}))
-    call = _linear if _plain(x, values, bias) else _sparse_linear
+    call = _linear if plain_call(x, values, bias) else _sparse_linear
     return call(x, rowptr, columns, values, bias, relu)
 
 
@@ -185,11 +185,11 @@ def sparse_conv2d(
     optional = {name: each for name, each in (("bias", bias), ("add", add)) if each is not None}
     check_tensors(x=x, rowptr=rowptr, columns=columns, values=values, **optional)
     window = [*kernel, *stride, *padding, *dilation]
-    call = _convolution if _plain(x, values, bias, add) else _sparse_convolution
+    call = _convolution if plain_call(x, values, bias, add) else _sparse_convolution
     return call(x, rowptr, columns, values, bias, add, window, groups, relu)
 
 
-def _plain(*tensors: Tensor | None) -> bool:
+def plain_call(*tensors: Tensor | None) -> bool:
     """Return whether the kernel can be called directly: dispatching an operator takes longer than a small layer."""
     if not plain_eager() or torch.is_autocast_enabled("cpu"):
         return False
@@ -210,6 +210,53 @@ def _linear(x: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor, bias: Te
             return out.view(shape)
     out = F.linear(x, dense_weight(rowptr, columns, values, x.size(-1)), bias)
     return out.relu() if relu else out
+
+
+class LinearCall:
+    """Calls the kernel of :func:`sparse_linear` many times with the same weights, whose shapes are checked once.
+
+    The kernel reads the weights where they lie and checks their indices every time.
+
+    Args:
+        tensors: Row pointers, columns, values and bias of the layer.
+        inputs: Number of inputs.
+        relu: Whether a ReLU follows.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None], inputs: int, relu: bool) -> None:
+        rowptr, columns, values, bias = tensors
+        assert rowptr is not None
+        assert columns is not None
+        assert values is not None
+        self._tensors, self._inputs, self._outputs = list(tensors), inputs, len(rowptr) - 1
+        self._dtype = values.dtype
+        self._places = self._where(tensors)
+        x, out = values.new_empty(1, inputs), values.new_empty(1, self._outputs)
+        _check_linear(x, rowptr, columns, values, bias)
+        numbers = (1, inputs, self._outputs, len(columns), int(relu))
+        self._kernel = bind("sparse_linear", numbers, x, *tensors, out)
+
+    def fits(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Return whether these are the tensors of the layer, in the same places of memory."""
+        same = all(a is b for a, b in zip(tensors, self._tensors, strict=True))
+        return same and self._where(tensors) == self._places
+
+    def __call__(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"] | None:
+        """Return the layer's outputs, or None if the kernel cannot read this tensor.
+
+        Raises:
+            InputError: If an index is out of range.
+        """
+        fitting = readable(x) and x.dtype is self._dtype and x.dim() > 0 and x.size(-1) == self._inputs
+        if self._kernel is None or not fitting or not x.numel() or not x.is_contiguous():
+            return None
+        out = x.new_empty(*x.shape[:-1], self._outputs)
+        self._kernel({0: x.numel() // self._inputs}, {0: x.data_ptr(), 5: out.data_ptr()})
+        return out
+
+    @staticmethod
+    def _where(tensors: Sequence[Tensor | None]) -> list[tuple[int, int] | None]:
+        return [None if each is None else (each.data_ptr(), each.numel()) for each in tensors]
 
 
 _sparse_linear = torch.library.custom_op(

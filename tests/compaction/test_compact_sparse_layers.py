@@ -1,7 +1,9 @@
 """Compact forms of sparse layers: over their weights alone, with the same outputs, in small files."""
 
+import copy
 import io
 import os
+import pickle
 
 import onnxruntime
 import pytest
@@ -12,12 +14,15 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from reference import relative_error
 from torch import nn
 
+import dnw_graph.compaction.sparse_layers as sparse_layers
 from dnw_graph import InputError, sparsify
 from dnw_graph.compaction import CompactModel, compact, load_compact, save_compact
 from dnw_graph.compaction.gaps import from_gaps, to_gaps
 from dnw_graph.compaction.network import Network
 from dnw_graph.compaction.sparse_layers import DENSEST, SparseConv, SparseLinear
 from dnw_graph.models import MobileNetV1DNW
+from dnw_graph.ops import sparse_linear
+from dnw_graph.ops.build import kernels
 
 
 def with_statistics(model):
@@ -239,3 +244,48 @@ def test_gaps_hold_all_places(share):
 def test_a_network_refuses_inputs_that_are_not_there(inputs):
     with pytest.raises(InputError):
         Network([nn.ReLU()] * 2 if len(inputs) != 1 or inputs == [[0]] else [nn.ReLU()], inputs)
+
+
+@torch.no_grad()
+def test_a_sparse_linear_layer_notices_changes_of_its_tensors(monkeypatch):
+    if kernels() is None:
+        pytest.skip("no C++ compiler")
+    weight = torch.randn(30, 20) * (torch.rand(30, 20) < 0.3)
+    rows, columns = weight.nonzero(as_tuple=True)
+    rowptr = torch.searchsorted(rows, torch.arange(31)).int()
+    layer = SparseLinear(rowptr, columns.int(), weight[rows, columns], torch.randn(30), 20)
+    others = []
+    monkeypatch.setattr(sparse_layers, "sparse_linear", lambda *args: others.append(1) or sparse_linear(*args))
+
+    def agrees(x):
+        found = layer(x)
+        expected = sparse_linear(x, layer.rowptr, layer.columns, layer.values, layer.bias, layer.relu)
+        return torch.allclose(found, expected, atol=1e-5) and found.shape == expected.shape
+
+    x = torch.randn(1, 20)
+    assert all(agrees(each) for each in (x, torch.randn(20), torch.randn(2, 3, 20), torch.randn(9, 20)))
+    first = layer(x)
+    for change in (
+        lambda: layer.values.mul_(2),
+        lambda: setattr(layer, "values", layer.values * 2),
+        lambda: setattr(layer.values, "data", layer.values * 2),
+        lambda: setattr(layer, "bias", None),
+        lambda: layer.load_state_dict({name: each.clone() for name, each in layer.state_dict().items()}),
+    ):
+        change()
+        assert agrees(x)
+    assert not torch.allclose(layer(x), first)
+    assert not others
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(copied(x), layer(x))
+    assert agrees(torch.randn(20, 5).t())  # Not contiguous.
+    assert agrees(torch.empty(0, 20))
+    assert len(others) == 2
+    with pytest.raises(InputError, match="one dtype"):
+        layer(x.double())
+    with torch.enable_grad():
+        assert layer(x.requires_grad_()).requires_grad
+    x.requires_grad_(False)
+    layer.columns[3] = 20
+    with pytest.raises(InputError, match="valid sources"):
+        layer(x)
