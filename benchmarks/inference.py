@@ -17,6 +17,7 @@ import argparse
 import importlib
 import importlib.util
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -158,7 +159,9 @@ def main() -> None:
         ways = {name: way for name, way in ways.items() if any(part in name for part in options.models)}
         for batch in options.batch:
             x = torch.randn(batch, 3, options.size, options.size, device=options.device)
-            times = median_times({name: partial(way, x) for name, way in ways.items()}, options.rounds, options.device)
+            clock = time.process_time if threads == 1 and options.device.type == "cpu" else time.perf_counter
+            calls = {name: partial(way, x) for name, way in ways.items()}
+            times = median_times(calls, options.rounds, options.device, clock)
             for name in ways:
                 count = multiply_adds.get(name) or multiply_adds[name.split(",")[0]]
                 rows.append(
@@ -199,9 +202,10 @@ def _accuracy(name: str) -> float | None:
 def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Draw the published accuracies against the measured times: a panel per batch size and number of threads."""
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     panels = list(dict.fromkeys((row["threads"], row["batch"]) for row in rows))
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4.5), squeeze=False, layout="constrained")
     lines = {
         f", {ORT}": "MobileNetV1, onnxruntime",
         f", {ORT_STATIC}": "MobileNetV1, onnxruntime, int8",
@@ -220,9 +224,13 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
             if points:
                 axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
         axis.set(xscale="log", xlabel="ms per image", title=f"batch {batch}, {threads} thread{'s' * (threads > 1)}")
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
     axes[0][0].set_ylabel("published accuracy, %")
-    axes[0][0].legend()
-    figure.savefig(file)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(panels) + 1, 3))
+    figure.savefig(file, dpi=120)
     plt.close(figure)
 
 
