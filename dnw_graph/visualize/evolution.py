@@ -84,7 +84,8 @@ def _draw_swaps(ax: matplotlib.axes.Axes, graph: RecordedGraph, at: list[float],
     ax.fill_between(at, -gone, step="pre", color=style.GONE, label=f"gone: {total[1]:,} in total", linewidth=0)
     ax.axhline(0, color=style.LIVE, linewidth=0.6)
     ax.yaxis.set_major_formatter(lambda value, _: f"{abs(value):,.0f}")
-    ax.legend(frameon=False, fontsize="small")
+    ax.set_ylim(top=1.5 * max(1.0, float(born.max())))  # with room for the legend
+    ax.legend(frameon=False, fontsize="small", loc="upper right")
     ax.set_title(f"edges born and gone per {unit}")
 
 
@@ -114,8 +115,9 @@ def _draw_spans(ax: matplotlib.axes.Axes, graph: RecordedGraph) -> None:
         label=[f"gone: {ended.sum():,}", f"still real: {(~ended).sum():,}"],
     )
     ax.set_yscale("log")
+    ax.set_ylim(top=ax.get_ylim()[1] ** 1.35)  # with room for the legend
     ax.set_xlabel("steps")
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(frameon=False, fontsize="small", loc="upper right")
     ax.set_title("life spans of edges")
 
 
