@@ -31,7 +31,7 @@ from dnw_graph.whole_file import make_writable, write_whole
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "torchvision", "lightning")
 # Values of options that neither a run nor a row names.
-UNSAID = {"node_norm_eps": EPS, "warmup_epochs": 0}
+UNSAID = {"node_norm_eps": EPS, "warmup_epochs": 0, "held_out": 0}
 # Options that may change until a run is complete: those of the machine.
 MACHINE = {option.name for option in fields(RunOptions) if not option.metadata["fixed"]} - {"data"}
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dnw_graph.arguments import checked, require
 from dnw_graph.dynamics import Continuous, Discrete
-from dnw_graph.errors import unknown_name
+from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.models.image_classifier import ImageClassifier
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.node_functions import NodeFunction, NormReluConv, ReluConvSendNorm
@@ -54,7 +54,7 @@ class TinyClassifier(ImageClassifier):
         - output: logits ``[batch, num_classes]``
 
     Raises:
-        InputError: If a name is unknown, or an image too small.
+        InputError: If a name is unknown, an image too small, or ``adjoint`` is given for other dynamics.
     """
 
     smallest = 13  # Its maps have the 4 × 4 values that the read-out needs.
@@ -74,6 +74,8 @@ class TinyClassifier(ImageClassifier):
         super().__init__()
         if dynamics not in TINY_DYNAMICS:
             raise unknown_name("dynamics", dynamics, TINY_DYNAMICS)
+        if adjoint and dynamics != "continuous":
+            raise InputError(f"adjoint is for dynamics='continuous'; got {dynamics!r}: leave adjoint out")
         require(num_classes >= 1, "num_classes", "an integer >= 1", num_classes)
         self.stem = nn.Sequential(
             nn.Conv2d(3, 16, 3, 2, 1, bias=False),

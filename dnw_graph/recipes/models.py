@@ -115,6 +115,8 @@ class TinyOptions(WiringOptions):
             raise unknown_name("dynamics", self.dynamics, TINY_DYNAMICS)
         if self.node_function not in (None, *NODE_FUNCTIONS):
             raise unknown_name("node function", str(self.node_function), NODE_FUNCTIONS)
+        if self.adjoint and self.dynamics != "continuous":
+            raise InputError("--adjoint goes with --dynamics continuous")
         kind = NODE_FUNCTIONS[self.node_function] if self.node_function else TINY_NODE_FUNCTIONS[self.dynamics]
         return create_model(
             TINY,

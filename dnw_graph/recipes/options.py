@@ -225,7 +225,7 @@ class RunOptions:
                 require(value is None or holds(value), flag(name), expected, value)
         if self.warmup_epochs >= self.epochs:
             raise InputError(
-                f"--epochs is {self.epochs}, with {self.warmup_epochs} epochs of warm-up: give more --epochs or fewer "
+                f"--warmup-epochs is {self.warmup_epochs}, --epochs {self.epochs}: give more --epochs or fewer "
                 "--warmup-epochs"
             )
         for name, known in NAMES.items():

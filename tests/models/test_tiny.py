@@ -238,6 +238,13 @@ def test_unknown_names_come_with_near_ones():
         TinyOptions(node_function="relu_conv").create(10, 32)
 
 
+def test_the_adjoint_is_for_continuous_time():
+    with pytest.raises(InputError, match="adjoint is for dynamics='continuous'; got 'discrete'"):
+        TinyClassifier("discrete", adjoint=True)
+    with pytest.raises(InputError, match="--adjoint goes with --dynamics continuous"):
+        TinyOptions(adjoint=True).create(10, 32)
+
+
 def test_a_propagation_with_options_is_copied():
     propagation = AutoPropagation(candidate_gradient="bfloat16")
     model = TinyClassifier("static", propagation=propagation)

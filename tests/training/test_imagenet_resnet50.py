@@ -320,7 +320,7 @@ def test_no_weight_decay_on_the_norms_of_a_sparse_resnet(example: ModuleType):
         (("--first-layer-dense", "--density", "1"), "give a --density below 1"),
         (("--distribution", "unifrom"), "did you mean 'uniform'"),
         (("--momentum", "0", "--wiring", "sparse_momentum"), "SGD has no momentum for model.conv1.weight"),
-        (("--epochs", "1", "--warmup-epochs", "1"), "--epochs is 1, with 1 epochs of warm-up"),
+        (("--epochs", "1", "--warmup-epochs", "1"), "--warmup-epochs is 1, --epochs 1: give more --epochs"),
     ],
 )
 def test_bad_input(start: Callable[..., int], capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str):
