@@ -23,6 +23,7 @@ CIFAR = {
     "epochs": 160,
     "batch_size": 128,
     "warmup_epochs": 0,
+    "held_out": 0,
     "momentum": 0.9,
     "weight_decay": 1e-4,
 }
@@ -249,7 +250,7 @@ def test_a_folder_with_other_options_is_refused(small: object, finished: Path, c
         (("--rows", "cifar10_rng"), "table2 has no row 'cifar10_rng'"),
         (("--jobs", "0"), "--jobs is 0"),
         (("--seed", "3"), "--seed is set for every run"),
-        (("--epochs", "3", "4"), "options for the runs are --name value"),
+        (("--epochs", "3", "4"), "options for the runs must be --name value"),
         (("--configs", "nowhere"), "does not exist"),
         (("--data-name", "cifar-10"), "did you mean 'cifar10'"),
     ],

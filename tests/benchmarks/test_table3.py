@@ -235,7 +235,7 @@ def test_every_row_is_printed_and_every_other_figure_explained(tmp_path, capsys,
         (["--checkpoint", "last.ckpt"], "NAME=PATH"),
         (["--checkpoint", "mobilenet_v1_dnw_x0.22=a"], "did you mean 'mobilenet_v1_dnw_x0.225'"),
         (["--checkpoint", f"{DNW}=nowhere.ckpt"], "not a file"),
-        (["--json", "no/folder/table3.json"], "there is no directory no/folder"),
+        (["--json", "no/folder/table3.json"], "the directory no/folder does not exist"),
     ],
 )
 def test_arguments_that_cannot_be_used(arguments, message, capsys, monkeypatch):

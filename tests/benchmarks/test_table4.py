@@ -26,6 +26,7 @@ RECIPE = {
     "batch_size": 256,
     "lr": 0.256,
     "warmup_epochs": 5,
+    "held_out": 0,
     "momentum": 0.875,
     "weight_decay": 2**-15,
     "norm_weight_decay": False,

@@ -27,6 +27,7 @@ from dnw_graph.preprocessing import Preprocessing
 from dnw_graph.recipes.models import MobileNetOptions
 from dnw_graph.weights_file import save_weights
 
+ROOT = Path(__file__).parents[2]
 NAMES = [each.name for each in dnw_graph.pretrained()]
 PREPROCESS = Preprocessing(16, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
@@ -63,10 +64,14 @@ def test_the_table_says_what_is_in_the_files(each: dnw_graph.models.Pretrained, 
     costs = cost(model, (3, size, size))
     assert (costs.parameters, costs.multiply_adds) == (each.parameters, each.multiply_adds)
     assert model(torch.randn(2, 3, size, size)).shape == (2, len(model.classes))
-    assert each.command.startswith("dnw-graph train --model mobilenet_v1_dnw")
+    assert each.command.startswith("dnw-graph train ")
+    assert "--model mobilenet_v1_dnw" in each.command
     assert 0.1 < each.top1 < 1
     assert all(len(set(name)) > 1 and not name.isdigit() for name in model.classes)
     assert each.name in str(dnw_graph.pretrained())
+    cells = (f"`{each.name}`", each.data, f"{each.top1:.1%}", each.trained.removesuffix(" epochs"))
+    numbers = (f"{number:,}" for number in (each.parameters, each.multiply_adds, each.file_size))
+    assert f"| {' | '.join((*cells, *numbers))} |" in (ROOT / "docs" / "models.md").read_text()
 
 
 def test_a_name_without_its_data_is_the_first_one():

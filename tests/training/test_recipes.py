@@ -172,7 +172,7 @@ def test_optimisers_by_name_and_class_path(name: str, kind: type, options: dict[
     [
         ("adamv", {}, "unknown optimizer 'adamv': did you mean 'adamw'"),
         ("torch.optim.Nothing", {}, "'torch.optim.Nothing', which cannot be imported"),
-        ("torch.nn.Linear", {}, "no torch.optim.Optimizer"),
+        ("torch.nn.Linear", {}, "which is not a torch.optim.Optimizer"),
         ("adamw", {"nesterov": True}, "does not take --optimizer-options"),
     ],
 )
@@ -184,7 +184,7 @@ def test_what_is_no_optimiser_is_refused(name: str, options: dict[str, object], 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ema": 1.0}, "--ema must be in [0, 1)"),
+        ({"ema": 1.0}, r"--ema must be in \[0, 1\)"),
         ({"randaugment": 31}, "--randaugment must be a magnitude from 0 to 30"),
         ({"mixup": -1.0}, "--mixup must be 0 or more"),
         ({"accumulate": 3}, "3 parts cannot share a batch of 16 images evenly"),

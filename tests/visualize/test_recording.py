@@ -306,7 +306,7 @@ def test_a_moment_that_contradicts_the_others_is_refused(wrong):
     content = CONTRADICTIONS[wrong](zlib.decompress(change.content), change.born, real)
     graph.changes[1] = replace(change, content=zlib.compress(content))
     graph = Recording.from_bytes(recording.to_bytes())["first"]
-    with pytest.raises(InputError, match="first: moment 1 of the recording is damaged: its content contradicts"):
+    with pytest.raises(InputError, match="first: moment 1 of the recording is damaged: its content and header differ"):
         graph.lives()
 
 
