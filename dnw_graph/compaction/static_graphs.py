@@ -184,7 +184,7 @@ def round_states(model: nn.Module, state_dtype: torch.dtype, example: Tensor | N
     """
     graphs = [module for module in model.modules() if isinstance(module, FusedGraph)]
     if not graphs:
-        raise InputError("state_dtype is for static graphs of norm → ReLU → 3×3 convolution, which this model has not")
+        raise InputError("state_dtype is for static graphs of norm → ReLU → 3×3 convolution, and this model has none")
     scales = _scales(model, graphs, example) if state_dtype is torch.int8 and example is not None else {}
     for graph in graphs:
         graph.state_dtype = next(name for name, dtype in STATE_DTYPES.items() if dtype is state_dtype)
