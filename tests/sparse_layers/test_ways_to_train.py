@@ -98,7 +98,7 @@ def test_a_model_sharded_as_a_whole_trains_as_one(two_processes):
 def test_a_model_sharded_in_parts_is_refused(two_processes):
     for results in two_processes:
         assert "encoder" in results["sharded in parts"]
-        assert "call fully_shard on the whole model alone" in results["sharded in parts"]
+        assert "call fully_shard on the whole model only" in results["sharded in parts"]
 
 
 def test_copies_on_several_devices_are_refused():
