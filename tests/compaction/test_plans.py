@@ -239,5 +239,5 @@ def test_wrong_state_types_are_refused():
         with pytest.raises(InputError, match="state_dtype"):
             compact(model, **options)
     for dtype in (torch.int8, torch.bfloat16):
-        with pytest.raises(InputError, match="this model has not"):
+        with pytest.raises(InputError, match="this model has none"):
             compact(nn.Sequential(nn.Conv2d(3, 4, 3)), state_dtype=dtype, example=x)
