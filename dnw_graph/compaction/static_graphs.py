@@ -164,10 +164,9 @@ class FusedGraph(Blocks):
 
     def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs h w"]:
         """Compute the blocks in order."""
-        edges = (self.rowptr, self.columns, self.values)
-        functions = (self.scale, self.shift, self.kernel)
-        states = (self.bias, self.rounding, self.state_scale)
-        z = static_graph(x, self.sizes, self.strides, *edges, *functions, *states)
+        *tensors, state_scale = self.tensors().as_tuple()
+        rounding = {"state_dtype": self.rounding, "state_scale": state_scale}
+        z = static_graph(x, self.sizes, self.strides, *tensors, **rounding)
         return z + self.output_shift.view(-1, 1, 1)
 
 

@@ -98,25 +98,25 @@ def _static_graph(
     state_dtype: torch.dtype | None = None,
     state_scale: Tensor | None = None,
 ) -> Tensor:
-    _check(x, sizes, strides, rowptr, columns, values, scale, shift, kernel, bias, state_dtype, state_scale)
+    graph = GraphTensors(rowptr, columns, values, scale, shift, kernel, bias, state_scale)
+    _check(x, sizes, strides, graph, state_dtype)
     dtype = x.dtype
-    x, *numbers = (
-        (number.float() if is_half(x) else number).contiguous() for number in (x, values, scale, shift, kernel)
-    )
-    optional = [
-        None if number is None else (number.float() if is_half(number) else number).contiguous()
-        for number in (bias, state_scale)
-    ]
-    graph = GraphTensors(rowptr.contiguous(), columns.contiguous(), *numbers, *optional)
+    x, graph = _ready(x), GraphTensors(*map(_ready, graph.as_tuple()))
     plan = StaticPlan.make(sizes, strides, graph, state_dtype) if x.device.type == "cpu" else None
     out = None if plan is None else plan(x)
     return (_plain(x, sizes, strides, graph, state_dtype) if out is None else out).to(dtype)
 
 
 @_static_graph.register_fake
-def _(x: Tensor, sizes: list[int], strides: list[int], *tensors: Any) -> Tensor:
-    _check(x, sizes, strides, *tensors)
+def _(x: Tensor, sizes: list[int], strides: list[int], *given: Any) -> Tensor:
+    state_dtype = given[7] if len(given) > 7 else None
+    _check(x, sizes, strides, GraphTensors(*given[:7], *given[8:]), state_dtype)
     return x.new_empty(_output_shape(x, sizes, strides))
+
+
+def _ready(tensor: Any) -> Any:
+    """Return a tensor that is contiguous, and not in half precision; None as it is."""
+    return None if tensor is None else (tensor.float() if is_half(tensor) else tensor).contiguous()
 
 
 for _device in ("cpu", "cuda"):  # Under autocast always in float32.
@@ -124,19 +124,9 @@ for _device in ("cpu", "cuda"):  # Under autocast always in float32.
 
 
 def _check(
-    x: Tensor,
-    sizes: list[int],
-    strides: list[int],
-    rowptr: Tensor,
-    columns: Tensor,
-    values: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    kernel: Tensor,
-    bias: Tensor | None,
-    state_dtype: torch.dtype | None = None,
-    state_scale: Tensor | None = None,
+    x: Tensor, sizes: list[int], strides: list[int], graph: GraphTensors, state_dtype: torch.dtype | None
 ) -> None:
+    rowptr, columns, values, scale, shift, kernel, bias, state_scale = graph.as_tuple()
     if state_dtype not in STATE_DTYPES:
         raise wrong("state_dtype", "torch.bfloat16, torch.int8 or None", state_dtype)
     if (state_dtype is torch.int8) != (state_scale is not None):
