@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ MOST_EDGES = 1024
 """Largest number of edges of a node whose sum uses 16 bits; with more, each would have too few bits."""
 
 
-@dataclass(frozen=True)
-class GraphTensors:
+class GraphTensors(NamedTuple):
     """The tensors of :func:`dnw_graph.ops.static_graph`."""
 
     rowptr: Tensor
@@ -29,10 +28,6 @@ class GraphTensors:
     kernel: Tensor
     bias: Tensor | None = None
     state_scale: Tensor | None = None
-
-    def as_tuple(self) -> tuple[Any, ...]:
-        """Return them in order."""
-        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)
@@ -105,7 +100,7 @@ class StaticPlan:
             0 if state_dtype is None else 8 * state_dtype.itemsize,
         )
         around = (ends.shift, ends.stem, ends.stem_bias, ends.weight, ends.bias)
-        tensors = [None if each is None else each.contiguous() for each in (*graph.as_tuple(), *around)]
+        tensors = [None if each is None else each.contiguous() for each in (*graph, *around)]
         return cls(handle, sizes, strides, ends) if run("static_plan", numbers, *tensors, handle) else None
 
     def __call__(self, x: Tensor) -> Tensor | None:

@@ -101,7 +101,7 @@ def _static_graph(
     graph = GraphTensors(rowptr, columns, values, scale, shift, kernel, bias, state_scale)
     _check(x, sizes, strides, graph, state_dtype)
     dtype = x.dtype
-    x, graph = _ready(x), GraphTensors(*map(_ready, graph.as_tuple()))
+    x, graph = _ready(x), GraphTensors(*map(_ready, graph))
     plan = StaticPlan.make(sizes, strides, graph, state_dtype) if x.device.type == "cpu" else None
     out = None if plan is None else plan(x)
     return (_plain(x, sizes, strides, graph, state_dtype) if out is None else out).to(dtype)
@@ -126,7 +126,7 @@ for _device in ("cpu", "cuda"):  # Under autocast always in float32.
 def _check(
     x: Tensor, sizes: list[int], strides: list[int], graph: GraphTensors, state_dtype: torch.dtype | None
 ) -> None:
-    rowptr, columns, values, scale, shift, kernel, bias, state_scale = graph.as_tuple()
+    rowptr, columns, values, scale, shift, kernel, bias, state_scale = graph
     if state_dtype not in STATE_DTYPES:
         raise wrong("state_dtype", "torch.bfloat16, torch.int8 or None", state_dtype)
     if (state_dtype is torch.int8) != (state_scale is not None):
@@ -183,7 +183,7 @@ def _states(
     x: Tensor, sizes: list[int], strides: list[int], graph: GraphTensors, state_dtype: torch.dtype | None
 ) -> Iterator[Tensor]:
     """Compute the states of each block, node-major, before they are rounded."""
-    rowptr, columns, values, scale, shift, kernel, bias, state_scale = graph.as_tuple()
+    rowptr, columns, values, scale, shift, kernel, bias, state_scale = graph
     check_pointers(rowptr, columns)
     states: list[Tensor] = []  # Node-major.
     first = start = done = 0  # First node with maps of this size, first node of the block, node functions before it.
