@@ -138,7 +138,7 @@ def test_shapes_and_indices_are_checked(saved):
     for graph, sizes in ((fused, (8, 12)), (sparse, (2, 3))):
         gaps = tensors[f"{graph}.gaps"]
         for changed in (gaps.float(), gaps.long(), gaps[None]):
-            refused("list of bytes", {**tensors, f"{graph}.gaps": changed})
+            refused("list of bytes|parameter 'gaps'", {**tensors, f"{graph}.gaps": changed})
         for changed in (gaps[:-1], torch.cat([gaps[1:], gaps.new_zeros(2)])):
             refused("one source and one weight each|outside", {**tensors, f"{graph}.gaps": changed})
         refused("lies outside", {**tensors, f"{graph}.gaps": torch.cat([gaps[:-1], gaps.new_tensor([255, 7])])})
