@@ -132,8 +132,13 @@ struct Bytes {
  private:
   // The lowest 8 bits of the nearest integer: those of a number near 3 · 2²², whose last place is 1.
   static Words byte(Vector value) {
-    value = value > 127 ? Vector{} + 127 : value;
-    value = value < -127 ? Vector{} - 127 : value;
+    const Vector most = Vector{} + 127, least = Vector{} - 127;
+#if defined(__AVX512F__)
+    value = Vector(_mm512_max_ps(_mm512_min_ps(__m512(value), __m512(most)), __m512(least)));
+#else
+    value = value > most ? most : value;
+    value = value < least ? least : value;
+#endif
     return Words(value + 12582912.0f) & 0xff;
   }
   // a b / 2¹⁵, rounded.

@@ -61,6 +61,83 @@ struct Maps {
 
 };
 
+// Where the states of a node are stored: `tile` registers, then those of the other nodes, then its next registers.
+template <class Stored>
+struct Place {
+  Stored *room;
+  int64_t tile, nodes, node, registers;
+
+  int64_t end_of(int64_t n) const { return n / tile * tile + tile; }
+  Stored *at(int64_t n, int64_t lanes) const {
+    const int64_t first = n / tile * tile;
+    return room + (first * nodes + node * std::min(tile, registers - first) + n - first) * lanes;
+  }
+};
+
+// Stores registers begin … end - 1 of a node's states, tile by tile.
+template <class State, class Next>
+inline __attribute__((always_inline)) void fill(
+    int64_t begin, int64_t end, const Place<typename State::Stored> &place, Next next) {
+  using S = Simd<typename State::Number>;
+  while (begin < end) {
+    typename State::Stored *to = place.at(begin, S::lanes);
+    for (const int64_t stop = std::min(end, place.end_of(begin)); begin < stop;
+         begin += State::together, to += State::together * S::lanes) {
+      typename S::Vector values[State::together];
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < State::together; ++i) values[i] = next();
+      State::store(to, values);
+    }
+  }
+}
+
+// Three rows of a map, register by register, with their left and right neighbours: loaded, or, where a load that
+// crosses a cache line costs more, shifted in registers.
+template <class T>
+struct Window {
+  using S = Simd<T>;
+#if defined(__AVX512F__)
+  const T *from[3];
+  typename S::Vector before[3], now[3];
+
+  Window(const T *first, int64_t pitch) {
+    for (int dy = 0; dy < 3; ++dy, first += pitch) {
+      before[dy] = S::load(first + 1 - S::lanes);
+      now[dy] = S::load(first + 1);
+      from[dy] = first + 1;
+    }
+  }
+  void next(int dy, typename S::Vector *left, typename S::Vector *middle, typename S::Vector *right) {
+    const typename S::Vector after = S::load(from[dy] += S::lanes);
+    *left = joined<S::lanes - 1>(before[dy], now[dy]);
+    *middle = now[dy];
+    *right = joined<1>(now[dy], after);
+    before[dy] = now[dy];
+    now[dy] = after;
+  }
+  // The lanes from N of a, then those of b.
+  template <int N>
+  static typename S::Vector joined(typename S::Vector a, typename S::Vector b) {
+    if constexpr (sizeof(T) == 4)
+      return (typename S::Vector)(_mm512_alignr_epi32(__m512i(b), __m512i(a), N));
+    else
+      return (typename S::Vector)(_mm512_alignr_epi64(__m512i(b), __m512i(a), N));
+  }
+#else
+  const T *from;
+  int64_t pitch;
+
+  Window(const T *first, int64_t pitch) : from(first), pitch(pitch) {}
+  void next(int dy, typename S::Vector *left, typename S::Vector *middle, typename S::Vector *right) {
+    const T *row = from + dy * pitch;
+    *left = S::load(row);
+    *middle = S::load(row + 1);
+    *right = S::load(row + 2);
+    if (dy == 2) from += S::lanes;
+  }
+#endif
+};
+
 // A 3×3 kernel, and the bias of an optional second ReLU, in registers.
 template <class T>
 struct NodeFunction {
@@ -76,12 +153,13 @@ struct NodeFunction {
     value += bias;
     return value < 0 ? typename S::Vector{} : value;
   }
-  // For pixels that start one row and one column after `from`.
-  typename S::Vector at(const T *from, int64_t pitch) const {
+  typename S::Vector at(Window<T> &window) const {
     typename S::Vector sum[3];
-    for (int dy = 0; dy < 3; ++dy, from += pitch)
-      sum[dy] = kernel[3 * dy] * S::load(from) + kernel[3 * dy + 1] * S::load(from + 1) +
-                kernel[3 * dy + 2] * S::load(from + 2);
+    for (int dy = 0; dy < 3; ++dy) {
+      typename S::Vector left, middle, right;
+      window.next(dy, &left, &middle, &right);
+      sum[dy] = kernel[3 * dy] * left + kernel[3 * dy + 1] * middle + kernel[3 * dy + 2] * right;
+    }
     return finish(sum[0] + sum[1] + sum[2]);
   }
   // With a stride of 2, from the even and the odd columns.
@@ -93,53 +171,46 @@ struct NodeFunction {
   }
 };
 
-// A number of registers of states, for pixels that start one row and one column after `from`. Not inlined: a kernel
-// fills the registers.
+// Registers begin … end - 1 of a node's states, tile by tile, for pixels that start one row and one column after
+// `from`. Not inlined: a kernel fills the registers.
 template <class State>
 __attribute__((noinline)) void convolve(
     const typename State::Number *from, int64_t pitch, const typename State::Number *kernel,
-    const typename State::Number *bias, int64_t count, typename State::Stored *to) {
+    const typename State::Number *bias, int64_t begin, int64_t end, const Place<typename State::Stored> &place) {
   using S = Simd<typename State::Number>;
   const NodeFunction<typename State::Number> f(kernel, bias);
-  for (int64_t j = 0; j < count; j += State::together, to += State::together * S::lanes) {
-    typename S::Vector values[State::together];
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < State::together; ++i, from += S::lanes) values[i] = f.at(from, pitch);
-    State::store(to, values);
-  }
+  Window<typename State::Number> window(from + begin * S::lanes, pitch);
+  fill<State>(begin, end, place, [&] { return f.at(window); });
 }
 
-// A number of registers of states, unchanged.
+// Likewise, unchanged.
 template <class State>
-void keep(const typename State::Number *from, int64_t count, typename State::Stored *to) {
+void keep(
+    const typename State::Number *from, int64_t begin, int64_t end, const Place<typename State::Stored> &place) {
   using S = Simd<typename State::Number>;
-  for (int64_t j = 0; j < count; j += State::together, to += State::together * S::lanes) {
-    typename S::Vector values[State::together];
-    for (int64_t i = 0; i < State::together; ++i, from += S::lanes) values[i] = S::load(from);
-    State::store(to, values);
-  }
+  from += begin * S::lanes;
+  fill<State>(begin, end, place, [&] { return S::load((from += S::lanes) - S::lanes); });
 }
 
-// The buffer for the inputs of a block's nodes, between zeros: maps, or with strides of 2 their even, then odd columns.
+// The buffer for the inputs of a block's nodes, with zeros before, between and after: maps, or with strides of 2 their
+// even, then odd columns.
 template <class State>
 struct Received {
   using T = typename State::Number;
   static constexpr int64_t lanes = Simd<T>::lanes;
-  int64_t parts, values, lead, pitch;  // Values of a part, room around it, and the distance between nodes.
+  int64_t parts, values, border, pitch;  // Values of a part, zeros after it, and the distance between nodes.
 
   Received(const Maps<State> &in, int64_t stride) : parts(stride == 2 ? 2 : 1) {
     values = round_up(in.values() / parts, lanes);
-    lead = round_up(in.pitch + 1, lanes);
-    pitch = parts * (values + 2 * lead);
+    border = round_up(in.pitch + lanes, lanes);
+    pitch = parts * (values + border);
   }
-  int64_t size(int64_t nodes) const { return nodes * pitch + 2 * lanes; }
-  T *start(T *room, int64_t node) const { return room + node * pitch + lead; }
-  int64_t odd() const { return values + 2 * lead; }
-  void clear_borders(T *start) const {
-    for (int64_t part = 0; part < parts; ++part, start += odd()) {
-      std::fill_n(start - lead, lead, T(0));
-      std::fill_n(start + values, lead, T(0));
-    }
+  int64_t size(int64_t nodes) const { return border + nodes * pitch + lanes; }
+  T *start(T *room, int64_t node) const { return room + border + node * pitch; }
+  int64_t odd() const { return values + border; }
+  void clear_borders(T *room, int64_t nodes) const {
+    std::fill_n(room, border, T(0));
+    for (int64_t part = 1; part <= parts * nodes; ++part) std::fill_n(room + part * odd(), border, T(0));
   }
 };
 
@@ -372,7 +443,7 @@ class Plan : public PlanOf<typename State::Number> {
       const bool is_first = &step == layout.steps.data(), is_last = &step == &layout.steps.back();
       Stored *states = rooms[step.stride == 2 ? 1 - step.room : step.room];
       const auto own = [&](int64_t v) { return step.received.start(received, v - from); };
-      for (int64_t v = from; v < to; ++v) step.received.clear_borders(own(v));
+      step.received.clear_borders(received, to - from);
       std::optional<StemRows<T>> rows;
       if (is_first && graph.stem) rows.emplace(graph.stem, x, layout.height, layout.width, lines);
       for (int64_t t = 0, done = 0; t < in.tiles(); ++t) {
@@ -387,7 +458,9 @@ class Plan : public PlanOf<typename State::Number> {
       for (int64_t v = from; is_last && v < to; ++v) {
         if (step.stride == 2) apply_stride2(step, v, own(v), 0, out.registers);
         if (step.stride == 1)
-          convolve<Exact<T>>(own(v) - in.pitch - 1, in.pitch, kernel_of(step, v), bias_of(step, v), out.registers, flat);
+          convolve<Exact<T>>(
+              own(v) - in.pitch - 1, in.pitch, kernel_of(step, v), bias_of(step, v), 0, out.registers,
+              Place<T>{flat, out.registers, 1, 0, out.registers});
         leave(out, v, step.stride ? flat : own(v), result);
       }
     }
@@ -396,17 +469,11 @@ class Plan : public PlanOf<typename State::Number> {
     void apply(const Step<State> &step, int64_t v, const T *own, int64_t from, int64_t to, Stored *states) {
       const Maps<State> &out = *step.out;
       const int64_t pitch = step.in->pitch;
+      const Place<Stored> place{states, out.tile, out.nodes, step.to + v, out.registers};
+      if (step.stride == 1)
+        return convolve<State>(own - pitch - 1, pitch, kernel_of(step, v), bias_of(step, v), from, to, place);
       if (step.stride == 2) apply_stride2(step, v, own, from, to);
-      for (int64_t t = from / out.tile; from < to; ++t) {
-        const int64_t end = std::min(to, (t + 1) * out.tile);
-        Stored *place = out.place(states, t, step.to + v) + (from - t * out.tile) * lanes;
-        if (step.stride == 1)
-          convolve<State>(
-              own + from * lanes - pitch - 1, pitch, kernel_of(step, v), bias_of(step, v), end - from, place);
-        else
-          keep<State>((step.stride ? flat : own) + from * lanes, end - from, place);
-        from = end;
-      }
+      keep<State>(step.stride ? flat : own, from, to, place);
     }
 
     // The number of registers of states that can be computed from a number of received values.
