@@ -2,7 +2,8 @@
 
 MobileNetV1-DNW has a random graph. All norms have random statistics; they are folded except in models named "as
 trained" and in the reference formulation (``reference_formulation.py``), whose masked weights are computed once and
-whose outputs are compared with those of the compact models. MobileNetV1 also runs in onnxruntime, also in int8
+whose outputs are compared with those of the compact models. Models without
+edges show what is not spent on sums over edges. MobileNetV1 also runs in onnxruntime, also in int8
 (``quantize_static``, and ``quantize_dynamic``, which does not change convolutions), and in OpenVINO, if they are
 installed. All models of one batch size and number of threads take turns in one run.
 
@@ -14,6 +15,7 @@ benchmarks/inference.py``; ``--picture FILE`` plots the accuracies against the t
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import importlib.util
 import tempfile
@@ -31,9 +33,11 @@ from torch import Tensor, nn
 
 from dnw_graph.analysis.multiply_adds import performed
 from dnw_graph.compaction import compact
+from dnw_graph.compaction.static_graphs import FusedGraph
 from dnw_graph.models import MobileNetV1, MobileNetV1DNW
 
 DENSE = "random graph ×0.225, dense products"
+WITHOUT_EDGES = "no edges"
 TOLERANCES = {"int8": 0.1, "bfloat16": 0.05, "": 1e-4}
 ORT, ORT_STATIC, ORT_DYNAMIC, OPENVINO = "onnxruntime", "onnxruntime int8", "onnxruntime dynamic int8", "OpenVINO"
 PUBLISHED = {
@@ -59,12 +63,22 @@ def models() -> dict[str, nn.Module]:
             for layout, memory_format in LAYOUTS.items():
                 found[f"random graph ×{width}, {REFERENCE}, {layout}"] = from_ours(graph, memory_format)
             found[DENSE] = compact(graph, products="dense")
-        found[f"random graph ×{width}, sparse products"] = compact(graph)
         images = torch.randn(2, 3, 224, 224)
-        for dtype in (torch.bfloat16, torch.int8):
-            rounded = compact(graph, state_dtype=dtype, example=images)
-            found[f"random graph ×{width}, sparse products, {str(dtype).removeprefix('torch.')} states"] = rounded
+        for dtype in (None, torch.bfloat16, torch.int8):
+            name = f"random graph ×{width}, sparse products"
+            if dtype is not None:
+                name += f", {str(dtype).removeprefix('torch.')} states"
+            found[name] = compact(graph, state_dtype=dtype, example=None if dtype is None else images)
+            found[name.replace("sparse products", WITHOUT_EDGES)] = _without_edges(copy.deepcopy(found[name]))
     return found
+
+
+def _without_edges(model: nn.Module) -> nn.Module:
+    """Remove the edges of a compact model: what remains are node functions and the layers around the graph."""
+    for graph in (module for module in model.modules() if isinstance(module, FusedGraph)):
+        graph.rowptr = torch.zeros_like(graph.rowptr)
+        graph.columns, graph.values = graph.columns[:0], graph.values[:0]
+    return model
 
 
 def runtimes(found: Mapping[str, nn.Module], threads: int, size: int) -> dict[str, Callable[[Tensor], object]]:
@@ -173,12 +187,19 @@ def main() -> None:
                         "ms per image": times[name] / batch,
                         "multiply-adds, M": count / 1e6,
                         "GFLOP/s": 2 * count * batch / times[name] / 1e6,
+                        "share of sums over edges": _share_of_sums(name, times),
                         **_ratios(name, times),
                     }
                 )
     report(f"Inference at {options.size} × {options.size} pixels", rows, options)
     if options.picture is not None:
         draw(rows, options.picture)
+
+
+def _share_of_sums(name: str, times: Mapping[str, float]) -> float | str:
+    """Return the share of the time that a model takes longer than without its edges."""
+    rest = times.get(name.replace("sparse products", WITHOUT_EDGES))
+    return "" if rest is None or WITHOUT_EDGES in name else 1 - rest / times[name]
 
 
 def _ratios(name: str, times: Mapping[str, float]) -> dict[str, Any]:
@@ -248,7 +269,7 @@ def _check(found: dict[str, nn.Module], image: Tensor) -> None:
         logits = {
             name: model(image)
             for name, model in found.items()
-            if name.startswith("random graph") and "×0.49" not in name
+            if name.startswith("random graph") and "×0.49" not in name and WITHOUT_EDGES not in name
         }
     expected = next(logits[name] for name in logits if REFERENCE in name)
     for name, found_logits in logits.items():
