@@ -2,10 +2,10 @@
 
 MobileNetV1-DNW has a random graph. All norms have random statistics; they are folded except in models named "as
 trained" and in the reference formulation (``reference_formulation.py``), whose masked weights are computed once and
-whose outputs are compared with those of the compact models. Models without
-edges show what is not spent on sums over edges. MobileNetV1 also runs in onnxruntime, also in int8
-(``quantize_static``, and ``quantize_dynamic``, which does not change convolutions), and in OpenVINO, if they are
-installed. All models of one batch size and number of threads take turns in one run.
+whose outputs are compared with those of the compact models. Models without edges show how much of the time is not spent
+on sums over edges. MobileNetV1 also runs in onnxruntime, also in int8 (``quantize_static``, and ``quantize_dynamic``,
+which does not change convolutions), and in OpenVINO, if they are installed. All models of one batch size and number of
+threads take turns in one run.
 
 Accuracies are published ones (ImageNet, top-1, float32), not measured here. For a random graph the accuracy is that of
 the learned wiring, which has fewer live nodes and costs less: the time is an upper bound. Run with ``python
