@@ -198,8 +198,8 @@ def main() -> None:
 
 def _share_of_sums(name: str, times: Mapping[str, float]) -> float | str:
     """Return the share of the time that a model takes longer than without its edges."""
-    rest = times.get(name.replace("sparse products", WITHOUT_EDGES))
-    return "" if rest is None or WITHOUT_EDGES in name else 1 - rest / times[name]
+    rest = times.get(name.replace("sparse products", WITHOUT_EDGES)) if "sparse products" in name else None
+    return "" if rest is None else 1 - rest / times[name]
 
 
 def _ratios(name: str, times: Mapping[str, float]) -> dict[str, Any]:
@@ -217,6 +217,8 @@ def _ratios(name: str, times: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _accuracy(name: str) -> float | None:
+    if WITHOUT_EDGES in name:
+        return None
     return next((figure for model, figure in PUBLISHED.items() if name.split(",")[0] == model), None)
 
 
@@ -240,7 +242,9 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
             points = [
                 (row["ms per image"], row["published accuracy, %"])
                 for row in rows
-                if (row["threads"], row["batch"]) == (threads, batch) and row["model"].endswith(ending)
+                if (row["threads"], row["batch"]) == (threads, batch)
+                and row["model"].endswith(ending)
+                and row["published accuracy, %"]
             ]
             if points:
                 axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
