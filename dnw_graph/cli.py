@@ -258,13 +258,13 @@ def info(argv: Sequence[str]) -> int:
 
 def compare(argv: Sequence[str]) -> int:
     """Train every rule with every seed, and show the results."""
-    from dnw_graph.training.comparison import compare as run_all
-
     parser = _Parser("compare")
     parser.add_argument("--rules", nargs="+", required=True, help="rules, such as dnw rigl random_graph")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (default: 0 1 2)")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="directory (default: runs/compare)")
     given, further = parser.parse_known_args(argv)
+    from dnw_graph.training.comparison import compare as run_all
+
     stopping.goes_on()
     return run_all(given.rules, given.seeds, given.output, further, train)
 
