@@ -164,9 +164,8 @@ class FusedGraph(Blocks):
 
     def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs h w"]:
         """Compute the blocks in order."""
-        *tensors, state_scale = self.tensors()
-        rounding = {"state_dtype": self.rounding, "state_scale": state_scale}
-        z = static_graph(x, self.sizes, self.strides, *tensors, **rounding)
+        graph = self.tensors()
+        z = static_graph(x, self.sizes, self.strides, **graph._asdict(), state_dtype=self.rounding)
         return z + self.output_shift.view(-1, 1, 1)
 
 

@@ -208,6 +208,7 @@ def _states(
             done += size
         yield received
         if state_dtype is torch.int8:
+            assert state_scale is not None
             unit = state_scale[start : start + size].view(-1, 1, 1, 1)
             received = unit * (received / unit).round().clamp(-127, 127)
         elif state_dtype is not None:
