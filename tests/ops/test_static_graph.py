@@ -214,6 +214,17 @@ def test_not_a_number_stays_one_where_the_convolution_takes_it(way, stride, bias
     assert not out.isnan().all()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (14, 14), (20, 20)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_not_a_number_stays_in_its_own_node(way, stride, size):
+    x, one = torch.ones(1, 3, *size), torch.ones(6)
+    x[0, 1] = torch.nan
+    edges = torch.arange(4), torch.arange(3), one[:3]  # from each input to one node
+    out = static_graph(x, [3, 3], [1, stride], *edges, one, 0 * one, one.view(-1, 1, 1).expand(-1, 3, 3))
+    assert out[0, 1].isnan().all()
+    assert out[0, [0, 2]].isfinite().all()
+
+
 class Graph(nn.Module):
     def __init__(self):
         super().__init__()

@@ -130,14 +130,14 @@ struct Bytes {
   }
 
  private:
-  // The lowest 8 bits of the nearest integer: those of a number near 3 · 2²², whose last place is 1.
+  // The lowest 8 bits of the nearest integer, 127 for NaN: those of a number near 3 · 2²², whose last place is 1.
   static Words byte(Vector value) {
     const Vector most = Vector{} + 127, least = Vector{} - 127;
 #if defined(__AVX512F__)
     value = Vector(_mm512_max_ps(_mm512_min_ps(__m512(value), __m512(most)), __m512(least)));
 #else
-    value = value > most ? most : value;
-    value = value < least ? least : value;
+    value = value < most ? value : most;
+    value = value > least ? value : least;
 #endif
     return Words(value + 12582912.0f) & 0xff;
   }

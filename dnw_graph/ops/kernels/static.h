@@ -27,6 +27,19 @@
 
 namespace {
 
+// Where the states of a node are stored: `tile` registers, then those of the other nodes, then its next registers.
+template <class Stored>
+struct Place {
+  Stored *room;
+  int64_t tile, nodes, node, registers;
+
+  int64_t end_of(int64_t n) const { return n / tile * tile + tile; }
+  Stored *at(int64_t n, int64_t lanes) const {
+    const int64_t first = n / tile * tile;
+    return room + (first * nodes + node * std::min(tile, registers - first) + n - first) * lanes;
+  }
+};
+
 // Maps of one size. The pitch is a row and at least one column of zeros, and even, so that rows can be split into even
 // and odd columns; the zeros are the right border of a row and the left border of the next.
 template <class State>
@@ -54,23 +67,8 @@ struct Maps {
   int64_t width_of(int64_t t) const { return std::min(tile, registers - t * tile); }
   int64_t values() const { return registers * lanes; }
   int64_t room() const { return nodes * values(); }
-  template <class Stored>
-  Stored *place(Stored *room, int64_t t, int64_t node) const {
-    return room + (t * tile * nodes + node * width_of(t)) * lanes;
-  }
-
-};
-
-// Where the states of a node are stored: `tile` registers, then those of the other nodes, then its next registers.
-template <class Stored>
-struct Place {
-  Stored *room;
-  int64_t tile, nodes, node, registers;
-
-  int64_t end_of(int64_t n) const { return n / tile * tile + tile; }
-  Stored *at(int64_t n, int64_t lanes) const {
-    const int64_t first = n / tile * tile;
-    return room + (first * nodes + node * std::min(tile, registers - first) + n - first) * lanes;
+  Place<typename State::Stored> place(typename State::Stored *room, int64_t node) const {
+    return {room, tile, nodes, node, registers};
   }
 };
 
@@ -92,7 +90,7 @@ inline __attribute__((always_inline)) void fill(
 }
 
 // Three rows of a map, register by register, with their left and right neighbours: loaded, or, where a load that
-// crosses a cache line costs more, shifted in registers.
+// crosses a cache line costs more, shifted in registers. `next` takes the rows in turn.
 template <class T>
 struct Window {
   using S = Simd<T>;
@@ -198,14 +196,14 @@ template <class State>
 struct Received {
   using T = typename State::Number;
   static constexpr int64_t lanes = Simd<T>::lanes;
-  int64_t parts, values, border, pitch;  // Values of a part, zeros after it, and the distance between nodes.
+  int64_t parts, values, border, pitch;  // Parts, their values, zeros after each, and the distance between nodes.
 
   Received(const Maps<State> &in, int64_t stride) : parts(stride == 2 ? 2 : 1) {
     values = round_up(in.values() / parts, lanes);
     border = round_up(in.pitch + lanes, lanes);
     pitch = parts * (values + border);
   }
-  int64_t size(int64_t nodes) const { return border + nodes * pitch + lanes; }
+  int64_t size(int64_t nodes) const { return border + nodes * pitch; }
   T *start(T *room, int64_t node) const { return room + border + node * pitch; }
   int64_t odd() const { return values + border; }
   void clear_borders(T *room, int64_t nodes) const {
@@ -448,7 +446,8 @@ class Plan : public PlanOf<typename State::Number> {
       if (is_first && graph.stem) rows.emplace(graph.stem, x, layout.height, layout.width, lines);
       for (int64_t t = 0, done = 0; t < in.tiles(); ++t) {
         if (is_first) inputs(step, t, from, to, x, rows);
-        for (int64_t v = from; v < to && !is_first; ++v) sum(step, t, v, own(v));
+        const Stored *const sources = in.place(rooms[step.room], 0).at(t * in.tile, lanes);
+        for (int64_t v = from; v < to && !is_first; ++v) sum(step, t, sources, v, own(v));
         const bool complete = t + 1 == in.tiles();
         const int64_t ready = complete ? out.registers : ready_with(step, (t * in.tile + in.width_of(t)) * lanes);
         if (is_last || !(complete || ready - done >= AT_ONCE)) continue;
@@ -469,7 +468,7 @@ class Plan : public PlanOf<typename State::Number> {
     void apply(const Step<State> &step, int64_t v, const T *own, int64_t from, int64_t to, Stored *states) {
       const Maps<State> &out = *step.out;
       const int64_t pitch = step.in->pitch;
-      const Place<Stored> place{states, out.tile, out.nodes, step.to + v, out.registers};
+      const Place<Stored> place = out.place(states, step.to + v);
       if (step.stride == 1)
         return convolve<State>(own - pitch - 1, pitch, kernel_of(step, v), bias_of(step, v), from, to, place);
       if (step.stride == 2) apply_stride2(step, v, own, from, to);
@@ -489,8 +488,8 @@ class Plan : public PlanOf<typename State::Number> {
       return graph.bias.empty() ? nullptr : &graph.bias[step.functions + v];
     }
 
-    // A tile of a node's input, with relu and zeros around it if a function follows.
-    void sum(const Step<State> &step, int64_t t, int64_t v, T *own) {
+    // A tile of a node's input from that of its sources, with relu and zeros around it if a function follows.
+    void sum(const Step<State> &step, int64_t t, const Stored *sources, int64_t v, T *own) {
       const Maps<State> &in = *step.in;
       const int64_t number = step.targets + v, count = in.width_of(t), at = t * in.tile * lanes;
       const Edge<Weight> *edges = plan.edges.data();
@@ -498,7 +497,7 @@ class Plan : public PlanOf<typename State::Number> {
       const T shift = step.stride ? graph.shift[step.functions + v] : T(0);
       alignas(BYTES) T apart[State::MOST * lanes];
       sum_tile_of<State>(count)(
-          edges + graph.rowptr[number], edges + graph.rowptr[number + 1], in.place(rooms[step.room], t, 0), factor, shift,
+          edges + graph.rowptr[number], edges + graph.rowptr[number + 1], sources, factor, shift,
           step.stride ? &in.mask[at] : nullptr, step.stride == 2 ? apart : own + at);
       if (step.stride == 2) split(step.received, apart, count, own + at / 2);
     }
