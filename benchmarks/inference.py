@@ -197,7 +197,7 @@ def main() -> None:
 
 
 def _share_of_sums(name: str, times: Mapping[str, float]) -> float | str:
-    """Return the share of the time that a model takes longer than without its edges."""
+    """Return the part of a model's time that it does not take without its edges."""
     rest = times.get(name.replace("sparse products", WITHOUT_EDGES)) if "sparse products" in name else None
     return "" if rest is None else 1 - rest / times[name]
 

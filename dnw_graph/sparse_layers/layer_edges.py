@@ -20,8 +20,8 @@ from dnw_graph.propagation.gradient import with_dense_gradient
 from dnw_graph.sparse_layers.layers import LayerWeight
 
 DENSEST: dict[type[nn.Module], float] = {nn.Linear: 0.1, nn.Conv2d: 0.3}
-"""Largest share of real weights with which a layer computes over them alone: below the smallest share at which dense
-and sparse layers take equally long to train, see ``benchmarks/sparse_training.py``."""
+"""Largest share of real weights with which a layer computes over them alone: near or below the share at which dense and
+sparse layers take equally long to train, see ``benchmarks/sparse_training.py``."""
 SMALLEST = 4096
 """A layer with fewer weights, hallucinated ones included, uses a dense weight: there is nothing to gain."""
 
