@@ -67,8 +67,9 @@ def main() -> None:
 
 
 def linear_rows(rounds: int) -> list[dict[str, Any]]:
-    """Time a linear layer."""
+    """Time a linear layer, and one with a single weight, whose time is that of the call."""
     rows = []
+    one_weight = torch.arange(2).int(), torch.zeros(1).int(), torch.ones(1)
     for share in (0.1, 0.01):
         weight, csr = _sparse((OUTPUTS, INPUTS), share)
         arrays = [each.numpy() for each in csr]
@@ -82,6 +83,7 @@ def linear_rows(rounds: int) -> list[dict[str, Any]]:
                 "SciPy": partial(matrix.__matmul__, columns.numpy()),
                 "PyTorch CSR": partial(tensor.__matmul__, columns),
                 "ours": partial(SparseLinear(*csr, bias, INPUTS), x),
+                "ours, one weight": partial(SparseLinear(*one_weight, bias[:1], 1), x[:, :1].contiguous()),
             }
             times = _times(ways, 10 * rounds)
             better = min(times["SciPy"], times["PyTorch CSR"])
