@@ -38,10 +38,10 @@ def images(value=0.0, node=1, where=(slice(None), slice(None), slice(None))):
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
 @pytest.mark.parametrize("make", [static, discrete])
 def test_an_input_without_edges_is_felt_nowhere(make, propagation, training, value, where):
-    graph = make(propagation).train(training)
-    expected = graph(images(0.0, where=where))
+    graph = make(propagation).double().train(training)
+    expected = graph(images(0.0, where=where).double())
     assert expected.isfinite().all()
-    found = graph(images(value, where=where))
+    found = graph(images(value, where=where).double())
     torch.testing.assert_close(found, expected)
     gradients = []
     for out in (expected, found):
