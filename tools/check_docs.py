@@ -76,7 +76,8 @@ class Browser:
             os.dup2(ends[0], 3)
             os.dup2(ends[1], 4)
 
-        self._profile = tempfile.TemporaryDirectory()
+        # The browser's own processes may write to it for a moment after it has ended.
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self._process = subprocess.Popen(
             [
                 program,
