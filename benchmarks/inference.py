@@ -37,7 +37,7 @@ from dnw_graph.compaction.static_graphs import FusedGraph
 from dnw_graph.models import MobileNetV1, MobileNetV1DNW
 
 DENSE = "random graph ×0.225, dense products"
-WITHOUT_EDGES = "no edges"
+WITHOUT_EDGES = "no edges: "
 TOLERANCES = {"int8": 0.1, "bfloat16": 0.05, "": 1e-4}
 ORT, ORT_STATIC, ORT_DYNAMIC, OPENVINO = "onnxruntime", "onnxruntime int8", "onnxruntime dynamic int8", "OpenVINO"
 PUBLISHED = {
@@ -69,7 +69,7 @@ def models() -> dict[str, nn.Module]:
             if dtype is not None:
                 name += f", {str(dtype).removeprefix('torch.')} states"
             found[name] = compact(graph, state_dtype=dtype, example=None if dtype is None else images)
-            found[name.replace("sparse products", WITHOUT_EDGES)] = _without_edges(copy.deepcopy(found[name]))
+            found[WITHOUT_EDGES + name] = _without_edges(copy.deepcopy(found[name]))
     return found
 
 
@@ -198,7 +198,7 @@ def main() -> None:
 
 def _share_of_sums(name: str, times: Mapping[str, float]) -> float | str:
     """Return the part of a model's time that it does not take without its edges."""
-    rest = times.get(name.replace("sparse products", WITHOUT_EDGES)) if "sparse products" in name else None
+    rest = times.get(WITHOUT_EDGES + name)
     return "" if rest is None else 1 - rest / times[name]
 
 
@@ -217,8 +217,6 @@ def _ratios(name: str, times: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _accuracy(name: str) -> float | None:
-    if WITHOUT_EDGES in name:
-        return None
     return next((figure for model, figure in PUBLISHED.items() if name.split(",")[0] == model), None)
 
 
@@ -273,7 +271,7 @@ def _check(found: dict[str, nn.Module], image: Tensor) -> None:
         logits = {
             name: model(image)
             for name, model in found.items()
-            if name.startswith("random graph") and "×0.49" not in name and WITHOUT_EDGES not in name
+            if name.startswith("random graph") and "×0.49" not in name
         }
     expected = next(logits[name] for name in logits if REFERENCE in name)
     for name, found_logits in logits.items():

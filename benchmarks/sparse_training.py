@@ -53,6 +53,7 @@ def main() -> None:
         "--models", nargs="*", default=[*MODELS], choices=[*MODELS], help="networks of the second table"
     )
     parser.add_argument("--layers", type=int, default=len(LAYERS), help="how many layers the first table has")
+    parser.add_argument("--fused", action="store_true", help="use PyTorch's fused SGD")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -119,13 +120,13 @@ def _step_rows(name: str, options: Any) -> list[dict[str, Any]]:
     make, shape = MODELS[name]
     network = make()
     x, y = torch.randn(options.batch, *shape), torch.randint(10, (options.batch,))
-    steps: dict[str, Step] = {"dense": Step(copy.deepcopy(network), x, y)}
+    steps: dict[str, Step] = {"dense": Step(copy.deepcopy(network), x, y, options.fused)}
     for rule in options.rules:
         for kind, kernels in (("masked", False), ("edges", True)):
             model = copy.deepcopy(network)
             torch.manual_seed(1)
             sparsify(model, options.density, rule, sparse_kernels=kernels)
-            steps[f"{rule}, {kind}"] = Step(model, x, y)
+            steps[f"{rule}, {kind}"] = Step(model, x, y, options.fused)
     times = _times({way: step.__call__ for way, step in steps.items()}, options.rounds)
     return [
         {
@@ -147,11 +148,12 @@ class Step:
         model: The network.
         x: Its inputs.
         y: Labels.
+        fused: Whether SGD is PyTorch's fused one.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, fused: bool) -> None:
         self.model, self.x, self.y = model, x, y
-        self.optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+        self.optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, fused=fused)
         attach(model, self.optimizer, num_steps=10**6, steps_per_epoch=10**5)
 
     def __call__(self) -> None:
