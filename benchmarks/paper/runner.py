@@ -140,7 +140,8 @@ def main(table: Table, description: str, argv: Sequence[str] | None = None) -> i
         else:
             for run in runs:
                 run.check()
-            results = _execute(runs, options.jobs)
+            threads = options.threads or max(1, len(os.sched_getaffinity(0)) // options.jobs)
+            results = _execute(runs, options.jobs, threads)
         if options.results is not None:
             for result in results:
                 keep(result, options.results)
@@ -170,6 +171,7 @@ def _parser(table: Table, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", metavar="CONFIG", help="rows to run, by the names of their configurations")
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds (default: those of a complete row; quick: 0)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
+    parser.add_argument("--threads", type=int, help="CPU threads of each run (default: the cores, shared by the jobs)")
     parser.add_argument("--configs", type=Path, default=table.configs, help="directory of the configurations")
     parser.add_argument(
         "--data-name",
@@ -245,9 +247,8 @@ def _runs(table: Table, rows: list[Row], options: argparse.Namespace, given: dic
     return runs
 
 
-def _execute(runs: list[Run], jobs: int) -> list[dict[str, Any]]:
+def _execute(runs: list[Run], jobs: int, threads: int) -> list[dict[str, Any]]:
     """Do all runs, first stages first, and return the results of the complete ones."""
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     results = []
     for second in (False, True):
         executor = ThreadPoolExecutor(jobs)
