@@ -14,7 +14,8 @@ from torch import nn
 
 from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError, unknown_name
-from dnw_graph.models import TINY_DYNAMICS, TINY_NODE_FUNCTIONS, create_model
+from dnw_graph.models.mobilenet import MobileNetV1, MobileNetV1DNW
+from dnw_graph.models.tiny import TINY_DYNAMICS, TINY_NODE_FUNCTIONS, TinyClassifier
 from dnw_graph.node_functions import EPS, NODE_FUNCTIONS, NormReluConv
 from dnw_graph.recipes.options import ModelOptions, RunOptions, completed, option
 from dnw_graph.recipes.second_stage import second_stage
@@ -83,9 +84,9 @@ class MobileNetOptions(WiringOptions):
                 raise InputError(
                     "--small, --wiring and --node-norm-eps are for mobilenet_v1_dnw: mobilenet_v1 has no nodes or edges"
                 )
-            return create_model(self.model, **shared)
+            return MobileNetV1(**shared)
         node_function = partial(NormReluConv, eps=self.eps)
-        return create_model(self.model, **shared, small=self.small, wiring=wiring, node_function=node_function)
+        return MobileNetV1DNW(**shared, small=self.small, wiring=wiring, node_function=node_function)
 
     @property
     def eps(self) -> float:
@@ -118,8 +119,7 @@ class TinyOptions(WiringOptions):
         if self.adjoint and self.dynamics != "continuous":
             raise InputError("--adjoint goes with --dynamics continuous")
         kind = NODE_FUNCTIONS[self.node_function] if self.node_function else TINY_NODE_FUNCTIONS[self.dynamics]
-        return create_model(
-            TINY,
+        return TinyClassifier(
             dynamics=self.dynamics,
             num_classes=num_classes,
             wiring=wiring,
