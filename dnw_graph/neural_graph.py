@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,7 +176,12 @@ class NeuralGraph(Ranking):
         values = self.guarded(self.wiring.values(weight))
         edges = RealEdges(self.candidates, index, values, learning, self.candidates.probe)
         propagate = self.propagation(edges, x)
-        return dynamics(propagate.arrange(x) if dim == 1 else x, propagate, **options)
+        autocast: Any = nullcontext()
+        if propagate.first_order and torch.is_autocast_enabled("cpu"):
+            # On a CPU kernels in float32 are faster than PyTorch's operators in bfloat16.
+            autocast, x = torch.autocast("cpu", enabled=False), x.to(weight.dtype)
+        with autocast:
+            return dynamics(propagate.arrange(x) if dim == 1 else x, propagate, **options)
 
     def _fits(self, x: Tensor, dim: int, weight: Tensor) -> bool:
         """Return whether an input is valid; called in every forward pass."""

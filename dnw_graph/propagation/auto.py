@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dnw_graph.ops.build import kernels
+from dnw_graph.ops.call import readable
 from dnw_graph.ops.layout import kernels_take, plain_eager
 from dnw_graph.propagation.block import BlockPropagation
 from dnw_graph.propagation.propagate import Propagate, Propagation, RealEdges
@@ -15,9 +15,9 @@ from dnw_graph.propagation.sparse import SparsePropagation
 class AutoPropagation(Propagation):
     """The propagation that is faster according to ``benchmarks/propagation.py``.
 
-    Sparse products (:class:`SparsePropagation`) on a CPU in single or double precision, if few candidates are real, and
-    if batch or blocks are large enough to pay for a layout with the images last. Otherwise dense blocks; also without
-    compiled kernels, and when operators are traced or counted.
+    Sparse products (:class:`SparsePropagation`) on a CPU for weights in single or double precision, if few candidates
+    are real, and if batch or blocks are large enough to pay for a layout with the images last. Otherwise dense blocks;
+    also without compiled kernels, and when operators are traced or counted.
 
     Args:
         candidate_gradient: ``"exact"`` or ``"bfloat16"``: how sparse products compute the gradient of the candidates,
@@ -43,10 +43,9 @@ class AutoPropagation(Propagation):
         candidates = edges.candidates
         sparse = (
             plain_eager()
-            and kernels_take(x)
-            and x.dtype == candidates.weight.dtype
+            and kernels_take(candidates.weight)
+            and readable(x)
             and (len(x) >= self.MIN_BATCH or candidates.num_candidates >= self.MIN_BLOCK * len(candidates.blocks))
-            and not torch.is_autocast_enabled("cpu")
             and edges.index.numel() <= self.MAX_DENSITY * candidates.num_candidates
             and kernels() is not None
         )

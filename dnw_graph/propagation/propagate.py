@@ -110,7 +110,8 @@ class Propagate:
         edges: The real edges.
         weights: The matrices.
         blocks: The blocks of candidates.
-        first_order: Whether kernels compute it; their gradients cannot be differentiated again.
+        first_order: Whether kernels compute it: in the dtype of the weights, under autocast too. Their gradients cannot
+            be differentiated again.
     """
 
     first_order: ClassVar[bool] = False

@@ -14,12 +14,13 @@ from torch import Tensor
 from dnw_graph.arguments import checked
 from dnw_graph.candidates import Block
 from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.ops.call import readable
 from dnw_graph.ops.csr import by_source, product_of_pieces, sampled, sampled_matrix
 from dnw_graph.ops.dense import product_with_transpose
 from dnw_graph.ops.layout import batch_last, detach_view, kernels_take, traced
 from dnw_graph.ops.operands import first_order
 from dnw_graph.propagation.gradient import unrestricted_weights
-from dnw_graph.propagation.propagate import Propagate, Propagation, RealEdges, States, autocast_dtype
+from dnw_graph.propagation.propagate import Propagate, Propagation, RealEdges, States
 
 CANDIDATE_GRADIENTS = ("exact", "bfloat16")
 
@@ -40,7 +41,7 @@ class SparsePropagation(Propagation):
             same without a gain. Forward pass and gradients of states stay exact.
 
     Raises:
-        InputError: If ``candidate_gradient`` is neither. In the forward pass, if the states are not float32 or float64
+        InputError: If ``candidate_gradient`` is neither. In the forward pass, if the weights are not float32 or float64
             (float32 for ``"bfloat16"``) on a CPU, or if it is traced or transformed. In the backward pass, for double
             backward and vectorised gradients.
     """
@@ -62,17 +63,17 @@ class SparsePropagation(Propagation):
             raise InputError(
                 "propagation='sparse' calls kernels that cannot be traced or transformed; use propagation='auto'"
             )
-        lower = autocast_dtype(x)
-        if not kernels_take(x) or edges.weight.dtype != x.dtype or lower is not None:
-            autocast = "" if lower is None else f" under autocast to {lower}"
+        weight = edges.weight
+        if not kernels_take(weight) or not readable(x):
             raise InputError(
-                f"propagation='sparse' takes float32 or float64 on a CPU; got states of {x.dtype} on {x.device}"
-                f"{autocast}: use propagation='auto'"
+                f"propagation='sparse' takes weights in float32 or float64 on a CPU; got {weight.dtype} on "
+                f"{weight.device}: use propagation='auto'"
             )
         rounded = self.candidate_gradient == "bfloat16"
-        if rounded and x.dtype != torch.float32:
+        if rounded and weight.dtype != torch.float32:
             raise InputError(
-                f"candidate_gradient='bfloat16' takes a graph in float32; got {x.dtype}: use candidate_gradient='exact'"
+                f"candidate_gradient='bfloat16' takes a graph in float32; got {weight.dtype}: use "
+                "candidate_gradient='exact'"
             )
         return _Sparse(edges, edges.split(unrestricted_weights(edges)), rounded)
 

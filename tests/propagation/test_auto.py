@@ -31,16 +31,16 @@ def test_sparse_graphs_with_many_images_or_large_blocks_go_by_sparse_products(dt
         {"share": 0.5},
         {"share": 0.05, "batch": 2},
         {"share": 0.05, "dtype": torch.bfloat16},  # no kernel
-        {"share": 0.05, "states": torch.float64},  # states and weights of two types
     ],
 )
 def test_all_others_go_block_by_block(options):
     assert isinstance(choice(**options), BlockPropagation)
 
 
-def test_under_autocast_everything_goes_block_by_block():
+def test_autocast_changes_no_choice():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert isinstance(choice(0.05), BlockPropagation)
+        assert isinstance(choice(0.05), SparsePropagation)
+        assert isinstance(choice(0.05, states=torch.bfloat16), SparsePropagation)
 
 
 def test_without_kernels_everything_goes_block_by_block(monkeypatch):
