@@ -236,7 +236,8 @@ def test_under_autocast_a_graph_computes_in_single_precision(dtype):
     assert layer.dtype == dtype  # autocast is as before
     assert results.pop("input").dtype == dtype
     del expected["input"]
-    assert results.keys() == expected.keys() and all(torch.equal(results[name], expected[name]) for name in expected)
+    assert results.keys() == expected.keys()
+    assert all(torch.equal(results[name], expected[name]) for name in expected)
 
 
 def test_doubles_stay_doubles_under_autocast():
