@@ -106,7 +106,7 @@ def split_index(index: Int[Tensor, " edges"], weights: Sequence[RankedWeight]) -
     if len(weights) == 1:
         return [index]
     starts = [0, *accumulate(weight.numel for weight in weights)]
-    bounds = torch.searchsorted(index, torch.tensor(starts, device=index.device)).tolist()
+    bounds = torch.searchsorted(index.contiguous(), torch.tensor(starts, device=index.device)).tolist()
     return [index[first:last] - start for start, (first, last) in zip(starts, pairwise(bounds), strict=False)]
 
 

@@ -124,11 +124,6 @@ class NeuralGraph(Ranking):
         self.propagation = make_propagation(propagation)
 
     @property
-    def num_candidates(self) -> int:
-        """Number of candidate edges."""
-        return self.candidates.num_candidates
-
-    @property
     def weights(self) -> tuple[CandidateEdges]:  # type: ignore[override]
         """The candidate weights."""
         return (self.candidates,)
@@ -262,12 +257,9 @@ class NeuralGraph(Ranking):
         edges, weight = data.edge_index.cpu(), data.get("edge_weight")
         graph = cls(**{**_nodes_of(data, options), "num_edges": edges.size(1), "wiring": Fixed(edges), **options})
         if weight is not None:
-            with torch.no_grad():
-                graph.candidates.weight.zero_()
-                graph.candidates.weight[graph.candidates.flat_index(edges)] = weight.to(
-                    graph.candidates.weight
-                ).flatten()
-            graph.set_up_anew()
+            flat = torch.zeros_like(graph.candidates.weight)
+            flat[graph.candidates.flat_index(edges)] = weight.to(flat).flatten()
+            graph.load_weights(flat)
         return graph
 
     def to_hetero_data(self) -> torch_geometric.data.HeteroData:

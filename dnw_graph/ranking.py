@@ -279,9 +279,8 @@ class Ranking(nn.Module):
         Args:
             weight: A tensor through which the gradients of the weights flow.
         """
-        if not self.training or torch.compiler.is_compiling() or not self.wiring.needs_steps:
-            return weight
-        if self.updates is not None:
+        unneeded = not self.training or torch.compiler.is_compiling() or not self.wiring.needs_steps
+        if unneeded or self.updates is not None:
             return weight
         weight = weight.view_as(weight)
         if weight.requires_grad:
@@ -425,3 +424,5 @@ def check_saved(graph: Ranking, state_dict: Mapping[str, Any], prefix: str) -> N
 
 def _forget(graph: Ranking, *_: Any) -> None:
     graph.forget()
+    if graph.updates is not None:
+        graph.updates.set_probes()  # The next step may have a round.

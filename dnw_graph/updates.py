@@ -18,7 +18,7 @@ from dnw_graph.candidates import RankedWeight, split_index
 from dnw_graph.errors import InputError
 from dnw_graph.partial_step import PartialStep, can_be_partial
 from dnw_graph.ranking import Ranking, rankings
-from dnw_graph.wirings import View, Wiring
+from dnw_graph.wirings import Schedule, View, Wiring
 from dnw_graph.wirings.view import new_seed
 
 
@@ -41,7 +41,7 @@ class Updates:
         ]
         for name, graph in graphs.items():
             graph.attached(self, name)
-        self._set_probes()
+        self.set_probes()
 
     def remove(self) -> None:
         """Remove the hooks from the optimiser."""
@@ -93,9 +93,11 @@ class Updates:
             self._partial = None
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf.item():  # Otherwise a GradScaler made a fused optimiser skip the step.
-            views = self._views(optimizer)
-            for name, kept in before.items():
-                kept.restore(views[name])
+            for name, view in self._views(optimizer).items():
+                if name in before:
+                    before[name].restore(view)
+                    view.write_back()
+            views = self._views(optimizer)  # New ones: what was gathered hides what a rule resets for all parameters.
             self._average_probes()
             for graph in self.graphs.values():
                 graph.wiring.step += 1
@@ -110,9 +112,9 @@ class Updates:
             for view in views.values():
                 view.write_back()
                 view.graph.forget_edges()
-        self._set_probes()
+        self.set_probes()
 
-    def _set_probes(self) -> None:
+    def set_probes(self) -> None:
         """Collect the gradients that the rules will need in the next backward passes, and no others."""
         self._remove_probes()
         for graph in self.graphs.values():
@@ -274,8 +276,8 @@ def attach(
     """
     for name, number in (("num_steps", num_steps), ("steps_per_epoch", steps_per_epoch)):
         require(number is None or number >= 1, name, "an integer >= 1", number)
-    found = {graph.full_name_at(unwrapped_name(path)): graph for path, graph in rankings(unwrapped(model))}
-    graphs = {name: graph for name, graph in found.items() if graph.wiring.counts_steps}
+    counting = ((path, graph) for path, graph in rankings(unwrapped(model)) if graph.wiring.counts_steps)
+    graphs = {graph.full_name_at(unwrapped_name(path)): graph for path, graph in counting}
     if graphs:
         _refuse_optimizer(optimizer)
     for name, graph in graphs.items():
@@ -286,6 +288,8 @@ def attach(
         rule.num_steps = num_steps or rule.num_steps
         rule.steps_per_epoch = steps_per_epoch or rule.steps_per_epoch
         rule.seed = rule.seed or seed
+        if any(isinstance(each, Schedule) and each.in_fractions and not each.constant for each in vars(rule).values()):
+            _ = graph.view().num_steps  # Refused now, not at the schedule's first use.
         if graph.updates is not None:
             graph.updates.remove()
     _give_own_decay(optimizer, own_decay(model))

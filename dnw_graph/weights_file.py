@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.arguments import checked
 from dnw_graph.checksum import checksum
 from dnw_graph.compaction.gaps import from_gaps, to_gaps
@@ -118,5 +117,5 @@ def is_weights_file(path: Path) -> bool:
 
 def _graphs(model: nn.Module) -> list[tuple[str, NeuralGraph]]:
     """Return the neural graphs of a model, each with the prefix of its names in the ``state_dict``."""
-    graphs = set(neural_graphs(model).values())
-    return [(f"{path}." if path else "", each) for path, each in model.named_modules() if each in graphs]
+    graphs = ((path, each) for path, each in model.named_modules() if isinstance(each, NeuralGraph))
+    return [(f"{path}." if path else "", each) for path, each in graphs]

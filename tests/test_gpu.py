@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from alone import run_alone
 from reference import relative_error
 from torch import nn
+from torch.sparse import SparseSemiStructuredTensor
 from torchvision.models import resnet18
 
 from dnw_graph import InputError, NeuralGraph
 from dnw_graph.models import MobileNetV1DNW, TinyClassifier
-from dnw_graph.sparse_layers import sparsify
+from dnw_graph.sparse_layers import densify, sparsify
 from dnw_graph.wirings.two_stage import lottery_ticket
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -100,6 +101,20 @@ def test_weights_that_are_not_finite_are_reported_before_a_checkpoint():
     graph(torch.randn(2, 4, 3, 3, device="cuda"))
     with pytest.raises(InputError, match=r"stage3: 1 of \d+ candidate weights"):
         graph.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_two_of_four_inputs_become_semi_structured_tensors(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 10)).to("cuda", dtype).eval()
+    sparsify(model, wiring="nm")
+    x = torch.randn(64, 128, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        expected = model(x)
+        densify(model, semi_structured=True)
+        assert isinstance(model[0].weight, SparseSemiStructuredTensor)
+        assert type(model[2].weight) is nn.Parameter  # ten targets are too few
+        assert relative_error(model(x), expected) < 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("recompute", [False, True])

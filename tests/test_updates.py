@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from dnw_graph import InputError, NeuralGraph, Schedule, TargetedDropout, Wiring, attach
+from dnw_graph import GMP, InputError, NeuralGraph, RigL, Schedule, TargetedDropout, Wiring, attach
 from dnw_graph.sparse_layers import sparsify, weight_graphs
 from dnw_graph.wirings.prune_and_grow import PruneAndGrow
 
@@ -188,6 +188,26 @@ def test_a_rule_that_waits_for_steps_raises_at_its_second_backward_pass():
         own = torch.optim.SGD(model.parameters(), 0.1)
         attach(model, own)
         step(model, own)
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_layers_that_share_a_ranking_notice_a_second_backward_pass_even_if_some_are_frozen(frozen):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    sparsify(model, 0.5, "rigl", distribution="global")
+    model[frozen].requires_grad_(False)
+    x = torch.ones(3, 6, dtype=torch.float64, requires_grad=True)
+    model(x).sum().backward()
+    with pytest.raises(InputError, match=r"needs the steps of an optimiser, but none is attached"):
+        model(x).sum().backward()
+
+
+@pytest.mark.parametrize("rule", [RigL(), GMP(), TargetedDropout(Schedule(0.5, 0.9))], ids=["rigl", "gmp", "dropout"])
+def test_a_schedule_in_fractions_of_an_unknown_training_is_refused_before_it(rule):
+    model = NeuralGraph((6, 5, 4), 9, wiring=rule)
+    own = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(InputError, match=r"does not know how many steps training has: give it to dnw_graph\.attach"):
+        attach(model, own)
+    attach(model, own, 10)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

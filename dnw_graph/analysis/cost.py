@@ -265,11 +265,10 @@ def _count_parameters(
     """Count all parameters except those of edges and of some module types; shared ones once."""
     counts: Counter[str] = Counter()
     counted: set[nn.Parameter] = set()
+    model = next(iter(rows))
     real = {
         parts.parts[0][0].parameter: int(parts.current_mask().count_nonzero())
-        for module in rows
-        for path, _, _, parts in sparse_parameters(module)
-        if not path
+        for _, _, _, parts in sparse_parameters(model)
     }
     for module, row in rows.items():
         if isinstance(module, (CandidateEdges, *left_out)):

@@ -48,9 +48,7 @@ def silent_features(modules: list[nn.Module]) -> Tensor | None:
         return None
     if steps(module.dynamics.node_functions[-1]) != []:
         return None
-    received = module.edge_index[1] - (module.num_nodes - module.num_outputs)
-    silent = torch.ones(module.num_outputs, dtype=torch.bool, device=received.device)
-    silent[received[received >= 0]] = False
+    silent = module.silent_nodes()[-module.num_outputs :]
     silent[0] &= not silent.all()  # Keep one feature, which gives the batch size.
     if not silent.any():
         return None

@@ -11,8 +11,9 @@ from torch.nn.utils import parametrize
 
 from dnw_graph._compat import import_pyg
 from dnw_graph.arguments import checked
+from dnw_graph.candidates import split_index
 from dnw_graph.errors import unknown_name
-from dnw_graph.nodes import Nodes
+from dnw_graph.nodes import Nodes, reaching
 from dnw_graph.sparse_layers.forward_pass import RealWeights
 from dnw_graph.sparse_layers.layers import LayerWeight, weight_name
 from dnw_graph.sparse_layers.weight_graph import WeightGraph
@@ -95,23 +96,20 @@ def to_data(module: nn.Module, name: str) -> torch_geometric.data.Data:
     if name not in found:
         raise unknown_name("sparse weight", name, found)
     weight, graph = found[name]
-    start = sum(other.numel for other in graph.weights[: graph.weights.index(weight)])
-    index = graph.real_index
-    index = index[(index >= start) & (index < start + weight.numel)] - start
+    index = split_index(graph.real_index, graph.weights)[graph.weights.index(weight)]
     source, target, place = weight.channel_pairs(index.cpu())
     inputs, outputs = weight.channels
     nodes = Nodes.in_blocks((inputs, outputs)).attributes()
-    live = nodes["output_mask"].clone()
-    live[source] = True
+    edge_index = torch.stack([source, inputs + target])
     per_input, per_output = inputs // weight.groups, outputs // weight.groups
     starts = range(0, inputs, per_input), range(0, outputs, per_output)
     return import_pyg().data.Data(
-        edge_index=torch.stack([source, inputs + target]),
-        edge_weight=weight.flat(weight.parameter.detach()).cpu()[index.cpu()],
+        edge_index=edge_index,
+        edge_weight=graph.wiring.values(weight.flat(weight.parameter))[index].detach().cpu(),
         kernel_position=place,
         num_nodes=inputs + outputs,
         **nodes,
-        live_mask=live,
+        live_mask=reaching(edge_index, nodes["output_mask"]),
         candidate_blocks=torch.tensor(
             [[(a, a + per_input, inputs + b, inputs + b + per_output) for a, b in zip(*starts, strict=True)]]
         ),

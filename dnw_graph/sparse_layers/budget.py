@@ -73,13 +73,9 @@ def _by_pattern(weights: Sequence[LayerWeight], density: float, densities: Mappi
         check_density(f"the density of {pattern!r}", value)
         if not any(fnmatchcase(name, pattern) for name in names):
             raise unknown_name("weight in distribution", pattern, names)
-    return [
-        kept(
-            weight.numel,
-            next(
-                (d for pattern, d in densities.items() if any(fnmatchcase(each, pattern) for each in weight.names)),
-                density,
-            ),
-        )
-        for weight in weights
-    ]
+
+    def density_of(weight: LayerWeight) -> float:
+        matching = (d for pattern, d in densities.items() if any(fnmatchcase(name, pattern) for name in weight.names))
+        return next(matching, density)
+
+    return [kept(weight.numel, density_of(weight)) for weight in weights]

@@ -94,8 +94,7 @@ class RealWeights(nn.Module):
         """Return the values of the edges in a forward pass."""
         ((weight, graph),) = self.parts
         assert self.edges is not None
-        parameter = graph.guarded(weight.parameter) if weight is graph.weights[0] else weight.parameter
-        return graph.wiring.values(at_positions(parameter, self.edges.index))
+        return graph.wiring.values(at_positions(graph.guarded(weight.parameter), self.edges.index))
 
     def forward(self, weight: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         """Return the weight that the layer computes with."""
@@ -122,9 +121,8 @@ class RealWeights(nn.Module):
         return real, learning
 
     def _values(self, weight: Tensor) -> Tensor:
-        for part, graph in self.parts:
-            if part is graph.weights[0]:
-                weight = graph.guarded(weight)
+        for _, graph in self.parts:
+            weight = graph.guarded(weight)
         rules = [graph.wiring for _, graph in self.parts]
         if self.parts[0][0].third is None:
             return rules[0].values(weight)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.sparse import to_sparse_semi_structured
 
 from dnw_graph._compat import remove_hooks
 from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.sparse_layers.access import sparse_parameters
-from dnw_graph.sparse_layers.forward_pass import ForwardPass, part
+from dnw_graph.sparse_layers.forward_pass import ForwardPass, RealWeights, part
 from dnw_graph.sparse_layers.layers import own_parameters
 from dnw_graph.sparse_layers.state import before_loading
+from dnw_graph.wirings import NM
 
 
 @checked
-def densify(module: nn.Module, *, keep_hallucinated: bool = False) -> None:
+def densify(module: nn.Module, *, keep_hallucinated: bool = False, semi_structured: bool = False) -> None:
     """Make the weights of a module plain, dense parameters again, in place and as the same objects.
 
     Layers that share a ranking with layers outside the module leave that ranking; the layers outside keep their edges.
@@ -26,13 +28,17 @@ def densify(module: nn.Module, *, keep_hallucinated: bool = False) -> None:
     Args:
         module: A module with sparse weights in it.
         keep_hallucinated: Keep the values of hallucinated weights instead of zeros.
+        semi_structured: For inference on a GPU: replace the weights of linear layers of which ``"nm"`` keeps 2 of 4 by
+            tensors of ``torch.sparse.to_sparse_semi_structured``, whose products skip the zeros. They must be float16
+            or bfloat16; those of a size that PyTorch does not support, and convolutions, stay dense.
 
     Raises:
-        InputError: If there is no sparse weight.
+        InputError: If there is no sparse weight, or none that can become semi-structured.
     """
     found = {real: (layer, name) for _, layer, name, real in sparse_parameters(module)}
     if not found:
         raise InputError(f"{type(module).__name__} has no sparse weight: nothing to make dense")
+    converted = _semi_structured(found) if semi_structured else {}
     part(list(found))
     if not keep_hallucinated:
         with torch.no_grad():
@@ -45,6 +51,25 @@ def densify(module: nn.Module, *, keep_hallucinated: bool = False) -> None:
         _make_plain(layer, name, real.order)
     for each in module.modules():
         remove_hooks(each, _is_ours)
+    for layer, weight in converted.items():
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _semi_structured(found: Mapping[RealWeights, tuple[nn.Module, str]]) -> dict[nn.Module, Tensor]:
+    """Return the weights that PyTorch's kernels for 2 of 4 support, by layer."""
+    converted, reason = {}, "no linear layer in float16 or bfloat16 has wiring='nm' with 2 of 4"
+    for real, (layer, name) in found.items():
+        rule = real.parts[0][1].wiring
+        suits = isinstance(layer, nn.Linear) and isinstance(rule, NM) and (rule.n, rule.m) == (2, 4)
+        # In float32 these kernels expect 1 of 2.
+        if suits and real.parts[0][0].parameter.dtype in (torch.float16, torch.bfloat16):
+            try:
+                converted[layer] = to_sparse_semi_structured(getattr(layer, name).detach())
+            except RuntimeError as error:  # the device or the size
+                reason = str(error)
+    if not converted:
+        raise InputError(f"no weight can become semi-structured: {reason}")
+    return converted
 
 
 def _make_plain(layer: nn.Module, name: str, order: Sequence[str]) -> None:

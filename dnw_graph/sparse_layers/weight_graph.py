@@ -45,8 +45,8 @@ class WeightGraph(Ranking):
 
     def real_edges_per_weight(self) -> dict[LayerWeight, int]:
         """Return the number of real edges now in each of ``weights``."""
-        parts = self._split(self.real_index)
-        return {weight: int(mask.count_nonzero()) for weight, mask in zip(self.weights, parts, strict=True)}
+        parts = split_index(self.real_index, self.weights)
+        return {weight: len(own) for weight, own in zip(self.weights, parts, strict=True)}
 
     @property
     def candidate_weight(self) -> Float[Tensor, " candidates"]:
@@ -141,13 +141,10 @@ class WeightGraph(Ranking):
             found.append(LayerEdges(weight, own) if edges else weight.mask(own, like))
         return found
 
-    def _split(self, index: Int[Tensor, " edges"]) -> tuple[Tensor, ...]:
+    def _shaped(self, index: Int[Tensor, " edges"], tensors: Sequence[Tensor]) -> list[Tensor]:
         # In the dtype of the weights: on a CPU, multiplying by a mask is several times faster than torch.where.
         real = self.weights[0].parameter.new_zeros(self.num_candidates).index_fill_(0, index, 1)
-        return real.split([weight.numel for weight in self.weights])
-
-    def _shaped(self, index: Int[Tensor, " edges"], tensors: Sequence[Tensor]) -> list[Tensor]:
-        triples = zip(self.weights, self._split(index), tensors, strict=True)
+        triples = zip(self.weights, real.split([weight.numel for weight in self.weights]), tensors, strict=True)
         return [weight.shaped(part).to(parameter.dtype) for weight, part, parameter in triples]
 
     def _weights_in(self, state: Mapping[str, Any]) -> Tensor | None:

@@ -13,12 +13,16 @@ IMAGENET = (*(epoch / 100 for epoch in range(10, 80, 5)), 0.85)
 
 
 class ACDC(ChangingEdges):
-    """Alternates between all edges and the k strongest (Peste et al. 2021).
+    r"""Alternates between all edges and the k strongest (Peste et al. 2021).
 
     arXiv 2106.12379 and IST-DASLab/ACDC. Training starts dense: all candidates are real. A compressed phase keeps the k
     of largest |w| until it ends; the other weights are zero and are not trained. Each dense phase starts with zero
     momentum in all parameters of the optimiser. The published figures rank all layers together
-    (``distribution="global"``).
+    (``distribution="global"``). After step t the number of real edges is
+
+    .. math:: |E| = k \text{ if } |\{s : t_s \le t\}| \text{ is odd, else } n,
+
+    with the switches t_s and n candidates. The published code counts t in epochs.
 
     Args:
         switches: The ends of the phases, as steps or fractions of training. The first phase is dense; the number of

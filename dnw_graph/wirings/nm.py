@@ -19,7 +19,9 @@ class NM(Wiring):
     arXiv 2102.04010 and aojunzz/NM-sparsity. A group consists of input channels at one position of the kernel; a
     shorter last group keeps min(n, its size). This determines k; any other k is refused. Every candidate gets a
     gradient. Hallucinated ones also get λw, the gradient of :math:`\tfrac{\lambda}{2} \sum w^2` over them: add
-    :func:`dnw_graph.wiring_penalty` to the loss. With λ = 0 this is ``"dnw"`` within every group.
+    :func:`dnw_graph.wiring_penalty` to the loss. The published code adds λw to the gradient itself.
+    With λ = 0 this is ``"dnw"`` within every group. :func:`~dnw_graph.sparse_layers.densify` can turn 2 of 4 into
+    tensors for the sparse kernels of a GPU.
 
     Args:
         n: Real edges of a group.

@@ -54,7 +54,11 @@ class PruneAndGrow(ChangingEdges):
 
     def number(self, view: View, step: int) -> int:
         """Return how many edges are dropped after a step, counted from 1."""
-        return math.floor(self.fraction.at(view, after=step) * view.k) if self.is_round(view, step) else 0
+        return math.floor(self.share(view, step, view.k)) if self.is_round(view, step) else 0
+
+    def share(self, view: View, step: int, edges: int) -> float:
+        """Return the fraction after a step, of some edges, without rounding errors: 0.29 of 100 are 29, not 28.99…"""
+        return round(self.fraction.at(view, after=step) * edges, 6)
 
     def scores(self, view: View) -> Float[Tensor, " candidates"]:
         """Return a score per candidate; edges of largest |score| are grown."""

@@ -18,7 +18,8 @@ class STR(Wiring):
 
     .. math:: \mathrm{sign}(w) \, \mathrm{relu}(|w| - \sigma(s)),
 
-    where s is learned, one per graph, with its own weight decay, and σ is the sigmoid. k cannot be set. The number of
+    where s is learned, one per graph (in the published code one per layer), with its own weight decay, and σ is the
+    sigmoid. k cannot be set. The number of
     edges results from training (``num_real_edges``) and can be a budget for other rules (``distribution={…}``).
     Hallucinated weights get no gradient, but weight decay acts on them. In float32 the gradient of s is exactly 0 below
     s = -104, where only its weight decay changes it. On a GPU every forward pass synchronises to count the edges.

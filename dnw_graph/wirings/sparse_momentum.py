@@ -73,7 +73,7 @@ class SparseMomentum(PruneAndGrow):
     def number(self, view: View, step: int) -> int:
         """Return how many edges a round prunes: ⌈p · n_i⌉, but not all."""
         edges = self.num_edges(view.k)
-        return min(math.ceil(self.fraction.at(view, after=step) * edges), edges - 1)
+        return min(math.ceil(self.share(view, step, edges)), edges - 1)
 
     def scores(self, view: View) -> Float[Tensor, " candidates"]:
         """Return the momentum."""
@@ -91,15 +91,11 @@ class SparseMomentum(PruneAndGrow):
     def after_steps(cls, views: Sequence[View]) -> None:
         """Do a round over all graphs whose round is due."""
         super().after_steps(views)
-        due = [
-            (rule, view) for view in views if isinstance(rule := view.wiring, cls) and rule.is_round(view, view.step)
-        ]
-        pruned = [rule.number(view, view.step) for rule, view in due]
-        room = [(0, int((~rule.mask).sum()) + number) for (rule, _), number in zip(due, pruned, strict=True)]
-        momenta = [rule.scores(view) for rule, view in due]
-        means = [
-            float(each[rule.mask].abs().mean(dtype=torch.float64)) for (rule, _), each in zip(due, momenta, strict=True)
-        ]
+        rules = [(rule, view) for view in views if isinstance(rule := view.wiring, cls)]
+        due = [(rule, view, rule.scores(view)) for rule, view in rules if rule.is_round(view, view.step)]
+        pruned = [rule.number(view, view.step) for rule, view, _ in due]
+        room = [(0, int((~rule.mask).sum()) + number) for (rule, *_), number in zip(due, pruned, strict=True)]
+        means = [float(momentum[rule.mask].abs().mean(dtype=torch.float64)) for rule, _, momentum in due]
         grown = allot(sum(pruned), means, room)
-        for (rule, view), number, new, momentum in zip(due, pruned, grown, momenta, strict=True):
+        for (rule, view, momentum), number, new in zip(due, pruned, grown, strict=True):
             rule.exchange(view, number, new, momentum)

@@ -63,22 +63,14 @@ class SecondStage(ConstantEdges):
         self.known = True
         view.weight.copy_(self.start)
 
-    def choose(self, view: View) -> Tensor:
-        """Return the edges of the trained complete graph."""
-        self._check_known(view)
-        return super().choose(view)
-
     def choose_to_train(self, view: View) -> Tensor:
         """Return the edges of the trained complete graph."""
-        self._check_known(view)
-        return self.index
-
-    def _check_known(self, view: View) -> None:
         if not self.known:
             raise InputError(
                 f"{view.name}: {type(self).__name__} needs a trained complete graph: train one with wiring 'complete', "
                 "then use dnw_graph.wirings.two_stage or, in the examples, --complete DIRECTORY; or load a checkpoint"
             )
+        return self.index
 
     def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
         """Refuse anything but k distinct ascending edges, or k unknown ones."""

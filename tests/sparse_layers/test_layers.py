@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch_geometric.utils import to_networkx
 
-from dnw_graph import Fixed, InputError, TargetedDropout
+from dnw_graph import STR, Fixed, InputError, TargetedDropout
 from dnw_graph.sparse_layers import sparsify, to_data, weight_graphs
 from dnw_graph.sparse_layers.budget import edges_per_weight
 from dnw_graph.sparse_layers.layers import find_weights
@@ -48,6 +48,15 @@ def test_the_edges_are_the_channels_that_a_layer_connects(name):
                 at = [3 + p if "up" in name else 3 - p for p in place]
                 expected[(target - inputs, *at)] += weight
         torch.testing.assert_close(out, expected)
+
+
+def test_the_weight_of_an_edge_is_the_value_that_the_layer_computes_with():
+    layer = nn.Linear(6, 4)
+    sparsify(layer, wiring=STR(-2.0))
+    data = to_data(layer, "weight")
+    source, target = data.edge_index
+    assert 0 < data.num_edges < 24
+    assert torch.equal(layer.weight[target - 6, source], data.edge_weight)
 
 
 @pytest.mark.parametrize("name", LAYERS)

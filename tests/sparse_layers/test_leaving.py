@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dnw_graph import compact
+from dnw_graph import NM, InputError, compact
 from dnw_graph.sparse_layers import densify, sparsify, weight_graphs
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
@@ -75,6 +75,23 @@ def test_what_is_left_becomes_dense_and_compact():
         f"{i}.{name}" for i in (0, 2, 4) for name in ("weight", "bias")
     ]
     sparsify(model, 0.3, distribution="global")
+
+
+@pytest.mark.parametrize(
+    ("layer", "wiring", "reason"),
+    [
+        (nn.Linear(64, 64).half(), "nm", "device= cpu is not supported"),
+        (nn.Linear(64, 64), "nm", "no linear layer in float16 or bfloat16 has wiring='nm' with 2 of 4"),
+        (nn.Linear(64, 64).half(), NM(1, 4), "no linear layer in float16 or bfloat16 has wiring='nm' with 2 of 4"),
+        (nn.Conv2d(64, 64, 1).half(), "nm", "no linear layer in float16 or bfloat16 has wiring='nm' with 2 of 4"),
+    ],
+)
+def test_what_cannot_become_semi_structured_is_refused_and_stays_sparse(layer, wiring, reason):
+    model = nn.Sequential(layer)
+    sparsify(model, wiring=wiring)
+    with pytest.raises(InputError, match=f"no weight can become semi-structured: .*{reason}"):
+        densify(model, semi_structured=True)
+    assert [*weight_graphs(model)] == ["0.weight"]
 
 
 @LEFT

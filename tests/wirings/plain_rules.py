@@ -50,6 +50,19 @@ class Graph:
         return np.concatenate([(inner.T @ x).ravel(), (outer.T @ both).ravel()])
 
 
+class Shared:
+    """Two layers with tanh between them, whose weights have one budget."""
+
+    n = 6 * 5 + 5 * 4
+
+    def gradient(self, values, x, t):
+        first, second = values[:30].reshape(5, 6), values[30:].reshape(4, 5)
+        states = np.tanh(x @ first.T)
+        outer = 2 * (states @ second.T - t)
+        inner = (outer @ second) * (1 - states**2)
+        return np.concatenate([(inner.T @ x).ravel(), (outer.T @ states).ravel()])
+
+
 class Plain:
     """A rule on lists. Subclasses say which candidates are real, learn and are trained, and what follows a step."""
 

@@ -43,14 +43,20 @@ RULES = {
     "str": (lambda: STR(-2.0, 0.3), plain.PlainSTR),
     "nm": (lambda: NM(strength=0.05), plain.PlainNM),
 }
-TASKS = {"linear": plain.Linear(), "graph": plain.Graph()}
-ROWS = {"linear": [(0, 4, 6)], "graph": [(0, 5, 6), (30, 4, 11)]}
+TASKS = {"linear": plain.Linear(), "graph": plain.Graph(), "shared": plain.Shared()}
+ROWS = {"linear": [(0, 4, 6)], "graph": [(0, 5, 6), (30, 4, 11)], "shared": [(0, 5, 6), (30, 4, 5)]}
 
 
 def make(task, rule, k=None):
     if task == "linear":
         model = nn.Sequential(nn.Linear(6, 4, bias=False)).double()
         sparsify(model, None if isinstance(rule, NM) else (k or 9) / 24, rule)
+        return model
+    if task == "shared":
+        # The weight of a transposed convolution is not in the order of the candidates.
+        last = nn.Unflatten(1, (5, 1, 1)), nn.ConvTranspose2d(5, 4, 1, bias=False), nn.Flatten()
+        model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Tanh(), *last).double()
+        sparsify(model, None if isinstance(rule, NM) else (k or 20) / 50, rule, distribution="global")
         return model
     k = None if isinstance(rule, NM) else k or 21
     functions = {"node_function": nn.Tanh(), "input_function": False, "output_function": False}
@@ -60,7 +66,7 @@ def make(task, rule, k=None):
 
 
 def graph_of(model):
-    return model[0] if isinstance(model[0], NeuralGraph) else weight_graphs(model)["0.weight"]
+    return model[0] if isinstance(model[0], NeuralGraph) else next(iter(weight_graphs(model).values()))
 
 
 def make_optimiser(model, kind, momentum=plain.MOMENTUM, decay=plain.DECAY):
@@ -121,27 +127,29 @@ def test_weights_edges_and_state_are_those_of_a_plain_loop(name, task, kind):
         assert {len(each) for each in sets} == {graph.num_edges}
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_resumed_between_rounds_to_the_same_bits(name, tmp_path):
+@every_value(rest=pytest.mark.slow, name=RULES, task=["graph", "shared"])
+def test_resumed_at_any_step_to_the_same_bits(name, task):
     def start():
-        model = make("graph", RULES[name][0]())
+        model = make(task, RULES[name][0]())
         optimiser = make_optimiser(model, "sgd")
         attach(model, optimiser, STEPS, steps_per_epoch=6)
         return model, optimiser
 
     model, optimiser = start()
-    for number in range(STEPS):
-        if number == 15:
-            torch.save((model.state_dict(), optimiser.state_dict()), tmp_path / "state.pt")
+    saved = {}
+    for number in range(22):
+        if number >= 10:  # Every rule acts at least once.
+            saved[number] = copy.deepcopy((model.state_dict(), optimiser.state_dict()))
         step(model, optimiser, number)
     torch.manual_seed(77)
-    fresh, other = start()
-    for each, state in zip((fresh, other), torch.load(tmp_path / "state.pt", weights_only=True), strict=True):
-        each.load_state_dict(state)
-    for number in range(15, STEPS):
-        step(fresh, other, number)
-    assert fresh.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in model.state_dict().items())
+    for first, states in saved.items():
+        fresh = start()
+        for each, state in zip(fresh, states, strict=True):
+            each.load_state_dict(state)
+        for number in range(first, 22):
+            step(*fresh, number)
+        assert fresh[0].state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(value, fresh[0].state_dict()[key]) for key, value in model.state_dict().items())
 
 
 # --- what follows from the definitions -------------------------------------------------------------------------------
@@ -277,6 +285,40 @@ def test_groups_of_nm_are_input_channels_at_one_place_of_the_kernel(layer, chann
         assert np.flatnonzero(real[part]).tolist() == plain.top(weight[part], min(2, len(real[part])))
 
 
+class Groups(nn.Module):
+    """A linear layer as one layer per target and group of four inputs."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(4, 1, bias=False).double() for _ in range(weight.numel() // 4))
+        for part, own in zip(self.parts, weight.reshape(-1, 1, 4), strict=True):
+            part.weight.data.copy_(own)
+
+    def forward(self, x):
+        groups = x.split(4, dim=1)
+        pairs = zip(self.parts, groups * (len(self.parts) // len(groups)), strict=True)
+        return torch.cat([part(group) for part, group in pairs], dim=1).unflatten(1, (-1, len(groups))).sum(2)
+
+
+def test_nm_without_decay_is_dnw_within_every_group():
+    model = nn.Linear(8, 3, bias=False).double()
+    groups = Groups(model.weight.detach())
+    sparsify(model, wiring=NM(strength=0.0))
+    sparsify(groups, 0.5, "dnw")
+    optimisers = [make_optimiser(each, "sgd") for each in (model, groups)]
+    generator, sets = torch.Generator().manual_seed(3), []
+    for _ in range(STEPS):
+        x, t = torch.randn(2, 11, 8, generator=generator, dtype=torch.float64)
+        t = t[:, :3] + x[:, :3]
+        for each, optimiser in zip((model, groups), optimisers, strict=True):
+            optimiser.zero_grad()
+            (each(x) - t).square().mean().backward()
+            optimiser.step()
+        sets.append(model.weight.detach().ne(0))
+        torch.testing.assert_close(model.weight, torch.stack([part.weight for part in groups.parts]).view(3, 8))
+    assert not all(torch.equal(each, sets[0]) for each in sets)
+
+
 def test_another_density_than_that_of_nm_is_refused():
     message = r"0\.weight: the rule NM has 16 of 32 edges; got num_edges = 8: leave"
     with pytest.raises(InputError, match=message):
@@ -404,6 +446,13 @@ def test_a_copy_goes_on_with_an_optimiser_of_its_own():
         step(model, optimiser, number)
         step(twin, other, number)
     assert torch.equal(graph_of(model).candidates.weight, graph_of(twin).candidates.weight)
+
+
+@pytest.mark.parametrize(("rule", "number"), [(SET(0.29, 1), 29), (SparseMomentum(0.07, 1), 7)])
+def test_a_share_of_the_edges_is_that_of_the_decimal_number(rule, number):
+    graph = NeuralGraph((20, 20), 100, wiring=rule)
+    graph.wiring.num_steps = 1000
+    assert graph.wiring.number(graph.view(), 1) == number
 
 
 def test_schedules_of_set_may_fall():

@@ -306,7 +306,9 @@ def test_bad_input():
     half = torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(InputError, match=r"2.weight is not among the parameters of the optimiser"):
         attach(model, half)
-    attach(model, optimizer := sgd(model))
+    with pytest.raises(InputError, match=r"0.weight: SparseMomentum does not know how many steps training has"):
+        attach(model, sgd(model))
+    attach(model, optimizer := sgd(model), 2)
     with pytest.raises(InputError, match=r"0.weight: SparseMomentum does not know how many steps an epoch has"):
         train_step(model, optimizer, next(batches()))
     attach(model, optimizer := sgd(model), 2, steps_per_epoch=1)
