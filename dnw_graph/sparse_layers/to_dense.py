@@ -57,7 +57,8 @@ def densify(module: nn.Module, *, keep_hallucinated: bool = False, semi_structur
 
 def _semi_structured(found: Mapping[RealWeights, tuple[nn.Module, str]]) -> dict[nn.Module, Tensor]:
     """Return the weights that PyTorch's kernels for 2 of 4 support, by layer."""
-    converted, reason = {}, "no linear layer in float16 or bfloat16 has wiring='nm' with 2 of 4"
+    converted: dict[nn.Module, Tensor] = {}
+    reason = "no linear layer in float16 or bfloat16 has wiring='nm' with 2 of 4"
     for real, (layer, name) in found.items():
         rule = real.parts[0][1].wiring
         suits = isinstance(layer, nn.Linear) and isinstance(rule, NM) and (rule.n, rule.m) == (2, 4)

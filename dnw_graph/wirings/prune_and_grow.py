@@ -57,7 +57,7 @@ class PruneAndGrow(ChangingEdges):
         return math.floor(self.share(view, step, view.k)) if self.is_round(view, step) else 0
 
     def share(self, view: View, step: int, edges: int) -> float:
-        """Return the fraction after a step, of some edges, without rounding errors: 0.29 of 100 are 29, not 28.99…"""
+        """Return the fraction after a step of some edges, without rounding errors: 0.29 of 100 is 29."""
         return round(self.fraction.at(view, after=step) * edges, 6)
 
     def scores(self, view: View) -> Float[Tensor, " candidates"]:
