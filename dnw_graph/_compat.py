@@ -6,6 +6,7 @@ No other module may use one (``tests/test_private_interfaces.py``). If a new ver
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -44,6 +45,7 @@ __all__ = [
     "one_dnn_linear",
     "remove_hooks",
     "solver_names",
+    "steps_in_progress",
     "tree_leaves",
     "unwrapped",
     "unwrapped_name",
@@ -208,6 +210,17 @@ def solver_names() -> Iterable[str]:
     from torchdiffeq._impl.odeint import SOLVERS
 
     return SOLVERS
+
+
+# A step calls its hooks itself, and that of a subclass calls those of its base class again; neither says which it is.
+def steps_in_progress(optimizer: torch.optim.Optimizer) -> int:
+    """Return how many calls of an optimiser's ``step`` are running: its own, and those of its base classes."""
+    count, frame = 0, inspect.currentframe()
+    while frame is not None:
+        hooked = frame.f_code.co_qualname == "Optimizer.profile_hook_step.<locals>.wrapper"
+        count += hooked and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return count
 
 
 def import_pyg() -> ModuleType:

@@ -176,6 +176,7 @@ class Ranking(nn.Module):
         view.write_back()
         before = getattr(self, "wiring", view.wiring)
         self.wiring = view.wiring.train(self.training)
+        self._needs_steps = self.wiring.needs_steps  # Not read in a forward pass: the compiler cannot trace it.
         self.wiring.step = 0
         for name in ("num_steps", "steps_per_epoch", "seed"):
             setattr(self.wiring, name, getattr(before, name))
@@ -276,11 +277,18 @@ class Ranking(nn.Module):
     def guarded(self, weight: Tensor) -> Tensor:
         """Raise an error at the second backward pass if the rule needs an attached optimiser and has none.
 
+        A compiled model cannot count passes and raises it in the first one.
+
         Args:
             weight: A tensor through which the gradients of the weights flow.
         """
-        unneeded = not self.training or torch.compiler.is_compiling() or not self.wiring.needs_steps
-        if unneeded or self.updates is not None:
+        if not self.training or not self._needs_steps:
+            return weight
+        if torch.compiler.is_compiling():
+            if self._updates is None and torch.is_grad_enabled():
+                raise self._unattached()
+            return weight
+        if self.updates is not None:
             return weight
         weight = weight.view_as(weight)
         if weight.requires_grad:
@@ -291,10 +299,13 @@ class Ranking(nn.Module):
         if self._backward_pass is None:
             self._backward_pass = backward_pass()
         elif self._backward_pass != backward_pass():
-            raise InputError(
-                f"{self.name}: {type(self.wiring).__name__} needs the steps of an optimiser, but none is attached: "
-                "call dnw_graph.attach(model, optimizer) before training, and again for another optimiser or a copy"
-            )
+            raise self._unattached()
+
+    def _unattached(self) -> InputError:
+        return InputError(
+            f"{self.name}: {type(self.wiring).__name__} needs the steps of an optimiser, but none is attached: "
+            "call dnw_graph.attach(model, optimizer) before training, and again for another optimiser or a copy"
+        )
 
     @property
     def updates(self) -> Any:
@@ -305,15 +316,18 @@ class Ranking(nn.Module):
         """Remember the object that calls the rule after a step.
 
         Args:
-            updates: The object; held weakly, so that it lives as long as its optimiser.
+            updates: The object, held weakly, so that it lives as long as its optimiser; None for none.
             full_name: The graph's name in the model.
         """
-        self._updates, self._backward_pass, self.full_name = weakref.ref(updates), None, full_name
+        self._updates = None if updates is None else weakref.ref(updates)
+        self._backward_pass, self.full_name = None, full_name
 
     def forget(self) -> None:
         """Choose the edges again at their next use, after weights or the rule's state were replaced."""
         self._chosen = None
         self.wiring.forget_weights()
+        if self.updates is not None:
+            self.updates.set_probes()  # The next step may have a round.
 
     def forget_edges(self) -> None:
         """Choose the edges again at their next use, after a step."""
@@ -424,5 +438,3 @@ def check_saved(graph: Ranking, state_dict: Mapping[str, Any], prefix: str) -> N
 
 def _forget(graph: Ranking, *_: Any) -> None:
     graph.forget()
-    if graph.updates is not None:
-        graph.updates.set_probes()  # The next step may have a round.

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from dnw_graph._compat import backward_pass, unwrapped, unwrapped_name, version
+from dnw_graph._compat import backward_pass, steps_in_progress, unwrapped, unwrapped_name, version
 from dnw_graph.arguments import checked, require
 from dnw_graph.candidates import RankedWeight, split_index
 from dnw_graph.errors import InputError
 from dnw_graph.partial_step import PartialStep, can_be_partial
 from dnw_graph.ranking import Ranking, rankings
-from dnw_graph.wirings import Schedule, View, Wiring
+from dnw_graph.wirings import View, Wiring
 from dnw_graph.wirings.view import new_seed
 
 
@@ -32,7 +32,6 @@ class Updates:
     def __init__(self, graphs: dict[str, Ranking], optimizer: Optimizer) -> None:
         self.graphs = graphs
         self._before: dict[str, _Before] = {}
-        self._in_step = False
         self._partial: PartialStep | None = None
         self._probe_handles: list[RemovableHandle] = []
         self._handles = [
@@ -45,9 +44,23 @@ class Updates:
 
     def remove(self) -> None:
         """Remove the hooks from the optimiser."""
+        for graph in list(self.graphs.values()):
+            self.release(graph)
         for handle in self._handles:
             handle.remove()
+
+    def release(self, graph: Ranking) -> None:
+        """Do not act on a graph any more."""
         self._remove_probes()
+        self.graphs = {name: each for name, each in self.graphs.items() if each is not graph}
+        graph.attached(None, graph.full_name)
+        self.set_probes()
+
+    def adopt(self, graph: Ranking) -> None:
+        """Act on a graph too that was a part of another one."""
+        self.graphs[graph.name] = graph
+        graph.attached(self, graph.name)
+        self.set_probes()
 
     def _views(self, optimizer: Optimizer) -> dict[str, View]:
         return {name: graph.view(optimizer=optimizer) for name, graph in self.graphs.items()}
@@ -61,11 +74,12 @@ class Updates:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Make the step leave untrained candidates unchanged: hide them from it, or remember their values."""
+        if steps_in_progress(optimizer) > 1:  # This is the step of its base class.
+            return None
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise InputError("replaying a step in a CUDA graph calls no rule: leave the step out of the graph")
         if self._partial is not None:  # the last step has raised an error
             self._partial.undo()
-        self._in_step = True
         alone: dict[Tensor, Tensor] = {}
         for name, view in self._views(optimizer).items():
             skips = view.wiring.skips_update(view)
@@ -84,9 +98,8 @@ class Updates:
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *call: Any) -> None:
         """Restore untrained candidates, count the step and call the rules."""
-        if not self._in_step:  # The optimiser's ``step`` called that of its base class, whose hooks ran first.
+        if steps_in_progress(optimizer) > 1:
             return
-        self._in_step = False
         before, self._before = self._before, {}
         if self._partial is not None:
             self._partial.end()
@@ -103,7 +116,7 @@ class Updates:
                 graph.wiring.step += 1
             by_rule: dict[type, list[View]] = {}
             for view in views.values():
-                if _has_had_gradient(view, optimizer):
+                if _has_gradient(view):
                     if view.wiring.needs_momentum and view.step == 1:
                         _ = view.momentum  # Raises an error: some optimisers take the option but keep no momentum.
                     by_rule.setdefault(type(view.wiring), []).append(view)
@@ -235,9 +248,9 @@ def _new_probe(parameter: Tensor) -> tuple[Tensor, list[RemovableHandle]]:
     ]
 
 
-def _has_had_gradient(view: View, optimizer: Optimizer) -> bool:
+def _has_gradient(view: View) -> bool:
     parameters = [weight.parameter for weight in view.graph.weights]
-    return any(each.grad is not None or optimizer.state.get(each) for each in parameters)
+    return any(each.requires_grad and each.grad is not None for each in parameters)
 
 
 @checked
@@ -288,10 +301,10 @@ def attach(
         rule.num_steps = num_steps or rule.num_steps
         rule.steps_per_epoch = steps_per_epoch or rule.steps_per_epoch
         rule.seed = rule.seed or seed
-        if any(isinstance(each, Schedule) and each.in_fractions and not each.constant for each in vars(rule).values()):
+        if any(each.in_fractions for each in rule.schedules):
             _ = graph.view().num_steps  # Refused now, not at the schedule's first use.
         if graph.updates is not None:
-            graph.updates.remove()
+            graph.updates.release(graph)
     _give_own_decay(optimizer, own_decay(model))
     return Updates(graphs, optimizer)
 

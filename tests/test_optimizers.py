@@ -94,7 +94,7 @@ def test_momentum_that_is_promised_and_not_kept_is_missed_at_the_first_step():
 
     model, _ = make(SparseMomentum(every=100))
     optimiser = Averaging(model.parameters())
-    attach(model, optimiser)
+    attach(model, optimiser, 100)
     with pytest.raises(InputError, match=r"0\.weight: the optimiser has no momentum, but no state: give SGD"):
         train(model, optimiser, 1)
 

@@ -9,8 +9,19 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from dnw_graph import GMP, InputError, NeuralGraph, RigL, Schedule, TargetedDropout, Wiring, attach
-from dnw_graph.sparse_layers import sparsify, weight_graphs
+from dnw_graph import (
+    GMP,
+    SET,
+    InputError,
+    NeuralGraph,
+    RigL,
+    Schedule,
+    SparseMomentum,
+    TargetedDropout,
+    Wiring,
+    attach,
+)
+from dnw_graph.sparse_layers import densify, sparsify, weight_graphs
 from dnw_graph.wirings.prune_and_grow import PruneAndGrow
 
 X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -47,6 +58,14 @@ class Halving(Wiring):
     def after_step(self, view):
         view.weight.mul_(0.5)
         view.momentum.mul_(0.25)
+
+
+class HalvingData(Halving):
+    """The same without a record of the change."""
+
+    def after_step(self, view):
+        view.weight.data.mul_(0.5)
+        view.momentum.detach().numpy()[:] *= 0.25
 
 
 def perceptron():
@@ -130,6 +149,7 @@ def test_the_gradient_of_all_candidates_comes_when_it_is_asked_for_and_stays_out
         twin = copy.deepcopy(model)
         for each in graphs(twin):
             each.wiring.__class__ = type("All", (Probing,), {"trained": "all", "after_step": Wiring.after_step})
+            each._needs_steps = False
         own.zero_grad()
         for x in (X, 2 * X):
             model(x).square().sum().backward()
@@ -147,14 +167,16 @@ def test_the_gradient_of_all_candidates_comes_when_it_is_asked_for_and_stays_out
                 assert not grad.flatten()[half:].any()
 
 
+@pytest.mark.parametrize("rule", [Halving, HalvingData])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_rule_writes_reaches_the_parameters_and_the_optimiser(kind):
-    model, twin = make(kind, Halving()), None
+def test_what_a_rule_writes_reaches_the_parameters_and_the_optimiser(kind, rule):
+    model = make(kind, rule())
     twin = copy.deepcopy(model)
     own, other = (OPTIMISERS["sgd"](each.parameters()) for each in (model, twin))
     attach(model, own)
     for each in graphs(twin):
         each.wiring.__class__ = type("Idle", (Halving,), {"after_step": Wiring.after_step})
+        each._needs_steps = False
     for _ in range(3):
         step(model, own)
         step(twin, other)
@@ -261,6 +283,104 @@ def test_layers_without_a_gradient_sit_out():
     assert frozen.wiring.step == 1
 
 
+@pytest.mark.parametrize("rule", [RigL(0.5, 2), SET(0.5, 2), SparseMomentum(every=2), GMP(0, 12, 2)])
+def test_layers_that_are_frozen_later_keep_weights_and_edges(rule):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    sparsify(model, 0.4, rule)
+    own = OPTIMISERS["sgd"](model.parameters())
+    attach(model, own, 12, steps_per_epoch=2)
+    for _ in range(4):
+        step(model, own)
+    frozen, other = graphs(model)
+    model[0].requires_grad_(False)
+    before = [(each.view().weight.detach().clone(), each.real_index) for each in (frozen, other)]
+    for _ in range(4):
+        step(model, own)
+    same = [torch.equal(each.real_index, edges) for each, (_, edges) in zip((frozen, other), before, strict=True)]
+    assert same == [True, False]
+    assert torch.equal(frozen.view().weight, before[0][0])
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "global"])
+@pytest.mark.filterwarnings("ignore:.* left the ranking of all layers")
+def test_layers_that_become_dense_leave_the_optimiser_to_the_others(distribution):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    sparsify(model, 0.4, RigL(0.5, 2), distribution=distribution)
+    own = OPTIMISERS["sgd"](model.parameters())
+    updates = attach(model, own, 100)
+    step(model, own)
+    densify(model[0])
+    (graph,) = graphs(model)
+    edges = graph.real_index
+    for _ in range(3):
+        step(model, own)
+    assert graph.wiring.step == 4
+    assert not torch.equal(graph.real_index, edges)
+    assert graph.num_real_edges == len(edges)
+    assert model[0].weight.count_nonzero() > 0.4 * 48  # the others are trained too
+    densify(model)
+    step(model, own)
+    updates.remove()
+
+
+def test_a_round_without_a_finite_gradient_is_left_out():
+    model = make("graph", RigL(0.5, 2))
+    own = OPTIMISERS["sgd"](model.parameters())
+    attach(model, own, 100)
+    step(model, own)
+    edges = model.real_index
+    model(X).square().sum().backward()
+    model.candidates.probe.grad[~torch.isin(torch.arange(74), edges)] = torch.inf
+    with pytest.warns(UserWarning, match=r"graph, step 2: the gradient .* infinite: no edge is exchanged"):
+        own.step()
+    assert torch.equal(model.real_index, edges)
+    for _ in range(2):
+        step(model, own)
+    assert not torch.equal(model.real_index, edges)
+
+
+def test_what_an_optimiser_does_after_the_step_of_its_base_class_is_held_back_too():
+    class Shrinking(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for each in group["params"]:
+                        each.mul_(0.5)
+
+    torch.optim.SGD([nn.Parameter(torch.ones(1))])  # from now on PyTorch calls hooks in the step of the base class too
+    model = make("graph", Probing())
+    before = model.view().weight.detach().clone()
+    own = Shrinking(model.parameters(), 0.0)
+    attach(model, own)
+    for _ in range(2):
+        step(model, own)
+    assert torch.equal(model.view().weight[37:], before[37:])
+    torch.testing.assert_close(model.view().weight[:37], before[:37] / 4)
+    assert model.wiring.step == 2
+
+
+def test_a_rule_with_a_schedule_of_its_own_sees_the_steps():
+    class Growing(Wiring):
+        def __init__(self):
+            super().__init__()
+            self.share, self.seen = Schedule(0.0, 1.0), []
+
+        def choose(self, view):
+            return self.largest(view, view.k)
+
+        def choose_to_train(self, view):
+            self.seen.append(round(self.share.at(view), 6))
+            return self.choose(view)
+
+    model = make("graph", Growing())
+    own = OPTIMISERS["sgd"](model.parameters())
+    attach(model, own, 5)
+    for _ in range(5):
+        step(model, own)
+    assert model.wiring.seen == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
 def test_names_tell_graphs_of_a_model_apart_and_are_those_of_the_unwrapped_model():
     def drawn(wrap):
         torch.manual_seed(3)
@@ -284,6 +404,38 @@ def test_attaching_again_replaces_the_hooks():
     updates.remove()
     step(model, own)
     assert len(model.wiring.seen) == 1
+    with pytest.raises(InputError, match="none is attached"):
+        step(model, own)
+
+
+def test_attaching_a_part_again_takes_over_that_part_only():
+    model = make("perceptron", Probing())
+    first, second = graphs(model)
+    own = torch.optim.SGD(model.parameters(), 0.1)
+    attach(model, own)
+    other = torch.optim.SGD(model[0].parameters(), 0.1)
+    attach(model[0], other)
+    for _ in range(3):
+        step(model, own)
+    assert (first.wiring.step, second.wiring.step) == (0, 3)
+    other.step()
+    assert (first.wiring.step, second.wiring.step) == (1, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["graph", "perceptron", "global"])
+def test_a_compiled_model_notices_in_its_first_pass_that_nothing_is_attached(kind):
+    model = make(kind, RigL(0.5, 2)).float()
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(InputError, match="none is attached"):
+        compiled(X.float())
+    own = torch.optim.SGD(model.parameters(), 0.1)
+    attach(model, own, 10)
+    for _ in range(3):
+        own.zero_grad()
+        compiled(X.float()).square().sum().backward()
+        own.step()
+    assert {each.wiring.step for each in graphs(model)} == {3}
 
 
 # --- state -----------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ class WeightGraph(Ranking):
         )
         share = int(stay[index].count_nonzero()) / max(1, index.numel())
         other = WeightGraph(" and ".join(each.name for each in leaving), tuple(leaving))
-        other.wiring = copy.deepcopy(self.wiring)
+        other.wiring, other._needs_steps = copy.deepcopy(self.wiring), self._needs_steps
         before = self._num_edges
         for graph, candidates, part in ((self, stay, share), (other, ~stay, 1 - share)):
             graph._num_edges = round(before * part)
@@ -120,6 +120,8 @@ class WeightGraph(Ranking):
             graph.forget()
         self.weights = tuple(each for each in self.weights if each not in leaving)
         self.has_parted = True
+        if self.updates is not None:
+            self.updates.adopt(other)
         warnings.warn(
             f"{other.name} left the ranking of {self.name}: of the {self.num_candidates:,} weights that stay in it "
             f"{self.num_edges:,} are real",

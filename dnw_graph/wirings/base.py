@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dnw_graph.selection import Selector, new_flag
 from dnw_graph.wirings.saved import saved_number
+from dnw_graph.wirings.schedule import Schedule
 from dnw_graph.wirings.view import View
 
 COUNTERS = ("step", "num_steps", "seed")
@@ -136,8 +137,15 @@ class Wiring(nn.Module):
 
     @property
     def needs_steps(self) -> bool:
-        """Whether the rule needs :func:`dnw_graph.attach`, because it acts after steps or freezes candidates."""
-        return self.trained != "all" or type(self).after_step is not Wiring.after_step
+        """Whether the rule needs :func:`dnw_graph.attach`: to act after steps, freeze candidates or follow a schedule."""
+        own = type(self)
+        acts = own.after_step is not Wiring.after_step or own.skips_update is not Wiring.skips_update
+        return acts or self.trained != "all" or bool(self.schedules)
+
+    @property
+    def schedules(self) -> list[Schedule]:
+        """The schedules among the rule's attributes whose value changes."""
+        return [each for each in vars(self).values() if isinstance(each, Schedule) and not each.constant]
 
     @property
     def counts_steps(self) -> bool:

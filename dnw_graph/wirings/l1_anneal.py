@@ -52,11 +52,6 @@ class L1Anneal(ChangingEdges):
         self.removal = share_over_time("removal", removal)
         require(self.removal.start <= self.removal.end, "removal", "a schedule that increases", removal)
 
-    @property
-    def needs_steps(self) -> bool:
-        """Whether a schedule changes."""
-        return not (self.strength.constant and self.removal.constant)
-
     @not_compiled  # would be compiled anew for every step
     def choose_to_train(self, view: View) -> Tensor:
         """Remove the edges that are due in this step, and return the others."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import ClassVar
 
 import torch
@@ -75,7 +76,12 @@ class PruneAndGrow(ChangingEdges):
     def after_step(self, view: View) -> None:
         """Do a round if it is time."""
         if number := self.number(view, view.step):
-            self.exchange(view, number, number, self.scores(view))
+            scores = self.scores(view)
+            if scores.isfinite().all():
+                self.exchange(view, number, number, scores)
+            else:  # Under a GradScaler .grad can be finite all the same, so that it does not skip the step.
+                what = f"{view.name}, step {view.step}: the gradient of some candidates is NaN or infinite"
+                warnings.warn(f"{what}: no edge is exchanged", stacklevel=2)
 
     def exchange(self, view: View, dropped: int, grown: int, scores: Float[Tensor, " candidates"]) -> None:
         """Drop the real edges of least |w|, and grow others by the largest |score| among all that are not kept.

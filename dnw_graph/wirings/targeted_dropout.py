@@ -54,11 +54,6 @@ class TargetedDropout(Wiring):
             raise unknown_name("variant of targeted dropout", variant, VARIANTS)
         self.variant = variant
 
-    @property
-    def needs_steps(self) -> bool:
-        """Whether ρ changes."""
-        return isinstance(self.rho, Schedule) and not self.rho.constant
-
     def setup(self, view: View) -> None:
         """Group the candidates by target."""
         self.groups = view.candidates.by_target() if self.variant == "regular" else []

@@ -12,7 +12,6 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dnw_graph._compat import version
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.errors import InputError
 from dnw_graph.seeding import mix
@@ -58,7 +57,7 @@ class View:
         self.graph, self.wiring, self.name, self.k = graph, wiring, graph.name, k
         self._tensors, self._optimizer, self._copy = tensors, optimizer, copy
         self._weight: Tensor | None = None
-        self._gathered: list[tuple[Tensor, Sequence[Tensor], int]] = []
+        self._gathered: list[tuple[Tensor, Sequence[Tensor]]] = []
 
     @property
     def num_candidates(self) -> int:
@@ -170,25 +169,24 @@ class View:
     def reset_momentum(self) -> None:
         """Set the momentum of all parameters of the optimiser to zero; after a step only."""
         assert self._optimizer is not None
-        for state in list(self._optimizer.state.values()):
+        for state in (*self._optimizer.state.values(), vars(self).get("state", {})):  # what was gathered, too
             for name in MOMENTA:
                 if isinstance(state.get(name), Tensor):
                     state[name].zero_()
 
     def write_back(self) -> None:
-        """Write changes back into parameters and optimiser state. Called by the engine."""
-        for flat, tensors, before in self._gathered:
-            if version(flat) != before:
-                parts = flat.split([weight.numel for weight in self.graph.weights])
-                for weight, tensor, part in zip(self.graph.weights, tensors, parts, strict=True):
-                    if weight.flat(tensor).data_ptr() != part.data_ptr():
-                        weight.write(part, tensor.detach())
+        """Write what was copied on access back into parameters and optimiser state. Called by the engine."""
+        for flat, tensors in self._gathered:
+            parts = flat.split([weight.numel for weight in self.graph.weights])
+            for weight, tensor, part in zip(self.graph.weights, tensors, parts, strict=True):
+                if weight.flat(tensor).data_ptr() != part.data_ptr():
+                    weight.write(part, tensor.detach())
 
     def _gather(self, read: Sequence[Tensor], written: Sequence[Tensor]) -> Tensor:
         parts = [weight.flat(tensor) for weight, tensor in zip(self.graph.weights, read, strict=True)]
         flat = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self._copy or self._optimizer is not None:
-            self._gathered.append((flat, written, version(flat)))
+            self._gathered.append((flat, written))
         return flat
 
 
