@@ -27,18 +27,20 @@ from dnw_graph.ops.layer import spread
 from dnw_graph.propagation.propagate import RealEdges
 
 
-def unrestricted_weights(edges: RealEdges) -> Float[Tensor, " candidates"]:
-    """Return the values of all candidates; ``.grad`` gets the part of their gradient that the rule requests.
-
-    The product must compute gradients of ``edges.sampled`` only, unless that is None.
-    """
-    if edges.sampled is not None or (edges.learning is None and edges.probe is None):
+def candidate_weights(edges: RealEdges) -> Float[Tensor, " candidates"]:
+    """Return the values of all candidates; ``.grad`` gets the part of their gradient that the rule requests."""
+    if edges.learning is None and edges.probe is None:
         return edges.weight
     return _ToCandidates.apply(edges.weight, edges.probe, edges, False)
 
 
+def unrestricted_weights(edges: RealEdges) -> Float[Tensor, " candidates"]:
+    """Return the same as :func:`candidate_weights`, for products that only compute gradients of ``edges.sampled``."""
+    return candidate_weights(edges) if edges.sampled is None else edges.weight
+
+
 def real_weights(edges: RealEdges) -> Float[Tensor, " candidates"]:
-    """Return the values of real edges and zero for all others, with the same gradient of all candidates."""
+    """Return the values of real edges and zero for all others, with the gradient of :func:`candidate_weights`."""
     return _ToCandidates.apply(edges.weight, edges.probe, edges, True)
 
 

@@ -137,7 +137,7 @@ class Wiring(nn.Module):
 
     @property
     def needs_steps(self) -> bool:
-        """Whether the rule needs :func:`dnw_graph.attach`: to act after steps, freeze candidates or follow a schedule."""
+        """Whether the rule needs :func:`dnw_graph.attach`: it acts after steps, freezes candidates or has schedules."""
         own = type(self)
         acts = own.after_step is not Wiring.after_step or own.skips_update is not Wiring.skips_update
         return acts or self.trained != "all" or bool(self.schedules)
