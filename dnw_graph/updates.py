@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from dnw_graph.candidates import RankedWeight, split_index
 from dnw_graph.errors import InputError
 from dnw_graph.partial_step import PartialStep, can_be_partial
 from dnw_graph.ranking import Ranking, rankings
-from dnw_graph.wirings import View, Wiring
+from dnw_graph.rule_parameters import RuleParameters, own_decay
+from dnw_graph.wirings import View
 from dnw_graph.wirings.view import new_seed
 
 
@@ -29,8 +30,9 @@ class Updates:
         graphs: The graphs whose rules need steps, by their full names.
     """
 
-    def __init__(self, graphs: dict[str, Ranking], optimizer: Optimizer) -> None:
+    def __init__(self, graphs: dict[str, Ranking], optimizer: Optimizer, parameters: RuleParameters) -> None:
         self.graphs = graphs
+        self._parameters = parameters
         self._before: dict[str, _Before] = {}
         self._partial: PartialStep | None = None
         self._probe_handles: list[RemovableHandle] = []
@@ -80,6 +82,7 @@ class Updates:
             raise InputError("replaying a step in a CUDA graph calls no rule: leave the step out of the graph")
         if self._partial is not None:  # the last step has raised an error
             self._partial.undo()
+        self._parameters.end(optimizer)
         alone: dict[Tensor, Tensor] = {}
         for name, view in self._views(optimizer).items():
             skips = view.wiring.skips_update(view)
@@ -93,7 +96,14 @@ class Updates:
             states = {key: value.clone() for key, value in view.state.items()}
             self._before[name] = _Before(trained, view.weight.clone(), states)
         self._partial = PartialStep(optimizer, alone) if alone else None
-        return None if self._partial is None else _after_closure(self._partial.begin, args, kwargs)
+        if self._partial is None and not self._parameters.decays:
+            return None
+        return _after_closure(lambda: self._begin(optimizer), args, kwargs)
+
+    def _begin(self, optimizer: Optimizer) -> None:
+        self._parameters.begin(optimizer)
+        if self._partial is not None:
+            self._partial.begin()
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *call: Any) -> None:
@@ -104,6 +114,7 @@ class Updates:
         if self._partial is not None:
             self._partial.end()
             self._partial = None
+        self._parameters.end(optimizer)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf.item():  # Otherwise a GradScaler made a fused optimiser skip the step.
             for name, view in self._views(optimizer).items():
@@ -260,11 +271,13 @@ def attach(
     """Call the rules of a model after every step of its optimiser, with hooks; the training loop does not change.
 
     Needed for rules that exchange or remove edges between steps (``"set"``, ``"rigl"``, …), for rules that freeze
-    candidates, and for all schedules. Call it after creating the optimiser, before creating a learning-rate scheduler,
-    and before loading a checkpoint into either. Steps that a ``torch.amp.GradScaler`` skips do not count, nor do passes
+    candidates, and for all schedules. Call it after creating the optimiser, and before loading a checkpoint into it;
+    learning-rate schedulers may exist before. Steps that a ``torch.amp.GradScaler`` skips do not count, nor do passes
     without a step. A copy of the optimiser has no hooks: attach it too.
 
-    Parameters of a rule, such as the threshold of ``"str"``, get a parameter group with their own weight decay.
+    Parameters of a rule, such as the threshold of ``"str"``, are stepped with their own weight decay. If the optimiser
+    was created without them, before ``sparsify`` or ``rewire``, they are added to the group of the graph's weights; if
+    they have another optimiser than the weights, attach only that one.
 
     Args:
         model: The model, or a wrapper of it (data-parallel, compiled, averaged).
@@ -276,7 +289,8 @@ def attach(
         A handle, which need not be kept; :meth:`Updates.remove` removes the hooks.
 
     Raises:
-        InputError: If the optimiser is not supported, or lacks a parameter or the momentum that a rule needs.
+        InputError: If the optimiser is not supported, or lacks a parameter, the momentum or the weight decay that a
+            rule needs.
 
     Examples:
         >>> import torch
@@ -289,10 +303,22 @@ def attach(
     """
     for name, number in (("num_steps", num_steps), ("steps_per_epoch", steps_per_epoch)):
         require(number is None or number >= 1, name, "an integer >= 1", number)
+    return attach_beside(model, optimizer, (), num_steps, steps_per_epoch)
+
+
+def attach_beside(
+    model: nn.Module,
+    optimizer: Optimizer,
+    others: Iterable[Optimizer],
+    num_steps: int | None,
+    steps_per_epoch: int | None,
+) -> Updates:
+    """Attach one of several optimisers of a model, see :func:`attach`; it gets no parameter that another one has."""
     counting = ((path, graph) for path, graph in rankings(unwrapped(model)) if graph.wiring.counts_steps)
     graphs = {graph.full_name_at(unwrapped_name(path)): graph for path, graph in counting}
-    if graphs:
+    if graphs or own_decay(model):
         _refuse_optimizer(optimizer)
+    parameters = RuleParameters(unwrapped(model), optimizer, others)
     for name, graph in graphs.items():
         _refuse_parameters(name, graph, optimizer)
     seed = _common_seed()
@@ -305,14 +331,8 @@ def attach(
             _ = graph.view().num_steps  # Refused now, not at the schedule's first use.
         if graph.updates is not None:
             graph.updates.release(graph)
-    _give_own_decay(optimizer, own_decay(model))
-    return Updates(graphs, optimizer)
-
-
-def own_decay(model: nn.Module) -> dict[Tensor, float]:
-    """Return the parameters of a model's rules, each with its weight decay."""
-    wirings = [module for module in model.modules() if isinstance(module, Wiring)]
-    return {parameter: wiring.weight_decay for wiring in wirings for parameter in wiring.parameters()}
+    parameters.add_missing()
+    return Updates(graphs, optimizer, parameters)
 
 
 def _num_ranks() -> int:
@@ -358,14 +378,3 @@ def _refuse_parameters(name: str, graph: Ranking, optimizer: Optimizer) -> None:
                 f"{type(optimizer).__name__} has no momentum for {name}, which {type(graph.wiring).__name__} needs: "
                 "give SGD momentum=0.9, or use Adam"
             )
-
-
-def _give_own_decay(optimizer: Optimizer, decays: Mapping[Tensor, float]) -> None:
-    """Move parameters into groups with their own weight decay; all other options stay."""
-    for group in list(optimizer.param_groups):
-        own = [each for each in group["params"] if each in decays and decays[each] != group["weight_decay"]]
-        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        group["params"] = [each for each in group["params"] if each not in set(own)]
-        for decay in sorted({decays[each] for each in own}):
-            params = [each for each in own if decays[each] == decay]
-            optimizer.add_param_group({**options, "params": params, "weight_decay": decay})

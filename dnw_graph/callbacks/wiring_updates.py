@@ -7,7 +7,7 @@ import math
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dnw_graph.arguments import checked, require
-from dnw_graph.updates import Updates, attach
+from dnw_graph.updates import Updates, attach_beside
 
 
 class WiringUpdates(Callback):
@@ -42,7 +42,8 @@ class WiringUpdates(Callback):
         if steps_per_epoch is None and math.isfinite(trainer.num_training_batches):
             steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) or None
         for optimizer in trainer.optimizers:
-            self.updates.append(attach(pl_module, optimizer, num_steps, steps_per_epoch=steps_per_epoch))
+            updates = attach_beside(pl_module, optimizer, trainer.optimizers, num_steps, steps_per_epoch)
+            self.updates.append(updates)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach from the optimiser."""

@@ -21,8 +21,8 @@ from dnw_graph.data.order import Purpose
 from dnw_graph.ranking import wiring_penalty
 from dnw_graph.recipes.optimizers import make_optimizer
 from dnw_graph.recipes.schedules import Schedule
+from dnw_graph.rule_parameters import own_decay
 from dnw_graph.seeding import mix
-from dnw_graph.updates import own_decay
 
 
 class Classifier(LightningModule):

@@ -38,7 +38,7 @@ class Wiring(nn.Module):
         ignores_k: Whether the rule does not depend on k, so that a state with another k may be loaded.
         decides_k: Whether the rule itself determines k, so that models leave it out.
         needs_momentum: Whether the rule needs an optimiser with momentum.
-        weight_decay: Weight decay of the rule's own parameters.
+        weight_decay: Weight decay of the rule's own parameters, applied once :func:`dnw_graph.attach` was called.
         step: Number of optimiser steps so far; counted by :func:`dnw_graph.attach` for rules that need it.
         num_steps: Number of steps of the whole training; 0 if unknown.
         steps_per_epoch: Number of steps per epoch; 0 if unknown.

@@ -26,7 +26,8 @@ class STR(Wiring):
 
     Args:
         start: s₀. Published for ResNet-50 at 90%: -3200.
-        weight_decay: Weight decay of s, which :func:`dnw_graph.attach` sets in the optimiser. Published: 2.25e-5.
+        weight_decay: Weight decay of s, which :func:`dnw_graph.attach` gives to the optimiser; without ``attach`` s has
+            the decay of its parameter group. Published: 2.25e-5.
 
     Shapes:
         - ``threshold``: scalar, s

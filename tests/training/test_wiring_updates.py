@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from torch.optim.lr_scheduler import ConstantLR
+from torch.optim.lr_scheduler import ConstantLR, LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from dnw_graph import SET, STR, InputError, RigL, sparsify
@@ -28,22 +28,26 @@ class Module(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
 
 
-@pytest.mark.parametrize(("rule", "accumulate"), [(SET(0.5), 1), (SET(0.5), 2), (RigL(0.5, 2), 1)])
-def test_steps_are_those_of_the_optimiser(rule: object, accumulate: int):
-    data = DataLoader(TensorDataset(torch.randn(24, 6), torch.arange(24) % 3), batch_size=4)  # 6 batches
-    module = Module(rule)
-    before = [graph.real_index.tolist() for graph in weight_graphs(module).values()]
+def fit(module: LightningModule, data: DataLoader, **options: object) -> None:
     trainer = Trainer(
         max_epochs=2,
-        accumulate_grad_batches=accumulate,
         callbacks=[WiringUpdates()],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     trainer.fit(module, data)
+
+
+@pytest.mark.parametrize(("rule", "accumulate"), [(SET(0.5), 1), (SET(0.5), 2), (RigL(0.5, 2), 1)])
+def test_steps_are_those_of_the_optimiser(rule: object, accumulate: int):
+    data = DataLoader(TensorDataset(torch.randn(24, 6), torch.arange(24) % 3), batch_size=4)  # 6 batches
+    module = Module(rule)
+    before = [graph.real_index.tolist() for graph in weight_graphs(module).values()]
+    fit(module, data, accumulate_grad_batches=accumulate)
     for graph in weight_graphs(module).values():
         rule = graph.wiring
         expected = (12 // accumulate, 12 // accumulate, 6 // accumulate)
@@ -59,6 +63,60 @@ def test_a_run_gives_parameters_of_rules_their_own_decay(norms: bool):
     optimizer = module.configure_optimizers()["optimizer"]
     found = {group["weight_decay"]: len(group["params"]) for group in optimizer.param_groups}
     assert found == ({0.01: 6, 0.25: 2} if norms else {0.01: 4, 0.0: 2, 0.25: 2})
+
+
+class Scheduled(Module):
+    """One optimiser with a schedule, or two: one for the weights, one for the thresholds."""
+
+    def __init__(self, num_optimisers: int) -> None:
+        super().__init__(STR(-3.0, 0.25))
+        self.automatic_optimization = num_optimisers == 1
+
+    def parts(self) -> list[list[nn.Parameter]]:
+        own = [each for each in self.parameters() if not each.dim()]
+        return [[each for each in self.parameters() if each.dim()], own]
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if not self.automatic_optimization:
+            self.zero_grad()
+            self.manual_backward(loss)
+            for optimiser in self.optimizers():
+                optimiser.step()
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        if not self.automatic_optimization:
+            for scheduler in self.lr_schedulers():
+                scheduler.step()
+
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[LambdaLR]]:
+        parts = [self.parameters()] if self.automatic_optimization else self.parts()
+        optimisers = [torch.optim.SGD(part, 0.1, momentum=0.9) for part in parts]
+        return optimisers, [LambdaLR(each, lambda epoch: 0.5**epoch) for each in optimisers]
+
+
+def test_thresholds_follow_a_schedule_and_step_once_whichever_optimiser_has_them():
+    """Against a plain loop whose optimiser has a group for the thresholds."""
+    torch.manual_seed(0)
+    x, y = torch.randn(24, 6), torch.arange(24) % 3
+    start = Scheduled(1)
+    modules = [Scheduled(1), Scheduled(2)]
+    for module in modules:
+        module.load_state_dict(start.state_dict())
+        fit(module, DataLoader(TensorDataset(x, y), batch_size=4))
+    rest, own = start.parts()
+    optimiser = torch.optim.SGD([{"params": rest}, {"params": own, "weight_decay": 0.25}], 0.1, momentum=0.9)
+    for epoch in range(2):
+        for group in optimiser.param_groups:
+            group["lr"] = 0.1 * 0.5**epoch
+        for batch in zip(x.split(4), y.split(4), strict=True):
+            optimiser.zero_grad()
+            start.training_step([*batch], 0).backward()
+            optimiser.step()
+    for module in modules:
+        for a, b in zip(module.parameters(), start.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_images_of_ones_own_need_a_size(small_digits: ImageData):
