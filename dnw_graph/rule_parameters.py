@@ -45,8 +45,8 @@ class RuleParameters:
         self._missing: list[tuple[dict[str, Any], str, Tensor]] = []
         self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._num_groups = 0
-        kind, groups = type(optimizer).__name__, _groups(optimizer)
-        elsewhere = {parameter for other in others for parameter in _groups(other)}
+        kind, groups = type(optimizer).__name__, parameter_groups(optimizer)
+        elsewhere = {parameter for other in others for parameter in parameter_groups(other)}
         names = {parameter: unwrapped_name(name) for name, parameter in model.named_parameters()}
         for _, graph in rankings(model):
             like = next((groups[each.parameter] for each in graph.weights if each.parameter in groups), None)
@@ -103,5 +103,6 @@ class RuleParameters:
         self._before = []
 
 
-def _groups(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
+def parameter_groups(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
+    """Return the parameters of an optimiser, each with its group."""
     return {parameter: group for group in optimizer.param_groups for parameter in group["params"]}

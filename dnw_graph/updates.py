@@ -18,7 +18,7 @@ from dnw_graph.candidates import RankedWeight, split_index
 from dnw_graph.errors import InputError
 from dnw_graph.partial_step import PartialStep, can_be_partial
 from dnw_graph.ranking import Ranking, rankings
-from dnw_graph.rule_parameters import RuleParameters, own_decay
+from dnw_graph.rule_parameters import RuleParameters, own_decay, parameter_groups
 from dnw_graph.wirings import View
 from dnw_graph.wirings.view import new_seed
 
@@ -313,8 +313,13 @@ def attach_beside(
     num_steps: int | None,
     steps_per_epoch: int | None,
 ) -> Updates:
-    """Attach one of several optimisers of a model, see :func:`attach`; it gets no parameter that another one has."""
-    counting = ((path, graph) for path, graph in rankings(unwrapped(model)) if graph.wiring.counts_steps)
+    """Attach one of several optimisers of a model, see :func:`attach`, to what no other one has."""
+    elsewhere = {each for other in others if other is not optimizer for each in parameter_groups(other)}
+    counting = (
+        (path, graph)
+        for path, graph in rankings(unwrapped(model))
+        if graph.wiring.counts_steps and not elsewhere.issuperset(graph.tensors())
+    )
     graphs = {graph.full_name_at(unwrapped_name(path)): graph for path, graph in counting}
     if graphs or own_decay(model):
         _refuse_optimizer(optimizer)
@@ -366,7 +371,7 @@ def _refuse_optimizer(optimizer: Optimizer) -> None:
 
 
 def _refuse_parameters(name: str, graph: Ranking, optimizer: Optimizer) -> None:
-    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    groups = parameter_groups(optimizer)
     for weight in graph.weights:
         if weight.parameter not in groups:
             if not weight.parameter.requires_grad:

@@ -132,3 +132,30 @@ def test_numbers_that_are_none_are_refused():
             WiringUpdates(num_steps=wrong)
         with pytest.raises(InputError, match=r"steps_per_epoch .*integer"):
             WiringUpdates(steps_per_epoch=wrong)
+
+
+class Apart(Module):
+    """Each layer has an optimiser of its own; the second one steps half as often."""
+
+    def __init__(self) -> None:
+        super().__init__(RigL(0.5, 2))
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        self.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimiser in self.optimizers()[: 1 + batch_idx % 2]:
+            optimiser.step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(self.net[layer].parameters(), 0.1) for layer in (0, 2)]
+
+
+def test_every_optimiser_of_a_module_is_attached_to_the_graphs_that_it_has():
+    module = Apart()
+    before = [graph.real_index.tolist() for graph in weight_graphs(module).values()]
+    fit(module, DataLoader(TensorDataset(torch.randn(24, 6), torch.arange(24) % 3), batch_size=4))
+    assert [graph.wiring.step for graph in weight_graphs(module).values()] == [12, 6]
+    assert all(
+        graph.real_index.tolist() != old for graph, old in zip(weight_graphs(module).values(), before, strict=True)
+    )
