@@ -27,6 +27,7 @@ BAD_INPUT = 2
 # Batch size of predict.
 BATCH = 32
 MODEL = "directory of a run, checkpoint, compact file or export"
+RULE = "the rule of the model if it is your own: package.module.Class, as in training"
 # Usage and meaning by command.
 COMMANDS = {
     "train": ("[--model NAME] [options]", "train a model, or resume a run (--resume); --help lists the options"),
@@ -141,6 +142,7 @@ def predict(argv: Sequence[str]) -> int:
     parser = _Parser("predict")
     parser.add_argument("model", type=Path, help=MODEL)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or a directory of images at any depth")
+    parser.add_argument("--wiring", help=RULE)
     parser.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
     parser.add_argument("--output", type=Path, help="write CSV to this file")
     given = parser.parse_args(argv)
@@ -152,7 +154,7 @@ def predict(argv: Sequence[str]) -> int:
     paths = [name for path in given.images for name in (image_files(Path(path))[0] if path in directories else [path])]
     if not paths:
         raise InputError(f"{given.images[0]} contains no images")
-    rows = _predictions(_model(given.model, programs=True), paths, given.top, bar=bool(directories))
+    rows = _predictions(_model(given.model, given.wiring, programs=True), paths, given.top, bar=bool(directories))
     if not (directories or given.output):
         for path, *found in rows:
             pairs = zip(found[::2], found[1::2], strict=True)
@@ -169,17 +171,21 @@ def predict(argv: Sequence[str]) -> int:
     return 0
 
 
-def _model(path: Path, programs: bool = False) -> Any:
+def _model(path: Path, wiring: str | None, programs: bool = False) -> Any:
     """Return the model of a file, with its preprocessing; exported programs only if they may be run."""
     from dnw_graph.loading import PROGRAMS, ModelFile, file_of
     from dnw_graph.model_card import card_of
+    from dnw_graph.recipes.models import options_from_file
 
     file = ModelFile(file_of(path))
     if programs and file.path.suffix in PROGRAMS:
         from dnw_graph.compaction.programs import load_program
 
         return load_program(file.path, file.card)
-    model = file.model()
+    create = None
+    if wiring is not None:
+        create = options_from_file(str(file.path), file.card.models, file.card.options, wiring).create
+    model = file.model(create)
     if card_of(model) is None:
         raise InputError(f"{path} has no preprocessing: write it from a model that dnw_graph.load returned")
     return model
@@ -211,6 +217,7 @@ def export_model(argv: Sequence[str]) -> int:
     parser = _Parser("export")
     parser.add_argument("model", type=Path, help=MODEL.replace(", compact file or export", " or compact file"))
     parser.add_argument("file", type=Path, help="ending in .safetensors, .pt2 or .onnx")
+    parser.add_argument("--wiring", help=RULE)
     parser.add_argument(
         "--with-preprocessing", action="store_true", help=".pt2 and .onnx: take images of 0 to 255 (uint8)"
     )
@@ -220,7 +227,7 @@ def export_model(argv: Sequence[str]) -> int:
     from dnw_graph.compaction.exports import check_export, export
 
     check_export(given.file)
-    model = _model(given.model)
+    model = _model(given.model, given.wiring)
     size = model.preprocess.image_size
     print(export(model, given.file, torch.zeros(2, 3, size, size), given.with_preprocessing))
     return 0

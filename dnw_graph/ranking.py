@@ -17,7 +17,8 @@ from dnw_graph.candidates import CandidateEdges, RankedWeight
 from dnw_graph.chosen import Chosen
 from dnw_graph.errors import InputError
 from dnw_graph.ops.layout import plain_eager, transformed
-from dnw_graph.wirings import WIRINGS, View, Wiring, make_wiring, wiring_name
+from dnw_graph.seeding import generator_state
+from dnw_graph.wirings import WIRINGS, View, Wiring, make_wiring, wiring_name, wiring_names
 from dnw_graph.wirings.base import COUNTERS
 from dnw_graph.wirings.saved import refuse_edges, saved_number
 
@@ -44,6 +45,7 @@ class Ranking(nn.Module):
     Attributes:
         name: Name in messages.
         full_name: Name in the model after :func:`dnw_graph.attach`; before that ``name``.
+        origin: Checksum of the state of PyTorch's generator when the graph was created.
         wiring: The rule.
         weights: The candidate weights: parameters, or parts of them.
         candidates: The candidates as blocks of sources × targets.
@@ -56,6 +58,7 @@ class Ranking(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = self.full_name = name
+        self.origin = 0
         self._chosen: Chosen | None = None
         self._updates: weakref.ref[Any] | None = None  # Calls the rule after a step.
         self._backward_pass: int | None = None  # The first one of a rule that needs steps.
@@ -174,6 +177,8 @@ class Ranking(nn.Module):
     def take(self, view: View) -> None:
         """Adopt a prepared rule."""
         view.write_back()
+        if not hasattr(self, "wiring"):
+            self.origin = generator_state(self.weights[0].parameter.device)
         before = getattr(self, "wiring", view.wiring)
         self.wiring = view.wiring.train(self.training)
         self._needs_steps = self.wiring.needs_steps  # Not read in a forward pass: the compiler cannot trace it.
@@ -374,13 +379,28 @@ class Ranking(nn.Module):
 
 
 def rule_hash(rule: type[Wiring]) -> int:
-    """Return a hash of a rule's name, an integer >= 0, the same in every process."""
-    return int.from_bytes(hashlib.sha256(wiring_name(rule).encode()).digest()[:7], "big")
+    """Return a hash of a rule's name, in 0 … 2²⁰ - 1, the same in every process.
+
+    Averaging in float32 preserves integers as small as this. The name is ``package.module.Class``, whether the rule is
+    registered or not; for rules of this package and of a script, whose path may change, the registered name.
+    """
+    registered = rule.__module__.startswith(("dnw_graph.", "__main__", "__mp_main__"))
+    return _hash(wiring_names(rule)[0 if registered else -1]) >> 36
+
+
+def has_hash(rule: type[Wiring], number: int) -> bool:
+    """Return whether a saved hash is that of a rule, by any of its names; older files have 56 bits of it."""
+    hashes = [_hash(name) for name in wiring_names(rule)]
+    return number in (*hashes, *(each >> 36 for each in hashes))
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
 
 def saved_rule(number: int) -> str:
     """Return the name of the rule with a hash, for messages."""
-    names = (repr(name) for name, rule in WIRINGS.items() if rule_hash(rule) == number)
+    names = (repr(name) for name, rule in WIRINGS.items() if has_hash(rule, number))
     return next(names, "a rule that is not registered here (register_wiring)")
 
 
@@ -427,7 +447,7 @@ def check_saved(graph: Ranking, state_dict: Mapping[str, Any], prefix: str) -> N
         )
     prefix += "wiring."
     saved = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    if rule not in (None, rule_hash(type(graph.wiring))) and saved.keys() - set(COUNTERS):
+    if rule is not None and not has_hash(type(graph.wiring), rule) and saved.keys() - set(COUNTERS):
         own = wiring_name(type(graph.wiring))
         raise InputError(
             f"{graph.name}: the edges of the state were chosen by {saved_rule(rule)}, not by {own!r}: "

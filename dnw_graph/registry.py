@@ -28,9 +28,7 @@ def resolve(kind: str, given: object, base: type[T], known: Mapping[str, type[T]
         return copy.deepcopy(given)
     if not isinstance(given, str):
         raise InputError(f"a {kind} is a name or a {base.__name__} object; got {given!r}")
-    if given not in known:
-        raise unknown_name(kind, given, known)
-    return known[given]()
+    return build(kind, given, known, {})
 
 
 def build(kind: str, name: str, known: Mapping[str, Callable[..., T]], options: Mapping[str, Any]) -> T:
@@ -43,15 +41,23 @@ def build(kind: str, name: str, known: Mapping[str, Callable[..., T]], options: 
         options: Arguments by name.
 
     Raises:
-        InputError: If the name or an option is unknown.
+        InputError: If the name or an option is unknown, or a required option is missing.
     """
     if not isinstance(name, str) or name not in known:
         raise unknown_name(kind, name, known)
     parameters = inspect.signature(known[name]).parameters.values()
-    arguments = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    arguments = [p.name for p in named]
     for option in options:
         if not arguments:
             raise InputError(f"{kind} {name!r} has no options; got {option!r}")
         if option not in arguments:
             raise unknown_name(f"option of {kind} {name!r}", option, arguments)
+    for parameter in named:
+        if parameter.default is parameter.empty and parameter.name not in options:
+            option = parameter.name
+            raise InputError(
+                f"{kind} {name!r} needs the option {option!r}, which was not given: use create_{kind}(…, {option}=…), "
+                f"or --{kind}-options.{option} on a command line"
+            )
     return known[name](**options)

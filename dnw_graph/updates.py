@@ -315,12 +315,11 @@ def attach_beside(
 ) -> Updates:
     """Attach one of several optimisers of a model, see :func:`attach`, to what no other one has."""
     elsewhere = {each for other in others if other is not optimizer for each in parameter_groups(other)}
-    counting = (
-        (path, graph)
-        for path, graph in rankings(unwrapped(model))
-        if graph.wiring.counts_steps and not elsewhere.issuperset(graph.tensors())
-    )
-    graphs = {graph.full_name_at(unwrapped_name(path)): graph for path, graph in counting}
+    graphs: dict[str, Ranking] = {}
+    for path, graph in rankings(unwrapped(model)):
+        if graph.wiring.counts_steps and not elsewhere.issuperset(graph.tensors()):
+            name = graph.full_name_at(unwrapped_name(path))
+            graphs[path if name in graphs else name] = graph
     if graphs or own_decay(model):
         _refuse_optimizer(optimizer)
     parameters = RuleParameters(unwrapped(model), optimizer, others)

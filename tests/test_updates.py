@@ -531,3 +531,19 @@ def test_exchanged_edges_are_counted_and_real_ones_keep_weight_and_state():
         assert torch.equal(now.momentum, momentum * stay)
     assert {len(each) for each in sets} == {9}
     assert any(a != b for a, b in pairwise(sets))
+
+
+def test_every_layer_has_a_name_of_its_own():
+    layers = nn.ModuleDict({"in": nn.Linear(6, 5), "out": nn.Linear(5, 2)})
+    model = nn.ModuleDict({"reparametrizations": layers})
+    sparsify(model, 0.5, TargetedDropout(0.5))
+    handle = attach(model, torch.optim.SGD(model.parameters(), 0.1))
+    assert list(handle.graphs) == ["reparametrizations.in.weight", "reparametrizations.out.weight"]
+
+
+def test_graphs_of_one_name_are_all_attached(monkeypatch):
+    monkeypatch.setattr(NeuralGraph, "full_name_at", lambda graph, path: "one")
+    model = nn.ModuleList(NeuralGraph((6, 5, 4), 9, wiring=TargetedDropout(0.5)) for _ in range(3))
+    handle = attach(model, torch.optim.SGD(model.parameters(), 0.1))
+    assert list(handle.graphs.values()) == list(model)
+    assert [graph.full_name for graph in model] == ["one", "1", "2"]

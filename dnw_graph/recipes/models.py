@@ -239,16 +239,19 @@ def family_with(names: Iterable[str]) -> str | None:
     return next((name for name, each in FAMILIES.items() if given & {f.name for f in fields(each.options)}), None)
 
 
-def options_from_file(path: str, models: str | None, options: dict[str, Any]) -> ModelOptions:
+def options_from_file(
+    path: str, models: str | None, options: dict[str, Any], wiring: str | None = None
+) -> ModelOptions:
     """Return the options of a model from a file.
 
     Args:
         path: The file, for messages.
         models: The name of the family.
         options: Options of a run.
+        wiring: The rule's name as the user gave it; a file alone does not decide what is imported.
 
     Raises:
-        InputError: If the family or the rule is not registered in this process.
+        InputError: If the family or the rule is not registered in this process, or another rule was given.
     """
     if models not in FAMILIES:
         kind = "a program of its own" if models is None else f"models {models!r}, which are not registered here"
@@ -257,10 +260,12 @@ def options_from_file(path: str, models: str | None, options: dict[str, Any]) ->
             "load(path, create=…) what makes the model"
         )
     rule = options.get("wiring", "dnw")
-    if rule not in WIRINGS:
+    if wiring not in (None, rule):
+        raise InputError(f"--wiring is {wiring!r}, but {path} was trained with {rule!r:.100}: give the same value")
+    if wiring is None and rule not in WIRINGS:
         raise InputError(
             f"{path} was trained with the rule {rule!r:.100}, which is not registered here: call "
-            "dnw_graph.register_wiring first, with the same name"
+            "dnw_graph.register_wiring first, with the same name, or give --wiring package.module.Class to the command"
         )
     family, options = FAMILIES[models].options, completed(options)
     return family(**{f.name: options[f.name] for f in fields(family) if f.name in options})

@@ -60,8 +60,8 @@ class WeightGraph(Ranking):
 
     def full_name_at(self, path: str) -> str:
         """Return the names of the weights in the model."""
-        layer = path.partition("parametrizations.")[0]
-        name = layer + weight_name(self.weights[0].parameter_name, self.weights[0].third)
+        layer = f".{path}".rpartition(".parametrizations.")[0] + "."
+        name = layer[1:] + weight_name(self.weights[0].parameter_name, self.weights[0].third)
         return name if len(self.weights) == 1 else f"{name} and {len(self.weights) - 1} more"
 
     def view(self, tensors: Sequence[Tensor] | None = None, **options: Any) -> Any:
@@ -152,9 +152,10 @@ class WeightGraph(Ranking):
     def _weights_in(self, state: Mapping[str, Any]) -> Tensor | None:
         flats = []
         for weight in self.weights:
-            dense = weight.name if weight.third is None else weight.name.rpartition(".")[0]
-            layer = dense.removesuffix(weight.parameter_name)
-            found = state.get(dense, state.get(f"{layer}parametrizations.{weight.parameter_name}.original"))
+            dense = [name if weight.third is None else name.rpartition(".")[0] for name in weight.names]
+            own = weight.parameter_name
+            sparse = [f"{name.removesuffix(own)}parametrizations.{own}.original" for name in dense]
+            found = next((state[name] for name in (*dense, *sparse) if name in state), None)
             if not isinstance(found, Tensor) or found.shape != weight.parameter.shape:
                 return None
             flats.append(weight.flat(found))

@@ -17,7 +17,7 @@ from dnw_graph.callbacks.wiring_recorder import WiringRecorder, read
 from dnw_graph.checkpoint import check_weights, damaged
 from dnw_graph.errors import InputError
 from dnw_graph.loading import ModelFile
-from dnw_graph.ranking import rankings, rule_hash, saved_rule
+from dnw_graph.ranking import has_hash, rankings, saved_rule
 from dnw_graph.recipes.options import completed, flag
 from dnw_graph.structure import match
 from dnw_graph.training.checkpoints import Checkpoints, loop_state
@@ -105,7 +105,7 @@ def check_resumable(
 def _check_rules(path: str, given: Mapping[str, Any], module: Classifier) -> None:
     for name, graph in rankings(module):
         own, saved = type(graph.wiring), given.get(f"{name}.rule")
-        if saved is not None and int(saved) != rule_hash(own):
+        if saved is not None and not has_hash(own, int(saved)):
             raise InputError(
                 f"{path}: {graph.name} was trained with {saved_rule(int(saved))}, and cannot resume with "
                 f"{wiring_name(own)!r}: give the same rule, by its previous name or as package.module.Class"

@@ -54,6 +54,7 @@ __all__ = [
     "make_wiring",
     "register_wiring",
     "wiring_name",
+    "wiring_names",
 ]
 
 WIRINGS: dict[str, type[Wiring]] = {
@@ -95,8 +96,12 @@ def register_wiring(name: str, rule: type[Wiring]) -> None:
 
 def wiring_name(rule: type[Wiring]) -> str:
     """Return the name of a rule: the one it is registered under, or ``package.module.Class``."""
-    names = (name for name, known in WIRINGS.items() if known is rule)
-    return next(names, f"{rule.__module__}.{rule.__qualname__}")
+    return wiring_names(rule)[0]
+
+
+def wiring_names(rule: type[Wiring]) -> list[str]:
+    """Return all names of a rule: those it is registered under, and ``package.module.Class``."""
+    return [*(name for name, known in WIRINGS.items() if known is rule), f"{rule.__module__}.{rule.__qualname__}"]
 
 
 def make_wiring(wiring: str | Wiring) -> Wiring:
@@ -131,7 +136,7 @@ def _known(name: object) -> dict[str, type[Wiring]]:
     module, _, rule = name.rpartition(".")
     try:
         home = importlib.import_module(module)
-    except (ImportError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:  # TypeError: a relative name
         raise InputError(f"wiring {name!r} cannot be imported as package.module.Class: {error}") from error
     found = getattr(home, rule, None)
     if found is None:

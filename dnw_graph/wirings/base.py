@@ -228,14 +228,12 @@ class Wiring(nn.Module):
             destination.update({prefix + name: torch.tensor(getattr(self, name)) for name in COUNTERS})
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        _, strict, missing_keys, *_ = args
-        counters = {prefix + name: name for name in COUNTERS} if self.counts_steps else {}
+        # Whether they are there depends on the rule that was saved, which may be another one.
+        counters = {prefix + name: name for name in COUNTERS}
         super()._load_from_state_dict({k: v for k, v in state_dict.items() if k not in counters}, prefix, *args)
         for key, name in counters.items():
-            if key in state_dict:
+            if self.counts_steps and key in state_dict:
                 setattr(self, name, int(state_dict[key]))
-            elif strict:
-                missing_keys.append(key)
 
     def extra_repr(self) -> str:
         """Options, for ``repr``: constructor arguments stored under their names."""

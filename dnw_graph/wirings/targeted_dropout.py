@@ -30,7 +30,8 @@ class TargetedDropout(Wiring):
 
     Masks are a function of (seed, step, name of the graph). With :func:`dnw_graph.attach` they are the same on every
     rank and in all forward passes of an optimiser step. A constant ρ works without it: every forward pass in training
-    then counts as a step. Every training step synchronises with the device, to count the edges that stay.
+    then counts as a step, and graphs of one name have different seeds. Every training step synchronises with the
+    device, to count the edges that stay.
 
     Args:
         rho: ρ: a number in 0 … 1, ``"gamma"`` for ρ = γ, or a :class:`Schedule`.

@@ -162,8 +162,12 @@ class View:
             vector[chosen] = 0
 
     def generator(self) -> torch.Generator:
-        """Return a generator that is a function of (seed, step, full name of the graph): the same on every rank."""
-        seed = mix(self.wiring.seed or new_seed(), self.step, zlib.crc32(self.graph.full_name.encode()))
+        """Return a generator that is a function of (seed, step, full name of the graph): the same on every rank.
+
+        Before ``attach`` the seed is a function of PyTorch's seed and of the numbers drawn before the graph was made.
+        """
+        seed = self.wiring.seed or mix(new_seed(), self.graph.origin)
+        seed = mix(seed, self.step, zlib.crc32(self.graph.full_name.encode()))
         return torch.Generator(self.graph.weights[0].parameter.device).manual_seed(seed)
 
     def reset_momentum(self) -> None:

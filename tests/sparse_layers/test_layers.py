@@ -257,3 +257,23 @@ def test_weights_alone_come_from_dense_and_sparse_states_of_another_number_of_ed
     for wrong in ({}, {"0.weight": torch.zeros(3, 3)}, {"0.weight": None}):
         with pytest.raises(InputError, match=r"0\.weight: the state must be the 24 candidate weights"):
             weight_graphs(model)["0.weight"].load_weights(wrong)
+
+
+@pytest.mark.parametrize("kind", ["linear", "attention"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_weights_are_found_by_every_name_of_their_layer(kind, sparse):
+    class Aliased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(6, 4) if kind == "linear" else nn.MultiheadAttention(4, 2)])
+            self.head = self.layers[0]
+
+    model, other = Aliased(), Aliased()
+    sparsify(model, 0.5)
+    if sparse:
+        sparsify(other, 0.5)
+    state = {name: value for name, value in other.state_dict().items() if name.startswith("head.")}
+    for graph in weight_graphs(model).values():
+        graph.load_weights(state)
+    loaded, expected = ({p.shape: p for p in each.parameters() if p.dim() == 2} for each in (model, other))
+    assert all(torch.equal(weight, expected[shape]) for shape, weight in loaded.items())

@@ -17,7 +17,7 @@ from test_loading import CLASSES, OPTIONS, PREPROCESS, write
 from torch import nn
 
 import dnw_graph
-from dnw_graph import InputError, load
+from dnw_graph import InputError, RandomGraph, load
 from dnw_graph.cli import main
 from dnw_graph.compaction import compact, save_compact
 from dnw_graph.model_card import ModelCard
@@ -295,3 +295,24 @@ def test_a_model_of_a_program_of_its_own_is_told(tmp_path: Path, model: nn.Modul
     assert "was trained by another program: resume with that program" in capsys.readouterr().err
     with pytest.raises(InputError, match="register them"):
         load(tmp_path / "x.ckpt")
+
+
+class Own(RandomGraph):
+    """A rule of one's own."""
+
+
+def test_a_rule_by_its_path_is_named_on_the_command_line(trained: Path, card: ModelCard, capsys: Any, unchecked: None):
+    path = f"{Own.__module__}.Own"
+    model = MobileNetOptions(width=0.1, wiring=path).create(3, 16).eval()
+    write(Path("own.ckpt"), model, card={**card.to_dict(), "options": {**OPTIONS, "wiring": path}})
+    image = trained / "images" / "deep" / "1.png"
+    for command in (["predict", "own.ckpt", str(image)], ["export", "own.ckpt", "own.safetensors"]):
+        assert main(command) == 2
+        assert f"trained with the rule '{path}', which is not registered here" in capsys.readouterr().err
+        assert main([*command, "--wiring", "set"]) == 2
+        assert f"error: --wiring is 'set', but own.ckpt was trained with '{path}'" in capsys.readouterr().err
+        assert main([*command, "--wiring", path]) == 0
+        capsys.readouterr()
+    main(["predict", "own.ckpt", str(image), "--wiring", path, "--top", "1"])
+    name, probability = expected(model, image)[0]
+    assert capsys.readouterr().out == f"{image}  {name} {probability:.1%}\n"

@@ -80,6 +80,7 @@ def test_a_rule_goes_by_its_class_path_or_by_a_name_that_it_was_given():
     [
         ("dnw_graph.wirings.dnw.DNV", r"did you mean .*'dnw_graph\.wirings\.dnw\.DNW'"),
         ("collections.Ordered", "unknown wiring 'collections.Ordered': known are 'ac_dc'"),
+        (".foo.Bar", r"wiring '\.foo\.Bar' cannot be imported as package\.module\.Class: .* relative"),
         ("no_such_package.Rule", "cannot be imported as package.module.Class: No module named"),
         ("collections.OrderedDict", "is not a subclass of dnw_graph.Wiring"),
     ],
@@ -97,6 +98,15 @@ class Returns(Wiring):
 
     def choose(self, view):
         return self.chosen(view.weight)
+
+
+@pytest.mark.parametrize("make", [create_wiring, lambda name: NeuralGraph((3, 4), 2, wiring=name)])
+def test_a_required_option_is_asked_for(make):
+    path = f"{Returns.__module__}.Returns"
+    with pytest.raises(InputError, match=f"^wiring '{path}' needs the option 'chosen', .*: use create_wiring") as error:
+        make(path)
+    assert "\n" not in str(error.value)
+    assert create_wiring(path, chosen=len).chosen is len
 
 
 WRONG = {

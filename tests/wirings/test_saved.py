@@ -1,14 +1,16 @@
 """Edges in a state dict are those of the graph, or nothing is loaded."""
 
 import copy
+import hashlib
 
 import pytest
 import torch
 from torch import nn
 
-from dnw_graph import InputError, L1Anneal, NeuralGraph, RandomGraph, SparseMomentum, TargetedDropout
+from dnw_graph import InputError, L1Anneal, NeuralGraph, RandomGraph, SparseMomentum, TargetedDropout, TopKAST
+from dnw_graph.ranking import rankings, rule_hash
 from dnw_graph.sparse_layers import sparsify, weight_graphs
-from dnw_graph.wirings import Fixed
+from dnw_graph.wirings import WIRINGS, Fixed
 
 LAYER = "0.parametrizations.weight.0.owned.0.wiring."
 
@@ -177,3 +179,71 @@ def test_a_rule_of_ones_own():
 
     with pytest.raises(InputError, match=r"^stage3 says no"):
         graph(Own()).load_state_dict({"wiring.index": graph().wiring.index}, strict=False)
+
+
+class Stored(RandomGraph):
+    """A rule of one's own."""
+
+
+@pytest.mark.parametrize("names", [((), ("mine",)), (("mine",), ()), (("mine",), ("other",))])
+def test_a_rule_is_the_same_registered_or_not(names, monkeypatch):
+    states = []
+    for registered in names:
+        with monkeypatch.context() as patch:
+            for name in registered:
+                patch.setitem(WIRINGS, name, Stored)
+            model = graph(Stored())
+            states.append(model.state_dict())
+            model.load_state_dict(states[0])
+    assert torch.equal(model.wiring.index, states[0]["wiring.index"])
+    with pytest.raises(InputError, match="chosen by 'random_graph', not by"):
+        model.load_state_dict(graph().state_dict())
+
+
+def digest(name):
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+
+
+def test_a_rule_of_a_script_goes_by_its_registered_name(monkeypatch):
+    monkeypatch.setattr(Stored, "__module__", "__main__")
+    monkeypatch.setitem(WIRINGS, "mine", Stored)
+    state = graph("mine").state_dict()
+    monkeypatch.setattr(Stored, "__module__", "package")
+    graph("mine").load_state_dict(state)
+
+
+def test_a_longer_identifier_of_the_same_rule_is_loaded():
+    model, state = graph(), graph().state_dict()
+    state["rule"] = torch.tensor(digest("random_graph"))
+    model.load_state_dict(state)
+    own, path = graph(Stored()), f"{Stored.__module__}.Stored"
+    own.load_state_dict({**state, "rule": torch.tensor(digest(path))})
+    with pytest.raises(InputError, match="chosen by 'random_graph', not by"):
+        own.load_state_dict(state)
+
+
+def test_an_average_in_float32_keeps_the_rule():
+    models = [graph() for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    states = [model.state_dict() for model in models]
+    soup = {name: (sum(s[name].float() for s in states) / 3).to(value.dtype) for name, value in states[0].items()}
+    models[0].load_state_dict(soup)
+    assert models[0].eval().real_index.tolist() == models[1].real_index.tolist()
+    hashes = [rule_hash(rule) for rule in WIRINGS.values()]
+    assert len(set(hashes)) == len(hashes)
+    assert max(hashes) < 2**20
+
+
+@pytest.mark.parametrize("other", ["dnw", "no_update", "complete"])
+@pytest.mark.parametrize("counting", [TopKAST(), TargetedDropout()])
+def test_another_rule_is_loaded_where_no_saved_state_decides_the_edges(counting, other):
+    for make in (graph, layers):
+        counts, plain = make(counting), make(other)
+        for _, each in rankings(counts):
+            each.wiring.step, each.wiring.seed = 3, 5
+        state = counts.state_dict()
+        plain.load_state_dict(state)
+        assert all(torch.equal(value, state[name]) for name, value in plain.named_parameters())
+        counts.load_state_dict(make(other).state_dict())
+        assert {(each.wiring.step, each.wiring.seed) for _, each in rankings(counts)} == {(3, 5)}

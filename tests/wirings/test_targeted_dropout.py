@@ -208,6 +208,29 @@ def test_a_constant_rho_draws_new_masks_without_attach():
     assert graph.state_dict()["wiring.step"] == 6
 
 
+def test_graphs_of_one_name_drop_different_edges_without_attach():
+    def drawn(seed):
+        torch.manual_seed(seed)
+        graphs = [make_graph(TargetedDropout(0.5)) for _ in range(2)]
+        for graph in graphs:
+            fix_weights(graph)
+        return [draw(graph, 6) for graph in graphs]
+
+    first, second = drawn(11)
+    assert all(a != b for a, b in zip(first, second, strict=True))
+    assert drawn(11) == [first, second]
+    assert all(a != b for a, b in zip(first, drawn(12)[0], strict=True))
+
+
+def test_the_rule_draws_no_number_when_a_graph_is_created():
+    states = []
+    for wiring in ("dnw", TargetedDropout(0.5)):
+        torch.manual_seed(11)
+        graph = make_graph(wiring)
+        states.append((graph.candidates.weight.tolist(), torch.get_rng_state().tolist()))
+    assert states[0] == states[1]
+
+
 def test_masks_are_a_function_of_seed_graph_and_step():
     first = fixed_sequence()
     assert fixed_sequence() == first
