@@ -198,6 +198,7 @@ class _CountedEdges(Propagate):
     ) -> None:
         super().__init__(own.edges, own.weights)
         self.own, self.source, self.target, self.counted = own, source, target, counted
+        self.first_order = own.first_order
 
     def product(self, number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
         block = self.blocks[number]
@@ -296,7 +297,7 @@ class _CountedStep(Propagate):
 
     def __init__(self, counter: GraphStep, own: Propagate) -> None:
         super().__init__(own.edges, own.weights)
-        self.counter, self.own = counter, own
+        self.counter, self.own, self.first_order = counter, own, own.first_order
 
     def product(self, number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
         pairs = (rows.stop - rows.start) * (columns.stop - columns.start)

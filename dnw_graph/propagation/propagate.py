@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -114,7 +113,7 @@ class Propagate:
             be differentiated again.
     """
 
-    first_order: ClassVar[bool] = False
+    first_order = False
 
     def __init__(self, edges: RealEdges, weights: list[Tensor]) -> None:
         self.edges, self.weights = edges, weights

@@ -122,8 +122,8 @@ class Wiring(nn.Module):
     def after_step(self, view: View) -> None:
         """Act after an optimiser step. Changes to the view's vectors are written back; no gradient is recorded.
 
-        Called once per step by the hook of :func:`dnw_graph.attach`, when ``view.step`` steps are done, unless the graph
-        is frozen or had no gradient in this step.
+        Called once per step by the hook of :func:`dnw_graph.attach`, when ``view.step`` steps are done, unless the
+        graph is frozen or had no gradient in this step.
         """
 
     @classmethod

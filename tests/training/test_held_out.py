@@ -72,7 +72,7 @@ def test_none_held_out_changes_nothing(small_digits: ImageData):
 
 def test_by_default_it_is_a_tenth_and_no_more_than_5000(small_digits: ImageData):
     assert len(hold_out(small_digits, None).held_out or ()) == 7
-    many = ArrayImages(np.zeros((60_000, 1, 1, 3), np.uint8), np.zeros(60_000))
+    many = ArrayImages(np.zeros((60_000, 1, 1, 3), np.uint8), np.zeros(60_000, np.int64))
     assert len(hold_out(replace(small_digits, train=many), None).held_out or ()) == 5000
     few = small_digits.train.part(np.arange(9))
     assert hold_out(replace(small_digits, train=few), None).held_out is None

@@ -233,7 +233,7 @@ def test_what_is_kept(example: ModuleType):
     }
     kernel = example.ResNetOptions(distribution="erdos_renyi_kernel").create(10, 16)
     assert sum(graph.num_real_edges for graph in weight_graphs(kernel).values()) == WEIGHTS_18 - WEIGHTS_18 * 9 // 10
-    assert not weight_graphs(example.ResNetOptions(density=1).create(10, 16))
+    assert not weight_graphs(example.ResNetOptions(density=1.0).create(10, 16))
 
 
 def test_two_of_four_decides_how_many_weights_are_kept(example: ModuleType):
@@ -250,7 +250,7 @@ def test_two_of_four_decides_how_many_weights_are_kept(example: ModuleType):
 
 
 def test_dense_resnet50_is_that_of_torchvision_with_kaiming_weights(example: ModuleType):
-    model = example.ResNetOptions(model="resnet50", density=1).create(1000, 224)
+    model = example.ResNetOptions(model="resnet50", density=1.0).create(1000, 224)
     assert sum(parameter.numel() for parameter in model.parameters()) == 25_557_032
     assert model.conv1.stride == (2, 2)
     assert model.layer2[0].conv1.stride == (1, 1)
@@ -262,7 +262,7 @@ def test_dense_resnet50_is_that_of_torchvision_with_kaiming_weights(example: Mod
             spread = 5 / math.sqrt(2 * layer.weight.numel())
             assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=spread)
             assert layer.weight.abs().max() > 3 * layer.weight.std()  # not uniform
-    small = example.ResNetOptions(density=1).create(10, 32)
+    small = example.ResNetOptions(density=1.0).create(10, 32)
     assert small.conv1.stride == (1, 1)
 
 
