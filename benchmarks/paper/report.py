@@ -113,7 +113,17 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def settings(results: Sequence[dict[str, Any]]) -> str:
     """Return the settings shared by all runs: data, schedule, seeds."""
     options = [result["summary"]["options"] | {"data": what(result["data"])} for result in results]
-    shown = ("data", "train_images", "held_out", "image_size", "epochs", "batch_size", "schedule", "momentum")
+    shown = (
+        "data",
+        "train_images",
+        "held_out",
+        "image_size",
+        "epochs",
+        "batch_size",
+        "schedule",
+        "momentum",
+        "precision",
+    )
     values = {name: sorted({str(each[name]) for each in options}) for name in shown}
     seeds = sorted({result["seed"] for result in results})
     parts = [f"{name.replace('_', ' ')} {' or '.join(found)}" for name, found in values.items()]

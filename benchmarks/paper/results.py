@@ -113,7 +113,7 @@ def _runs(table: Table, results: Sequence[dict[str, Any]]) -> list[str]:
     if not results:
         return []
     options = [result["summary"]["options"] for result in results]
-    shown = ("train_images", "image_size", "batch_size", "schedule", "lr", "momentum", "weight_decay")
+    shown = "train_images", "image_size", "batch_size", "schedule", "lr", "momentum", "weight_decay", "precision"
     values = {name: " or ".join(sorted({str(each[name]) for each in options})) for name in shown}
     data = " or ".join(sorted({what(result["data"]) for result in results}))
     shared = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())

@@ -1,7 +1,7 @@
 """Compares all rules: ResNet-20 on CIFAR-10 with a twentieth and a tenth of its weights.
 
 All rows, 3 seeds each, in mixed precision with bfloat16; a step takes 0.25 (dense) to 0.33 s (Top-KAST) of one core
-(Intel Xeon with AMX; float32 0.40), a run 1.2 hours:
+(Intel Xeon with AMX; float32 0.40), a run 1.2 hours or more:
 
     python benchmarks/paper/rules.py --data cifar10 --jobs 2
 
