@@ -40,6 +40,7 @@ ASKED = {
     "lr": 0.1,
     "schedule": "step",
     "momentum": 0.9,
+    "precision": "32-true",
     "weight_decay": 1e-4,
 }
 
