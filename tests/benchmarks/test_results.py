@@ -40,7 +40,6 @@ ASKED = {
     "lr": 0.1,
     "schedule": "step",
     "momentum": 0.9,
-    "precision": "32-true",
     "weight_decay": 1e-4,
 }
 
@@ -57,7 +56,13 @@ def made(row: str = "tiny_static_rg", seed: int = 0, top1: float = 0.75, **chang
         "seconds": 60.0,
         "graphs": {"static_graph": {"real_edges": 3, "dead_nodes": 1}},
         "weights": {},
-        "options": {"train_images": 50_000, "held_out": 0, **options, "epochs": int(options["epochs"])},
+        "options": {
+            "train_images": 50_000,
+            "held_out": 0,
+            "precision": "32-true",
+            **options,
+            "epochs": int(options["epochs"]),
+        },
     }
     start = dict.fromkeys(("machine", "threads", "python", "torch", "torchvision", "lightning", "date"), "1")
     return {
