@@ -175,7 +175,6 @@ def _model(path: Path, wiring: str | None, programs: bool = False) -> Any:
     """Return the model of a file, with its preprocessing; exported programs only if they may be run."""
     from dnw_graph.loading import PROGRAMS, ModelFile, file_of
     from dnw_graph.model_card import card_of
-    from dnw_graph.recipes.models import options_from_file
 
     file = ModelFile(file_of(path))
     if programs and file.path.suffix in PROGRAMS:
@@ -184,6 +183,8 @@ def _model(path: Path, wiring: str | None, programs: bool = False) -> Any:
         return load_program(file.path, file.card)
     create = None
     if wiring is not None:
+        from dnw_graph.recipes.models import options_from_file
+
         create = options_from_file(str(file.path), file.card.models, file.card.options, wiring).create
     model = file.model(create)
     if card_of(model) is None:

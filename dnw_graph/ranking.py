@@ -332,7 +332,7 @@ class Ranking(nn.Module):
         self._chosen = None
         self.wiring.forget_weights()
         if self.updates is not None:
-            self.updates.set_probes()  # The next step may have a round.
+            self.updates.add_probes(self)  # The next step may have a round.
 
     def forget_edges(self) -> None:
         """Choose the edges again at their next use, after a step."""

@@ -42,27 +42,28 @@ class Updates:
         ]
         for name, graph in graphs.items():
             graph.attached(self, name)
-        self.set_probes()
+        self._set_probes()
 
     def remove(self) -> None:
         """Remove the hooks from the optimiser."""
-        for graph in list(self.graphs.values()):
-            self.release(graph)
+        self.release(self.graphs.values())
         for handle in self._handles:
             handle.remove()
 
-    def release(self, graph: Ranking) -> None:
-        """Do not act on a graph any more."""
+    def release(self, graphs: Iterable[Ranking]) -> None:
+        """Do not act on some graphs any more."""
         self._remove_probes()
-        self.graphs = {name: each for name, each in self.graphs.items() if each is not graph}
-        graph.attached(None, graph.full_name)
-        self.set_probes()
+        gone = set(graphs)
+        for graph in gone.intersection(self.graphs.values()):
+            graph.attached(None, graph.full_name)
+        self.graphs = {name: each for name, each in self.graphs.items() if each not in gone}
+        self._set_probes()
 
     def adopt(self, graph: Ranking) -> None:
         """Act on a graph too that was a part of another one."""
         self.graphs[graph.name] = graph
         graph.attached(self, graph.name)
-        self.set_probes()
+        self._set_probes()
 
     def _views(self, optimizer: Optimizer) -> dict[str, View]:
         return {name: graph.view(optimizer=optimizer) for name, graph in self.graphs.items()}
@@ -136,17 +137,21 @@ class Updates:
             for view in views.values():
                 view.write_back()
                 view.graph.forget_edges()
-        self.set_probes()
+        self._set_probes()
 
-    def set_probes(self) -> None:
+    def _set_probes(self) -> None:
         """Collect the gradients that the rules will need in the next backward passes, and no others."""
         self._remove_probes()
         for graph in self.graphs.values():
-            if graph.wiring.needs_gradient(graph.view()):
-                for weight in graph.weights:
-                    if weight.holder.probe is None and weight.parameter.requires_grad:
-                        weight.holder.probe, handles = _new_probe(weight.parameter)
-                        self._probe_handles += handles
+            self.add_probes(graph)
+
+    def add_probes(self, graph: Ranking) -> None:
+        """Collect the gradients of a graph if its rule will need them."""
+        if graph.wiring.needs_gradient(graph.view()):
+            for weight in graph.weights:
+                if weight.holder.probe is None and weight.parameter.requires_grad:
+                    weight.holder.probe, handles = _new_probe(weight.parameter)
+                    self._probe_handles += handles
 
     def _remove_probes(self) -> None:
         for handle in self._probe_handles:
@@ -333,8 +338,8 @@ def attach_beside(
         rule.seed = rule.seed or seed
         if any(each.in_fractions for each in rule.schedules):
             _ = graph.view().num_steps  # Refused now, not at the schedule's first use.
-        if graph.updates is not None:
-            graph.updates.release(graph)
+    for updates in {graph.updates for graph in graphs.values()} - {None}:
+        updates.release(graphs.values())
     parameters.add_missing()
     return Updates(graphs, optimizer, parameters)
 

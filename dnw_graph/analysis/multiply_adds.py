@@ -190,24 +190,31 @@ class MultiplyAdds(TorchDispatchMode):
         self._in_product = False
 
 
-class _CountedEdges(Propagate):
+class _Counted(Propagate):
+    """The products of another one."""
+
+    def __init__(self, own: Propagate) -> None:
+        super().__init__(own.edges, own.weights)
+        self.own, self.first_order = own, own.first_order
+
+    def arrange(self, x: Tensor) -> Tensor:
+        return self.own.arrange(x)
+
+
+class _CountedEdges(_Counted):
     """Products over edges, counted as such, block by block."""
 
     def __init__(
         self, own: Propagate, source: Tensor, target: Tensor, counted: Callable[[int], AbstractContextManager[None]]
     ) -> None:
-        super().__init__(own.edges, own.weights)
-        self.own, self.source, self.target, self.counted = own, source, target, counted
-        self.first_order = own.first_order
+        super().__init__(own)
+        self.source, self.target, self.counted = source, target, counted
 
     def product(self, number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
         block = self.blocks[number]
         edges = edges_between(self.source, self.target, block.sources[columns], block.targets[rows])
         with self.counted(edges * math.prod(z.shape[2:])):
             return self.own.product(number, z, rows, columns)
-
-    def arrange(self, x: Tensor) -> Tensor:
-        return self.own.arrange(x)
 
 
 @contextmanager
@@ -292,20 +299,17 @@ class GraphStep:
         return passes / edges.candidates.num_candidates
 
 
-class _CountedStep(Propagate):
+class _CountedStep(_Counted):
     """The products of a training step."""
 
     def __init__(self, counter: GraphStep, own: Propagate) -> None:
-        super().__init__(own.edges, own.weights)
-        self.counter, self.own, self.first_order = counter, own, own.first_order
+        super().__init__(own)
+        self.counter = counter
 
     def product(self, number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
         pairs = (rows.stop - rows.start) * (columns.stop - columns.start)
         self.counter.count(self.weights[number], pairs * math.prod(z.shape[2:]), z.requires_grad)
         return self.own.product(number, z, rows, columns)
-
-    def arrange(self, x: Tensor) -> Tensor:
-        return self.own.arrange(x)
 
     def start(self, feeding: Sequence[slice]) -> States:
         return _CountedStates(self.counter, self.own, feeding)

@@ -40,9 +40,9 @@ def densify(module: nn.Module, *, keep_hallucinated: bool = False, semi_structur
         raise InputError(f"{type(module).__name__} has no sparse weight: nothing to make dense")
     converted = _semi_structured(found) if semi_structured else {}
     part(list(found))
-    for graph in dict.fromkeys(graph for real in found for _, graph in real.parts):
-        if graph.updates is not None:
-            graph.updates.release(graph)
+    graphs = {graph for real in found for _, graph in real.parts}
+    for updates in {graph.updates for graph in graphs} - {None}:
+        updates.release(graphs)
     if not keep_hallucinated:
         with torch.no_grad():
             # Read all before changing any: layers can share a ranking.
