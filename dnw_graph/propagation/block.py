@@ -77,7 +77,8 @@ class _States(States):
             if dtype is not None:
                 self.weights = [weight.to(dtype) for weight in self.weights]
             num_sources = self.blocks[-1].targets.start
-            self.buffer = z.new_empty(z.size(0), *z.shape[2:], num_sources, dtype=dtype or z.dtype)
+            # Not empty: products on AMX multiply columns beside their own by zero, and NaN stays NaN.
+            self.buffer = z.new_zeros(z.size(0), *z.shape[2:], num_sources, dtype=dtype or z.dtype)
         block = self.blocks[number]
         start = 0 if self.filled is None else self.filled.size(-1)
         columns = slice(block.sources.start, block.sources.stop)

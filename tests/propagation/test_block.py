@@ -360,6 +360,13 @@ def test_under_autocast_as_a_linear_layer(dtype):
     assert_same(results[0], exact, tolerance=8 * torch.finfo(dtype).eps)
 
 
+def test_what_memory_held_before_does_not_reach_a_product_in_half_precision():
+    for seed in range(40):
+        torch.manual_seed(seed)
+        graph = NeuralGraph((3, 8, 4), 14, propagation="block").bfloat16().eval()
+        assert graph(torch.rand(4, 3, 9, 7).bfloat16()).isfinite().all()
+
+
 def test_doubles_stay_doubles_under_autocast():
     graph, x = make(), maps(5, 4)
     expected = gradients(graph, x)
