@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dnw_graph.candidates import Block, CandidateEdges
 from dnw_graph.ops.layout import transformed
 
-SAMPLED = 1 / 8
+SAMPLED = 1 / 12
 """Largest share of the candidates whose gradients are computed edge by edge; above, a dense product is faster."""
 
 

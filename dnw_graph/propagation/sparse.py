@@ -31,7 +31,7 @@ class SparsePropagation(Propagation):
     States are node-major with the images last, ``[nodes, *space, batch]`` in memory. A product over the edges then sums
     long rows, in tiles that stay in cache; the gradient of a block's candidates is one dense product per block of
     sources, without a copy; and the node functions of this package run as one compiled pass. If few candidates get a
-    gradient (:class:`~dnw_graph.RandomGraph`, :class:`~dnw_graph.TopKAST`, …; up to an eighth of all), only theirs are
+    gradient (:class:`~dnw_graph.RandomGraph`, :class:`~dnw_graph.TopKAST`, …; up to a twelfth of all), only theirs are
     computed.
 
     Args:
