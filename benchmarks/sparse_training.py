@@ -191,7 +191,7 @@ class Step:
 
 PRODUCTS = ("convolution", "addmm", "aten::mm", "_TrainedLinear")
 """What the operators of layers have in their names."""
-PARTS = {"reading weights, writing .grad": "_AtPositions", "optimiser": "Optimizer.step"}
+PARTS = {"writing .grad": "autograd::engine::evaluate_function: IndexSelect", "optimiser": "Optimizer.step"}
 """How the names of other parts of a step begin, with everything that they call."""
 
 

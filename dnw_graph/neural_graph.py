@@ -180,12 +180,9 @@ class NeuralGraph(Ranking):
 
     def _fits(self, x: Tensor, dim: int, weight: Tensor) -> bool:
         """Return whether an input is valid; called in every forward pass."""
-        if not fits(x, weight):
-            return False
-        shape = x.shape
-        if not (len(shape) == dim + 3 if self._takes_maps else len(shape) > dim):
-            return False
-        return bool(shape[dim] == self.nodes.num_inputs)  # a tensor under torch.jit.trace
+        dims = x.dim() if fits(x, weight) else 0
+        right = dims == dim + 3 if self._takes_maps else dims > dim
+        return right and bool(x.shape[dim] == self.nodes.num_inputs)  # a tensor under torch.jit.trace
 
     def _wrong_input(self, x: object) -> InputError:
         weight = self.candidates.weight

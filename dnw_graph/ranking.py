@@ -208,18 +208,15 @@ class Ranking(nn.Module):
             raise wrong(f"{self.name}: the state", expected, state if flat is None else flat)
         if not flat.isfinite().all():
             raise InputError(f"{self.name}: the state has candidate weights that are NaN or infinite")
-        self._write(flat)
+        with torch.no_grad():
+            view = self.view(copy=True)
+            view.weight.copy_(flat)
+            view.write_back()
         self.set_up_anew()
 
     def _weights_in(self, state: Mapping[str, Any]) -> Tensor | None:
         found = state.get("candidates.weight")
         return found if isinstance(found, Tensor) else None
-
-    def _write(self, flat: Tensor) -> None:
-        parts = flat.split([weight.numel for weight in self.weights])
-        with torch.no_grad():
-            for weight, part in zip(self.weights, parts, strict=True):
-                weight.write(part, weight.parameter)
 
     def update_wiring(self) -> None:
         """Choose the real edges again, from the current weights."""

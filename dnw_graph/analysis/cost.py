@@ -267,7 +267,7 @@ def _count_parameters(
     counted: set[nn.Parameter] = set()
     model = next(iter(rows))
     real = {
-        parts.parts[0][0].parameter: int(parts.current_mask().count_nonzero())
+        parts.parts[0][0].parameter: int(parts.masks()[0].count_nonzero())
         for _, _, _, parts in sparse_parameters(model)
     }
     for module, row in rows.items():

@@ -145,7 +145,7 @@ class MultiplyAdds(TorchDispatchMode):
         return result
 
     def _remember(self, real: RealWeights, args: tuple[Tensor], weight: Tensor) -> None:
-        mask = torch.empty_like(weight).copy_(real.current_mask())  # strides like those of the weight
+        mask = torch.empty_like(weight).copy_(real.masks()[0])  # strides like those of the weight
         self._sparse[weight.untyped_storage().data_ptr()] = (weight, mask)
 
     def _real_share(self, operands: Any) -> Fraction:
@@ -248,10 +248,10 @@ def _weight(layer: nn.Module) -> tuple[Tensor, Fraction, Fraction]:
         return layer.get_parameter("weight"), Fraction(1), Fraction(1)
     weight = layer.get_parameter("parametrizations.weight.original")
     sparse = layer.get_submodule("parametrizations.weight.0")
-    if not isinstance(sparse, RealWeights) or sparse.mask is None:
+    if not isinstance(sparse, RealWeights) or sparse.current is None:
         return weight, Fraction(1), Fraction(1)
-    learning = None if sparse.probe is not None else sparse.learning
-    masks = (sparse.mask, learning)
+    real_mask, learning = sparse.masks()
+    masks = (real_mask, None if sparse.probe is not None else learning)
     real, updated = (Fraction(weight.numel() if m is None else int(m.count_nonzero()), weight.numel()) for m in masks)
     return weight, real, updated
 

@@ -127,19 +127,6 @@ class _TrainedLinear(torch.autograd.Function):
         return *_linear_grads(grads[0], x, ctx.csr, values, ctx.needs_input_grad[:3], ctx.by_input), None, None
 
 
-def spread(values: Float[Tensor, " some"], places: Int[Tensor, " some"], size: int) -> Float[Tensor, " all"]:
-    """Return a vector with values at ascending places and zeros elsewhere.
-
-    Raises:
-        InputError: If places are out of range or not ascending.
-    """
-    if not torch.is_grad_enabled() and plain_eager() and not batched(values) and values.device.type == "cpu":
-        out = values.new_empty(size)
-        if run("spread", (size, len(places)), places, values.contiguous(), out):
-            return out
-    return values.new_zeros(size).index_copy(0, places, values)
-
-
 def sparse_conv2d(
     x: Float[Tensor, "batch inputs height width"],
     rowptr: Int[Tensor, " rows"],

@@ -115,10 +115,6 @@ def _sampled_linear(batch: int, sources: int, targets: int, edges: int) -> Argum
     return [_number(batch, targets), _number(batch, sources), *_csr(targets, edges), order, _number(edges)]
 
 
-def _spread(size: int, count: int) -> Arguments:
-    return [Expected("place", (count,)), _number(count), _number(size)]
-
-
 def _sparse_convolution_grad(
     batch: int,
     inputs: int,
@@ -185,7 +181,6 @@ SIGNATURES: dict[str, tuple[Callable[..., Arguments], tuple[str, ...]]] = {
     "sparse_linear": (_sparse_linear, ("number", "index")),
     "sparse_convolution": (_sparse_convolution, ("number", "index")),
     "sampled_linear": (_sampled_linear, ("number", "index")),
-    "spread": (_spread, ("number",)),
     "sparse_convolution_grad": (_sparse_convolution_grad, ("number", "index")),
     "largest": (_largest, ("number",)),
     "node_function": (_node_function, ("number",)),

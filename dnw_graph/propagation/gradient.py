@@ -20,10 +20,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from dnw_graph.ops.layer import spread
 from dnw_graph.propagation.propagate import RealEdges
 
 
@@ -75,11 +74,6 @@ def masked_weights(
     return _ToMasked.apply(weight, real, learning, probe)
 
 
-def at_positions(weight: Float[Tensor, ...], positions: Int[Tensor, " edges"]) -> Float[Tensor, " edges"]:
-    """Return the weights at ascending positions of the flattened tensor; all others get a gradient of zero."""
-    return _AtPositions.apply(weight, positions)
-
-
 def with_dense_gradient(
     y: Float[Tensor, ...],
     x: Float[Tensor, ...],
@@ -95,21 +89,6 @@ def with_dense_gradient(
         gradient: Returns the gradient of all candidates from x and the gradient of y.
     """
     return _WithDenseGradient.apply(y, x, probe, gradient)
-
-
-class _AtPositions(torch.autograd.Function):
-    """Real weights of a layer; the backward pass sums nothing, as all positions are distinct."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, positions: Tensor) -> Tensor:
-        ctx.shape = weight.shape
-        ctx.save_for_backward(positions)
-        return weight.reshape(-1).index_select(0, positions)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (positions,) = ctx.saved_tensors
-        return spread(grads[0], positions, ctx.shape.numel()).view(ctx.shape), None
 
 
 class _WithDenseGradient(torch.autograd.Function):

@@ -17,14 +17,12 @@ from dnw_graph._compat import is_replica
 from dnw_graph.arguments import wrong
 from dnw_graph.errors import InputError
 from dnw_graph.ops.layout import plain_eager, traced
-from dnw_graph.propagation.gradient import at_positions, masked_weights
+from dnw_graph.propagation.gradient import masked_weights
 from dnw_graph.sparse_layers.layer_edges import LayerEdges
 from dnw_graph.sparse_layers.layers import LayerWeight
 from dnw_graph.sparse_layers.reading import ReadWeight
-from dnw_graph.sparse_layers.weight_graph import WeightGraph
+from dnw_graph.sparse_layers.weight_graph import Masks, WeightGraph
 from dnw_graph.wirings import Wiring
-
-Masks = tuple[Tensor | LayerEdges, Tensor | None]
 
 
 class RealWeights(nn.Module):
@@ -38,12 +36,8 @@ class RealWeights(nn.Module):
         over_edges: Whether the layer has a forward pass over edges alone, see ``over_edges``.
 
     Attributes:
-        edges: The real weights as edges during a forward pass, where the layer computes over them alone.
+        current: The real weights of the running forward pass, see :meth:`assemble`; None if none is running.
     """
-
-    edges: LayerEdges | None
-    _mask: Tensor | None
-    _learning: Tensor | None
 
     def __init__(
         self,
@@ -58,47 +52,27 @@ class RealWeights(nn.Module):
         self.owned: Any = nn.ModuleList(owned)
         self.parts = tuple(zip(weights, graphs, strict=True))
         self.order = order
-        self.end_pass()
+        self.current: Masks | None = None
         self.probe: Tensor | None = None  # See dnw_graph.propagation.gradient.
         self.active = True  # Until ``densify``.
         self.look = ForwardPass([self])
         self.register_state_dict_pre_hook(_refuse_pretrained)
 
-    def begin_pass(self, real: Tensor | LayerEdges, learning: Tensor | None) -> None:
-        """Set the real weights of a forward pass: as masks, see :meth:`assemble`, or as edges."""
-        if isinstance(real, LayerEdges):
-            self.edges = real
-        else:
-            self._mask, self._learning = real, learning
-
-    def end_pass(self) -> None:
-        """Forget it."""
-        self.edges = self._mask = self._learning = None
-
     @property
-    def in_pass(self) -> bool:
-        """Whether a forward pass is in progress."""
-        return self.edges is not None or self._mask is not None
-
-    @property
-    def mask(self) -> Tensor | None:
-        """During a forward pass 1 for real weights, 0 for hallucinated ones."""
-        return self._mask if self.edges is None else self.edges.mask
-
-    @property
-    def learning(self) -> Tensor | None:
-        """During a forward pass 1 for weights that get a gradient, 0 for others; None if all do."""
-        return self._learning if self.edges is None else self.edges.mask
+    def edges(self) -> LayerEdges | None:
+        """The real weights as edges during a forward pass, where the layer computes over them alone."""
+        real = self.current and self.current[0]
+        return real if isinstance(real, LayerEdges) else None
 
     def real_values(self) -> Float[Tensor, " edges"]:
         """Return the values of the edges in a forward pass."""
         ((weight, graph),) = self.parts
         assert self.edges is not None
-        return graph.wiring.values(at_positions(graph.guarded(weight.parameter), self.edges.index))
+        return graph.wiring.values(graph.guarded(weight.parameter).reshape(-1).index_select(0, self.edges.index))
 
     def forward(self, weight: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         """Return the weight that the layer computes with."""
-        if self.in_pass or traced():
+        if self.current is not None or traced():
             return self._real(weight)
         if torch.is_inference_mode_enabled():
             # Tensors made in inference mode do not record writes.
@@ -107,18 +81,12 @@ class RealWeights(nn.Module):
         return ReadWeight.of(self._real(weight), self.name, weight)
 
     def _real(self, weight: Tensor) -> Tensor:
-        return masked_weights(self._values(weight), *self._masks(), self.probe)
+        return masked_weights(self._values(weight), *self.masks(), self.probe)
 
-    def current_mask(self) -> Float[Tensor, "rows ..."]:
-        """Return 1 for real weights and 0 for hallucinated ones, of the running forward pass or else of evaluation."""
-        return self._masks()[0]
-
-    def _masks(self) -> tuple[Tensor, Tensor | None]:
-        if self.mask is not None:
-            return self.mask, self.learning
-        real, learning = self.look.masks(begins_pass=False)[0]
-        assert isinstance(real, Tensor)  # edges are for forward passes
-        return real, learning
+    def masks(self) -> tuple[Float[Tensor, "rows ..."], Float[Tensor, "rows ..."] | None]:
+        """Return the masks of :meth:`assemble`, of the running forward pass or else of evaluation."""
+        real, learning = self.current or self.look.masks(begins_pass=False)[0]
+        return (real.mask, real.mask) if isinstance(real, LayerEdges) else (real, learning)
 
     def _values(self, weight: Tensor) -> Tensor:
         for _, graph in self.parts:
@@ -161,36 +129,28 @@ class RealWeights(nn.Module):
         for _, graph in self.parts:
             graph.forget()
 
-    def assemble(
-        self, real: Mapping[LayerWeight, Tensor | LayerEdges], learning: Mapping[LayerWeight, Tensor | None]
-    ) -> Masks:
+    def assemble(self, found: Mapping[LayerWeight, Masks]) -> Masks:
         """Assemble the parameter's masks from those of its parts; dense projections count as real.
 
         Returns:
             Two masks: 1 for real weights; 1 for those that get a gradient (None if all do, the same tensor if only the
             real ones do). Or the real weights as edges, and None.
         """
-        edges = real[self.parts[0][0]]
-        if isinstance(edges, LayerEdges):
-            return edges, None
-        mask = self._whole({weight: each for weight, each in real.items() if isinstance(each, Tensor)})
+        if self.parts[0][0].third is None:
+            return found[self.parts[0][0]]
+        mask = self._whole(found, 0)
         if self.kind == "all":
             return mask, None
-        return mask, mask if self.kind == "real" else self._whole(learning)
+        return mask, mask if self.kind == "real" else self._whole(found, 1)
 
-    def _whole(self, masks: Mapping[LayerWeight, Tensor | None]) -> Tensor:
+    def _whole(self, found: Mapping[LayerWeight, Masks], number: int) -> Tensor:
         first = self.parts[0][0]
-        if first.third is None:
-            (whole,) = (masks[weight] for weight, _ in self.parts)
-            assert whole is not None
-            return whole
         dense = first.parameter.new_ones(first.shape)
-        thirds = {weight.third: masks[weight] for weight, _ in self.parts}
-        parts = [thirds.get(third) for third in range(3)]
-        return torch.cat([dense if part is None else part for part in parts])
+        masks: Any = {weight.third: found[weight][number] for weight, _ in self.parts}
+        return torch.cat([dense if masks.get(third) is None else masks[third] for third in range(3)])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "edges": None, "_mask": None, "_learning": None, "probe": None}
+        return {**self.__dict__, "current": None, "probe": None}
 
 
 def part(below: Collection[RealWeights], others: Iterable[RealWeights] = ()) -> None:
@@ -271,17 +231,17 @@ class ForwardPass:
             )
         self.settle(module)
         weights = self.weights
-        if not weights or weights[0].in_pass or any(isinstance(each, Proxy) for each in args):
+        if not weights or weights[0].current is not None or any(isinstance(each, Proxy) for each in args):
             return  # torch.fx records the calls of layers, which choose when the recorded graph runs.
         for weight, masks in zip(weights, self.masks(begins_pass=True), strict=True):
-            weight.begin_pass(*masks)
+            weight.current = masks
         self.begun = True
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the module."""
         if self.begun:
             for weight in self.weights:
-                weight.end_pass()
+                weight.current = None
             self.begun = False
 
     def masks(self, begins_pass: bool) -> list[Masks]:
@@ -312,15 +272,12 @@ class ForwardPass:
             begins_pass: Whether a forward pass begins.
             as_edges: Whether layers may compute over edges alone.
         """
-        real: dict[LayerWeight, Tensor | LayerEdges] = {}
-        learning: dict[LayerWeight, Tensor | None] = {}
+        found: dict[LayerWeight, Masks] = {}
         rest = iter(parameters)
         for graph in self.graphs():
             own = list(itertools.islice(rest, len(graph.weights)))
-            masks = graph.masks(own, begins_pass, as_edges)
-            real |= zip(graph.weights, masks[0], strict=True)
-            learning |= zip(graph.weights, masks[1], strict=True)
-        return [weight.assemble(real, learning) for weight in self.weights]
+            found |= zip(graph.weights, graph.masks(own, begins_pass, as_edges), strict=True)
+        return [weight.assemble(found) for weight in self.weights]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"weights": self._weights, "links": self._links}

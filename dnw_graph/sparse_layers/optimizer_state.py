@@ -64,21 +64,14 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state_dict: Mapping[s
 
 def dense_named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters with the names and in the order of the model without sparse weights."""
-    sparse: dict[nn.Module, dict[str, nn.Parameter]] = {}
-    orders: dict[nn.Module, Sequence[str]] = {}
-    inside: set[nn.Module] = set()
+    sparse: dict[nn.Module, dict[str, Any]] = {}
     for _, layer, name, real in sparse_parameters(module):
         chain: Any = layer.parametrizations[name]  # type: ignore[index]
-        sparse.setdefault(layer, {})[name] = chain.original
-        orders[layer] = real.order
-        inside.add(chain)
+        sparse.setdefault(layer, dict.fromkeys(real.order))[name] = chain.original
     seen: set[nn.Parameter] = set()
+    # A layer comes before its parametrizations, whose parameter has been yielded by then.
     for path, each in module.named_modules():
-        if each in inside:
-            continue
-        own = {**dict(own_parameters(each)), **sparse.get(each, {})}
-        for name in dict.fromkeys((*orders.get(each, ()), *own)):
-            parameter = own.get(name)
+        for name, parameter in {**sparse.get(each, {}), **dict(own_parameters(each))}.items():
             if parameter is not None and parameter not in seen:
                 seen.add(parameter)
                 yield f"{path}.{name}" if path else name, parameter

@@ -18,6 +18,8 @@ from dnw_graph.ranking import Ranking
 from dnw_graph.sparse_layers.layer_edges import LayerEdges, pays
 from dnw_graph.sparse_layers.layers import LayerWeight, candidate_edges, weight_name
 
+Masks = tuple[Tensor | LayerEdges, Tensor | None]
+
 
 class WeightGraph(Ranking):
     """The weights of one layer, or of several that share a budget, as a graph with a wiring.
@@ -74,12 +76,10 @@ class WeightGraph(Ranking):
                 )
         return super().view(tensors, **options)
 
-    def masks(
-        self, tensors: Sequence[Tensor], begins_pass: bool, as_edges: bool = False
-    ) -> tuple[list[Tensor | LayerEdges], list[Tensor | None]]:
+    def masks(self, tensors: Sequence[Tensor], begins_pass: bool, as_edges: bool = False) -> list[Masks]:
         """Return, in the shape of each of ``weights``, 1 for real weights and 1 for those that get a gradient.
 
-        All others are 0. The second is None if all get a gradient.
+        All others are 0. The second is None if all get a gradient, or if the first are edges.
 
         Args:
             tensors: The parameters of the weights as the forward pass sees them.
@@ -94,12 +94,12 @@ class WeightGraph(Ranking):
             index = self.real_edges(tensors)
             if as_edges and index.is_cpu and (self.wiring.gradient or self.wiring.trained) == "real":
                 some = self._as_edges(index, tensors)
-                return some, [each if isinstance(each, Tensor) else None for each in some]
+                return [(each, each if isinstance(each, Tensor) else None) for each in some]
             real = self.derived(index, lambda: self._shaped(index, tensors))
         learning = self.learning_edges(index, tensors)
         if learning is None:
-            return [*real], [None] * len(real)
-        return [*real], list(real if learning is index else self._shaped(learning, tensors))
+            return [(mask, None) for mask in real]
+        return list(zip(real, real if learning is index else self._shaped(learning, tensors), strict=True))
 
     def part(self, leaving: Collection[LayerWeight]) -> WeightGraph:
         """Remove weights and their edges from the ranking, and return a new graph for them.

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import dnw_graph.ops.flops  # noqa: F401  # tells the counter
 from dnw_graph import InputError
 from dnw_graph.ops import sparse_conv2d, sparse_linear
-from dnw_graph.ops.layer import spread
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -278,17 +277,3 @@ def test_wrong_input_is_refused(way, changes, unchecked):
 def test_a_linear_layer_refuses_places_out_of_range(way, place, batch):
     with pytest.raises(InputError):
         sparse_linear(torch.zeros(batch, 5), torch.tensor([0, 1, 2]), torch.tensor([0, place]), torch.ones(2))
-
-
-def test_values_spread_over_zeros(way):
-    places = torch.randperm(9000)[:700].sort().values
-    values = torch.randn(700)
-    with torch.no_grad():
-        assert torch.equal(spread(values, places, 9000), torch.zeros(9000).index_copy(0, places, values))
-        assert not spread(values[:0], places[:0], 5).any()
-
-
-@pytest.mark.parametrize("places", [[0, 9], [-1, 3], [3, 2], [2, 2]])
-def test_places_that_are_not_ascending_within_the_vector_are_refused(places, has_compiler):
-    with torch.no_grad(), pytest.raises(InputError):
-        spread(torch.ones(2), torch.tensor(places), 9)

@@ -179,10 +179,6 @@ INDICES(int64_t, int64)
       const T *y, const T *z, double *squares) {                                                                      \
     return error_squares(threads, count, terms, rtol, atol, c, x, y, z, squares);                                     \
   }                                                                                                                   \
-  extern "C" int spread_##SUFFIX(                                                                                     \
-      int64_t threads, int64_t size, int64_t count, const int64_t *places, const T *values, T *out) {                 \
-    return spread(threads, size, count, places, values, out);                                                         \
-  }                                                                                                                   \
   extern "C" int exchanged_##SUFFIX(                                                                                  \
       int64_t threads, int64_t first, int64_t middle, int64_t last, const T *from, T *to) {                           \
     return exchanged(threads, first, middle, last, from, to);                                                         \

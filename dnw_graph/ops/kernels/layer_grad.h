@@ -198,20 +198,4 @@ int sampled_linear(
   return OK;
 }
 
-// Writes a row of zeros with values at ascending indices, in one pass.
-template <class T>
-int spread(int64_t threads, int64_t size, int64_t count, const int64_t *places, const T *values, T *out) {
-  constexpr int64_t piece = 4096;
-  for (int64_t e = 0; e < count; ++e)
-    if (places[e] < 0 || places[e] >= size || (e && places[e] <= places[e - 1])) return WRONG_EDGES;
-#pragma omp parallel for schedule(static) num_threads(team(threads, double(size)))
-  for (int64_t start = 0; start < size; start += piece) {
-    const int64_t end = std::min(start + piece, size);
-    std::fill(out + start, out + end, T(0));
-    for (int64_t e = std::lower_bound(places, places + count, start) - places; e < count && places[e] < end; ++e)
-      out[places[e]] = values[e];
-  }
-  return OK;
-}
-
 }  // namespace
