@@ -37,6 +37,7 @@ __all__ = [
     "has_own_hooks",
     "import_pyg",
     "in_backward_pass",
+    "in_forward_mode",
     "is_batched",
     "is_in_torch_dispatch_mode",
     "is_replica",
@@ -89,6 +90,11 @@ def backward_pass() -> int | None:
 def functorch_active() -> bool:
     """Return whether a ``torch.func`` transform is active; no public function tells."""
     return torch._C._are_functorch_transforms_active()
+
+
+def in_forward_mode() -> bool:
+    """Return whether ``torch.autograd.forward_ad`` computes tangents; no public function tells."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def is_batched(tensor: Tensor) -> bool:

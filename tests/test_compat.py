@@ -31,6 +31,12 @@ def test_functorch_active_is_true_within_a_transform_only():
     assert seen == [True, False], "PyTorch has no torch._C._are_functorch_transforms_active that tells of vmap"
 
 
+def test_in_forward_mode_is_true_where_tangents_are_computed_only():
+    with torch.autograd.forward_ad.dual_level():
+        assert _compat.in_forward_mode(), "torch.autograd.forward_ad no longer has the level in _current_level"
+    assert not _compat.in_forward_mode()
+
+
 def test_is_batched_tells_tensors_that_stand_for_several():
     seen = []
     torch.func.vmap(lambda x: (seen.append(_compat.is_batched(x)), x)[1])(torch.ones(2))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnw_graph._compat import functorch_active, is_in_torch_dispatch_mode
+from dnw_graph._compat import functorch_active, in_forward_mode, is_in_torch_dispatch_mode
 from dnw_graph.ops.build import kernels
 from dnw_graph.ops.call import readable, run
 
@@ -41,7 +41,7 @@ def kernels_take(z: Tensor) -> bool:
 
 def plain_eager() -> bool:
     """Return True in plain eager mode, where opaque kernels are safe."""
-    return not (traced() or is_in_torch_dispatch_mode())
+    return not (traced() or is_in_torch_dispatch_mode() or in_forward_mode())
 
 
 def traced() -> bool:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from reference import relative_error
 from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from dnw_graph import attach
@@ -252,8 +254,23 @@ def test_several_gradients_at_once():
         x, _ = batch()
         x.requires_grad_()
         out = model(x)[0]
-        found.append(torch.autograd.grad(out, x, torch.eye(10).double(), is_grads_batched=True))
+        inputs = [x, *model.parameters()]
+        found.append(torch.autograd.grad(out, inputs, torch.eye(10).double(), is_grads_batched=True))
     assert_close(*found)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_gives_the_directional_derivative(grad):
+    model, _ = pair()
+    model.eval()
+    x, _ = batch()
+    for name, weight in model.named_parameters():
+        direction, step = torch.randn_like(weight), 1e-5
+        with torch.set_grad_enabled(grad), forward_ad.dual_level():
+            dual = {name: forward_ad.make_dual(weight.detach(), direction)}
+            tangent = forward_ad.unpack_dual(functional_call(model, dual, x)).tangent
+        ahead, back = (functional_call(model, {name: weight.detach() + h * direction}, x) for h in (step, -step))
+        assert torch.allclose(tangent, (ahead - back) / (2 * step), rtol=1e-6, atol=1e-8), name
 
 
 def test_autocast_computes_with_masks(computed):
