@@ -1,4 +1,4 @@
-"""Compares all rules: ResNet-20 on CIFAR-10 with a twentieth and a tenth of its weights.
+"""Compares eleven rules: ResNet-20 on CIFAR-10 with a twentieth and a tenth of its weights.
 
 All rows, 3 seeds each, in mixed precision with bfloat16; a step takes 0.25 (dense) to 0.33 s (Top-KAST) of one core
 (Intel Xeon with AMX; float32 0.40), a run 1.2 hours or more:
@@ -46,7 +46,7 @@ def _row(rule: str, density: float) -> Row:
 
 TABLE = Table(
     name="rules",
-    title="Every rule: ResNet-20 on CIFAR-10",
+    title="Rules side by side: ResNet-20 on CIFAR-10",
     example="benchmarks/paper/resnet20.py",
     rows=(
         Row("dense", "resnet20", options={"density": "1"}, name="resnet20_dense"),
