@@ -70,12 +70,12 @@ def steps(module: nn.Module) -> list[Layer] | None:
         return steps(module.norm) if kind is ReluConvSendNorm else None
     if kind is nn.Sequential:
         return _all(list(module.children()))
-    if isinstance(module, Biased):
+    if isinstance(module, Biased) and kind is Biased:
         bias = module.bias
         shift = [] if bias is None else [Affine(torch.ones_like(bias), bias.detach().clone())]
         after = steps(module.activation)
         return None if after is None else [*shift, *after]
-    if isinstance(module, Blockwise):
+    if isinstance(module, Blockwise) and kind is Blockwise:
         blocks = [steps(function) for function in module.functions]
         known = [block for block in blocks if block is not None]
         return [PerBlock([Chain(block) for block in known], module.sizes)] if len(known) == len(blocks) else None

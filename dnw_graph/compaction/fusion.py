@@ -8,19 +8,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dnw_graph.compaction.plain_layers import Activation, Affine, Chain, Conv, Layer
+from dnw_graph.compaction.plain_layers import Activation, Affine, Chain, Conv, Layer, MapMean
 from dnw_graph.compaction.products import SparseProduct
 from dnw_graph.compaction.sparse_layers import SparseLayer
 from dnw_graph.compaction.static_graphs import FusedGraph, StaticGraph
 
 
 def fold(layers: Sequence[nn.Module]) -> list[nn.Module]:
-    """Fold every scale and shift into the layer before it, where that layer is linear."""
+    """Fold every scale and shift into the layer before it, where that layer is linear.
+
+    A norm behind a linear layer is folded for vectors only: of other inputs it normalises another dimension.
+    """
     folded: list[nn.Module] = []
+    vectors = False  # whether the layers so far certainly return vectors
     for layer in layers:
         last = folded[-1] if folded else None
-        if not (isinstance(layer, Affine) and isinstance(last, Layer) and last.absorb(layer.scale, layer.shift)):
-            folded.append(layer)
+        known = isinstance(last, Layer) and (vectors or not last.on_last)
+        if isinstance(layer, Affine) and isinstance(last, Layer) and known and last.absorb(layer.scale, layer.shift):
+            continue
+        folded.append(layer)
+        flattens = isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
+        vectors = flattens or isinstance(layer, MapMean) or (vectors and isinstance(layer, Layer))
     return folded
 
 
@@ -86,7 +94,7 @@ def _run(layers: Sequence[nn.Module], place: int) -> tuple[FusedGraph | None, in
             sizes.append(entry.conv.num_outputs)
             strides.append(0)
             zero = torch.zeros_like(entry.conv.weight[:, 0, 0, 0])
-            shifts.append(affine.shift if isinstance(affine, Affine) else zero)
+            shifts.append(affine.shift.to(zero.dtype) if isinstance(affine, Affine) else zero)
         strides[-1] = entry.conv.stride[0]
         first = sum(sizes[:-1])
         blocks = [sizes[-1]]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dnw_graph._compat import tree_leaves
 from dnw_graph.analysis.chains import channel_wise
 from dnw_graph.analysis.cost import cost_of, neural_graphs
 from dnw_graph.arguments import checked, shown, wrong
@@ -26,7 +27,7 @@ from dnw_graph.compaction.network import Network, norms_behind, traced
 from dnw_graph.compaction.plain_layers import Affine, Chain, Conv, Layer, Linear, Select
 from dnw_graph.compaction.plans import apply
 from dnw_graph.compaction.report import Report, Size, relative_difference
-from dnw_graph.compaction.rows import layer_rows
+from dnw_graph.compaction.rows import LAYERS, layer_rows
 from dnw_graph.compaction.sequence import chain, silent_features
 from dnw_graph.compaction.sparse_layers import make_sparse, pays
 from dnw_graph.compaction.static_graphs import STATE_DTYPES, round_states
@@ -254,7 +255,10 @@ class _Compactor:
         """Return a module that may mix channels as a layer, or a copy of it with its graphs compacted."""
         layer = linear_or_conv(module)
         if layer is None:
-            return self._copy(module)
+            copied = self._copy(module)
+            if isinstance(module, LAYERS):
+                copied.label = self.names.get(module, "")
+            return copied
         layer.label = self.names.get(module, "")
         return layer
 
@@ -273,7 +277,8 @@ class _Compactor:
             elif self.sparse and _is_sparse(child) and isinstance(layer := self._plain(child), Conv | Linear):
                 norms = norms_behind(module) if norms is None else norms
                 norm = norms.get(child)
-                affine = steps(norm) if isinstance(norm, NORMS) else None
+                # Of other inputs than vectors a norm behind a linear layer normalises another dimension.
+                affine = steps(norm) if isinstance(norm, NORMS) and isinstance(layer, Conv) else None
                 if affine and isinstance(affine[0], Affine) and layer.absorb(affine[0].scale, affine[0].shift):
                     memo[id(norm)] = nn.Identity()
                 memo[id(child)] = layer
@@ -292,7 +297,12 @@ def _check_example(model: nn.Module, example: Tensor) -> None:
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            model.eval()(example)
+            out = model.eval()(example)
+        if not _tensors(out):
+            raise InputError(
+                f"{type(model).__name__} returns {shown(out)}: an example is for models that return tensors, or a "
+                "tuple, list or dict of them"
+            )
     except InputError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
@@ -313,11 +323,15 @@ def _count(size: Size, model: nn.Module, example: Tensor | None) -> None:
 
 def _compare(model: nn.Module, compacted: nn.Module, example: Tensor, report: Report) -> None:
     """Report the difference of the outputs for an example."""
-    expected = model(example)
-    report.difference = relative_difference(compacted(example), expected)
+    expected = _tensors(model(example))
+    report.difference = relative_difference(_tensors(compacted(example)), expected)
     if report.adaptive:
         closer = copy.deepcopy(model)
         for module in closer.modules():
             if isinstance(module, Continuous):
                 module.rtol, module.atol = module.rtol / 10, module.atol / 10
-        report.tolerance_difference = relative_difference(closer(example), expected)
+        report.tolerance_difference = relative_difference(_tensors(closer(example)), expected)
+
+
+def _tensors(outputs: object) -> list[Tensor]:
+    return [each for each in tree_leaves(outputs) if isinstance(each, Tensor)]

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dnw_graph._compat import has_own_hooks
-from dnw_graph.compaction.plain_layers import Activation, Affine, Layer, require
+from dnw_graph.compaction.plain_layers import Activation, Affine, Layer, MapMean, require
 from dnw_graph.compaction.sparse_layers import SparseConv, SparseLayer
 from dnw_graph.errors import unknown_name
-from dnw_graph.usual import as_its_class
+from dnw_graph.usual import as_its_class, keeps_methods
 
 
 def _max_pool2d(z: Tensor, **options: Any) -> Tensor:
@@ -109,6 +109,9 @@ class Network(Layer):
             for before in taken:
                 if uses[before] > 1 or before not in layers or not isinstance(layer, Layer):
                     continue
+                norm_of_rows = isinstance(layer, Affine) and getattr(layers[before], "on_last", False)
+                if norm_of_rows and not _returns_vectors(layers, inputs, inputs[before][0]):
+                    continue
                 others = [each for each in taken if each != before]
                 if _absorbed(layer, layers[before], others, len(inputs[before])):
                     layers[place], inputs[place] = layers.pop(before), inputs.pop(before) + others
@@ -128,6 +131,17 @@ def _absorbed(layer: Layer, last: nn.Module, others: list[int], num_inputs: int)
         return True
     added = isinstance(layer, Operation) and layer.name == "add" and not layer.arguments
     return added and isinstance(last, SparseConv) and num_inputs == len(others) == 1
+
+
+def _returns_vectors(layers: Mapping[int, nn.Module], inputs: Mapping[int, Sequence[int]], place: int) -> bool:
+    """Return whether a layer certainly returns vectors, to which a norm behind a linear layer applies as to maps."""
+    while isinstance(layer := layers.get(place), Layer):
+        if isinstance(layer, Operation):
+            return layer.name == "flatten" and layer.arguments in ({"start_dim": 1}, {"start_dim": 1, "end_dim": -1})
+        if isinstance(layer, MapMean):
+            return True
+        place = inputs[place][0]
+    return False
 
 
 def _plain(value: object) -> bool:
@@ -192,7 +206,8 @@ def norms_behind(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 def _trace(model: nn.Module) -> fx.Graph | None:
     """Return the calls in a module's forward pass, or None if they depend on values."""
-    if any(map(has_own_hooks, model.modules())):
+    # The tracer follows the class's forward pass.
+    if not keeps_methods(model) or any(map(has_own_hooks, model.modules())):
         return None
     try:
         return fx.Tracer().trace(model)
@@ -243,7 +258,7 @@ def _called(node: Any) -> tuple[Sequence[Any], list[Layer] | None]:
     activation = _ACTIVATIONS.get(function) or {"relu": "relu", "sigmoid": "sigmoid"}.get(str(name))
     if activation and len(args) == 1 and not kwargs.pop("inplace", False) and not kwargs:
         return args, [Activation(activation)]
-    if function is torch.cat and isinstance(args[0], list | tuple):
+    if function is torch.cat and args and isinstance(args[0], list | tuple) and kwargs.keys() <= {"dim"}:
         return list(args[0]), [Operation("concat", {"dim": kwargs.get("dim", args[1] if len(args) > 1 else 0)})]
     named: dict[Any, tuple[str, tuple[str, ...]]] = {
         torch.flatten: ("flatten", ("start_dim", "end_dim")),

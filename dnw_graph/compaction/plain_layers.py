@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +28,14 @@ class Layer(nn.Module):
         tensor_names: Names of those that are tensors or None.
         label: Name of the layer in the original model, where the layer has a row in the report.
         sources: Number of columns of the sparse matrix ``rowptr``, ``columns``, ``values``, in a layer that has one.
+        on_last: Whether it acts on the last dimension, which is that of the channels for vectors only.
     """
 
     options: ClassVar[tuple[str, ...]] = ()
     tensor_names: tuple[str, ...] = ()
     label: str = ""
     sources: int
+    on_last: ClassVar[bool] = False
 
     def register(self, **tensors: Tensor | None) -> None:
         """Make tensors buffers."""
@@ -69,6 +71,17 @@ class Layer(nn.Module):
         return ", ".join(sizes + [f"{name}={getattr(self, name)!r}" for name in self.options])
 
 
+def scaled(weights: Tensor, scale: Tensor) -> Tensor:
+    """Return scaled weights in their dtype, also by a norm in another one."""
+    return (weights * scale).to(weights.dtype)
+
+
+def shifted(layer: Any, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return the bias of a layer after a scale and a shift, in the dtype of its weights."""
+    weights = layer.values if hasattr(layer, "values") else layer.weight
+    return (shift if layer.bias is None else layer.bias * scale + shift).to(weights.dtype)
+
+
 class Chain(Layer):
     """Layers in sequence."""
 
@@ -83,7 +96,7 @@ class Chain(Layer):
                 )
                 if isinstance(layer, Select) and layer.dim == 1 and channels and layer.num_outputs:
                     require(int(layer.index.max()) < channels, f"a selection leaves the {channels} channels")
-                channels = layer.num_outputs or channels
+                channels = None if layer.on_last else layer.num_outputs or channels
             else:
                 channels = None
         self.layers = nn.ModuleList(layers)
@@ -193,7 +206,7 @@ class ScaleAndShift(Layer):
         if self.scale is None or self.shift is None:
             return z
         shape = (-1, *[1] * (z.dim() - 2))
-        return z * self.scale.view(shape) + self.shift.view(shape)
+        return (z * self.scale.view(shape) + self.shift.view(shape)).to(z.dtype)
 
 
 class Affine(ScaleAndShift):
@@ -291,8 +304,7 @@ class Conv(Layer):
 
     def absorb(self, scale: Tensor, shift: Tensor) -> bool:
         """Scale the kernels and shift the bias."""
-        self.weight = self.weight * scale.view(-1, 1, 1, 1)
-        self.bias = shift if self.bias is None else self.bias * scale + shift
+        self.weight, self.bias = scaled(self.weight, scale.view(-1, 1, 1, 1)), shifted(self, scale, shift)
         return True
 
     def forward(self, z: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs h w"]:
@@ -303,6 +315,7 @@ class Conv(Layer):
 class Linear(Layer):
     """A linear layer over the last dimension."""
 
+    on_last = True
     weight: Tensor
     bias: Tensor | None
 
@@ -314,8 +327,7 @@ class Linear(Layer):
 
     def absorb(self, scale: Tensor, shift: Tensor) -> bool:
         """Scale the rows of the matrix and shift the bias."""
-        self.weight = self.weight * scale.view(-1, 1)
-        self.bias = shift if self.bias is None else self.bias * scale + shift
+        self.weight, self.bias = scaled(self.weight, scale.view(-1, 1)), shifted(self, scale, shift)
         return True
 
     def forward(self, z: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import dnw_graph.ops.flops  # noqa: F401
-from dnw_graph.compaction.plain_layers import Layer, require, require_whole
+from dnw_graph.compaction.plain_layers import Layer, require, require_whole, scaled, shifted
 from dnw_graph.ops import sparse_product
 from dnw_graph.ops.operands import INTEGERS
 
@@ -55,8 +55,8 @@ class SparseProduct(Layer):
 
     def absorb(self, scale: Tensor, shift: Tensor) -> bool:
         """Scale the weights of every target's edges, and shift the bias."""
-        self.values = self.values * scale.repeat_interleave(self.rowptr.diff())
-        self.bias = self.bias * scale + shift
+        self.values = scaled(self.values, scale.repeat_interleave(self.rowptr.diff()))
+        self.bias = shifted(self, scale, shift)
         return True
 
     def forward(self, z: Float[Tensor, "batch sources *space"]) -> Float[Tensor, "batch targets *space"]:
@@ -105,8 +105,7 @@ class DenseProduct(Layer):
 
     def absorb(self, scale: Tensor, shift: Tensor) -> bool:
         """Scale the rows of the matrix, and shift the bias."""
-        self.weight = self.weight * scale.view(-1, 1, 1, 1)
-        self.bias = self.bias * scale + shift
+        self.weight, self.bias = scaled(self.weight, scale.view(-1, 1, 1, 1)), shifted(self, scale, shift)
         return True
 
     def forward(self, z: Float[Tensor, "batch sources *space"]) -> Float[Tensor, "batch targets *space"]:

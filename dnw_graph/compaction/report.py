@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -114,7 +116,8 @@ class Report:
         return "\n".join(lines)
 
 
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    """Return ‖a − b‖ / ‖b‖, or 0 if both are zero."""
-    difference = (a - b).norm()
-    return float(difference / b.norm()) if difference else 0.0
+def relative_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Return ‖a − b‖ / ‖b‖ over all tensors, or 0 if they are equal."""
+    differences = [float((x - y).norm()) for x, y in zip(a, b, strict=True)]
+    norm = math.hypot(*(float(y.norm()) for y in b))
+    return math.hypot(*differences) / norm if any(differences) and norm else 0.0

@@ -12,7 +12,7 @@ from dnw_graph.compaction.gaps import to_gaps
 from dnw_graph.compaction.plain_layers import Layer, Linear
 from dnw_graph.compaction.report import LayerRow
 from dnw_graph.compaction.sparse_layers import DENSEST, SMALLEST, SparseLayer, SparseLinear, pays
-from dnw_graph.sparse_layers.layers import CONVOLUTIONS
+from dnw_graph.sparse_layers.layers import CONVOLUTIONS, TRANSPOSED
 
 LAYERS = (nn.Linear, *CONVOLUTIONS)
 
@@ -26,7 +26,8 @@ def layer_rows(model: nn.Module, compacted: nn.Module, example: Tensor | None) -
         example: A batch of inputs; multiply-adds are for one of them.
     """
     made: dict[str, nn.Module] = {}
-    made |= {layer.label: layer for layer in compacted.modules() if isinstance(layer, Layer) and layer.label}
+    labelled = ((getattr(layer, "label", ""), layer) for layer in compacted.modules())
+    made |= {label: layer for label, layer in labelled if label and isinstance(layer, (Layer, *LAYERS))}
     made |= {name: layer for name, layer in compacted.named_modules() if name and isinstance(layer, LAYERS)}
     originals = {name: layer for name, layer in model.named_modules() if isinstance(layer, LAYERS) and name in made}
     places = _places(made, compacted, example)
@@ -68,7 +69,8 @@ def _places(made: dict[str, nn.Module], compacted: nn.Module, example: Tensor | 
         def note(
             module: nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name, last: bool = channels_last
         ) -> None:
-            shape = out.shape[1:-1] if last else out.shape[2:]
+            # Each weight of a transposed convolution acts once per position of its input.
+            shape = out.shape[1:-1] if last else (args[0] if isinstance(module, TRANSPOSED) else out).shape[2:]
             found[name] = found.get(name, 0) + math.prod(shape)
 
         handles.append(layer.register_forward_hook(note))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dnw_graph.analysis.chains import parts
+from dnw_graph.compaction.convert import can_be_compacted
 from dnw_graph.compaction.functions import steps
 from dnw_graph.compaction.plain_layers import Activation, Affine, Layer, MapMean
 from dnw_graph.dynamics import Static
@@ -44,7 +45,9 @@ def silent_features(modules: list[nn.Module]) -> Tensor | None:
     else:
         return None
     means = [layer.stop or 1 for layer in between if isinstance(layer, MapMean)]
-    if not (means and isinstance(module, NeuralGraph) and isinstance(module.dynamics, Static)):
+    if not (
+        means and isinstance(module, NeuralGraph) and can_be_compacted(module) and isinstance(module.dynamics, Static)
+    ):
         return None
     if steps(module.dynamics.node_functions[-1]) != []:
         return None

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import dnw_graph.ops.flops  # noqa: F401
-from dnw_graph.compaction.plain_layers import Conv, Layer, Linear, require, require_whole
+from dnw_graph.compaction.plain_layers import Conv, Layer, Linear, require, require_whole, scaled, shifted
 from dnw_graph.compaction.products import check_csr
 from dnw_graph.ops import sparse_conv2d, sparse_linear
-from dnw_graph.ops.layer import LARGEST, LinearCall, plain_call
+from dnw_graph.ops.layer import LARGEST, LinearCall, dense_weight, plain_call
 
 DENSEST = 0.3
 """Largest share of non-zero weights for a sparse layer: below the smallest share at which dense and sparse layers take
@@ -46,9 +46,19 @@ class SparseLayer(Layer):
         """Scale the weights of every output and shift the bias."""
         if self.relu:
             return False
-        self.values = self.values * scale.repeat_interleave(self.rowptr.diff())
-        self.bias = shift if self.bias is None else self.bias * scale + shift
+        self.values = scaled(self.values, scale.repeat_interleave(self.rowptr.diff()))
+        self.bias = shifted(self, scale, shift)
         return True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+        return len(self.rowptr) - 1, self.sources
+
+    @property
+    def weight(self) -> Float[Tensor, "outputs ..."]:
+        """The dense weight, for modules that read the weights of their layers, as attention and transformers do."""
+        return dense_weight(self.rowptr, self.columns, self.values, self.sources).view(self.shape)
 
 
 class SparseLinear(SparseLayer):
@@ -64,6 +74,7 @@ class SparseLinear(SparseLayer):
     """
 
     options = ("inputs", "relu")
+    on_last = True
 
     def __init__(
         self, rowptr: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None, inputs: int, relu: bool = False
@@ -132,6 +143,11 @@ class SparseConv(SparseLayer):
         self.kernel, self.stride, self.padding, self.dilation = map(list, sides)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+        return self.num_outputs, self.inputs // self.groups, *self.kernel
+
+    @property
     def num_inputs(self) -> int:
         """Number of channels taken."""
         return self.inputs
@@ -144,7 +160,17 @@ class SparseConv(SparseLayer):
     def forward(
         self, z: Float[Tensor, "batch inputs height width"], add: Float[Tensor, "batch outputs h w"] | None = None
     ) -> Float[Tensor, "batch outputs h w"]:
-        """Convolve, and add another tensor if there is one."""
+        """Convolve, and add another tensor if there is one, which may be broadcast."""
+        if add is not None and tuple(add.shape) != (z.size(0), self.num_outputs, *self._sides(z)):
+            out = self._convolved(z, None, False) + add
+            return out.relu() if self.relu else out
+        return self._convolved(z, add, self.relu)
+
+    def _sides(self, z: Tensor) -> list[int]:
+        window = zip(z.shape[2:], self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in window]
+
+    def _convolved(self, z: Tensor, add: Tensor | None, relu: bool) -> Tensor:
         return sparse_conv2d(
             z,
             self.rowptr,
@@ -157,7 +183,7 @@ class SparseConv(SparseLayer):
             dilation=self.dilation,
             groups=self.groups,
             add=add,
-            relu=self.relu,
+            relu=relu,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +29,12 @@ _MOST_LINES = 600
 
 
 def times(graph: RecordedGraph) -> tuple[list[float], str]:
-    """Return the moments as numbers for an axis, and their unit."""
-    epochs = [moment.epoch for moment in graph.moments]
-    known = [epoch for epoch in epochs if epoch is not None]
-    return (known, "epoch") if len(known) == len(epochs) else ([float(m.step) for m in graph.moments], "step")
+    """Return the moments as numbers for an axis, and their unit: epochs if all are known and differ, else steps."""
+    epochs = [moment.epoch for moment in graph.moments if moment.epoch is not None]
+    increasing = all(before < after for before, after in pairwise(epochs))
+    if increasing and len(epochs) == len(graph.moments):
+        return epochs, "epoch"
+    return [float(moment.step) for moment in graph.moments], "step"
 
 
 @checked

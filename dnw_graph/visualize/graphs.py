@@ -93,8 +93,10 @@ def plot(
             (style.LIVE, f"feedback: {int(back.sum()):,}", "--"),
         ]
     style.legend_beside(ax, lines)
-    shown = f"\ndrawn: the strongest {style.share(top / data.num_edges)} of the edges between any two blocks"
-    ax.set_title(style.title(data) + (shown if top < data.num_edges else ""), fontsize="medium")
+    shown = ""
+    if top < data.num_edges:
+        shown = f"\ndrawn: the strongest {style.share(top / data.num_edges)} of the edges between any two blocks"
+    ax.set_title(style.title(data) + shown, fontsize="medium")
     return ax
 
 

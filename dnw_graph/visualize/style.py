@@ -184,7 +184,7 @@ def sign_colours(data: Data, edges: Int[Tensor, " edges"]) -> tuple[list[str], T
     if data.get("edge_weight") is None:
         return [LIVE] * len(edges), torch.full((len(edges),), 0.3)
     weight = data.edge_weight[edges]
-    large = np.quantile(data.edge_weight.abs().numpy(), OPAQUE) if data.num_edges else 1.0
+    large = np.quantile(data.edge_weight.abs().float().numpy(), OPAQUE) if data.num_edges else 1.0
     opacity = (weight.abs() / max(float(large), 1e-12)).sqrt().clamp(max=1.0)
     return [POSITIVE if w > 0 else NEGATIVE for w in weight.tolist()], opacity
 

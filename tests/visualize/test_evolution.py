@@ -20,14 +20,14 @@ from dnw_graph.visualize import Recording, animate, plot_evolution, plot_trainin
 from dnw_graph.visualize.style import BORN
 
 
-def recorded(moments=5, **nodes):
+def recorded(moments=5, epoch=lambda step: step / 2, **nodes):
     torch.manual_seed(0)
     graph = NeuralGraph(**(nodes or {"blocks": (4, 8, 3)}), num_edges=20, name="a</script>b")
     recording = Recording(graph)
     for step in range(1, moments):
         with torch.no_grad():
             graph.candidates.weight += 0.2 * torch.randn_like(graph.candidates.weight)
-        recording.add(10 * step, step / 2)
+        recording.add(10 * step, epoch(step))
     return recording
 
 
@@ -51,6 +51,13 @@ def test_curves_are_those_of_the_recording():
     np.testing.assert_allclose(magnitude.lines[0].get_ydata(), graph.magnitudes()[:, 2])
     assert "epoch 0 to 2" in figure.get_suptitle()
     assert ended.sum() == graph.swaps()[:, 1].sum()
+
+
+def test_moments_of_one_epoch_are_drawn_by_step(tmp_path):
+    graph = recorded(epoch=lambda step: 0.0)["a</script>b"]
+    assert "step 0 to 40" in plot_evolution(graph).get_suptitle()
+    animate(graph, tmp_path / "a.gif", seconds=1)
+    assert (tmp_path / "a.gif").stat().st_size
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from dnw_graph import Discrete, InputError, NeuralGraph, sparsify
 from dnw_graph.sparse_layers import to_data as layer_data
 from dnw_graph.visualize import plot, plot_change, to_networkx
 from dnw_graph.visualize.style import BORN, GONE, KEPT, NEGATIVE, POSITIVE
+from dnw_graph.wirings import STR
 
 
 @pytest.fixture(autouse=True)
@@ -337,3 +338,10 @@ def test_graphs_and_data_are_told_apart(graph, unchecked):
     for before, after in ((graph, graph), (graph.to_data(), graph), (graph, graph.to_data())):
         with pytest.raises(InputError, match=r"(before|after) must be a Data; got a NeuralGraph module"):
             plot_change(before, after)
+
+
+def test_a_wiring_without_edges_and_one_in_half_precision_are_drawn(graph):
+    empty = NeuralGraph((3, 4, 2), wiring=STR(start=20.0, weight_decay=0.0))
+    assert empty.num_real_edges == 0
+    assert not any(len(each.get_segments()) for each in lines(plot(empty.to_data())))
+    assert len(lines(plot(graph.bfloat16().to_data()))) == len(lines(plot(graph.float().to_data())))
