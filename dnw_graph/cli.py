@@ -10,7 +10,7 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,6 +114,10 @@ def _family(words: list[str]) -> tuple[Family, list[str], ModelFile | None]:
         name = file.card.models
         if name is None:
             raise InputError(f"{file.path} was trained by another program: resume with that program")
+        if name not in FAMILIES:
+            raise InputError(
+                f"{file.path} has models {name!r}: use the program that calls register_models({name!r}, …)"
+            )
     elif given.config and model is None:
         options = read_yaml(given.config)
         model, name = options.get("model"), family_with(options)
@@ -151,24 +155,38 @@ def predict(argv: Sequence[str]) -> int:
     from dnw_graph.data.images import image_files
 
     directories = [path for path in given.images if os.path.isdir(path)]
-    paths = [name for path in given.images for name in (image_files(Path(path))[0] if path in directories else [path])]
-    if not paths:
-        raise InputError(f"{given.images[0]} contains no images")
-    rows = _predictions(_model(given.model, given.wiring, programs=True), paths, given.top, bar=bool(directories))
-    if not (directories or given.output):
-        for path, *found in rows:
-            pairs = zip(found[::2], found[1::2], strict=True)
-            print(path, *(f"{name} {probability:.1%}" for name, probability in pairs), sep="  ")
-        return 0
-    header = ["image", *(f"{what}_{place}" for place in range(1, given.top + 1) for what in ("class", "probability"))]
     try:
-        with open(given.output, "w", newline="", encoding="utf-8") if given.output else nullcontext(sys.stdout) as file:
-            writer = csv.writer(file)
-            writer.writerow(header[: len(rows[0])])
-            writer.writerows([path, *(f"{x:.4f}" if isinstance(x, float) else x for x in row)] for path, *row in rows)
+        found = [image_files(Path(path))[0] if path in directories else [path] for path in given.images]
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror})") from error
+    if not (paths := [path for each in found for path in each]):
+        raise InputError(f"{given.images[0]} contains no images")
+    model = _model(given.model, given.wiring, programs=True)
+    rows = _predictions(model, paths, given.top, bar=bool(directories))
+    try:
+        if directories or given.output:
+            _write_csv(rows, min(given.top, len(model.classes)), given.output)
+        else:
+            for path, *of_image in rows:
+                pairs = zip(of_image[::2], of_image[1::2], strict=True)
+                print(path, *(f"{name} {probability:.1%}" for name, probability in pairs), sep="  ", flush=True)
+    except BrokenPipeError:  # the reader of stdout, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         raise InputError(f"cannot write {given.output} ({error.strerror}): give another --output") from error
     return 0
+
+
+def _write_csv(rows: Iterable[list[Any]], classes: int, path: Path | None) -> None:
+    """Write rows as they come, to stdout if there is no path."""
+    header = [f"{what}_{place}" for place in range(1, classes + 1) for what in ("class", "probability")]
+    with open(path, "w", newline="", encoding="utf-8") if path else nullcontext(sys.stdout) as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", *header])
+        for row in rows:
+            writer.writerow([f"{x:.4f}" if isinstance(x, float) else x for x in row])
+            file.flush()
 
 
 def _model(path: Path, wiring: str | None, programs: bool = False) -> Any:
@@ -192,14 +210,13 @@ def _model(path: Path, wiring: str | None, programs: bool = False) -> Any:
     return model
 
 
-def _predictions(model: nn.Module, paths: list[str], top: int, bar: bool) -> list[list[Any]]:
-    """Return, per image, its path and the most likely classes with their probabilities."""
+def _predictions(model: nn.Module, paths: list[str], top: int, bar: bool) -> Iterator[list[Any]]:
+    """Yield, per image, its path and the most likely classes with their probabilities."""
     import torch
     from tqdm import tqdm
 
     from dnw_graph.data.images import load_rgb
 
-    rows: list[list[Any]] = []
     names, preprocess = model.classes, model.preprocess
     with torch.inference_mode(), tqdm(total=len(paths), disable=not bar, unit=" images", file=sys.stderr) as progress:
         for start in range(0, len(paths), BATCH):
@@ -208,9 +225,8 @@ def _predictions(model: nn.Module, paths: list[str], top: int, bar: bool) -> lis
             found = model(images).softmax(1).topk(min(top, len(names)))  # type: ignore[arg-type]
             for path, *of_image in zip(part, found.values.tolist(), found.indices.tolist(), strict=True):
                 named = ((names[index], probability) for probability, index in zip(*of_image, strict=True))  # type: ignore[index]
-                rows.append([path, *(item for pair in named for item in pair)])
+                yield [path, *(item for pair in named for item in pair)]
             progress.update(len(part))
-    return rows
 
 
 def export_model(argv: Sequence[str]) -> int:
@@ -274,7 +290,16 @@ def compare(argv: Sequence[str]) -> int:
     from dnw_graph.training.comparison import compare as run_all
 
     stopping.goes_on()
-    return run_all(given.rules, given.seeds, given.output, further, train)
+    return run_all(given.rules, given.seeds, given.output, further, train, _requested)
+
+
+def _requested(words: Sequence[str]) -> dict[str, Any]:
+    """Return the values of options, as the summary of a run has them."""
+    from dnw_graph.training.command_line import read_options
+
+    family, rest, file = _family(list(words))
+    own, options, _ = read_options("", family.options, family.defaults, rest, file)
+    return {**own.identity(), **options.fixed(), "data": options.data}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import active_children
 from pathlib import Path
@@ -238,7 +238,7 @@ def how_to_continue() -> str:
     words = ["--resume", str(_this.checkpoint)]
     if _this.command is not None:
         program, options = _this.command
-        words = [*program, *options] if _this.goes_on else [*program, *_without_start(options), *words]
+        words = [*program, *options] if _this.goes_on else [*program, *without_start(options), *words]
     return f"continue with {shlex.join(words)}"
 
 
@@ -247,7 +247,7 @@ def goes_on() -> None:
     _this.goes_on = True
 
 
-def _without_start(options: list[str]) -> list[str]:
+def without_start(options: Sequence[str]) -> list[str]:
     """Return the options without those that define where a run starts."""
     kept = []
     values = iter(options)

@@ -31,7 +31,7 @@ from dnw_graph.whole_file import make_writable, write_whole
 
 BAD_INPUT = 2
 # Options of the example that the runner sets itself.
-OWN = ("complete", "config", "evaluate", "output", "resume", "seed")
+OWN = ("complete", "config", "evaluate", "init_from", "output", "resume", "seed")
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,6 @@ class Run:
 
     def finished(self) -> dict[str, Any] | None:
         """Return the record of the run if it is finished, and write it to its directory."""
-        if self.result.exists():
-            return dict(json.loads(self.result.read_text()))
         if not (self.directory / "summary.json").exists():
             return None
         result = record(self.table, self.row, self.seed, self.data, self.options, self._starts(), self.directory)

@@ -29,10 +29,24 @@ class Averages(EMAWeightAveraging):
     def __init__(self, decay: float) -> None:
         require(0 <= decay < 1, "decay", "a number from 0 to below 1", decay)
         super().__init__(decay=decay, use_buffers=False)
+        self._exchanged = False  # Whether the model has the average, and the average the weights in training.
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the model the average."""
+        super().on_validation_epoch_start(trainer, pl_module)
+        self._exchanged = True
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give it the weights in training again."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        self._exchanged = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Replace the weights by the average; numbers of edges are not averaged."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._exchanged and "current_model_state" in checkpoint:  # A run that is stopped while it is evaluated.
+            average, current = checkpoint["current_model_state"], checkpoint["state_dict"]
+            checkpoint["state_dict"], checkpoint["current_model_state"] = average, current
         for name, value in checkpoint.get("current_model_state", {}).items():
             if name.rpartition(".")[2] in NUMBERS:
                 checkpoint["state_dict"][name] = value

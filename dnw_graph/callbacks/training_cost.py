@@ -81,7 +81,8 @@ class TrainingCost(Callback):
         for handle in self._counting:
             handle.remove()
         self._counting = []
-        images = len(batch[1]) * trainer.world_size
+        # Layers and graphs were called once per part of the batch.
+        images = len(batch[1]) * trainer.world_size / getattr(pl_module, "accumulate", 1)
         per_image = self._layers + sum(counter.multiply_adds() for counter in self._graphs.values())
         self.multiply_adds += round(images * per_image)
 

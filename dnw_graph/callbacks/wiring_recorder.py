@@ -57,12 +57,15 @@ class WiringRecorder(Callback):
         self.recording: Recording | None = None
         self._saved: Tensor | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the wiring at the start of training, or continue the recording of a checkpoint."""
-        model = self.model or pl_module
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue the recording of a checkpoint."""
         if self._saved is not None:
-            self.recording, self._saved = read(self._saved, model), None
-        elif trainer.is_global_zero and any(rankings(model)):
+            self.recording, self._saved = read(self._saved, self.model or pl_module), None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the wiring at the start of training."""
+        model = self.model or pl_module
+        if self.recording is None and trainer.is_global_zero and any(rankings(model)):
             self.recording = Recording(model, step=trainer.global_step)
 
     def on_train_batch_end(

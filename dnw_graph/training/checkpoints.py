@@ -105,6 +105,7 @@ class Checkpoints(Checkpoint):
         self._epoch_complete = True
         self._stoppable = False
         self._calls = 0
+        self._rows = 0 if table is None else table.rows
 
     @property
     def seconds(self) -> float:
@@ -165,6 +166,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         """Save every few steps, and stop if told to."""
         self._in_step = False
+        self._rows = 0 if self.table is None else self.table.rows
         self._save_last(trainer, due=bool(self.save_every) and trainer.global_step % self.save_every == 0)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
@@ -234,7 +236,8 @@ class Checkpoints(Checkpoint):
             card = replace(self.card, metrics=metrics)
             checkpoint[SECTION] |= {"card": card.to_dict(), "machine": self.machine}
         if self.table is not None:
-            checkpoint[SECTION]["metrics_rows"] = self.table.rows
+            # An epoch that is not complete is evaluated again, which adds the rows after its last step again.
+            checkpoint[SECTION]["metrics_rows"] = self.table.rows if self._epoch_complete else self._rows
         checkpoint["loops"]["fit_loop"].update(
             loop_state(trainer.global_step, int(trainer.num_training_batches), self._epoch_complete)
         )

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.stopping import without_start
+from dnw_graph.training.command_line import launched
+from dnw_graph.training.resuming import check_same_run
 from dnw_graph.whole_file import make_writable, write_whole
 from dnw_graph.wirings import WIRINGS
 
@@ -28,7 +31,12 @@ COLUMNS = (
 
 
 def compare(
-    rules: Sequence[str], seeds: Sequence[int], output: Path, options: list[str], train: Callable[[list[str]], int]
+    rules: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    options: list[str],
+    train: Callable[[list[str]], int],
+    requested: Callable[[list[str]], dict[str, Any]],
 ) -> int:
     """Train every rule with every seed, then print a table and write ``compare.csv`` and ``compare.png``.
 
@@ -40,12 +48,14 @@ def compare(
         output: Directory of all runs; each gets ``<rule>/seed<n>/``.
         options: Further options of every run.
         train: Trains with options and returns the exit status.
+        requested: Returns the values of options, as ``summary.json`` has them.
 
     Returns:
         The status of the first run that failed or was stopped, or 0.
 
     Raises:
-        InputError: If a rule is unknown, or an option is one that the comparison sets itself.
+        InputError: If a rule is unknown, an option is one that the comparison sets itself, several processes are
+            requested, or a complete run had other options.
     """
     for rule in rules:
         if rule not in WIRINGS and "." not in rule:
@@ -53,16 +63,21 @@ def compare(
     own = ("--wiring", "--seed", "--output", "--resume", "--evaluate")
     if taken := [word for word in options if word.partition("=")[0] in own]:
         raise InputError(f"{taken[0]} is set for every run: use --rules, --seeds and --output")
+    several = [word for word in options if word.partition("=")[0] in ("--devices", "--num-nodes")]
+    if several or max([1, *launched().values()]) > 1:
+        raise InputError("compare trains in one process: train each run with dnw-graph train on several devices")
     make_writable(output, "--output")
     rows: list[dict[str, Any]] = []
     for rule in dict.fromkeys(rules):
         for seed in dict.fromkeys(seeds):
             directory = output / rule / f"seed{seed}"
             last, result = directory / "last.ckpt", directory / "summary.json"
-            if not result.exists():
+            words = [*options, "--wiring", rule, "--seed", str(seed), "--output", str(directory)]
+            if result.exists():
+                _check_same(result, requested(words))
+            else:
                 print(f"{rule}, seed {seed}: {directory}", flush=True)
-                words = [*options, "--wiring", rule, "--seed", str(seed), "--output", str(directory)]
-                if status := train(["--resume", str(last), *words] if last.exists() else words):
+                if status := train(["--resume", str(last), *without_start(words)] if last.exists() else words):
                     return status
             summary = json.loads(result.read_text())
             rows.append({"rule": rule, "seed": seed, **{name: summary[name] for name in COLUMNS[2:]}})
@@ -75,6 +90,12 @@ def compare(
     _plot(rows, output / "compare.png")
     print(f"written to {output}: compare.csv, compare.png")
     return 0
+
+
+def _check_same(result: Path, asked: dict[str, Any]) -> None:
+    """Refuse a complete run with other options; those without a value depend on the data."""
+    had, now = json.loads(result.read_text())["options"], json.loads(json.dumps(asked))
+    check_same_run(str(result), had, now, [name for name in now if name in had and now[name] is not None])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:

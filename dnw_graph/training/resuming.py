@@ -19,6 +19,7 @@ from dnw_graph.errors import InputError
 from dnw_graph.loading import ModelFile
 from dnw_graph.ranking import has_hash, rankings, saved_rule
 from dnw_graph.recipes.options import completed, flag
+from dnw_graph.sparse_layers import weight_graphs
 from dnw_graph.structure import match
 from dnw_graph.training.checkpoints import Checkpoints, loop_state
 from dnw_graph.training.classifier import Classifier
@@ -225,6 +226,13 @@ def start_from(
         with torch.random.fork_rng(devices=[]):  # the run must draw the same random numbers afterwards
             other = create(len(card.classes) + 1, card.preprocess.image_size).state_dict()
         sized = {name.partition(".")[0] for name, value in weights.items() if other[name].shape != value.shape}
+        for graph in weight_graphs(model).values():
+            layers = {weight.name.partition(".")[0] for weight in graph.weights}
+            if len(layers) > 1 and layers & sized:
+                raise InputError(
+                    f"--init-from {str(file.path)!r} has other classes, but {graph.name} share one ranking with the "
+                    "classifier: leave the classifier dense, or use another --distribution"
+                )
         fresh = {name: value for name, value in model.state_dict().items() if name.partition(".")[0] in sized}
         weights = {**weights, **fresh}
     model.load_state_dict(weights)

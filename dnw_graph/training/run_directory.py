@@ -36,7 +36,8 @@ def run_directory(options: RunOptions) -> Iterator[Path]:
     with open(directory / ".lock", "a+") as lock:
         _take(lock, directory)
         last = directory / "last.ckpt"
-        if last.exists() and not (options.resume or options.evaluate):
+        home = Path(options.resume).resolve().parent if options.resume else None
+        if last.exists() and directory.resolve() != home and not options.evaluate:
             raise InputError(
                 f"{directory} already holds a run: continue it with --resume {last}, or give another --output"
             )

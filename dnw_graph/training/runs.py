@@ -166,14 +166,19 @@ def _train(
     trainer = make_trainer(options, callbacks, loggers, checkpoint)
     if options.resume and checkpoint:
         check_resumable(options.resume, checkpoint, trainer, callbacks, module, data.steps_per_epoch)
+        known = checkpoint["callbacks"][checkpoints.state_key]["best_top1"] is not None
+        _take_best(Path(options.resume).parent, checkpoints.best, known and data.images.held_out is not None)
     with stopping.watched(), repeatable(), lost_workers_told():
         start_ranks(trainer, directory)
         trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)
-        if "val/top1" not in trainer.callback_metrics:  # resumed at its end
-            trainer.validate(module, data, verbose=False)
         metrics = trainer.callback_metrics
         if data.images.held_out is not None:
-            metrics = _test_best(module, data, options, checkpoints)
+            module.model.load_state_dict(model_weights(read_checkpoint(checkpoints.best)))
+            data.images = replace(data.images, held_out=None)
+            metrics = _validated(module, data, options)
+        elif checkpoint and "val/top1" not in metrics:  # resumed at its end
+            module.model.load_state_dict(model_weights(checkpoint))
+            metrics = _validated(module, data, options)
     summary = summarize(
         module.model,
         data.image_size,
@@ -195,11 +200,17 @@ def _train(
     return summary
 
 
-def _test_best(module: Classifier, data: DataModule, options: RunOptions, checkpoints: Checkpoints) -> dict[str, Any]:
-    """Give the model the weights of ``best.ckpt``, and return its metrics on the test images."""
-    if checkpoints.best.exists():  # a run that is resumed into another directory may have none
-        module.model.load_state_dict(model_weights(read_checkpoint(checkpoints.best)))
-    data.images = replace(data.images, held_out=None)
+def _take_best(directory: Path, best: Path, needed: bool) -> None:
+    """Copy the best checkpoint of the directory that is resumed from, if the run goes on in another one."""
+    before = directory / best.name
+    if needed and not (before.exists() or best.exists()):
+        raise InputError(f"{before} is missing: it is the best epoch so far; put it beside the checkpoint to resume")
+    if stopping.is_first_process() and before.exists() and not best.exists():
+        write_whole(best, before.read_bytes(), "--output")
+
+
+def _validated(module: Classifier, data: DataModule, options: RunOptions) -> dict[str, Any]:
+    """Return the metrics of the model on the validation images, which no logger gets."""
     trainer = make_trainer(options)
     trainer.validate(module, data, verbose=False)
     return trainer.callback_metrics

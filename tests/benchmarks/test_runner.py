@@ -242,6 +242,8 @@ def test_a_folder_with_other_options_is_refused(small: object, finished: Path, c
     assert run_small(small, *argv) == 0  # an option of the machine
     assert run_small(small, *argv, "--lr", "0.3") == 2
     assert "holds a run with lr None, not '0.3'" in capsys.readouterr().err
+    assert run_small(small, *argv, "--finished", "--epochs", "3") == 2
+    assert "holds a run with epochs 1, not 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -250,6 +252,7 @@ def test_a_folder_with_other_options_is_refused(small: object, finished: Path, c
         (("--rows", "cifar10_rng"), "table2 has no row 'cifar10_rng'"),
         (("--jobs", "0"), "--jobs is 0"),
         (("--seed", "3"), "--seed is set for every run"),
+        (("--init-from", "run"), "--init_from is set for every run"),
         (("--epochs", "3", "4"), "options for the runs must be --name value"),
         (("--configs", "nowhere"), "does not exist"),
         (("--data-name", "cifar-10"), "did you mean 'cifar10'"),

@@ -261,24 +261,31 @@ def test_compare_trains_what_is_missing_and_makes_a_table(
         directory = Path(argv[argv.index("--output") + 1])
         directory.mkdir(parents=True, exist_ok=True)
         names = ("top1", "top5", "best_top1", "parameters", "multiply_adds", "training_multiply_adds", "seconds")
-        (directory / "summary.json").write_text(json.dumps(dict.fromkeys(names, 0.5)))
+        summary = {**dict.fromkeys(names, 0.5), "options": {"epochs": 3, "lr": 0.1, "held_out": 180}}
+        (directory / "summary.json").write_text(json.dumps(summary))
         return 0
 
     monkeypatch.setattr("dnw_graph.cli.train", train)
-    command = ["compare", "--rules", "dnw", "set", "--seeds", "0", "1", "--epochs", "3"]
+    command = ["compare", "--rules", "dnw", "set", "--seeds", "0", "1", "--epochs", "3", "--init-from", "x.ckpt"]
+    monkeypatch.setattr("dnw_graph.cli._requested", lambda words: {"epochs": int(words[1]), "held_out": None})
     assert main(command) == 130
     last = Path("runs/compare/set/seed0/last.ckpt")
     last.parent.mkdir(parents=True)
     last.touch()
     assert main(command) == 0
-    options = ["--epochs", "3", "--wiring", "dnw", "--seed", "0", "--output", "runs/compare/dnw/seed0"]
-    assert done[0] == options
+    own = ["--wiring", "dnw", "--seed", "0", "--output", "runs/compare/dnw/seed0"]
+    assert done[0] == ["--epochs", "3", "--init-from", "x.ckpt", *own]
     assert done[3][:2] == ["--resume", str(last)]
+    assert "--init-from" not in done[3]
     assert len(done) == 5
     rows = list(csv.DictReader(Path("runs/compare/compare.csv").read_text().splitlines()))
     assert [(row["rule"], row["seed"]) for row in rows] == [("dnw", "0"), ("dnw", "1"), ("set", "0"), ("set", "1")]
     assert Path("runs/compare/compare.png").stat().st_size > 1000
     assert "| dnw | 2 | 50.00 ± 0.00 |" in capsys.readouterr().out
+    assert main([*command[:8], "50"]) == 2
+    assert "--epochs is 50, but runs/compare/dnw/seed0/summary.json was trained with 3" in capsys.readouterr().err
+    assert main([*command, "--devices", "2"]) == 2
+    assert "compare trains in one process" in capsys.readouterr().err
 
 
 def test_a_table_has_means_and_deviations_of_seeds():
@@ -295,6 +302,21 @@ def test_a_model_of_a_program_of_its_own_is_told(tmp_path: Path, model: nn.Modul
     assert "was trained by another program: resume with that program" in capsys.readouterr().err
     with pytest.raises(InputError, match="register them"):
         load(tmp_path / "x.ckpt")
+    write(tmp_path / "x.ckpt", model, card={**content, "models": "of mine"})
+    assert main(["evaluate", "x.ckpt"]) == 2
+    assert "has models 'of mine': use the program that calls register_models" in capsys.readouterr().err
+
+
+def test_predictions_are_written_as_they_come(trained: Path, capsys: pytest.CaptureFixture[str]):
+    images = [f"images/deep/{number}.png" for number in range(3)]
+    assert main(["predict", "run", *images, "--output", "none/x.csv"]) == 2
+    assert (
+        capsys.readouterr().err == "error: cannot write none/x.csv (No such file or directory): give another --output\n"
+    )
+    Path("images/deep/2.png").write_bytes(b"no image")
+    assert main(["predict", "run", *(images[:2] * 16), images[2], "--output", "x.csv"]) == 2
+    assert "2.png" in capsys.readouterr().err
+    assert len(Path("x.csv").read_text().splitlines()) == 1 + 32
 
 
 class Own(RandomGraph):

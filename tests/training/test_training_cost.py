@@ -215,6 +215,14 @@ def test_dropped_edges_cost_nothing_in_the_step_that_drops_them(
     assert total == pytest.approx(BATCH * (STEPS * by_hand(0, 0) + PLACES * 3 * sum(real)), abs=STEPS)
 
 
+def test_accumulated_parts_cost_as_much_as_the_batch(small_digits: ImageData, options: Callable[..., RunOptions]):
+    costs = []
+    for accumulate in (1, 4):
+        chosen = options(epochs=2, lr=0.05, accumulate=accumulate, output=f"{options().output}{accumulate}")
+        costs.append(run(lambda *_: Net("no_update", K, None, nn.Tanh()), {}, chosen, small_digits))
+    assert costs[0].training_multiply_adds == costs[1].training_multiply_adds
+
+
 def test_a_frozen_part_has_no_gradients(small_digits: ImageData, options: Callable[..., RunOptions]):
     model = Net("complete", K, None, nn.Tanh())
     model.stem.requires_grad_(False)
