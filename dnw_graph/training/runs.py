@@ -173,7 +173,9 @@ def _train(
         trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)
         metrics = trainer.callback_metrics
         if data.images.held_out is not None:
-            module.model.load_state_dict(model_weights(read_checkpoint(checkpoints.best)))
+            # Ranks that torchrun starts may not know the directory; the trainer gives them the first one's weights.
+            if checkpoints.best.exists():
+                module.model.load_state_dict(model_weights(read_checkpoint(checkpoints.best)))
             data.images = replace(data.images, held_out=None)
             metrics = _validated(module, data, options)
         elif checkpoint and "val/top1" not in metrics:  # resumed at its end
@@ -203,7 +205,7 @@ def _train(
 def _take_best(directory: Path, best: Path, needed: bool) -> None:
     """Copy the best checkpoint of the directory that is resumed from, if the run goes on in another one."""
     before = directory / best.name
-    if needed and not (before.exists() or best.exists()):
+    if needed and stopping.is_first_process() and not (before.exists() or best.exists()):
         raise InputError(f"{before} is missing: it is the best epoch so far; put it beside the checkpoint to resume")
     if stopping.is_first_process() and before.exists() and not best.exists():
         write_whole(best, before.read_bytes(), "--output")
