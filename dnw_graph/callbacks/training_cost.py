@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -48,7 +50,8 @@ class TrainingCost(Callback):
         self._graphs = {name: GraphStep() for name in neural_graphs(model)}
         self._in_step = False
         self._listening: list[Any] = []
-        self._counting: list[Any] = []
+        self._counting = ExitStack()
+        self._counts = False  # whether this step is counted in full
         self._counted_epoch = -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -70,21 +73,28 @@ class TrainingCost(Callback):
             self._layers = 0
             for counter in self._graphs.values():
                 counter.forget()
-            layers = [m for m in self.model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-            self._counting = [layer.register_forward_hook(self._on_layer) for layer in layers]
+            # Compiled code would neither call hooks that come later nor stop calling those that go.
+            self._counting.enter_context(torch.compiler.set_stance("force_eager"))
+            for layer in self.model.modules():
+                if isinstance(layer, nn.Conv2d | nn.Linear):
+                    self._counting.callback(layer.register_forward_hook(self._on_layer).remove)
+            self._counts = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Sequence[Tensor], batch_idx: int
     ) -> None:
         """Add this step, for all images on all devices."""
         self._in_step = False
-        for handle in self._counting:
-            handle.remove()
-        self._counting = []
+        self._counting.close()
+        self._counts = False
         # Layers and graphs were called once per part of the batch.
         images = len(batch[1]) * trainer.world_size / getattr(pl_module, "accumulate", 1)
         per_image = self._layers + sum(counter.multiply_adds() for counter in self._graphs.values())
         self.multiply_adds += round(images * per_image)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop counting within a step."""
+        self._counting.close()
 
     def _on_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._layers += layer_step(layer, args[0], output)
@@ -95,7 +105,7 @@ class TrainingCost(Callback):
         if not self._in_step:
             return None
         counter.edges = args[0]
-        return counter.listen(output) if self._counting else None
+        return counter.listen(output) if self._counts else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the total so far and the counts of this epoch."""

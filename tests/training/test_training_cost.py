@@ -215,6 +215,38 @@ def test_dropped_edges_cost_nothing_in_the_step_that_drops_them(
     assert total == pytest.approx(BATCH * (STEPS * by_hand(0, 0) + PLACES * 3 * sum(real)), abs=STEPS)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_compiled_model_costs_as_much(sparse: bool, small_digits: ImageData, options: Callable[..., RunOptions]):
+    def make(classes: int, size: int) -> nn.Module:
+        model = Net("dnw", K, None, nn.Tanh())
+        if sparse:
+            sparsify(model, 0.5, "random_graph")
+        return model
+
+    costs = []
+    for compiled in (False, True):
+        chosen = options(epochs=3, lr=0.05, compile=compiled, output=f"{options().output}{compiled}")
+        costs.append(run(make, {}, chosen, small_digits).training_multiply_adds)
+    assert costs[0] == costs[1]
+
+
+def test_a_step_that_fails_leaves_neither_hook_nor_stance(small_digits: ImageData, options: Callable[..., RunOptions]):
+    model = Net("dnw", K, None, nn.Tanh())
+    model.classifier.register_forward_pre_hook(lambda module, args: 1 / 0 if module.training else None)
+    with pytest.raises(ZeroDivisionError):
+        run(lambda *_: model, {}, options(), small_digits)
+    assert not model.stem._forward_hooks
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compile(lambda x: 2 * x, backend=backend)(torch.ones(2))
+    assert compiled
+
+
 def test_accumulated_parts_cost_as_much_as_the_batch(small_digits: ImageData, options: Callable[..., RunOptions]):
     costs = []
     for accumulate in (1, 4):
