@@ -46,6 +46,8 @@ def mlp_to_discrete(mlp: nn.Sequential) -> NeuralGraph:
             raise InputError(f"a perceptron begins with nn.Linear; this one begins with {module}")
         else:
             activations[-1].append(copy.deepcopy(module))
+            if getattr(module, "inplace", False):  # A layer's part of the states is a view of all of them.
+                activations[-1][-1].inplace = False  # type: ignore[assignment]
     if not layers:
         raise InputError("the perceptron has no nn.Linear layer")
     for first, second in pairwise(layers):
@@ -101,6 +103,9 @@ def static_to_discrete(graph: NeuralGraph) -> nn.Sequential:
     )
     # Edges that are not a function of the weights were redrawn above.
     discrete.wiring.load_state_dict(graph.wiring.state_dict())
+    with torch.no_grad():
+        discrete.candidates.weight.copy_(graph.candidates.weight)
+    discrete.forget()
     model = nn.Sequential(static.node_functions[0], discrete)
     model.train(graph.training)
     return model

@@ -46,6 +46,8 @@ class HubModel(huggingface_hub.ModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         save = save_compact if isinstance(self.model, CompactModel) else save_weights
         save(self.model, save_directory / FILE)
+        # The mixin would keep the page of an earlier model.
+        self.generate_model_card().save(save_directory / "README.md")
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> HubModel:
@@ -54,8 +56,7 @@ class HubModel(huggingface_hub.ModelHubMixin):
         try:
             return cls(load(huggingface_hub.hf_hub_download(model_id, FILE, **options)))
         except (HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            message = f"{model_id!r} is not a directory, and no repository on the hub with {FILE} ({reason})"
+            message = f"{model_id!r} is not a directory, and no repository on the hub with {FILE} ({_reason(error)})"
             raise InputError(message) from error
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> huggingface_hub.ModelCard:
@@ -75,7 +76,8 @@ def from_pretrained(name: str | os.PathLike[str], **options: Any) -> nn.Module:
     Raises:
         InputError: If there is no such model, or its file cannot be read.
     """
-    return HubModel.from_pretrained(str(name), **options).model
+    # Not the mixin's method: it looks for a configuration first, which fails without a network.
+    return HubModel._from_pretrained(model_id=str(name), **options).model
 
 
 @checked
@@ -88,9 +90,12 @@ def push_to_hub(model: nn.Module, name: str, **options: Any) -> str:
         options: Options of huggingface_hub: ``private``, ``token``, ``branch``, ``commit_message``, …
 
     Raises:
-        InputError: If the model cannot be written.
+        InputError: If the model cannot be written, or the hub refuses it.
     """
-    return str(HubModel(model).push_to_hub(name, **options))
+    try:
+        return str(HubModel(model).push_to_hub(name, **options))
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise InputError(f"{name!r} cannot be uploaded ({_reason(error)})") from error
 
 
 @checked
@@ -104,7 +109,14 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> None
     Raises:
         InputError: If the model cannot be written.
     """
-    HubModel(model).save_pretrained(Path(directory))
+    try:
+        HubModel(model).save_pretrained(Path(directory))
+    except OSError as error:
+        raise InputError(f"cannot write {directory} ({error.strerror}): give another directory") from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _text(card: ModelCard | None) -> str:

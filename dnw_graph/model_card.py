@@ -8,7 +8,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import dnw_graph
 from dnw_graph.arguments import check_fields, require
@@ -88,6 +89,31 @@ def card_of(model: nn.Module) -> ModelCard | None:
     """Return the card of a model, or None."""
     card = getattr(model, "card", None)
     return card if isinstance(card, ModelCard) else None
+
+
+def written_card(model: nn.Module) -> ModelCard | None:
+    """Return the card to write with a model, or None.
+
+    Raises:
+        InputError: If the model has another number of outputs than the card has classes.
+    """
+    if (card := card_of(model)) is None:
+        return None
+    size = card.preprocess.image_size
+    like = next(tensor for tensor in model.state_dict().values() if tensor.is_floating_point())
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            logits = model.eval()(like.new_zeros(2, 3, size, size))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if isinstance(logits, Tensor) and logits.size(-1) != len(card.classes):
+        raise InputError(
+            f"the model has {logits.size(-1)} outputs, but its card {len(card.classes)} classes: describe it with "
+            "dataclasses.replace(model.card, classes=[…]).describe(model)"
+        )
+    return card
 
 
 def versions() -> dict[str, str]:

@@ -20,7 +20,8 @@ from dnw_graph.node_functions import NodeFunction, NormReluConv, make_node_funct
 from dnw_graph.nodes import Nodes, reaching
 from dnw_graph.propagation import Propagation, RealEdges, make_propagation
 from dnw_graph.ranking import Ranking
-from dnw_graph.wirings import Fixed, Wiring, wiring_name
+from dnw_graph.wirings import Fixed, RandomGraph, Wiring, wiring_name
+from dnw_graph.wirings.prune_and_grow import PruneAndGrow
 
 if TYPE_CHECKING:
     import torch_geometric.data
@@ -252,11 +253,20 @@ class NeuralGraph(Ranking):
         if not isinstance(data, import_pyg().data.Data) or data.edge_index is None:
             raise wrong("from_data: data", "a torch_geometric.data.Data with edge_index", type(data).__name__)
         edges, weight = data.edge_index.cpu(), data.get("edge_weight")
+        if weight is None and "wiring" in options and not isinstance(options["wiring"], Fixed):
+            raise InputError("another rule starts from the weights of the edges: give edge_weight, or leave wiring out")
         graph = cls(**{**_nodes_of(data, options), "num_edges": edges.size(1), "wiring": Fixed(edges), **options})
         if weight is not None:
             flat = torch.zeros_like(graph.candidates.weight)
             flat[graph.candidates.flat_index(edges)] = weight.to(flat).flatten()
             graph.load_weights(flat)
+            rule, index = graph.wiring, graph.candidates.flat_index(edges).sort().values
+            if isinstance(rule, PruneAndGrow):  # It has drawn edges of its own.
+                rule.store(graph.view(), index)
+                graph.candidates.weight.data.copy_(flat)
+            elif isinstance(rule, RandomGraph):
+                rule.store(index)
+            graph.forget()
         return graph
 
     def to_hetero_data(self) -> torch_geometric.data.HeteroData:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor
 
 from dnw_graph.arguments import check_fields, require, wrong
+from dnw_graph.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 ORIENTATION = 0x0112  # EXIF's tag
+UNSUPPORTED = ("F", "LAB")
+"""Modes of Pillow that it cannot convert to 8-bit RGB, or clips."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,13 @@ def rgb(image: Image.Image) -> Image.Image:
     """
     from PIL import Image, ImageOps
 
-    if image.getexif().get(ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    try:
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    except (SyntaxError, struct.error):  # Unreadable EXIF says nothing.
+        pass
+    if image.mode in UNSUPPORTED:
+        raise InputError(f"an image of mode {image.mode} has no known range: convert it to RGB or grey")
     if image.mode.startswith("I"):
         scaled = np.asarray(image).astype(np.float64) / 257
         image = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))

@@ -15,7 +15,7 @@ from dnw_graph.arguments import checked
 from dnw_graph.checksum import checksum
 from dnw_graph.compaction.gaps import from_gaps, to_gaps
 from dnw_graph.errors import InputError
-from dnw_graph.model_card import card_of
+from dnw_graph.model_card import written_card
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.whole_file import write_whole
 
@@ -41,7 +41,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save
 
-    card = card_of(model)
+    card = written_card(model)
     if card is None or card.models is None:
         raise InputError(
             f"this {type(model).__name__} has no card with options: save a model that dnw_graph.load returned, with "

@@ -204,6 +204,26 @@ def test_a_random_graph_keeps_its_edges(wiring, maps):
     assert int((gradient != 0).sum()) <= 60
 
 
+@pytest.mark.parametrize("wiring", ["set", "rigl", "gmp", "l1_anneal"])
+def test_stored_edges_keep_their_weights(wiring, maps):
+    graph = static_graph(wiring=wiring)
+    with torch.no_grad():
+        graph.candidates.weight.add_(0.1)
+    graph.eval()
+    model = static_to_discrete(graph)
+    assert torch.equal(model[1].edge_weight, graph.edge_weight)
+    assert relative_error(model(maps), graph(maps)) < 1e-12
+
+
+def test_an_activation_in_place():
+    mlp = nn.Sequential(nn.Linear(64, 20, bias=False), nn.ReLU(inplace=True), nn.Linear(20, 10)).double()
+    graph = mlp_to_discrete(mlp)
+    x = torch.rand(5, 64, dtype=torch.float64, requires_grad=True)
+    assert relative_error(graph(x), mlp(x)) < 1e-12
+    graph(x).sum().backward()
+    assert mlp[1].inplace
+
+
 def test_given_candidates_are_kept(maps):
     candidates = CandidateEdges.adjacent(SIZES)
     compare_static(static_graph(candidates=candidates, num_edges=30), maps)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 from torch_geometric.utils import to_networkx
 
-from dnw_graph import CandidateEdges, Discrete, InputError, NeuralGraph
+from dnw_graph import CandidateEdges, Discrete, InputError, NeuralGraph, RandomGraph
 
 SIZES = (3, 4, 4, 2)
 PAIRS = static_pairs(SIZES)
@@ -286,6 +286,18 @@ def test_a_graph_comes_back_from_its_data(wiring):
     assert torch.equal(again.edge_weight, graph.edge_weight)
     data.edge_index, data.edge_weight = data.edge_index.flip(1), data.edge_weight.flip(0)  # in any order
     assert torch.equal(NeuralGraph.from_data(data, **options).edge_weight, graph.edge_weight)
+
+
+@pytest.mark.parametrize("wiring", ["set", "rigl", "sparse_momentum", RandomGraph(separate_scores=True)])
+def test_rules_that_draw_their_edges_start_from_given_ones(wiring):
+    graph = NeuralGraph(blocks=(3, 6, 4), num_edges=15).eval()
+    again = NeuralGraph.from_data(graph.to_data(), wiring=wiring).eval()
+    assert torch.equal(again.edge_index, graph.edge_index)
+    assert torch.equal(again.edge_weight, graph.edge_weight)
+    data = graph.to_data()
+    del data.edge_weight
+    with pytest.raises(InputError, match="another rule starts from the weights of the edges: give edge_weight"):
+        NeuralGraph.from_data(data, wiring=wiring)
 
 
 def test_a_dynamic_graph_comes_back_from_its_data():

@@ -19,7 +19,7 @@ from dnw_graph.compaction.files import load_compact, save_compact
 from dnw_graph.compaction.model import CompactModel, compact
 from dnw_graph.compaction.programs import onnx_session
 from dnw_graph.errors import InputError
-from dnw_graph.model_card import CARD_ENTRY, CARD_FILE, ModelCard, card_of
+from dnw_graph.model_card import CARD_ENTRY, CARD_FILE, ModelCard, written_card
 from dnw_graph.whole_file import make_writable, write_whole
 
 # Packages besides PyTorch that write each kind of file.
@@ -98,7 +98,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], example: Tensor, with
     """
     path = Path(path)
     check_export(path)
-    card = card_of(model)
+    card = written_card(model)
     if with_preprocessing and (card is None or path.suffix == ".safetensors"):
         raise InputError(
             "preprocessing can be part of .pt2 and .onnx files of models that store it, as those of dnw_graph.load do; "

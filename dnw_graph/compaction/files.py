@@ -33,7 +33,7 @@ from dnw_graph.compaction.products import DenseProduct, SparseProduct
 from dnw_graph.compaction.sparse_layers import SparseConv, SparseLinear
 from dnw_graph.compaction.static_graphs import FusedGraph, StaticGraph
 from dnw_graph.errors import InputError
-from dnw_graph.model_card import ModelCard, card_of
+from dnw_graph.model_card import ModelCard, written_card
 from dnw_graph.ops.operands import FLOATS, INTEGERS
 from dnw_graph.whole_file import write_whole
 
@@ -98,7 +98,7 @@ def save_compact(module: nn.Module, path: str | os.PathLike[str], weight_dtype: 
     tensors: dict[str, Tensor] = {}
     config = json.dumps(_describe(module, "", weight_dtype, tensors))
     metadata = {"format": FORMAT, "version": str(VERSION), "config": config}
-    if card := card_of(module):
+    if card := written_card(module):
         metadata["card"] = card.to_json()
     contents = save(tensors, {**metadata, "checksum": checksum([metadata, tensors])})
     write_whole(Path(path), contents, "path")

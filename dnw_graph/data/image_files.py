@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dnw_graph.data.images import FileImages, Images
 from dnw_graph.errors import InputError
+from dnw_graph.preprocessing import UNSUPPORTED
 from dnw_graph.stopping import is_first_process
 
 # From this many images, checking takes seconds and is announced.
@@ -34,6 +35,8 @@ def inspect(path: str) -> tuple[str, str | None]:
             return kind, "not a regular file"
         with open(path, "rb") as file, Image.open(file) as image:
             kind = f"{image.format} {image.mode}"
+            if image.mode in UNSUPPORTED:
+                return kind, "pixels without a known range"
             ending = ENDINGS.get(image.format or "")
             if ending:
                 position = file.tell()

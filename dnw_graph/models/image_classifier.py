@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dnw_graph.arguments import fits, wrong
+from dnw_graph.ops.layout import transformed
 
 
 class ImageClassifier(nn.Module):
@@ -41,7 +42,8 @@ class ImageClassifier(nn.Module):
                 or an image is too small.
         """
         self._check_images(x)
-        x = x.to(memory_format=self.memory_format)
+        if not transformed():  # Within torch.func.vmap no memory format can be requested.
+            x = x.to(memory_format=self.memory_format)
         for module in self.modules_in_order():
             x = module(x)
         return x

@@ -46,6 +46,7 @@ from dnw_graph.whole_file import write_whole
 CONFIG = "config.yaml"
 # Steps between rows of a log, if an epoch has that many.
 STEPS_PER_ROW = 50
+DOUBLE = "64-true"
 # File of the recording.
 RECORDING = "wiring.recording"
 
@@ -99,6 +100,8 @@ def run(
     if options.resume and checkpoint:
         check_same_run(options.resume, checkpoint[SECTION]["options"], identity, list(identity))
     check_step(model, data.image_size, options, on_gpu(options))
+    if options.precision == DOUBLE:  # The trainer would convert it after it has loaded a checkpoint.
+        model.double()
     if options.compile:
         model.compile()
     card = ModelCard(data.preprocess, images.classes, models, held, versions=versions())
@@ -240,8 +243,10 @@ def _evaluate(
     if options.check_images:
         check_files(images.classes, test=images.validation)
     check_step(model, size, options, on_gpu(options))
+    if options.precision == DOUBLE:
+        model.double()
     # Any images will do: they are for counting and tracing.
-    example = torch.zeros(2, 3, size, size)
+    example = torch.zeros(2, 3, size, size, dtype=next(model.parameters()).dtype)
     small = model
     if options.compact:
         # Sparse products need a CPU.

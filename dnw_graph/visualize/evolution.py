@@ -229,7 +229,8 @@ class _Film:
 
         self.graph, self.moments = graph, moments
         data = graph.to_data()
-        self.as_lines = data.num_edges <= _MOST_LINES and graph.dynamics == "Static"
+        most = max(len(graph.edges(moment)) for moment in moments)
+        self.as_lines = most <= _MOST_LINES and graph.dynamics == "Static"
         self.figure = style.figure(8.4, 5.2 if self.as_lines else 7.6)
         FigureCanvasAgg(self.figure)
         self.figure.set_dpi(_DPI)

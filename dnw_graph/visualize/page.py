@@ -58,10 +58,10 @@ def _content(graph: RecordedGraph) -> dict[str, Any]:
     edge, birth, death = graph.lives()
     source, target = graph.pairs(edge)
     weights = [graph.weights(moment) for moment in range(len(graph))]
-    known = [weight for weight in weights if weight is not None]
-    largest = [float(np.abs(weight).max(initial=1e-12)) for weight in known]
-    # Roots, in 127 steps of either sign.
-    roots = [np.sign(w) * np.ceil(127 * np.sqrt(np.abs(w) / most)) for w, most in zip(known, largest, strict=True)]
+    largest = [None if weight is None else float(np.abs(weight).max(initial=1e-12)) for weight in weights]
+    # Roots, in 127 steps of either sign, of the moments whose weights are known.
+    known = [(weight, most) for weight, most in zip(weights, largest, strict=True) if weight is not None]
+    roots = [np.sign(weight) * np.ceil(127 * np.sqrt(np.abs(weight) / most)) for weight, most in known]
     return {
         "name": graph.name,
         "rule": graph.rule,

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from PIL import Image
 from reference import relative_error
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
 import dnw_graph
-from dnw_graph import InputError, attach
+from dnw_graph import InputError, attach, sparsify
 from dnw_graph.analysis.cost import cost, neural_graphs
 from dnw_graph.cli import main
-from dnw_graph.compaction import compact, save_compact
+from dnw_graph.compaction import compact, export, save_compact
 from dnw_graph.loading import ModelFile
 from dnw_graph.model_card import ModelCard
 from dnw_graph.models import create_model
@@ -203,6 +204,73 @@ def test_what_goes_to_the_hub_and_comes_from_it(hub, images: Tensor, tmp_path: P
     assert {path.name for path in (tmp_path / "remote").iterdir()} >= {"README.md", "model.safetensors"}
     (tmp_path / "remote" / "config.json").write_text("{}")
     assert torch.equal(hub.from_pretrained("user/model", revision="v1")(images), model(images))
+
+
+def test_a_sparse_model_goes_to_the_hub_and_a_second_one_replaces_its_page(hub, images: Tensor, tmp_path: Path):
+    model = trained()
+    sparsify(model.classifier, 0.5, "random_graph")
+    model.classifier.eval()
+    HubModel = hub.HubModel  # noqa: N806
+    HubModel(model).save_pretrained(tmp_path)  # `load` creates its model without sparse layers
+    replace(model.card, classes=["d", "e", "f"]).describe(model)
+    HubModel(model).save_pretrained(tmp_path)
+    assert "classes: d, e, f" in (tmp_path / "README.md").read_text()
+
+
+def test_from_the_hub_without_a_network(hub, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = trained()
+    save_weights(model, tmp_path / "model.safetensors")
+
+    def cached(name: str, file: str, **options: object) -> str:
+        if file != "model.safetensors":
+            raise hub.LocalEntryNotFoundError("not in the cache")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", cached)
+    assert torch.equal(hub.from_pretrained("user/model", local_files_only=True)(images), model(images))
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="'a/b/c' is not a directory, and no repository on the hub"):
+        hub.from_pretrained("a/b/c")
+    with pytest.raises(InputError, match="'a/b/c' cannot be uploaded"):
+        hub.push_to_hub(model, "a/b/c")
+
+
+@pytest.mark.parametrize("write", ["weights", "compact", "export"])
+def test_a_classifier_with_other_classes_is_described_first(write: str, images: Tensor, tmp_path: Path):
+    model = trained()
+    last = max(model.modules(), key=lambda each: isinstance(each, nn.Linear))
+    model.classifier = nn.Linear(last.in_features, 5)
+
+    def save() -> None:
+        if write == "weights":
+            save_weights(model, tmp_path / "x.safetensors")
+        elif write == "compact":
+            save_compact(compact(model), tmp_path / "x.safetensors")
+        else:
+            export(model, tmp_path / "x.safetensors", images)
+
+    with pytest.raises(InputError, match="the model has 5 outputs, but its card 3 classes: describe it with"):
+        save()
+    assert not (tmp_path / "x.safetensors").exists()
+    replace(model.card, classes=list("vwxyz")).describe(model)
+    save()
+    again = dnw_graph.load(tmp_path / "x.safetensors")
+    assert again.classes == list("vwxyz")
+    assert relative_error(again(images), model.eval()(images)) < 1e-5
+
+
+def test_gradients_per_image_of_a_model(images: Tensor):
+    model = trained()
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], image: Tensor) -> Tensor:
+        return functional_call(model, weights, image.unsqueeze(0)).square().sum()
+
+    each = vmap(grad(loss), in_dims=(None, 0))(weights, images)
+    model.zero_grad()
+    model(images).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(each[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-4), name
 
 
 def test_a_directory_without_a_model_is_refused(hub, tmp_path: Path):

@@ -25,6 +25,8 @@ from dnw_graph import InputError, load
 from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.checkpoint import FORMAT, SECTION
 from dnw_graph.compaction import compact, export, save_compact
+from dnw_graph.data.image_files import inspect
+from dnw_graph.data.images import load_rgb
 from dnw_graph.data.samples import Samples
 from dnw_graph.loading import ModelFile
 from dnw_graph.model_card import ModelCard, card_of
@@ -194,6 +196,22 @@ def test_models_of_ones_own_are_loaded_by_their_name(tmp_path: Path, card: Model
 
 
 # Images.
+
+
+def test_unreadable_exif_says_nothing(tmp_path: Path):
+    whole = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    for exif in (b"no tiff header", b"x"):
+        whole.save(tmp_path / "x.png", exif=exif)
+        assert inspect(str(tmp_path / "x.png")) == ("PNG RGB", None)
+        assert np.array_equal(np.asarray(load_rgb(str(tmp_path / "x.png"))), np.asarray(whole))
+
+
+@pytest.mark.parametrize("mode", ["F", "LAB"])
+def test_pixels_without_a_known_range_are_refused(mode: str, tmp_path: Path):
+    Image.new(mode, (8, 8)).save(tmp_path / "x.tiff")
+    assert inspect(str(tmp_path / "x.tiff"))[1] == "pixels without a known range"
+    with pytest.raises(InputError, match=f"of mode {mode} has no known range"):
+        load_rgb(str(tmp_path / "x.tiff"))
 
 
 def test_grey_images_of_16_bits_are_scaled(tmp_path: Path):

@@ -45,6 +45,25 @@ def test_a_stop_within_an_evaluation_keeps_weights_and_average_apart(
         assert all(torch.equal(value, expected[part][name]) for name, value in content[part].items())
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_double_precision_survives_a_stop(
+    ema: float, create: Create, small_digits: ImageData, options: Options, tmp_path: Path
+):
+    chosen = options(precision="64-true", ema=ema)
+    unbroken = run(create, {}, replace(chosen, output=str(tmp_path / "unbroken")), small_digits)
+    with pytest.raises(CrashError):
+        run(crash_at(create, True, 7, crash), {}, chosen, small_digits)
+    last = f"{chosen.output}/last.ckpt"
+    assert without_time(run(create, {}, replace(chosen, resume=last), small_digits)) == without_time(unbroken)
+    content, expected = (read_checkpoint(at)["state_dict"] for at in (last, tmp_path / "unbroken" / "last.ckpt"))
+    assert all(torch.equal(value, expected[name]) for name, value in content.items())
+    weight = content["model.graph.candidates.weight"]
+    assert weight.dtype == torch.float64
+    assert not torch.equal(weight, weight.float().double())
+    evaluated = run(create, {}, options(evaluate=last, output=None, export=str(tmp_path / "x.pt2")), small_digits)
+    assert evaluated.top1 == unbroken.top1
+
+
 def test_another_output_must_not_hold_a_run(create: Create, small_digits: ImageData, options: Options, tmp_path: Path):
     first, other = options(epochs=1), options(epochs=1, seed=3, output=str(tmp_path / "other"))
     for chosen in (first, other):

@@ -82,6 +82,26 @@ def test_an_animation_has_a_frame_per_moment(tmp_path, nodes):
         assert min(near[1:]) > 50
 
 
+def test_a_wiring_that_shrinks_from_unknown_weights(tmp_path):
+    torch.manual_seed(0)
+    first = NeuralGraph((40, 120), num_edges=4700, name="shrinking")
+    recording = Recording(first)
+    for step, number in ((10, 200), (20, 100)):
+        first.rewire("dnw", number)
+        recording.add(step)
+    only = recording["shrinking"]
+    assert [only.weights(moment) is None for moment in range(3)] == [True, False, False]
+    animate(only, tmp_path / "a.gif", seconds=1)
+    save_page(recording, tmp_path / "page.html")
+    content = re.search(
+        r'<script id="data" type="application/json">(.*?)</script>', (tmp_path / "page.html").read_text()
+    )
+    assert content is not None
+    (drawn,) = json.loads(content[1])["graphs"]
+    assert [largest is None for largest in drawn["largest"]] == [True, False, False]
+    assert len(base64.b64decode(drawn["weights"])) == 200 + 100
+
+
 def test_few_frames_of_many_moments(tmp_path):
     animate(recorded(6)["a</script>b"], tmp_path / "a.gif", frames=2)
     assert Image.open(tmp_path / "a.gif").n_frames == 2
