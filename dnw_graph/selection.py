@@ -135,7 +135,7 @@ class Selector:
         return Selector, ()
 
 
-def _check(weight: Tensor, k: int, name: str) -> None:
+def _check(weight: Tensor, k: int | torch.SymInt, name: str) -> None:
     if weight.dim() != 1 or weight.dtype not in _BITS or weight.layout is not torch.strided:
         raise InputError(
             f"{name}: expected one weight for each candidate, dense, of {', '.join(map(str, _BITS))}; got "
@@ -192,7 +192,7 @@ def _select(weight: Tensor, k: int, name: str, carried: Tensor) -> Tensor:
 
 
 @_select.register_fake
-def _(weight: Tensor, k: int, name: str, carried: Tensor) -> Tensor:
+def _(weight: Tensor, k: int | torch.SymInt, name: str, carried: Tensor) -> Tensor:
     _check(weight, k, name)
     return weight.new_empty(k, dtype=torch.int64)
 

@@ -224,6 +224,7 @@ def test_a_compiled_model_costs_as_much(sparse: bool, small_digits: ImageData, o
             sparsify(model, 0.5, "random_graph")
         return model
 
+    torch.compiler.reset()
     costs = []
     for compiled in (False, True):
         chosen = options(epochs=3, lr=0.05, compile=compiled, output=f"{options().output}{compiled}")
