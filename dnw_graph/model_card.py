@@ -15,6 +15,7 @@ import dnw_graph
 from dnw_graph.arguments import check_fields, require
 from dnw_graph.errors import InputError
 from dnw_graph.preprocessing import Preprocessing
+from dnw_graph.usual import evaluating
 
 # The place of the card in exports: an extra file in .pt2, a metadata entry in .onnx.
 CARD_FILE, CARD_ENTRY = "card.json", "dnw_graph.card"
@@ -101,13 +102,8 @@ def written_card(model: nn.Module) -> ModelCard | None:
         return None
     size = card.preprocess.image_size
     like = next(tensor for tensor in model.state_dict().values() if tensor.is_floating_point())
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            logits = model.eval()(like.new_zeros(2, 3, size, size))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with torch.no_grad(), evaluating(model):
+        logits = model(like.new_zeros(2, 3, size, size))
     if isinstance(logits, Tensor) and logits.size(-1) != len(card.classes):
         raise InputError(
             f"the model has {logits.size(-1)} outputs, but its card {len(card.classes)} classes: describe it with "

@@ -1,9 +1,10 @@
-"""Checks whether a module behaves as its class does."""
+"""Checks whether a module behaves as its class does, and how it behaves in evaluation."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import nn
@@ -22,6 +23,19 @@ def keeps_methods(module: nn.Module) -> bool:
     Libraries that offload, wrap or patch layers replace methods.
     """
     return vars(module).keys().isdisjoint(_methods(cast(Hashable, type(module))))
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode for a while; afterwards every module has its own mode again."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @functools.cache

@@ -85,8 +85,7 @@ class TrainingCost(Callback):
     ) -> None:
         """Add this step, for all images on all devices."""
         self._in_step = False
-        self._counting.close()
-        self._counts = False
+        self._stop_counting()
         # Layers and graphs were called once per part of the batch.
         images = len(batch[1]) * trainer.world_size / getattr(pl_module, "accumulate", 1)
         per_image = self._layers + sum(counter.multiply_adds() for counter in self._graphs.values())
@@ -94,7 +93,11 @@ class TrainingCost(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop counting within a step."""
+        self._stop_counting()
+
+    def _stop_counting(self) -> None:
         self._counting.close()
+        self._counts = False
 
     def _on_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._layers += layer_step(layer, args[0], output)

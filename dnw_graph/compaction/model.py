@@ -36,7 +36,7 @@ from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.model_card import card_of
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.sparse_layers import densify, weight_graphs
-from dnw_graph.usual import as_its_class
+from dnw_graph.usual import as_its_class, evaluating
 
 PRODUCTS = ("sparse", "dense")
 
@@ -130,29 +130,23 @@ def compact(
         model = copy.deepcopy(model)
         densify(model)
     report = Report()
-    modes = {module: module.training for each in (original, model) for module in each.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            compacted = _Compactor(products == "sparse", report).compact(model)
-            if products == "sparse":
-                make_sparse(compacted)
-            for module in list(compacted.modules()):
-                if isinstance(module, Network):
-                    module.join()
-                if isinstance(module, CompactModel):
-                    module.layers = nn.ModuleList(fuse(list(module.layers)))
-            compacted.eval()
-            if state_dtype is not None:
-                round_states(compacted, state_dtype, example)
-            report.layers = layer_rows(model, compacted, example)
-            for size, counted in ((report.before, original.eval()), (report.after, compacted)):
-                _count(size, counted, example)
-            if example is not None:
-                _compare(model, compacted, example, report)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with torch.no_grad(), evaluating(original, model):
+        compacted = _Compactor(products == "sparse", report).compact(model)
+        if products == "sparse":
+            make_sparse(compacted)
+        for module in list(compacted.modules()):
+            if isinstance(module, Network):
+                module.join()
+            if isinstance(module, CompactModel):
+                module.layers = nn.ModuleList(fuse(list(module.layers)))
+        compacted.eval()
+        if state_dtype is not None:
+            round_states(compacted, state_dtype, example)
+        report.layers = layer_rows(model, compacted, example)
+        for size, counted in ((report.before, original), (report.after, compacted)):
+            _count(size, counted, example)
+        if example is not None:
+            _compare(model, compacted, example, report)
     compacted.report = report  # type: ignore[assignment]
     if card := card_of(model):
         card.describe(compacted)
@@ -294,10 +288,9 @@ def _is_sparse(module: nn.Module) -> bool:
 
 def _check_example(model: nn.Module, example: Tensor) -> None:
     """Refuse an example that the model cannot take, before any work is done."""
-    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            out = model.eval()(example)
+        with torch.no_grad(), evaluating(model):
+            out = model(example)
         if not _tensors(out):
             raise InputError(
                 f"{type(model).__name__} returns {shown(out)}: an example is for models that return tensors, or a "
@@ -308,9 +301,6 @@ def _check_example(model: nn.Module, example: Tensor) -> None:
     except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{type(model).__name__} cannot take the example, {shown(example)}: {reason}") from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _count(size: Size, model: nn.Module, example: Tensor | None) -> None:

@@ -14,7 +14,7 @@ import dnw_graph.ops.flops  # noqa: F401
 from dnw_graph.compaction.plain_layers import Conv, Layer, Linear, require, require_whole, scaled, shifted
 from dnw_graph.compaction.products import check_csr
 from dnw_graph.ops import sparse_conv2d, sparse_linear
-from dnw_graph.ops.layer import LARGEST, LinearCall, dense_weight, plain_call
+from dnw_graph.ops.layer import LARGEST, LinearCall, dense_weight, plain_call, sides_after
 
 DENSEST = 0.3
 """Largest share of non-zero weights for a sparse layer: below the smallest share at which dense and sparse layers take
@@ -161,14 +161,11 @@ class SparseConv(SparseLayer):
         self, z: Float[Tensor, "batch inputs height width"], add: Float[Tensor, "batch outputs h w"] | None = None
     ) -> Float[Tensor, "batch outputs h w"]:
         """Convolve, and add another tensor if there is one, which may be broadcast."""
-        if add is not None and tuple(add.shape) != (z.size(0), self.num_outputs, *self._sides(z)):
+        window = [*self.kernel, *self.stride, *self.padding, *self.dilation]
+        if add is not None and tuple(add.shape) != (z.size(0), self.num_outputs, *sides_after(z, window)):
             out = self._convolved(z, None, False) + add
             return out.relu() if self.relu else out
         return self._convolved(z, add, self.relu)
-
-    def _sides(self, z: Tensor) -> list[int]:
-        window = zip(z.shape[2:], self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in window]
 
     def _convolved(self, z: Tensor, add: Tensor | None, relu: bool) -> Tensor:
         return sparse_conv2d(

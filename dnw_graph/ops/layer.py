@@ -371,12 +371,7 @@ def _check_convolution(
     if groups < 1 or x.size(1) < 1 or outputs < 1 or x.size(1) % groups or outputs % groups:
         raise InputError(f"{x.size(1)} input and {outputs} output channels are not {groups} groups")
     _check_bias(bias, outputs)
-    sides = [
-        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for size, kernel, stride, padding, dilation in zip(
-            x.shape[2:], window[:2], window[2:4], window[4:6], window[6:], strict=True
-        )
-    ]
+    sides = sides_after(x, window)
     if not (sides[0] >= 1 and sides[1] >= 1 and x.size(2) >= 1 and x.size(3) >= 1):
         raise InputError(f"maps of {list(x.shape[2:])} are too small for kernel, padding and dilation {list(window)}")
     shape = (x.size(0), outputs, *sides)
@@ -384,6 +379,14 @@ def _check_convolution(
         raise InputError(f"add must have the shape of the result, {list(shape)}; got {list(add.shape)}")
     check_memory(x.shape, shape)
     return shape
+
+
+def sides_after(x: Tensor, window: Sequence[int]) -> list[int | torch.SymInt]:
+    """Return height and width of the result of a convolution; ``window`` is kernel, stride, padding and dilation."""
+    return [
+        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, padding, dilation in zip(x.shape[2:], *_parts(window), strict=True)
+    ]
 
 
 def _check_bias(bias: Tensor | None, outputs: int) -> None:
