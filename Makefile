@@ -8,9 +8,10 @@ ASAN := .asan
 EXT_PACKAGES := "torch-scatter>=2.1.2" "torch-sparse>=0.6.18"
 # The releases of PyTorch that test-matrix takes, the oldest supported one first.
 VERSIONS ?= 2.8 2.11 2.14.1 newest
-# What one call of gpu may take, and the images of its trainings.
+# What one call of gpu may take, the images of its trainings, and what they are.
 MINUTES ?= 9
 DATA ?= cifar10
+DATA_NAME ?= cifar10
 
 # A process for each core, up to four: each takes some 1.5 GB of memory.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
@@ -35,7 +36,7 @@ help:
 	@echo "make docs      build the documentation into site/"
 	@echo "make gallery   train small models and draw docs/gallery.md from them (3 minutes)"
 	@echo "make bench     time training steps, selection and inference, and measure memory (10 minutes)"
-	@echo "make gpu       measure and train on a GPU, 9 minutes of what is left (MINUTES=, DATA=); the same command goes on"
+	@echo "make gpu       measure and train on a GPU, 9 minutes of what is left (MINUTES=, DATA=, DATA_NAME=); the same command goes on"
 	@echo "Each sets up what it needs in $(VENV). For another interpreter: make PYTHON=/path/to/python3.11 ..."
 
 demo: $(INSTALLED)
@@ -77,7 +78,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/memory.py
 
 gpu: $(INSTALLED)
-	$(BIN)/python benchmarks/gpu.py --minutes $(MINUTES) --data $(DATA)
+	$(BIN)/python benchmarks/gpu.py --minutes $(MINUTES) --data $(DATA) --data-name $(DATA_NAME)
 
 test-ext: $(EXT)/.built
 	PYTHONPATH=$(CURDIR)/$(EXT) $(BIN)/python -m pytest -m ext

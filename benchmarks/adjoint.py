@@ -49,7 +49,7 @@ def gradient(
 
 def main() -> None:
     """Print one row per node function and tolerance."""
-    options = arguments(__doc__ or "").parse_args()
+    options = arguments(__doc__ or "", takes=("device",)).parse_args()
     functions: dict[str, Callable[..., nn.Module]] = {
         "conv → tanh": ConvTanh,
         "instance norm → ReLU → conv": partial(NormReluConv, norm="instance"),

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from reference_formulation import from_ours
 from roofline import Machine, floor, groups
 from steps import DTYPES, OURS, REFERENCE
-from timing import arguments, print_table, report
+from timing import arguments, report
 from torch import Tensor, nn
 from train_step import MOBILENET, MODELS, make_model
 
@@ -89,7 +89,7 @@ def calls_of(model: nn.Module, images: Tensor) -> list[Call]:
 
 def main() -> None:
     """Print a row for the reference formulation and for the block path of every model."""
-    parser = arguments(__doc__ or "", timed=False)
+    parser = arguments(__doc__ or "", takes=())
     # No solver runs on the meta device.
     parser.add_argument("--models", nargs="+", choices=MODELS[:-1], default=[MOBILENET], help="what to count")
     parser.add_argument("--batch", type=int, default=256, help="images per step")
@@ -127,10 +127,8 @@ def main() -> None:
         "bandwidth": f"{machine.bandwidth / 1e12:g} TB/s",
     }
     title = f"Training step, counted: batch {options.batch}, {options.size} × {options.size} pixels, {options.dtype}"
-    report(title, rows, options, given)
-    for way, calls in found.items() if options.operators else ():
-        print(f"\n{way}\n")
-        print_table(_by_operator(calls, machine)[: options.operators])
+    slowest = {way: _by_operator(calls, machine)[: options.operators] for way, calls in found.items()}
+    report(title, rows, options, given, slowest if options.operators else None)
 
 
 def _by_operator(calls: list[Call], machine: Machine) -> list[dict[str, Any]]:

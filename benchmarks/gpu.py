@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from timing import table_lines
 
 from dnw_graph.whole_file import write_whole
@@ -54,26 +58,39 @@ class Task:
         """Run for at most this many seconds; return ``done``, ``stopped`` or ``failed``."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a") as log:
-            process = subprocess.Popen([sys.executable, *self.command], stdout=log, stderr=log, cwd=ROOT)
+            command = [sys.executable, *self.command]
+            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
             try:
                 process.wait(max(seconds - LAST_WORDS, 1))
             except subprocess.TimeoutExpired:
-                process.terminate()
-                try:
-                    process.wait(LAST_WORDS)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+                _end(process)
                 return "done" if self.done else "stopped"
-        return "done" if self.done and not process.returncode else "failed"
+            except KeyboardInterrupt:
+                _end(process)
+                raise
+        if process.returncode:
+            self.result.unlink(missing_ok=True)  # Failed tests are told there too.
+        return "done" if self.done else "failed"
 
 
-def tasks(output: Path, data: str, dry_run: bool) -> Iterator[Task]:
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it started, after some time for the last checkpoint."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(LAST_WORDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def tasks(output: Path, data: str, data_name: str, dry_run: bool) -> Iterator[Task]:
     """Yield all tasks, the most important first.
 
     Args:
         output: Directory of all results.
         data: Images for the training runs.
+        data_name: Their content.
         dry_run: On a CPU, with tiny sizes.
     """
     output = output.resolve()
@@ -83,7 +100,8 @@ def tasks(output: Path, data: str, dry_run: bool) -> Iterator[Task]:
         own = [str(result) if word == "RESULT" else word for word in command]
         return Task(name, own, result, output / f"{name}.log")
 
-    tests = "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py", "--junit-xml", "RESULT"
+    files = sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
+    tests = "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files, "--junit-xml", "RESULT"
     yield task("tests", *tests, result=output / "tests.xml")
     device = ["--device", "cpu" if dry_run else "cuda", "--json", "RESULT"]
     tiny = ["--models", "tiny_static", "--batch", "4", "--rounds", "1", "--threads", "1"] if dry_run else []
@@ -95,21 +113,27 @@ def tasks(output: Path, data: str, dry_run: bool) -> Iterator[Task]:
         yield task("-".join(["step", *names]), "benchmarks/train_step.py", *device, *tiny, *options)
     small = ["--size", "32", "--batch", "1", "--rounds", "1"] if dry_run else ["--batch", "1", "32", "256"]
     yield task("inference", "benchmarks/inference.py", *device, *small, "--threads", "1")
-    quick = ["--quick"] if dry_run else ["--data", data, "--results", str(ROOT / "benchmarks" / "results")]
+    full = ["--data", data, "--data-name", data_name, "--results", str(ROOT / "benchmarks" / "results")]
     for table in TABLES[1:2] if dry_run else TABLES:
-        for row in ["cifar10_rg"] if dry_run else rows(table):
+        for row in ["cifar10_rg"] if dry_run else rows(table, data_name):
             own = output / "runs" / ("quick" if dry_run else "paper")
             result = own / row / "seed0" / "result.json"
             script = f"benchmarks/paper/{table}.py"
-            command = [script, *quick, "--rows", row, "--seeds", "0", "--output", str(own)]
+            command = [script, *(["--quick"] if dry_run else full), "--rows", row, "--seeds", "0", "--output", str(own)]
             yield task(f"{table}-{row}", *command, *(["--epochs", "1"] if dry_run else []), result=result)
 
 
-def rows(table: str) -> list[str]:
-    """Return the rows of a table without a record; first stages come before the rows that start from them."""
+def rows(table: str, data_name: str) -> list[str]:
+    """Return the rows of a table without a record of these data; first stages come before what starts from them."""
     sys.path.insert(0, str(ROOT / "benchmarks" / "paper"))
     found: Any = __import__(table).TABLE
-    kept = {path.name.split("-seed")[0] for path in (ROOT / "benchmarks" / "results").glob("*/*.json")}
+    record: Any = __import__("record")
+    whole = {row.key: row for row in found.rows}
+    kept = {
+        result["row"]
+        for result in record.of_table(found, record.read(record.RESULTS))
+        if result["data"] == data_name and record.as_configured(found, whole[result["row"]], result)
+    }
     missing = [row for row in found.rows if row.key not in kept]
     return [row.key for row in sorted(missing, key=lambda row: row.first_stage is not None)]
 
@@ -138,11 +162,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--minutes", type=float, default=9, help="length of this call (default: 9)")
     parser.add_argument("--data", default="cifar10", help="images for the training runs (default: cifar10)")
+    parser.add_argument("--data-name", default="cifar10", help="their content, see --data-name of table1.py")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="directory of all results")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny sizes")
     options = parser.parse_args(argv)
+    if not (options.dry_run or torch.cuda.is_available()):
+        parser.error("PyTorch sees no GPU here: use a machine with one, or --dry-run")
     end = time.monotonic() + 60 * options.minutes
-    every = list(tasks(options.output, options.data, options.dry_run))
+    every = list(tasks(options.output, options.data, options.data_name, options.dry_run))
     states: dict[str, str] = {}
     for each in every:
         left = end - time.monotonic() - LAST_WORDS

@@ -183,7 +183,7 @@ def main() -> None:
                         "threads": threads,
                         "batch": batch,
                         "model": name,
-                        "published accuracy, %": _accuracy(name) or "",
+                        "published accuracy in float32, %": _accuracy(name) or "",
                         "ms per image": times[name] / batch,
                         "multiply-adds, M": count / 1e6,
                         "GFLOP/s": 2 * count * batch / times[name] / 1e6,
@@ -238,11 +238,11 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     for axis, (threads, batch) in zip(axes[0], panels, strict=True):
         for ending, label in lines.items():
             points = [
-                (row["ms per image"], row["published accuracy, %"])
+                (row["ms per image"], row["published accuracy in float32, %"])
                 for row in rows
                 if (row["threads"], row["batch"]) == (threads, batch)
                 and row["model"].endswith(ending)
-                and row["published accuracy, %"]
+                and row["published accuracy in float32, %"]
             ]
             if points:
                 axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
@@ -250,7 +250,7 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_locator(ticker.NullLocator())
-    axes[0][0].set_ylabel("published accuracy, %")
+    axes[0][0].set_ylabel("published accuracy in float32, %")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(panels) + 1, 3))
     figure.savefig(file, dpi=120)

@@ -76,7 +76,7 @@ def _on_cpu(loss_of: Callable[[], Tensor]) -> tuple[int, int]:
 
 def main() -> None:
     """Print a row for every model and formulation."""
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__ or "", takes=("device",))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=None, help="default: by device")
     parser.add_argument("--batch", type=int, default=None, help="images (default: 32, 256 on a GPU)")
     parser.add_argument("--size", type=int, default=None, help="side of the images (default: 32, 224 on a GPU)")

@@ -26,7 +26,7 @@ BATCH, MEAN, STD = 128, (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 
 def main() -> None:
     """Print a row for each way and seed, and one for the mean of each way."""
-    parser = arguments(__doc__ or "", timed=False)
+    parser = arguments(__doc__ or "", takes=())
     parser.add_argument("data", type=Path, help="the folder with train and test")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each way")

@@ -28,7 +28,7 @@ MODELS = ("graph", "perceptron")
 
 def main() -> None:
     """Train both models with every rule and print one row for each."""
-    parser = arguments(__doc__ or "", timed=False)
+    parser = arguments(__doc__ or "", takes=())
     parser.add_argument("--steps", type=int, default=60, help="steps of training")
     options = parser.parse_args()
     rows = [row(rule, model, options.steps) for model in MODELS for rule in sorted(WIRINGS)]

@@ -23,7 +23,7 @@ import scipy.sparse
 import torch
 import torch.nn.functional as F
 import torchvision
-from timing import arguments, median_times, print_table, report
+from timing import arguments, median_times, report
 from torch import Tensor
 
 from dnw_graph import sparsify
@@ -50,20 +50,19 @@ SHARES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 def main() -> None:
     """Print the three tables."""
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__ or "", takes=("rounds",))
     parser.add_argument("--size", type=int, default=224, help="side of the images")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with torch.no_grad():
-        linear, layers = linear_rows(options.rounds), layer_rows(options.rounds)
-        print_table(linear)
-        print()
-        print_table(layers)
-        print(f"\ncompact() makes a layer sparse up to a share of {DENSEST:.0%}\n")
+        further = {
+            "A linear layer, one core": linear_rows(options.rounds),
+            f"Layers; compact() makes one sparse up to a share of {DENSEST:.0%}": layer_rows(options.rounds),
+        }
         network = network_rows(options.rounds, options.size)
-        title = f"ResNet-50 at {options.size} × {options.size} pixels, one image, one core"
-        report(title, network, options, {"onnxruntime": onnxruntime.__version__, "scipy": scipy.__version__})
+    title = f"ResNet-50 at {options.size} × {options.size} pixels, one image, one core"
+    report(title, network, options, {"onnxruntime": onnxruntime.__version__, "scipy": scipy.__version__}, further)
 
 
 def linear_rows(rounds: int) -> list[dict[str, Any]]:

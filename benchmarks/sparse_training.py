@@ -24,7 +24,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 import torchvision
-from timing import arguments, median_times, print_table, report
+from timing import arguments, median_times, report
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -47,7 +47,7 @@ SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 def main() -> None:
     """Print the two tables."""
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__ or "", takes=("threads", "rounds"))
     parser.add_argument("--batch", type=int, default=128, help="images per step")
     parser.add_argument("--density", type=float, default=0.05, help="share of weights that every layer keeps")
     parser.add_argument("--rules", nargs="+", default=["random_graph", "set"], help="rules of the sparse networks")
@@ -60,13 +60,17 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    if options.layers:
-        print_table([_layer_row(*layer, options) for layer in LAYERS[: options.layers]])
-        shares = ", ".join(f"{kind.__name__} {share:.0%}" for kind, share in DENSEST.items())
-        print(f"\nA layer computes over edges up to a share of: {shares}\n")
-    rows = [row for name in options.models for row in _step_rows(name, options)]
-    if rows:
-        report(f"Training steps, batch {options.batch}, {options.density:.0%} of the weights", rows, options)
+    shares = ", ".join(f"{kind.__name__} {share:.0%}" for kind, share in DENSEST.items())
+    tables = {
+        f"Layers, which compute over edges up to a share of: {shares}": [
+            _layer_row(*layer, options) for layer in LAYERS[: options.layers]
+        ],
+        f"Training steps, batch {options.batch}, {options.density:.0%} of the weights": [
+            row for name in options.models for row in _step_rows(name, options)
+        ],
+    }
+    (title, rows), *further = [(title, rows) for title, rows in tables.items() if rows]
+    report(title, rows, options, further=dict(further))
 
 
 def _layer_row(inputs: int, outputs: int, side: int, stride: int, maps: int, options: Any) -> dict[str, Any]:

@@ -63,15 +63,20 @@ def device_name(device: torch.device) -> str:
     return platform.machine()
 
 
-def arguments(description: str, timed: bool = True) -> argparse.ArgumentParser:
-    """Return a parser with the common options of benchmarks, or of those without timing."""
+COMMON = ("device", "threads", "rounds")
+
+
+def arguments(description: str, takes: Sequence[str] = COMMON) -> argparse.ArgumentParser:
+    """Return a parser with ``--json`` and those of the common options that a benchmark takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--json", type=Path, default=None, help="also write the figures to this file")
-    if not timed:
-        return parser
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--rounds", type=int, default=7, help="timed turns; the median is shown")
+    parser.set_defaults(device=torch.device("cpu"))
+    if "device" in takes:
+        parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
+    if "threads" in takes:
+        parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's choice)")
+    if "rounds" in takes:
+        parser.add_argument("--rounds", type=int, default=7, help="timed turns; the median is shown")
     return parser
 
 
@@ -86,6 +91,7 @@ def report(
     rows: Sequence[Mapping[str, Any]],
     options: argparse.Namespace,
     measured: Mapping[str, str] | None = None,
+    further: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> None:
     """Print rows as a Markdown table and write them as JSON if asked to.
 
@@ -94,13 +100,18 @@ def report(
         rows: The rows, with the same columns.
         options: ``device``, and ``json``, the file to write or None.
         measured: Further facts about the machine.
+        further: Further tables by title.
     """
     where = {**machine(options.device), **(measured or {})}
+    content: dict[str, Any] = {"title": title, "machine": where, "rows": list(rows)}
     print(f"{title}\n{', '.join(f'{key} {value}' for key, value in where.items())}\n")
     print_table(rows)
+    for name, others in (further or {}).items():
+        print(f"\n{name}\n")
+        print_table(others)
+        content.setdefault("further", []).append({"title": name, "rows": list(others)})
     if options.json is not None:
-        content = json.dumps({"title": title, "machine": where, "rows": list(rows)}, indent=1) + "\n"
-        write_whole(options.json, content.encode(), "--json")
+        write_whole(options.json, (json.dumps(content, indent=1) + "\n").encode(), "--json")
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

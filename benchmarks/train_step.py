@@ -22,7 +22,7 @@ import torch
 from reference_formulation import from_ours
 from roofline import Group, Machine, floor, groups, measure, summary
 from steps import DTYPES, OURS, REFERENCE, Case, check_case, steps_of
-from timing import arguments, median_times, print_table, report, use_tf32
+from timing import arguments, median_times, report, use_tf32
 from torch import nn
 
 from dnw_graph.models import MobileNetV1DNW, TinyClassifier
@@ -124,7 +124,8 @@ def main() -> None:
     rows = [row for case, found, times in cases for row in rows_of(case, found, times, machine)]
     measured = {"peak": f"{machine.peak / 1e9:,.0f} GFLOP/s", "copy": f"{machine.bandwidth / 1e9:,.0f} GB/s"}
     title = f"Training step, batch {options.batch}, {options.size} × {options.size} pixels, {what}"
-    report(title, rows, options, measured)
+    floors = {f"Floor of a step of {case.name}": summary(found, machine) for case, found, _ in cases}
+    report(title, rows, options, measured, floors if options.roofline else None)
     print()
     for row in rows:
         least, ms = row["candidate gradient at the peak, ms"], row["ms"]
@@ -134,10 +135,6 @@ def main() -> None:
                 f"{row['model']}, {row['step']}: the dense candidate gradient alone is {least:,.1f} of {ms:,.1f} ms at "
                 f"the peak ({least / ms:.0%}), and bounds the ratio to {bound:.1f}"
             )
-    if options.roofline:
-        for case, found, _ in cases:
-            print(f"\nFloor of a step of {case.name}\n")
-            print_table(summary(found, machine))
 
 
 if __name__ == "__main__":

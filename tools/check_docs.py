@@ -191,7 +191,8 @@ def main() -> None:
                     counts[width, what] += 1
                     print(f"{page.relative_to(options.site)} at {width} px: {what}: {where}".replace("\n", " "))
                 if options.screenshots:
-                    browser.screenshot(options.screenshots / f"{page.stem}-{width}.png")
+                    name = "-".join(page.relative_to(options.site).with_suffix("").parts)
+                    browser.screenshot(options.screenshots / f"{name}-{width}.png")
     for (width, what), count in sorted(counts.items()):
         print(f"{width} px, {what}: {count}")
     sys.exit(bool(counts))

@@ -92,14 +92,14 @@ def command(card: ModelCard) -> str:
     chosen = {
         name: value for name, value in card.options.items() if name == "model" or defaults.get(name, value) != value
     }
-    words = [_word(name, value) for name, value in chosen.items() if not isinstance(value, dict)]
+    words = [_word(name, value) for name, value in chosen.items()]
     return " ".join(["dnw-graph train", *words, "--data /path/to/images"])
 
 
 def _word(name: str, value: object) -> str:
     if isinstance(value, bool):
         return flag(name) if value else f"--no-{flag(name)[2:]}"
-    return f"{flag(name)} {shlex.quote(str(value))}"
+    return f"{flag(name)} {shlex.quote(json.dumps(value) if isinstance(value, dict) else str(value))}"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from datetime import date
 from importlib.metadata import version
@@ -34,6 +35,8 @@ PACKAGES = ("torch", "torchvision", "lightning")
 UNSAID = {"node_norm_eps": EPS, "warmup_epochs": 0, "held_out": 0}
 # Options that may change until a run is complete: those of the machine.
 MACHINE = {option.name for option in fields(RunOptions) if not option.metadata["fixed"]} - {"data"}
+# Those among them that are recorded with the machine: batch norms see the images of one device, for instance.
+LAID_OUT = ("devices", "num_nodes", "compile")
 
 
 def write(path: Path, value: Any) -> None:
@@ -41,14 +44,15 @@ def write(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(), "--output")
 
 
-def here(threads: int) -> dict[str, Any]:
-    """Return the environment of a run: commit, versions, machine."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def here(threads: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the environment of a run with these options: commit, versions, machine, devices."""
+    on_gpu = torch.cuda.is_available() and options.get("accelerator") != "cpu"
     return {
+        **{name: options[name] for name in LAID_OUT if name in options},
         "commit": _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain", "--untracked-files=no") else ""),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
-        "machine": device_name(device),
+        "machine": device_name(torch.device("cuda" if on_gpu else "cpu")),
         "threads": threads,
         "date": date.today().isoformat(),
     }
@@ -88,13 +92,13 @@ def record(
                 f"{directory} holds a run with {name} {had[name]!r}, not {asked[name]!r}: give the same options"
             )
     result = {"table": table.name, "row": row.key, "seed": seed, "data": data, "options": kept}
-    changed = {**changed_options(table, row, result), **({} if data in table.data else {"data": data})}
+    result["summary"] = summary
+    changed = {**changed_options(table, row, result), **({} if data == table.data[0] else {"data": data})}
     name = "-".join([row.key, *(f"{name}-{value}" for name, value in changed.items()), f"seed{seed}"])
     return {
         "name": name.replace("/", "_"),
         **result,
         "starts": starts,
-        "summary": summary,
         "top1_per_epoch": top1_per_epoch(directory / "metrics.csv"),
     }
 
@@ -118,6 +122,12 @@ def read(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(directory.glob("*/*.json"))]
 
 
+def of_table(table: Table, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records of a table's rows; of runs that belong to several tables, each once."""
+    rows = {row.key for row in table.rows}
+    return list({result["name"]: result for result in results if result["row"] in rows}.values())
+
+
 def as_configured(table: Table, row: Row, result: dict[str, Any]) -> bool:
     """Return whether a run had the data of its table and exactly the options of its row."""
     return result["data"] in table.data and not changed_options(table, row, result)
@@ -125,13 +135,12 @@ def as_configured(table: Table, row: Row, result: dict[str, Any]) -> bool:
 
 def changed_options(table: Table, row: Row, result: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a run that differ from its row; None for those that only the row has."""
-    asked, configured = (_values(options) for options in (result["options"], table.configured(row)))
-    names = sorted(asked.keys() | configured.keys())
-    return {name: asked.get(name) for name in names if _of(asked, name) != _of(configured, name)}
-
-
-def _of(options: dict[str, Any], name: str) -> Any:
-    return options.get(name, UNSAID.get(name))
+    asked, configured = _values(result["options"]), UNSAID | _values(table.configured(row))
+    # What was not asked for is the example's default, which the run has noted.
+    had = UNSAID | {name: value for name, value in _values(result["summary"]["options"]).items() if name in configured}
+    had |= asked
+    names = sorted(had.keys() | configured.keys())
+    return {name: had.get(name) for name in names if had.get(name) != configured.get(name)}
 
 
 def _values(options: dict[str, Any]) -> dict[str, Any]:

@@ -6,15 +6,19 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from record import PACKAGES, as_configured
+from record import LAID_OUT, PACKAGES, as_configured
 from rows import DATA, Row, Table
 
 NONE = "–"
+IMAGES = "on the test images: after the last epoch, and after the epoch that was best on these very images"
+IMAGES_HELD_OUT = (
+    "with held-out images: on the test images after the epoch that was best on the held-out ones, and on the held-out "
+    "ones after that epoch"
+)
 LEGEND = (
-    "{metrics}: on the test images, mean ± standard deviation over seeds: after the last epoch, and after the epoch "
-    "that was best on these very images. Real edges (of a sparse network: weights kept in its sparse layers), dead "
-    "nodes, parameters and multiply-adds per image: of the final wiring, live nodes only. Training: multiply-adds of "
-    "the whole training, forward and backward, a first stage included; so are the minutes."
+    "{metrics}: mean ± standard deviation over seeds, {images}. Real edges (of a sparse network: weights kept in its "
+    "sparse layers), dead nodes, parameters and multiply-adds per image: of the final wiring, live nodes only. "
+    "Training: multiply-adds of the whole training, forward and backward, a first stage included; so are the minutes."
 )
 
 
@@ -34,7 +38,9 @@ def table_lines(
         return [], {}
     shared, made = settings(results), where(results)
     lines = [table.title, "", shared, made, "", *_markdown(table, figures), ""]
-    lines.append(LEGEND.format(metrics="top-1 and top-5" if table.top5 else "top-1"))
+    held_out = any(result["summary"]["options"]["held_out"] for result in results)
+    images = IMAGES_HELD_OUT if held_out else IMAGES
+    lines.append(LEGEND.format(metrics="top-1 and top-5" if table.top5 else "top-1", images=images))
     return lines, {"table": table.name, "settings": shared, "machine": made, "rows": figures}
 
 
@@ -77,13 +83,14 @@ def _figures(table: Table, row: Row, results: Sequence[dict[str, Any]]) -> dict[
         "multiply_adds": mean([result["summary"]["multiply_adds"] for result in runs]),
         "training_multiply_adds": total("training_multiply_adds"),
         "minutes": total("seconds") / 60,
+        "threads": sorted({start["threads"] for result in [*runs, *stages] for start in result["starts"]}),
         **(accuracy("top5") if table.top5 else {}),
     }
 
 
 def _markdown(table: Table, figures: Sequence[dict[str, Any]]) -> list[str]:
     header = ["model", "top-1, %", "best epoch, %", *(["top-5, %"] if table.top5 else []), "seeds", "epochs"]
-    header += ["real edges", "dead nodes", "parameters", "multiply-adds", "training", "minutes"]
+    header += ["real edges", "dead nodes", "parameters", "multiply-adds", "training", "minutes × threads"]
     rows = [_cells(row) for row in figures]
     if any(row["paper"] for row in figures):
         header.insert(1, "paper, %")
@@ -106,7 +113,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['parameters']:,.0f}",
         f"{row['multiply_adds'] / 1e6:.2f} M",
         f"{row['training_multiply_adds'] / 1e12:.3g} T",
-        f"{row['minutes']:.1f}",
+        f"{row['minutes']:.1f} × {' or '.join(map(str, row['threads']))}",
     ]
 
 
@@ -138,8 +145,8 @@ def what(data: str) -> str:
 def where(results: Sequence[dict[str, Any]]) -> str:
     """Return the environment of the runs: machine, versions, commits."""
     starts = [start | {"commit": _short(start["commit"])} for result in results for start in result["starts"]]
-    names = ("machine", "threads", "python", *PACKAGES, "commit", "date")
-    values = {name: sorted({str(start[name]) for start in starts}) for name in names}
+    names = ("machine", "threads", *LAID_OUT, "python", *PACKAGES, "commit", "date")
+    values = {name: sorted({str(start[name]) for start in starts if name in start}) for name in names}
     return ", ".join(f"{name} {' or '.join(found)}" for name, found in values.items() if found)
 
 

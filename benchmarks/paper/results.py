@@ -27,14 +27,15 @@ import table1
 import table2
 import table4
 import table6
+import weight_decay
 from imagenette import TABLE as IMAGENETTE
-from record import RESULTS, as_configured, changed_options, read
+from record import RESULTS, as_configured, changed_options, of_table, read
 from report import markdown, what, where
 from rows import DATA, ROOT, Row, Table
 
 from dnw_graph.whole_file import write_whole
 
-TABLES = (table1.TABLE, table2.TABLE, table6.TABLE, table4.TABLE, IMAGENETTE, rules.TABLE)
+TABLES = (table1.TABLE, table2.TABLE, table6.TABLE, table4.TABLE, weight_decay.TABLE, IMAGENETTE, rules.TABLE)
 PAGE = ROOT / "docs" / "results.md"
 PICTURE = ROOT / "docs" / "images" / "results.svg"
 OPENING = """# Results
@@ -76,7 +77,7 @@ def page(results: Sequence[dict[str, Any]], notes: Path = RESULTS) -> str:
         lines += [f"![Top-1 after every epoch](images/{PICTURE.name})", ""]
     empty = []
     for table in TABLES:
-        found = _of_table(table, results)
+        found = of_table(table, results)
         if not found:
             empty.append(table.title.partition(";")[0])
             continue
@@ -88,16 +89,14 @@ def page(results: Sequence[dict[str, Any]], notes: Path = RESULTS) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _of_table(table: Table, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = {row.key for row in table.rows}
-    return [result for result in results if result["row"] in rows]
-
-
 def _section(table: Table, results: Sequence[dict[str, Any]]) -> list[str]:
     """Return the runs as configured, then those with other data or options, each kind in its own table."""
     rows = {row.key: row for row in table.rows}
     whole = [result for result in results if as_configured(table, rows[result["row"]], result)]
-    lines = [*_runs(table, whole), *_margins(table, whole), *_missing(table, whole)]
+    lines = [] if whole else _missing(table, whole)
+    for data in table.data:
+        if found := [result for result in whole if result["data"] == data]:
+            lines += [*_runs(table, found), *_margins(table, found), *_missing(table, found)]
 
     def kind(result: dict[str, Any]) -> str:
         changed = changed_options(table, rows[result["row"]], result)
@@ -142,7 +141,10 @@ def _margin(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
         return f"{mean} ± {error:.1f} points, standard error over {len(pairs)} seeds"
     images = [DATA[result["data"]].test_images for result in pairs[0]]
     error = 100 * math.sqrt(sum(p * (1 - p) / n for p, n in zip(shares[0], images, strict=True)))
-    return f"{mean} points with one seed; the choice of test images alone gives a standard error of {error:.1f}"
+    return (
+        f"{mean} points with one seed; the choice of test images alone gives a standard error of {error:.1f} if the "
+        "two err independently, and less if they err on the same images"
+    )
 
 
 def _paper_margin(one: Row, other: Row) -> str:
@@ -174,7 +176,7 @@ def picture(results: Sequence[dict[str, Any]]) -> bytes:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    tables = [(table, found) for table in TABLES if (found := _of_table(table, results))]
+    tables = [(table, found) for table in TABLES if (found := of_table(table, results))]
     columns = min(2, len(tables))
     lines = math.ceil(len(tables) / columns)
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results", "font.size": 9}):

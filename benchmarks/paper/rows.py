@@ -72,7 +72,7 @@ class Table:
         example: The script that runs its rows, from the root of the repository.
         rows: Its rows.
         quick: Options of every run with ``--quick``.
-        data: Names of the data that its rows are about.
+        data: Names of the data that its rows are about; that of the paper first.
         options: Options of every run that differ from the files.
         configs: Directory of the configurations.
         seeds: Number of seeds of a complete row.

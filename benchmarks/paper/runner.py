@@ -10,14 +10,17 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -86,12 +89,16 @@ class Run:
         command = self.command
         if (last := self.directory / "last.ckpt").exists():
             command = [*command, "--resume", str(last)]
-        write(self.directory / "starts.json", [*self._starts(), here(threads)])
+        write(self.directory / "starts.json", [*self._starts(), here(threads, self.options)])
         start = time.monotonic()
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with open(self.directory / "log.txt", "a") as log:
-            status = subprocess.run(
-                command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False
-            ).returncode
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        _running.append(process)
+        if _stopped.is_set():  # just before it started
+            process.terminate()
+        status = process.wait()
+        _running.remove(process)
         if status:
             print(f"{self.row.label}, seed {self.seed}: status {status}, see {self.directory / 'log.txt'}", flush=True)
             return None
@@ -117,6 +124,18 @@ class Run:
         return list(json.loads(path.read_text())) if path.exists() else []
 
 
+_running: list[subprocess.Popen[bytes]] = []
+_stopped = threading.Event()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Pass SIGTERM on to the runs, which save their last steps, and go on as after Ctrl-C."""
+    _stopped.set()
+    for process in list(_running):
+        process.terminate()
+    raise KeyboardInterrupt
+
+
 def main(table: Table, description: str, argv: Sequence[str] | None = None) -> int:
     """Run a table from its command line.
 
@@ -132,6 +151,8 @@ def main(table: Table, description: str, argv: Sequence[str] | None = None) -> i
     try:
         rows = _chosen(table, options.rows)
         runs = _runs(table, rows, options, _pairs(further))
+        if options.results is not None and any(run.options.get("held_out") not in (0, "0") for run in runs):
+            raise InputError("--results keeps accuracies on test images; with --held-out they are of other images")
         if options.finished:
             results = [result for run in runs if (result := run.finished()) is not None]
             runs = runs[: len(results)]
@@ -248,14 +269,17 @@ def _runs(table: Table, rows: list[Row], options: argparse.Namespace, given: dic
 def _execute(runs: list[Run], jobs: int, threads: int) -> list[dict[str, Any]]:
     """Do all runs, first stages first, and return the results of the complete ones."""
     results = []
-    for second in (False, True):
-        executor = ThreadPoolExecutor(jobs)
-        try:
-            done = executor.map(
-                lambda run: run.execute(threads), [r for r in runs if bool(r.row.first_stage) is second]
-            )
-            results += [result for result in done if result is not None]
-        finally:
-            # Ctrl-C reaches the runs too: each saves its last step, and no other is started.
-            executor.shutdown(cancel_futures=True)
+    _stopped.clear()
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        for second in (False, True):
+            executor = ThreadPoolExecutor(jobs)
+            try:
+                chosen = [run for run in runs if bool(run.row.first_stage) is second]
+                results += [result for result in executor.map(lambda run: run.execute(threads), chosen) if result]
+            finally:
+                # Ctrl-C reaches the runs too: each saves its last step, and no other is started.
+                executor.shutdown(cancel_futures=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return results

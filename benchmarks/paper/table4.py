@@ -87,6 +87,7 @@ TABLE = Table(
         "lr": "0.064",
     },
     data=("imagenet",),
+    seeds=1,
     top5=True,
 )
 

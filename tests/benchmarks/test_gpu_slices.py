@@ -42,6 +42,7 @@ def test_what_is_done_is_not_done_again_and_what_takes_too_long_is_stopped(gpu, 
         program(gpu, tmp_path, "late", WRITES),
     ]
     monkeypatch.setattr(gpu, "tasks", lambda *_: iter(every))
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
     start = time.monotonic()
     assert gpu.main(["--minutes", "0.15", "--output", str(tmp_path)]) == 1
     assert time.monotonic() - start < 30
@@ -62,10 +63,42 @@ def test_what_is_done_is_not_done_again_and_what_takes_too_long_is_stopped(gpu, 
     assert "nothing is left" in capsys.readouterr().out
 
 
-def test_rows_without_a_record_are_left(gpu):
-    assert "cifar10_dnw" in gpu.rows("table2")
-    rows = gpu.rows("table2")
+PARENT = """
+import subprocess, sys, time
+subprocess.run([sys.executable, "-c", "import time; open(r'RESULT', 'w').write('started'); time.sleep(60)"])
+"""
+
+
+def test_what_a_task_started_ends_with_it(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LAST_WORDS", 1.0)
+    mark = tmp_path / "child"
+    task = gpu.Task("parent", ["-c", PARENT.replace("RESULT", str(mark))], tmp_path / "none.json", tmp_path / "log")
+    assert task.run(6.0) == "stopped"
+    assert mark.exists()
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [command for command in commands if str(mark).encode() in command]
+
+
+def test_failed_tests_are_done_again(gpu, tmp_path):
+    task = program(gpu, tmp_path, "tests", "open(RESULT, 'w').write('1 failed'); raise SystemExit(1)")
+    assert task.run(60) == "failed"
+    assert not task.done
+
+
+def test_every_test_that_needs_a_gpu_is_run(gpu, tmp_path):
+    tests = next(task for task in gpu.tasks(tmp_path, "/data", "cifar10-jpeg75", False) if task.name == "tests")
+    found = {Path(word).name for word in tests.command if word.endswith(".py")}
+    assert found == {"test_gpu.py", "test_static_graph.py", "test_sparse_product.py"}
+
+
+def test_rows_without_a_record_of_these_images_are_left(gpu, tmp_path):
+    rows = gpu.rows("table2", "cifar10")
+    assert "cifar10_dnw" in rows
     assert rows.index("cifar10_complete") < rows.index("cifar10_lottery_ticket")
+    assert "tiny_static_dnw" in gpu.rows("table1", "cifar10")
+    assert "tiny_static_dnw" not in gpu.rows("table1", "cifar10-jpeg75")
+    training = list(gpu.tasks(tmp_path, "/data", "cifar10-jpeg75", False))[-1].command
+    assert training[training.index("--data-name") + 1] == "cifar10-jpeg75"
 
 
 @pytest.mark.slow

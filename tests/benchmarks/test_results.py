@@ -15,7 +15,7 @@ from PIL import Image
 from dnw_graph import InputError
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("record", "report", "results", "rows", "runner", "shrink", "table1", "table2")
+MODULES = ("record", "report", "results", "rows", "runner", "shrink", "table1", "table2", "table6", "weight_decay")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def made(row: str = "tiny_static_rg", seed: int = 0, top1: float = 0.75, **chang
     }
     start = dict.fromkeys(("machine", "threads", "python", "torch", "torchvision", "lightning", "date"), "1")
     return {
-        "name": f"{row}-seed{seed}",
+        "name": f"{row}-{options['data']}-seed{seed}",
         "table": "table1",
         "row": row,
         "seed": seed,
@@ -134,6 +134,20 @@ def test_runs_of_other_data_or_options_do_not(paper: dict[str, ModuleType], othe
     assert "76.1" not in "\n".join(lines(paper, made(), made(seed=1, **other)))
 
 
+@pytest.mark.parametrize("default", [{"node_norm_eps": 1e-3}, {"warmup_epochs": 1}, {"held_out": 5000}])
+def test_runs_that_were_not_asked_for_the_papers_options_do_not(paper: dict[str, ModuleType], default: dict[str, Any]):
+    run = made()
+    run["summary"]["options"] |= default  # those of the example
+    assert "76.1" not in "\n".join(lines(paper, run))
+
+
+def test_runs_with_held_out_images_say_which_images_their_accuracies_are_of(paper: dict[str, ModuleType]):
+    assert "best on these very images" in lines(paper, made())[-1]
+    assert (
+        "on the test images after the epoch that was best on the held-out ones" in lines(paper, made(held_out=5000))[-1]
+    )
+
+
 def test_quick_runs_do_not(paper: dict[str, ModuleType]):
     quick = paper["table1"].TABLE.quick
     assert "76.1" not in "\n".join(lines(paper, made(**quick)))
@@ -154,12 +168,46 @@ def test_the_page_keeps_kinds_of_runs_apart(paper: dict[str, ModuleType]):
 def test_margins(paper: dict[str, ModuleType]):
     one = [made(seed=0, top1=0.70), made("tiny_static_dnw", 0, top1=0.73)]
     # √(0.7 · 0.3 / 10,000 + 0.73 · 0.27 / 10,000) = 0.64%
-    expected = "+3.0 points with one seed; the choice of test images alone gives a standard error of 0.6 (paper: +4.8)."
+    expected = (
+        "+3.0 points with one seed; the choice of test images alone gives a standard error of 0.6 if the two err "
+        "independently, and less if they err on the same images (paper: +4.8)."
+    )
     assert f"- Static (DNW) − Static (RG): {expected}" in paper["results"].page(one)
     more = [made(seed=1, top1=0.70), made("tiny_static_dnw", 1, top1=0.75), made("tiny_static_dnw", 2, top1=0.2)]
     # 3 and 5 points: standard deviation √2, standard error 1.
     expected = "+4.0 ± 1.0 points, standard error over 2 seeds (paper: +4.8)."
     assert f"- Static (DNW) − Static (RG): {expected}" in paper["results"].page([*one, *more])
+
+
+def test_the_page_keeps_the_original_images_and_their_copies_apart(paper: dict[str, ModuleType]):
+    copies = made(seed=0, data="cifar10-jpeg75"), made("tiny_static_dnw", 0, top1=0.78, data="cifar10-jpeg75")
+    text = paper["results"].page([made(seed=0, top1=0.9), *copies])
+    original, lossy = text.split("CIFAR-10 as JPEG copies of quality 75, which are lossy; train images")
+    assert "| Static (RG) | 76.1 ± 0.5 | 90.0 | 91.0 | 1 |" in original
+    assert "No run of Static (DNW)" in original
+    assert "points with" not in original
+    assert "| Static (RG) | 76.1 ± 0.5 | 75.0 | 76.0 | 1 |" in lossy
+    assert "- Static (DNW) − Static (RG): +3.0 points with one seed" in lossy
+
+
+def test_a_run_of_two_tables_counts_once_in_each(paper: dict[str, ModuleType]):
+    name = "cifar10_td_0.9"
+    table = paper["table2"].TABLE
+    row = next(row for row in table.rows if row.key == name)
+    options = {**table.configured(row), "data": "cifar10"}
+    run = {**made(row=name), "options": options, "table": "table2"}
+    run["summary"] |= {"options": {**run["summary"]["options"], **options}}
+    text = paper["results"].page([run, {**run, "table": "table6"}])
+    assert text.count(" | 89.0 ± 0.2 | 75.0 | 76.0 | 1 | 160 |") == 2  # once in each table
+
+
+def test_dead_nodes_by_weight_decay_have_a_place_on_the_page(paper: dict[str, ModuleType]):
+    table = paper["weight_decay"].TABLE
+    row = table.rows[0]
+    run = {**made(row=row.key), "options": {**table.configured(row), "data": "cifar10"}, "table": table.name}
+    run["summary"]["options"] |= run["options"]
+    assert "| weight decay 0 | 75.0 |" in paper["results"].page([run])
+    assert paper["results"].picture([run])
 
 
 def test_the_page_is_that_of_the_records(paper: dict[str, ModuleType]):
@@ -202,11 +250,13 @@ def test_a_record_names_the_data_and_holds_the_curve(paper: dict[str, ModuleType
     options = {**ASKED, "data": "/data/cifar10", "epochs": "2", "workers": "0"}
     result = paper["record"].record(table, table.rows[0], 3, "cifar10-jpeg75", options, [], run)
     assert result["top1_per_epoch"] == [0.51235, 0.75]
-    assert result["name"] == "tiny_static_rg-epochs-2-seed3"
+    assert result["name"] == "tiny_static_rg-epochs-2-data-cifar10-jpeg75-seed3"
     assert "/data" not in json.dumps(result)
     path = paper["record"].keep(result, run / "results")
-    assert path == run / "results" / "table1" / "tiny_static_rg-epochs-2-seed3.json"
+    assert path == run / "results" / "table1" / "tiny_static_rg-epochs-2-data-cifar10-jpeg75-seed3.json"
     assert paper["record"].read(run / "results") == [result]
+    original = paper["record"].record(table, table.rows[0], 3, "cifar10", options, [], run)
+    assert original["name"] == "tiny_static_rg-epochs-2-seed3"
 
 
 def test_a_record_with_options_that_the_run_did_not_have_is_refused(paper: dict[str, ModuleType], run: Path):
@@ -228,6 +278,25 @@ def test_finished_runs_are_told_without_running_any(
     assert "| Static (RG) | 75.0 | 76.0 | 1 | 2 |" in capsys.readouterr().out
     assert len(list((output / "kept").rglob("*.json"))) == 1
     assert not (output / "tiny_static_dnw").exists()
+
+
+def test_records_are_of_accuracies_on_test_images(
+    paper: dict[str, ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    argv = ["--data", "/data/cifar10", "--held-out", "5000", "--output", str(tmp_path / "runs")]
+    assert paper["runner"].main(paper["table1"].TABLE, "", [*argv, "--results", str(tmp_path / "kept")]) == 2
+    assert "with --held-out they are of other images" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_environment_of_a_run_has_its_devices(paper: dict[str, ModuleType]):
+    start = paper["record"].here(2, {"devices": "4", "accelerator": "cpu", "compile": True, "lr": "0.1"})
+    assert start["devices"] == "4"
+    assert start["compile"] is True
+    assert "lr" not in start
+    run = made()
+    run["starts"][0] |= {"devices": "4"}
+    assert "devices 4" in paper["report"].where([run])
 
 
 def test_images_are_brought_to_80_pixels_on_the_shorter_side(paper: dict[str, ModuleType], tmp_path: Path):

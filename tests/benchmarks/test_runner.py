@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -234,6 +236,24 @@ def test_complete_rows_are_not_run_again_and_a_failure_is_said(
     assert "did you mean 'targeted_dropout'" in (tmp_path / "runs/td/seed0/log.txt").read_text()
     assert "| RG |" in printed
     assert "| TD |" not in printed
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_the_runs_which_save_their_last_step(tmp_path: Path):
+    script = ROOT / "benchmarks" / "paper" / "table1.py"
+    command = [sys.executable, str(script), "--quick", "--rows", "tiny_static_rg", "--epochs", "500"]
+    with open(tmp_path / "err", "w") as err:
+        runner = subprocess.Popen([*command, "--output", str(tmp_path / "runs")], stderr=err, stdout=err)
+    run = tmp_path / "runs" / "tiny_static_rg" / "seed0"
+    end = time.monotonic() + 120
+    while not (run / "last.ckpt").exists() and runner.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+    runner.terminate()
+    assert runner.wait(60) == 1
+    assert "stopped; repeat the command to continue" in (tmp_path / "err").read_text()
+    stopped = (run / "log.txt").read_text().splitlines()[-1]
+    step = int(stopped.removeprefix("stopped after step ").partition(":")[0])
+    assert read_checkpoint(run / "last.ckpt")["global_step"] == step
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ The quick form runs in the slow tests (``test_kills.py``). The long form, by han
 Every case starts a run, sends Ctrl-C, SIGTERM or SIGKILL to its main process, to another rank or to the whole
 group, once or twice, while it imports, starts or trains, and then goes on with the command that it printed. A case is
 bad if the exit status is wrong, stderr has anything but one line, a process is left after 10 seconds, or the run that
-goes on ends with other bits than an unbroken one. Needs Linux (``/proc``).
+goes on does not end, or ends with other bits than an unbroken one. Needs Linux (``/proc``).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ MOMENTS = ("import", "start", "training")
 NOTICE = "stopping at the end of this step"
 GONE_SECONDS = 10
 PATIENCE_SECONDS = 180
+STACKS = signal.SIGUSR1  # makes every process of the example print the stacks of its threads
 
 
 @dataclass
@@ -207,11 +208,31 @@ def go_on(case: Case, folder: Path) -> None:
     step = text.partition("stopped after step ")[2].partition(":")[0]
     if step and read_checkpoint(last)["global_step"] != int(step):
         case.reasons.append("last.ckpt is of another step")
-    done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        case.reasons.append(f"resuming ends with status {done.returncode}")
-        return
-    case.reasons += differences(folder / "run", reference(case))
+    status = run_to_the_end(words, folder)
+    if status is None:
+        case.reasons.append(f"resuming does not end within {PATIENCE_SECONDS} s")
+    elif status:
+        case.reasons.append(f"resuming ends with status {status}")
+    else:
+        case.reasons += differences(folder / "run", reference(case))
+
+
+def run_to_the_end(words: list[str], folder: Path) -> int | None:
+    """Return the status of a run; None, after printing what each of its processes does, if one does not end in time."""
+    log = folder / "log"
+    with open(log, "wb") as out:
+        main = subprocess.Popen(words, stdout=out, stderr=out, cwd=folder, env=environment(), start_new_session=True)
+    if wait_for(lambda: main.poll() is not None and not alive(main.pid), PATIENCE_SECONDS):
+        return main.returncode
+    left = alive(main.pid)
+    for process in left:
+        os.kill(process, STACKS)
+        time.sleep(1)  # Else their lines mix.
+    print(f"main process {main.pid}, status {main.poll()}, processes {left}:\n{log.read_text()}")
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    main.wait()
+    return None
 
 
 _references: dict[int, tempfile.TemporaryDirectory[str]] = {}
@@ -221,7 +242,7 @@ def reference(case: Case) -> Path:
     """Return the folder of an unbroken run."""
     if case.devices not in _references:
         folder = _references[case.devices] = tempfile.TemporaryDirectory()
-        subprocess.run(command(case), cwd=folder.name, env=environment(), check=True, capture_output=True)
+        assert run_to_the_end(command(case), Path(folder.name)) == 0, "an unbroken run fails"
     return Path(_references[case.devices].name, "run")
 
 

@@ -1,5 +1,7 @@
 """Trains a model so small that a run is nearly all loading, starting and stopping. Started by kills.py."""
 
+import faulthandler
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -7,6 +9,7 @@ from dnw_graph import stopping
 
 if __name__ == "__main__":
     stopping.start()
+    faulthandler.register(signal.SIGUSR1)  # prints the stacks, also of the processes that load data
 
 from torch import Tensor, nn
 
