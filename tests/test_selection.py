@@ -3,6 +3,7 @@
 import copy
 import pickle
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -282,3 +283,26 @@ def test_made_in_inference_mode_and_used_in_training(way):
         selector.select(torch.randn(100), 10, "graph", flag)
     weight = torch.randn(100, requires_grad=True)
     assert selector.select(weight, 10, "graph", flag).tolist() == full_sort(weight.detach(), 10)
+
+
+def test_weights_that_another_thread_changes_do_not_make_more_than_k_pass():
+    number, k = 60_000, 30_000
+    weight, others, stop = torch.randn(number), [torch.randn(number) for _ in range(8)], threading.Event()
+
+    def change():
+        while not stop.is_set():
+            for other in others:
+                weight.copy_(other)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(500):
+            index = select_top_k(weight, k)
+            assert len(index) == k
+            assert index[0] >= 0
+            assert index[-1] < number
+            assert bool((index.diff() > 0).all())
+    finally:
+        stop.set()
+        thread.join()

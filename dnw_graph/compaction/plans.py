@@ -63,7 +63,8 @@ class Run:
         self.graph = graph
         self.behind = behind
         self.layers = [*([] if stem is None else [stem]), graph, *behind]
-        self._made: tuple[list[Tensor], list[int], StaticPlan | None] | None = None
+        # Tensors, aliases that keep their memory from being used again, versions, and the plan made for them.
+        self._made: tuple[list[Tensor], list[Tensor], list[int], StaticPlan | None] = [], [], [], None
 
     def __call__(self, z: Tensor) -> Tensor | None:
         """Return the result of the layers for z, or None if they have to be called one by one."""
@@ -83,11 +84,12 @@ class Run:
     def _plan(self, tensors: list[Tensor]) -> StaticPlan | None:
         """Return the plan for the current tensors; a cached one unless they have changed."""
         versions = [version(tensor) for tensor in tensors]
-        held, old, plan = self._made or ([], [], None)
-        if not _same(held, tensors) or old != versions:
+        held, aliases, old, plan = self._made
+        replaced = any(alias.data_ptr() != tensor.data_ptr() for alias, tensor in zip(aliases, tensors, strict=False))
+        if not _same(held, tensors) or old != versions or replaced:
             countable = all(number >= 0 and readable(tensor) for number, tensor in zip(versions, tensors, strict=True))
             plan = self._new_plan() if countable else None
-            self._made = tensors, versions, plan
+            self._made = tensors, [tensor.detach() for tensor in tensors], versions, plan
         return plan
 
     def _new_plan(self) -> StaticPlan | None:

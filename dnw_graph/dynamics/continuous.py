@@ -226,7 +226,7 @@ class _Field(torch.nn.Module):
         # The adjoint meets the same states again: running statistics must not be updated twice.
         with FrozenBuffers(dynamics.node_function, later=False) if self.forward_done else nullcontext():
             change = dynamics.step(self.propagate, dynamics.node_function, z, t)
-        return change.permute(*self.order).to(z.dtype)
+        return change.permute(*self.order).to(z.dtype).contiguous()
 
     @property
     def time(self) -> float:

@@ -183,6 +183,11 @@ def plain_call(*tensors: Tensor | None) -> bool:
     return not (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors))
 
 
+def _rows(x: Tensor) -> Tensor:
+    """Return vectors as the rows of a matrix, which may have no columns."""
+    return x.reshape(math.prod(x.shape[:-1]), x.size(-1))
+
+
 def _linear(x: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     shape = _check_linear(x, rowptr, columns, values, bias)
     if is_half(x):
@@ -190,7 +195,7 @@ def _linear(x: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor, bias: Te
     rowptr, columns, values = rowptr.contiguous(), columns.contiguous(), values.contiguous()
     bias = None if bias is None else bias.contiguous()
     if x.device.type == "cpu":
-        rows = x.reshape(-1, x.size(-1)).contiguous() if x.numel() else x.new_empty(math.prod(shape[:-1]), x.size(-1))
+        rows = _rows(x).contiguous()
         out = x.new_empty(len(rows), shape[-1])
         numbers = (len(rows), x.size(-1), out.size(1), len(columns), int(relu))
         if run("sparse_linear", numbers, rows, rowptr, columns, values, bias, out):
@@ -428,16 +433,17 @@ def _linear_kernels(
     if kernels() is None or not (kernels_take(grad) and kernels_take(x) and kernels_take(values)):
         return None
     csr = csr[0].contiguous(), csr[1].contiguous()
-    received, sent = (each.reshape(-1, each.size(-1)).contiguous() for each in (grad, x))
+    received, sent = (_rows(each).contiguous() for each in (grad, x))
     (batch, outputs), inputs, x_grad, values_grad = received.shape, sent.size(1), x.new_empty(0), x.new_empty(0)
     if of_values:
         # The rows of the longer side take turns, and those of the shorter one stay in cache.
         values_grad = torch.empty_like(values, memory_format=torch.contiguous_format)
         if inputs > outputs:
-            numbers = (batch, outputs, inputs, len(values))
-            run("sampled_linear", numbers, sent, received, *by_input(), values_grad)
+            sides, edges = (outputs, inputs), (sent, received, *by_input())
         else:
-            run("sampled_linear", (batch, inputs, outputs, len(values)), received, sent, *csr, None, values_grad)
+            sides, edges = (inputs, outputs), (received, sent, *csr, None)
+        if not run("sampled_linear", (batch, *sides, len(values)), *edges, values_grad):
+            return None
     if of_x:
         rowptr, columns, order = by_input()
         x_grad = _linear(received, rowptr, columns, values.index_select(0, order), None, False).view(x.shape)
@@ -451,7 +457,7 @@ def _linear_formula(
     x_grad = grad @ weight if of_x else None
     if not of_values:
         return _or_empty(x_grad, x), x.new_empty(0)
-    weight_grad = grad.reshape(-1, grad.size(-1)).t() @ x.reshape(-1, x.size(-1))
+    weight_grad = _rows(grad).t() @ _rows(x)
     return _or_empty(x_grad, x), weight_grad[targets_of(*csr).long(), csr[1].long()]
 
 
@@ -558,7 +564,7 @@ def _linear_grads(
         found = _linear_kernels(grad, x, csr, values, by_input, of_x, of_values)
     if found is None:
         found = _linear_grad(grad, x, *csr, values, of_x, of_values)
-    bias_grad = grad.reshape(-1, grad.size(-1)).sum(0) if of_bias else None
+    bias_grad = _rows(grad).sum(0) if of_bias else None
     return found[0] if of_x else None, found[1] if of_values else None, bias_grad
 
 

@@ -134,6 +134,7 @@ def test_changed_weights_are_noticed(planned):
             {k: v * (1 + v.is_floating_point()) for k, v in compacted.state_dict().items()}
         ),
         lambda: setattr(compacted.layers[0], "weight", compacted.layers[0].weight * 3),
+        lambda: setattr(compacted.layers[1].values, "data", compacted.layers[1].values * 2),
         lambda: compacted.double(),
     ):
         change()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from reference import relative_error
+from torch import nn
 from torchdiffeq import odeint
 
 from dnw_graph import Continuous, InputError, NeuralGraph
@@ -67,6 +68,37 @@ def test_a_graph_has_the_gradients_of_the_other_propagations():
     assert count == expected_count
     for each, wanted in zip(found, expected, strict=True):
         assert relative_error(each, wanted) <= 1e-8
+
+
+LAYOUTS = {
+    "stride": {"stride": 2},
+    "own convolution": {"node_function": lambda nodes: nn.Conv2d(nodes, nodes, 3, padding=1, groups=nodes)},
+    "a hook": {},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_node_functions_with_any_memory_layout(layout):
+    results = []
+    for propagation in ("sparse", "block"):
+        torch.manual_seed(0)
+        graph = NeuralGraph(
+            num_nodes=9,
+            num_inputs=3,
+            num_outputs=2,
+            num_edges=30,
+            dynamics="continuous",
+            propagation=propagation,
+            **LAYOUTS[layout],
+        ).double()
+        if layout == "a hook":
+            graph.dynamics.node_function.conv.register_forward_hook(lambda *_: None)
+        x = torch.randn(4, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+        outputs = graph(x)
+        outputs.square().sum().backward()
+        results.append((outputs, x.grad))
+    for found, expected in zip(*results, strict=True):
+        assert relative_error(found, expected) <= 1e-8
 
 
 def test_what_has_no_solution_is_refused():

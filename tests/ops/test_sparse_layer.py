@@ -147,6 +147,47 @@ def test_gradients_of_a_convolution(way, case):
     assert_same_gradients(call, dense_call, torch.randn(batch, inputs, *maps, dtype=dtype), weight, csr)
 
 
+@pytest.mark.parametrize("batch", [54, 61, 62, 63, 64, 70, 129])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("kernel", "maps", "stride"), [(1, 3, 1), (1, 5, 2), (3, 4, 1)])
+def test_gradients_of_a_last_set_of_images_that_is_not_full(has_compiler, batch, dtype, kernel, maps, stride):
+    """So many channels that few images stay in cache together."""
+    weight, csr = sparse(32, 512, kernel, kernel, share=0.05, dtype=dtype)
+    options = {"padding": (kernel // 2, kernel // 2), "stride": (stride, stride)}
+
+    def call(x, *csr):
+        return sparse_conv2d(x, *csr, kernel=(kernel, kernel), **options)
+
+    x = torch.randn(batch, 512, maps, maps, dtype=dtype)
+    assert_same_gradients(call, lambda x, weight: F.conv2d(x, weight, **options), x, weight, csr)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 3), (3, 0), (0, 0)])
+def test_gradients_without_inputs_or_outputs(way, inputs, outputs):
+    rowptr, columns, values = (
+        torch.zeros(outputs + 1, dtype=torch.int64),
+        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(0),
+    )
+    x, bias = torch.randn(2, 3, inputs, requires_grad=True), torch.randn(outputs, requires_grad=True)
+    out = sparse_linear(x, rowptr, columns, values.requires_grad_(), bias)
+    out.sum().backward()
+    assert out.shape == (2, 3, outputs)
+    assert torch.equal(x.grad, torch.zeros(2, 3, inputs))
+    assert torch.equal(bias.grad, torch.full((outputs,), 6.0))
+    assert values.grad.shape == (0,)
+
+
+def test_gradients_with_edges_that_the_kernels_do_not_read(way):
+    class Named(torch.Tensor):
+        pass
+
+    rowptr, columns = (each.as_subclass(Named) for each in (torch.arange(0, 33, 4), torch.arange(4).repeat(8)))
+    x, values = torch.randn(5, 4), torch.randn(32, requires_grad=True)
+    sparse_linear(x, rowptr, columns, values).sum().backward()
+    torch.testing.assert_close(values.grad, x.sum(0).repeat(8))
+
+
 @pytest.mark.parametrize(("batch", "inputs", "outputs"), [(1, 7, 33), (16, 40, 5), (37, 300, 20), (300, 20, 300)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_of_a_linear_layer(way, batch, inputs, outputs, dtype):
@@ -154,14 +195,15 @@ def test_gradients_of_a_linear_layer(way, batch, inputs, outputs, dtype):
     assert_same_gradients(sparse_linear, F.linear, torch.randn(batch, inputs, dtype=dtype), weight, csr)
 
 
-def test_gradients_with_several_threads(has_compiler):
+@pytest.mark.parametrize(("batch", "side"), [(8, 12), (3, 19), (5, 21)])
+def test_gradients_with_several_threads(has_compiler, batch, side):
     found = []
     for threads in (1, 3):
         torch.manual_seed(0)
         torch.set_num_threads(threads)
         try:
             _, (rowptr, columns, values) = sparse(64, 64, 3, 3, dtype=torch.float32)
-            x, values = torch.randn(8, 64, 12, 12).requires_grad_(), values.requires_grad_()
+            x, values = torch.randn(batch, 64, side, side).requires_grad_(), values.requires_grad_()
             sparse_conv2d(x, rowptr, columns, values, kernel=(3, 3), padding=(1, 1)).square().sum().backward()
             found.append((x.grad, values.grad))
         finally:

@@ -229,7 +229,8 @@ int convolution(
     from.begin(first);
     const int64_t places = from.places(), features = std::max(places, lanes), step = REGISTERS * lanes;
     const int64_t fits = CACHE / int64_t(sizeof(T)) / std::max<int64_t>(from.channels * from.phases(), 1);
-    const int64_t tile = std::max(fits / step * step, step), tiles = (features + tile - 1) / tile;
+    const int64_t tile = std::max(fits / step * step, step);
+    const int64_t tiles = (features - lanes) / tile + 1;  // The last one may be wider: no place belongs to two.
 #pragma omp parallel num_threads(team(threads, double(edges.count) * double(places)))
     {
       if (!from.direct)
@@ -238,8 +239,7 @@ int convolution(
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t t = 0; t < tiles; ++t)
         for (int64_t o = 0; o < targets; o += group) {
-          const int64_t width = std::max(std::min(tile, features - t * tile), lanes);
-          const int64_t at = std::min(t * tile, features - width);
+          const int64_t at = t * tile, width = t + 1 < tiles ? tile : features - at;
           for (int64_t v = o; v < std::min(o + group, targets); ++v) {
             if (!edges.sources_within(v, v + 1, 0, sources)) {
               wrong = true;

@@ -119,7 +119,7 @@ void convolution_weight_grad(
   const auto scratch = zeros<T>(double(room) * double(members));  // Zeros between lines and between images stay.
   for (int64_t first = 0; first < layer.batch; first += from.set) {
     from.begin(first);
-    const int64_t length = from.direct ? maps : round_up(from.places(), Simd<T>::lanes);
+    const int64_t length = from.direct ? maps : from.places();  // Beyond lie images of an earlier, larger set.
 #pragma omp parallel num_threads(members)
     {
       T *row = scratch.get() + omp_get_thread_num() * room;

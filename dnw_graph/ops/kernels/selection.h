@@ -106,22 +106,25 @@ int largest(
   found[1] = surely;
   found[2] = not_finite;
   if (surely >= k || surely + between < k) return OK;
-  const std::unique_ptr<Bits[]> ranked(new (std::nothrow) Bits[between]);
-  if (!ranked) return NO_MEMORY;
-  Bits *next = ranked.get();
+  // Read once: weights that another thread changes must not make more than k pass.
+  const std::unique_ptr<Bits[]> read(new (std::nothrow) Bits[between]), ranked(new (std::nothrow) Bits[between]);
+  if (!read || !ranked) return NO_MEMORY;
+  Bits *next = read.get();
   for (int64_t n = 0; n < parts; ++n)
     for (int64_t i = 0; i < counts[n].band; ++i) *next++ = magnitude(weight[n * part + band[n * room + i]]);
+  std::copy_n(read.get(), between, ranked.get());
   Bits *const last = ranked.get() + k - surely - 1;
-  std::nth_element(ranked.get(), last, next, std::greater<Bits>());
+  std::nth_element(ranked.get(), last, ranked.get() + between, std::greater<Bits>());
   const Bits least = *last;
   found[3] = int64_t(least);
   int64_t ties = std::count(ranked.get(), last + 1, least);  // All larger values come before the last.
   int64_t start = 0;
+  const Bits *in_band = read.get();
   for (int64_t n = 0; n < parts; ++n) {
     Place *const places = band.get() + n * room;
     int64_t kept = 0;
     for (int64_t i = 0; i < counts[n].band; ++i) {
-      const Bits bits = magnitude(weight[n * part + places[i]]);
+      const Bits bits = *in_band++;
       places[kept] = places[i];
       kept += bits > least || (bits == least && ties-- > 0);
     }

@@ -201,12 +201,11 @@ int sparse_product(
   const int64_t fitting = CACHE / int64_t(sizeof(T)) / std::max<int64_t>(sources, 1);
   const int64_t step = REGISTERS * lanes;
   const int64_t tile = std::max(fitting / step * step, step);
-  const int64_t tiles = (features + tile - 1) / tile;
+  const int64_t tiles = (features - lanes) / tile + 1;  // The last one may be wider: no column belongs to two.
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(team(threads, double(edges.count) * features))
   for (int64_t t = 0; t < tiles; ++t)
     for (int64_t first = 0; first < targets; first += group) {
-      const int64_t width = std::max(std::min(tile, features - t * tile), lanes);
-      const int64_t at = std::min(t * tile, features - width);
+      const int64_t at = t * tile, width = t + 1 < tiles ? tile : features - at;
       for (int64_t v = first; v < std::min(first + group, targets); ++v)
         weighted_sum(edges, v, z.pointers(), at, width, out + v * features + at);
     }
