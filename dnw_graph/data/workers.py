@@ -5,16 +5,24 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dnw_graph import stopping
 from dnw_graph.errors import InputError
+
+
+# CPython before 3.11.10 hangs in a forked process for good if, at that moment, another thread creates its thread state
+# (gh-112275), as those of a process group do at the end of a collective operation.
+FORKS_CAN_HANG = sys.version_info < (3, 11, 10)
+SETTLING_SECONDS = 0.05  # From a collective operation to a fork.
 
 
 class Loader(DataLoader[tuple[Tensor, int]]):
@@ -30,6 +38,8 @@ class Loader(DataLoader[tuple[Tensor, int]]):
     def __iter__(self) -> Any:
         if not self.num_workers:
             return super().__iter__()
+        if FORKS_CAN_HANG and dist.is_available() and dist.is_initialized():
+            time.sleep(SETTLING_SECONDS)
         with stopping.held():
             return super().__iter__()
 
@@ -38,6 +48,7 @@ def leave_the_group(worker: int) -> None:
     """Make a worker end only when its parent says so, not on a signal to the group."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+    signal.set_wakeup_fd(-1)  # The parent's, which would take this worker's signals for its own.
     for number in stopping.SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # drops earlier signals
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # the parent's

@@ -3,12 +3,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 
 import pytest
+import torch.distributed as dist
 from torch.utils.data import Dataset
 
+import dnw_graph.data.workers as workers
 from dnw_graph import InputError
 from dnw_graph.data.workers import Loader, leave_the_group
 from dnw_graph.stopping import SIGNALS
@@ -58,6 +61,43 @@ def test_workers_get_no_signals_of_the_group_and_end_when_their_parent_says_so()
     child.terminate()
     child.join(30)
     assert child.exitcode == 0
+
+
+def test_signals_of_a_worker_do_not_reach_the_watching_thread_of_its_parent():
+    reader, writer = socket.socketpair()
+    reader.setblocking(False)
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno())
+    try:
+        child = os.fork()
+        if child == 0:
+            leave_the_group(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(7)
+        assert os.waitpid(child, 0)[1] == 0
+        writer.send(b"\0")
+        assert signal.SIGTERM not in reader.recv(100)
+    finally:
+        signal.set_wakeup_fd(before)
+        reader.close()
+        writer.close()
+
+
+@pytest.mark.parametrize(("hangs", "together", "waits"), [(True, True, 1), (True, False, 0), (False, True, 0)])
+def test_threads_of_a_process_group_settle_before_workers_are_forked(
+    hangs: bool, together: bool, waits: int, monkeypatch: pytest.MonkeyPatch
+):
+    slept: list[float] = []
+    monkeypatch.setattr(workers, "FORKS_CAN_HANG", hangs)
+    monkeypatch.setattr(workers.time, "sleep", slept.append)
+    if together:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert len(list(Loader(Pids(), batch_size=500, num_workers=1))) == 2
+    finally:
+        if together:
+            dist.destroy_process_group()
+    assert slept.count(workers.SETTLING_SECONDS) == waits
 
 
 @pytest.mark.parametrize("number", SIGNALS)
