@@ -7,10 +7,11 @@ No other module may use one (``tests/test_private_interfaces.py``). If a new ver
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -30,6 +31,7 @@ __all__ = [
     "TorchDispatchMode",
     "as_plain_tensors",
     "backward_pass",
+    "calls_in_progress",
     "convolves_as_pytorch",
     "functorch_active",
     "has_bfloat16_products",
@@ -216,6 +218,17 @@ def solver_names() -> Iterable[str]:
     from torchdiffeq._impl.odeint import SOLVERS
 
     return SOLVERS
+
+
+def calls_in_progress(module: nn.Module) -> int:
+    """Return how many calls of a module are running, in all threads."""
+    count = 0
+    for top in sys._current_frames().values():
+        frame: FrameType | None = top
+        while frame is not None:
+            count += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module
+            frame = frame.f_back
+    return count
 
 
 # A step calls its hooks itself, and that of a subclass calls those of its base class again; neither says which it is.

@@ -239,8 +239,10 @@ class Ranking(nn.Module):
             return choose(self.view(tensors))
         if self._chosen is not None and (in_backward_pass() if self.training else self._chosen.fits(tensors)):
             return self._chosen.index
-        index = self._choose(tensors, to_train=self.training)
-        self._keep(tensors, index)
+        # Training may use them after an evaluation in inference mode, whose own tensors autograd cannot save.
+        with torch.inference_mode(False), torch.no_grad():
+            index = self._choose(tensors, to_train=self.training)
+            self._keep(tensors, index)
         return index
 
     def derived(self, index: Int[Tensor, " edges"], make: Callable[[], T]) -> T:

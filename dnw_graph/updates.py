@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from dnw_graph._compat import backward_pass, steps_in_progress, unwrapped, unwrapped_name, version
@@ -32,6 +34,8 @@ class Updates:
 
     def __init__(self, graphs: dict[str, Ranking], optimizer: Optimizer, parameters: RuleParameters) -> None:
         self.graphs = graphs
+        self._optimizer = weakref.ref(optimizer)
+        self._stepped = False  # Whether it has, since another optimiser began a step.
         self._parameters = parameters
         self._before: dict[str, _Before] = {}
         self._partial: PartialStep | None = None
@@ -43,6 +47,7 @@ class Updates:
         for name, graph in graphs.items():
             graph.attached(self, name)
         self._set_probes()
+        _LIVING.add(self)
 
     def remove(self) -> None:
         """Remove the hooks from the optimiser."""
@@ -64,6 +69,28 @@ class Updates:
         self.graphs[graph.name] = graph
         graph.attached(self, graph.name)
         self._set_probes()
+
+    def before_other(self, optimizer: Optimizer) -> None:
+        """Note that another optimiser begins a step."""
+        if self._optimizer() is not optimizer:
+            self._stepped = False
+
+    def after_other(self, optimizer: Optimizer) -> None:
+        """Raise an error if another optimiser has moved the weights of a graph, not as a wrapper of the attached one.
+
+        Raises:
+            InputError: If it has.
+        """
+        if self._stepped or self._optimizer() is optimizer:
+            return
+        moved = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        for name, graph in self.graphs.items():
+            if any(weight.parameter in moved for weight in graph.weights):
+                raise InputError(
+                    f"{type(optimizer).__name__} has moved the weights of {name}, but another optimiser is attached, "
+                    f"and {type(graph.wiring).__name__} acts after its steps only: call dnw_graph.attach(model, "
+                    "optimizer) for each optimiser before its first step"
+                )
 
     def _views(self, optimizer: Optimizer) -> dict[str, View]:
         return {name: graph.view(optimizer=optimizer) for name, graph in self.graphs.items()}
@@ -111,6 +138,7 @@ class Updates:
         """Restore untrained candidates, count the step and call the rules."""
         if steps_in_progress(optimizer) > 1:
             return
+        self._stepped = True
         before, self._before = self._before, {}
         if self._partial is not None:
             self._partial.end()
@@ -170,6 +198,23 @@ class Updates:
                 probe.grad = torch.zeros_like(weight.parameter) if probe.grad is None else probe.grad.contiguous()
                 dist.all_reduce(probe.grad)
                 probe.grad /= ranks
+
+
+_LIVING: weakref.WeakSet[Updates] = weakref.WeakSet()
+
+
+def _before_any_step(optimizer: Optimizer, *_: Any) -> None:
+    for updates in list(_LIVING):
+        updates.before_other(optimizer)
+
+
+def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
+    for updates in list(_LIVING):
+        updates.after_other(optimizer)
+
+
+register_optimizer_step_pre_hook(_before_any_step)
+register_optimizer_step_post_hook(_after_any_step)
 
 
 def _positions(graph: Ranking, trained: Tensor, optimizer: Optimizer) -> dict[Tensor, Tensor] | None:

@@ -205,3 +205,11 @@ def test_products_of_bfloat16_are_told():
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     assert all(hasattr(torch.cpu, name) for name in names), "torch.cpu no longer tells which products it has"
     assert _compat.has_bfloat16_products() == any(getattr(torch.cpu, name)() for name in names)
+
+
+def test_running_calls_of_a_module_are_found():
+    class Counting(nn.Module):
+        def forward(self, again: bool) -> int:
+            return self(False) if again else _compat.calls_in_progress(self)
+
+    assert [Counting()(again) for again in (False, True)] == [1, 2], "calls of modules are no longer _call_impl"

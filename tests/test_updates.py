@@ -415,11 +415,52 @@ def test_attaching_a_part_again_takes_over_that_part_only():
     attach(model, own)
     other = torch.optim.SGD(model[0].parameters(), 0.1)
     attach(model[0], other)
+    taken = set(model[0].parameters())
+    own.param_groups[0]["params"] = [each for each in own.param_groups[0]["params"] if each not in taken]
     for _ in range(3):
         step(model, own)
     assert (first.wiring.step, second.wiring.step) == (0, 3)
     other.step()
     assert (first.wiring.step, second.wiring.step) == (1, 3)
+
+
+def test_an_optimiser_that_is_not_attached_is_refused_while_another_one_is():
+    model = make("perceptron", Probing())
+    warm_up = torch.optim.SGD(model.parameters(), 0.1)
+    attach(model, warm_up)
+    step(model, warm_up)
+    main, elsewhere = (
+        torch.optim.Adam(model.parameters(), 0.1),
+        torch.optim.SGD([torch.zeros(2, requires_grad=True)], 0.1),
+    )
+    elsewhere.step()
+    with pytest.raises(InputError, match=r"Adam has moved the weights of 0\.weight, but another optimiser is attached"):
+        step(model, main)
+    attach(model, main)
+    step(model, main)
+    with pytest.raises(InputError, match="SGD has moved the weights"):
+        step(model, warm_up)
+
+
+class Around(torch.optim.Optimizer):
+    """Steps by another optimiser, as SAM does."""
+
+    def __init__(self, base):
+        super().__init__(base.param_groups, {})
+        self.base = base
+
+    def step(self, closure=None):
+        self.base.step()
+
+
+def test_an_optimiser_around_the_attached_one_may_step():
+    model = make("perceptron", Probing())
+    base = torch.optim.SGD(model.parameters(), 0.1)
+    attach(model, base)
+    around = Around(base)
+    for _ in range(3):
+        step(model, around)
+    assert [graph.wiring.step for graph in graphs(model)] == [3, 3]
 
 
 @pytest.mark.slow

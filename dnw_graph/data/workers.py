@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 from dnw_graph import stopping
 from dnw_graph.errors import InputError
 
-
 # CPython before 3.11.10 hangs in a forked process for good if, at that moment, another thread creates its thread state
 # (gh-112275), as those of a process group do at the end of a collective operation.
 FORKS_CAN_HANG = sys.version_info < (3, 11, 10)

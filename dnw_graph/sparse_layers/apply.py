@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from dnw_graph.sparse_layers.forward_pass import ForwardPass, RealWeights
 from dnw_graph.sparse_layers.layer_edges import suits
 from dnw_graph.sparse_layers.layers import LayerWeight, find_weights, own_parameters
 from dnw_graph.sparse_layers.over_edges import over_edges
+from dnw_graph.sparse_layers.reading import ReadWeight
 from dnw_graph.sparse_layers.state import before_loading
 from dnw_graph.sparse_layers.table import SparsityRow, SparsityTable
 from dnw_graph.sparse_layers.weight_graph import WeightGraph
@@ -183,15 +185,34 @@ def _assign(otherwise: Callable[[nn.Module, str, Any], None]) -> Callable[[nn.Mo
     """Return a ``__setattr__`` that makes an assigned parameter the candidates; otherwise it calls another one."""
 
     def assign(layer: nn.Module, name: str, value: Any) -> None:
-        chain: Any = isinstance(value, nn.Parameter) and sparse_chain(layer, name)
-        if chain and len(chain) > 1:
-            value = value.detach()
-        elif chain:
-            chain[0].take(value)
-            layer, name = chain, "original"
+        chain: Any = isinstance(value, Tensor) and sparse_chain(layer, name)
+        if chain:
+            _refuse_swap(chain[0], value)
+        if isinstance(value, nn.Parameter):
+            if chain and len(chain) > 1:
+                value = value.detach()
+            elif chain:
+                chain[0].take(value)
+                layer, name = chain, "original"
         otherwise(layer, name, value)
 
     return assign
+
+
+def _refuse_swap(real: RealWeights, value: Tensor) -> None:
+    """Refuse assignments that would be undone later by assigning the values read before, which lack candidates."""
+    layer, _, name = real.name.rpartition(".")
+    original = f"{layer}.parametrizations.{name}.original".lstrip(".")
+    if isinstance(value, ReadWeight):
+        raise InputError(
+            f"{real.name} is sparse, and values read from a sparse weight are not its candidates: save and assign "
+            f"{original} instead, or give a clone()"
+        )
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "functional_call":
+            raise InputError(f"{real.name} is sparse: give functional_call its candidates, by the name {original}")
+        frame = frame.f_back
 
 
 def _refuse_pickling(module: nn.Module) -> NoReturn:

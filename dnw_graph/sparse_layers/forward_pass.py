@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from dnw_graph._compat import is_replica
+from dnw_graph._compat import calls_in_progress, is_replica
 from dnw_graph.arguments import wrong
 from dnw_graph.errors import InputError
 from dnw_graph.ops.layout import plain_eager, traced
@@ -61,14 +61,14 @@ class RealWeights(nn.Module):
     @property
     def edges(self) -> LayerEdges | None:
         """The real weights as edges during a forward pass, where the layer computes over them alone."""
-        real = self.current and self.current[0]
+        current = self.current  # Read once: another thread may end its forward pass now.
+        real = current and current[0]
         return real if isinstance(real, LayerEdges) else None
 
-    def real_values(self) -> Float[Tensor, " edges"]:
-        """Return the values of the edges in a forward pass."""
+    def values_at(self, index: Int[Tensor, " edges"]) -> Float[Tensor, " edges"]:
+        """Return the values of edges in a forward pass."""
         ((weight, graph),) = self.parts
-        assert self.edges is not None
-        return graph.wiring.values(graph.guarded(weight.parameter).reshape(-1).index_select(0, self.edges.index))
+        return graph.wiring.values(graph.guarded(weight.parameter).reshape(-1).index_select(0, index))
 
     def forward(self, weight: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         """Return the weight that the layer computes with."""
@@ -196,7 +196,7 @@ class ForwardPass:
 
     def __init__(self, weights: Sequence[RealWeights], links: Sequence[tuple[nn.Module, str, nn.Module]] = ()) -> None:
         self._weights, self._links = tuple(weights), tuple(links)
-        self.begun = False
+        self.calls = 0
         self._register()
 
     def _register(self) -> None:
@@ -230,20 +230,30 @@ class ForwardPass:
                 "nn.DataParallel on several devices copies a module for every forward pass, and sparse weights are not "
                 "copied with it: use nn.parallel.DistributedDataParallel"
             )
+        if self.calls:
+            if calls_in_progress(module) > 1:  # It calls itself, or another thread calls it.
+                self.calls += 1
+                return
+            self._clear()  # After KeyboardInterrupt no hook was called.
         self.settle(module)
         weights = self.weights
         if not weights or weights[0].current is not None or any(isinstance(each, Proxy) for each in args):
             return  # torch.fx records the calls of layers, which choose when the recorded graph runs.
         for weight, masks in zip(weights, self.masks(begins_pass=True), strict=True):
             weight.current = masks
-        self.begun = True
+        self.calls = 1
 
-    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+    def end(self, *_: Any) -> None:
         """Forward hook of the module."""
-        if self.begun:
-            for weight in self.weights:
-                weight.current = None
-            self.begun = False
+        if self.calls == 1:
+            self._clear()
+        elif self.calls:
+            self.calls -= 1
+
+    def _clear(self) -> None:
+        self.calls = 0
+        for weight in self.weights:
+            weight.current = None
 
     def masks(self, begins_pass: bool) -> list[Masks]:
         """Return the masks of each parameter, see :meth:`RealWeights.assemble`; one operator for a compiler."""
@@ -285,7 +295,7 @@ class ForwardPass:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._weights, self._links = state["weights"], state["links"]
-        self.begun = False
+        self.calls = 0
         self._register()
 
 

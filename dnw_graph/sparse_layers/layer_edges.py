@@ -76,11 +76,13 @@ class LayerEdges:
         self.rowptr = torch.searchsorted(rows, torch.arange(outputs + 1, device=index.device)).int()
 
     @cached_property
+    @torch.inference_mode(False)
     def mask(self) -> Float[Tensor, "rows ..."]:
         """1 for real weights and 0 for hallucinated ones; computed when the layer's weight is read."""
         return self.weight.mask(self.index, self.weight.parameter)
 
     @cached_property
+    @torch.inference_mode(False)
     def turned(self) -> Turned:
         """The edges of a linear layer by input; made once for all backward passes over them."""
         return turned(self.rowptr, self.columns, self.weight.shape[1])

@@ -25,6 +25,6 @@ def over_edges(otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if edges is None or kwargs or len(args) != 1 or len(chain) > 1 or not plain_eager() or not edges.takes(args[0]):
             return otherwise(layer, *args, **kwargs)
         bias: Any = layer.bias
-        return edges.compute(args[0], real.real_values(), bias, real.probe)
+        return edges.compute(args[0], real.values_at(edges.index), bias, real.probe)
 
     return forward

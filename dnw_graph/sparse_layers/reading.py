@@ -82,14 +82,32 @@ class ReadWeight(Tensor):
             f"assign a new weight, or write to {prefix}parametrizations.{parameter}.original"
         )
 
+    @property
+    def _is_param(self) -> bool:
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        """Refuse ``nn.Parameter(…)``, whose updates would be lost."""
+        raise InputError(
+            f"{self._name} is sparse, and a parameter cannot share the memory of the values read from it: give "
+            "nn.Parameter a clone() of them"
+        )
+
     def __deepcopy__(self, memo: Any) -> Tensor:
         with as_plain_tensors():
-            return copy.deepcopy(self.as_subclass(Tensor), memo)
+            return copy.deepcopy(plain(self), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as a plain tensor."""
         with as_plain_tensors():
-            return self.as_subclass(Tensor).__reduce_ex__(protocol)
+            return plain(self).__reduce_ex__(protocol)
+
+
+def plain(values: Tensor) -> Tensor:
+    """Return the same values as a plain tensor, to which writing is not refused."""
+    with as_plain_tensors():
+        return values.as_subclass(Tensor)
 
 
 def _view(out: Any, read: Sequence[ReadWeight]) -> Any:

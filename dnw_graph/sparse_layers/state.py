@@ -11,6 +11,7 @@ from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.ranking import check_saved
 from dnw_graph.sparse_layers.access import sparse_parameters
+from dnw_graph.sparse_layers.reading import plain
 
 
 def before_loading(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
@@ -56,7 +57,7 @@ def dense_state_dict(module: nn.Module, *, keep_hallucinated: bool = False) -> d
         chain = f"{prefix}parametrizations.{name}."
         original = state[chain + "original"]
         with torch.no_grad():
-            state[prefix + name] = original if keep_hallucinated else getattr(layer, name)
+            state[prefix + name] = original if keep_hallucinated else plain(getattr(layer, name))
         for key in [key for key in state if key.startswith(chain)]:
             del state[key]
     return state

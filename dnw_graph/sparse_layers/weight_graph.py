@@ -76,6 +76,8 @@ class WeightGraph(Ranking):
                 )
         return super().view(tensors, **options)
 
+    @torch.inference_mode(False)  # Training uses cached masks of an evaluation, see ``real_edges``.
+    @torch.no_grad()
     def masks(self, tensors: Sequence[Tensor], begins_pass: bool, as_edges: bool = False) -> list[Masks]:
         """Return, in the shape of each of ``weights``, 1 for real weights and 1 for those that get a gradient.
 

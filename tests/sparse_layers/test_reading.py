@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
 from dnw_graph.errors import InputError
@@ -162,3 +163,37 @@ def test_an_assigned_weight_of_another_shape_is_refused(model, kind):
     with pytest.raises(InputError, match=r"0\.weight must be a weight of \[8, 6\], or densify"):
         model[0].weight = kind(torch.randn(8, 5))
     assert candidates(model).shape == (8, 6)
+
+
+def test_a_parameter_of_the_values_read_is_refused(model):
+    for values in (model[0].weight, model[0].weight.data):
+        with pytest.raises(InputError, match=r"0\.weight is sparse, and a parameter cannot share.*clone\(\)"):
+            nn.Parameter(values)
+    copied = nn.Parameter(model[0].weight.clone())
+    assert type(copied) is nn.Parameter
+    assert not isinstance(model[0].weight, nn.Parameter)
+
+
+def test_the_values_read_do_not_become_the_candidates(model):
+    before = model[0].parametrizations.weight.original.clone()
+    for value in (model[0].weight, model[0].weight.detach()):
+        with pytest.raises(InputError, match=r"save and assign 0\.parametrizations\.weight\.original instead"):
+            model[0].weight = value
+    assert torch.equal(model[0].parametrizations.weight.original, before)
+
+
+@pytest.mark.parametrize("parameter", [False, True])
+def test_functional_call_takes_the_candidates_alone(model, parameter):
+    original = model[0].parametrizations.weight.original
+    before, given = original.clone(), torch.randn_like(original)
+    if parameter:
+        given = nn.Parameter(given)
+    model, x = model[:2], torch.randn(2, original.shape[1])
+    with pytest.raises(InputError, match=r"by the name 0\.parametrizations\.weight\.original"):
+        functional_call(model, {"0.weight": given}, (x,))
+    assert model[0].parametrizations.weight.original is original
+    assert torch.equal(original, before)
+    found = functional_call(model, {"0.parametrizations.weight.original": given}, (x,))
+    with torch.no_grad():
+        original.copy_(given)
+    torch.testing.assert_close(found, model(x))

@@ -218,3 +218,23 @@ def test_weights_move_with_the_module():
     assert model(X.double()).dtype == torch.float64
     assert model[0].weight.dtype == torch.float64
     assert int(model[0].weight.count_nonzero()) == weight_graphs(model)["0.weight"].num_edges
+
+
+def test_a_dense_state_has_plain_tensors_that_can_be_changed():
+    def sparse():
+        model = nn.Sequential(nn.Linear(8, 4))
+        sparsify(model, 0.5)
+        return model
+
+    state, other = dense_state_dict(sparse()), dense_state_dict(sparse())
+    expected = state["0.weight"] + other["0.weight"]
+    for name, value in other.items():
+        assert type(value) is torch.Tensor
+        state[name] += value
+    dense = nn.Sequential(nn.Linear(8, 4))
+    dense.load_state_dict(state, assign=True)
+    assert torch.equal(dense[0].weight, expected)
+    optimiser = torch.optim.SGD(dense.parameters(), 0.1)
+    dense(torch.randn(2, 8)).sum().backward()
+    optimiser.step()
+    assert not torch.equal(dense[0].weight, expected)

@@ -4,7 +4,9 @@ import copy
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import nn
 import dnw_graph
 from dnw_graph import InputError
 from dnw_graph.sparse_layers import densify, sparsify, weight_graphs
+from dnw_graph.sparse_layers.weight_graph import WeightGraph
 
 
 def run(script, *arguments):
@@ -137,3 +140,97 @@ def test_mixed_precision():
     original = model.encoder.layers[0].mlp[0].parametrizations.weight.original
     assert original.dtype == original.grad.dtype == torch.float32
     assert original.grad.ne(0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("wiring", ["random_graph", "no_update", "dnw", "rigl"])
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_after_an_evaluation_in_inference_mode(wiring, training):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.Flatten(), nn.Linear(32 * 16, 16))
+    sparsify(model, 0.05, wiring)
+    x = torch.randn(2, 32, 4, 4)
+    expected = copy.deepcopy(model).train(training)
+    model.eval()
+    with torch.inference_mode():
+        model(x)
+    model.train(training)
+    found = []
+    for each in (model, expected):
+        torch.manual_seed(0)
+        given = x.clone().requires_grad_()
+        each(given).square().sum().backward()
+        found.append((given.grad, *(parameter.grad for parameter in each.parameters())))
+    for grad, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(grad, wanted)
+
+
+def test_several_threads_evaluate_one_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(128, 128) for _ in range(6)])
+    sparsify(model, 0.05, "random_graph")
+    model.eval()
+    x = torch.randn(4, 128)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with torch.no_grad(), ThreadPoolExecutor(8) as threads:
+            expected = model(x)
+            found = list(threads.map(lambda _: evaluated(model, x), range(2000)))
+    finally:
+        sys.setswitchinterval(interval)
+    for each in found:
+        torch.testing.assert_close(each, expected)
+
+
+@torch.no_grad()
+def evaluated(model, x):
+    return model(x)
+
+
+class Interrupted(nn.Module):
+    """Passes its input on, or behaves as when somebody presses Ctrl-C."""
+
+    now = False
+
+    def forward(self, x):
+        if self.now:
+            raise KeyboardInterrupt
+        return x
+
+
+def test_a_pass_after_an_interrupted_one_chooses_anew():
+    model = nn.Sequential(nn.Linear(8, 8), Interrupted(), nn.Linear(8, 2))
+    sparsify(model, 0.25)
+    model[1].now = True
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(2, 8))
+    model[1].now = False
+    changed = {name: torch.randn_like(value) for name, value in model.state_dict().items() if name.endswith("original")}
+    model.load_state_dict(changed, strict=False)
+    model.eval()
+    x = torch.randn(2, 8)
+    found = model(x)
+    torch.testing.assert_close(
+        found, F.linear(F.linear(x, model[0].weight, model[0].bias), model[2].weight, model[2].bias)
+    )
+
+
+class Twice(nn.Module):
+    """Calls itself once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x, again=True):
+        return self.layer(self(x, again=False) if again else x)
+
+
+def test_a_module_that_calls_itself_chooses_once():
+    model = Twice()
+    sparsify(model, 0.25, "targeted_dropout")
+    torch.manual_seed(0)
+    x = torch.randn(2, 8)
+    with patch.object(WeightGraph, "masks", autospec=True, side_effect=WeightGraph.masks) as chosen:
+        model(x)
+    assert chosen.call_count == 1
