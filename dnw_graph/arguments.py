@@ -19,6 +19,7 @@ import torch
 from jaxtyping import AbstractArray, jaxtyped
 from torch import Tensor, nn
 
+from dnw_graph._compat import is_replica
 from dnw_graph.errors import InputError, unknown_name
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -148,6 +149,19 @@ def fits(x: object, like: Tensor) -> TypeGuard[Tensor]:
         return True
     kind = x.device.type
     return x.is_floating_point() and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def refuse_replica(module: nn.Module) -> None:
+    """Refuse a forward pass of a module that ``nn.DataParallel`` copied to another device.
+
+    Raises:
+        InputError: If it is a copy: what rules note in a forward pass would be lost with it.
+    """
+    if is_replica(module):
+        raise InputError(
+            f"nn.DataParallel on several devices copies a {type(module).__name__} for every forward pass, and sparse "
+            "weights and wirings are not copied with it: use nn.parallel.DistributedDataParallel"
+        )
 
 
 def wrong(what: str, expected: str, value: object) -> InputError:

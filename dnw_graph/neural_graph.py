@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dnw_graph._compat import import_pyg
-from dnw_graph.arguments import checked, fits, require, wrong
+from dnw_graph.arguments import checked, fits, refuse_replica, require, wrong
 from dnw_graph.candidates import CandidateEdges
 from dnw_graph.dynamics import Dynamics, Static, make_dynamics
 from dnw_graph.errors import InputError
@@ -162,6 +162,7 @@ class NeuralGraph(Ranking):
             options: Options of the dynamics: ``return_states=True`` for a discrete graph, ``times=…`` for a continuous
                 one.
         """
+        refuse_replica(self)
         dynamics, weight = self.dynamics, self.candidates.weight
         dim = dynamics.node_dim
         if not self._fits(x, dim, weight):

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch_geometric.utils import to_networkx
 
 from dnw_graph import CandidateEdges, Discrete, InputError, NeuralGraph, RandomGraph
+from dnw_graph.models import TinyClassifier
 
 SIZES = (3, 4, 4, 2)
 PAIRS = static_pairs(SIZES)
@@ -374,3 +375,12 @@ def test_a_graph_from_heterogeneous_data_of_other_origin():
         NeuralGraph.from_data(data)
     data["author", "writes", "paper"].edge_weight = torch.tensor([-1.0])
     assert NeuralGraph.from_data(data).edge_weight.tolist() == [-1.0, 2.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: NeuralGraph((3, 4, 2), 8, wiring="l1_anneal"), lambda: TinyClassifier("static")]
+)
+def test_copies_on_several_devices_are_refused(make):
+    """nn.DataParallel makes copies with ``_replicate_for_data_parallel``, on a CPU as well."""
+    with pytest.raises(InputError, match=r"copies a .* use nn\.parallel\.DistributedDataParallel"):
+        make()._replicate_for_data_parallel()(torch.randn(2, 3, 8, 8))

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dnw_graph.arguments import fits, wrong
+from dnw_graph.arguments import fits, refuse_replica, wrong
 from dnw_graph.ops.layout import transformed
 
 
@@ -49,6 +49,7 @@ class ImageClassifier(nn.Module):
         return x
 
     def _check_images(self, x: object) -> None:
+        refuse_replica(self)
         weight = next(self.parameters())
         if not fits(x, weight) or x.dim() != 4 or x.size(1) != 3 or min(x.shape[2:]) < self.smallest:
             kind = str(weight.dtype).removeprefix("torch.")

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from dnw_graph._compat import calls_in_progress, is_replica
-from dnw_graph.arguments import wrong
+from dnw_graph._compat import calls_in_progress
+from dnw_graph.arguments import refuse_replica, wrong
 from dnw_graph.errors import InputError
 from dnw_graph.ops.layout import plain_eager, traced
 from dnw_graph.propagation.gradient import masked_weights
@@ -225,11 +225,7 @@ class ForwardPass:
         Raises:
             InputError: If the module is a replica that ``nn.DataParallel`` made on another device.
         """
-        if is_replica(module):
-            raise InputError(
-                "nn.DataParallel on several devices copies a module for every forward pass, and sparse weights are not "
-                "copied with it: use nn.parallel.DistributedDataParallel"
-            )
+        refuse_replica(module)
         if self.calls:
             if calls_in_progress(module) > 1:  # It calls itself, or another thread calls it.
                 self.calls += 1
