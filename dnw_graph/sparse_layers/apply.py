@@ -147,12 +147,14 @@ def _attach(module: nn.Module, graphs: Sequence[WeightGraph], sparse_kernels: bo
         edges = sparse_kernels and suits(layer) and not weights[0].transposed
         real = RealWeights(weights, [graph for _, graph in found], owned, orders[layer], edges)
         parametrize.register_parametrization(layer, name, real, unsafe=True)
-        if edges:
-            own_class: Any = type(layer)
-            own_class.forward = over_edges(own_class.forward)
     for layer in orders:
-        own_class = type(layer)
+        own_class: Any = type(layer)
+        # For ``densify``: other parametrizations keep the class.
+        own_class.before_sparse = {key: getattr(own_class, key) for key in ("forward", "__getstate__", "__setattr__")}
         own_class.__getstate__, own_class.__setattr__ = _refuse_pickling, _assign(own_class.__setattr__)
+        chain = sparse_chain(layer, "weight")
+        if chain is not None and chain[0].over_edges:
+            own_class.forward = over_edges(own_class.forward)
         layer.register_load_state_dict_pre_hook(before_loading)
     for each in module.modules():
         if below := dict.fromkeys(real for _, _, _, real in sparse_parameters(each)):
