@@ -158,27 +158,12 @@ def _attach(module: nn.Module, graphs: Sequence[WeightGraph], sparse_kernels: bo
         layer.register_load_state_dict_pre_hook(before_loading)
     for each in module.modules():
         if below := dict.fromkeys(real for _, _, _, real in sparse_parameters(each)):
-            links = _links(module, graphs) if each is module else ()
-            forward_pass = ForwardPass(tuple(below), links)
-            if links:
+            forward_pass = ForwardPass(tuple(below), each, splits=each is module)
+            if each is module:
                 each.register_state_dict_pre_hook(forward_pass.settle)
                 each.register_load_state_dict_pre_hook(forward_pass.settle)
             each.register_forward_pre_hook(forward_pass.begin)
             each.register_forward_hook(forward_pass.end, always_call=True)
-
-
-def _links(module: nn.Module, graphs: Sequence[WeightGraph]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Return parents, names and children on the paths to layers that share a ranking."""
-    shared = {weight.layer for graph in graphs if len(graph.weights) > 1 for weight in graph.weights}
-    found = []
-    for path, layer in module.named_modules(remove_duplicate=False):
-        if layer in shared:
-            parent = module
-            for name in filter(None, path.split(".")):
-                child = getattr(parent, name)
-                found.append((parent, name, child))
-                parent = child
-    return found
 
 
 def _assign(otherwise: Callable[[nn.Module, str, Any], None]) -> Callable[[nn.Module, str, Any], None]:

@@ -191,11 +191,15 @@ class ForwardPass:
 
     Args:
         weights: The sparse parameters below the module.
-        links: Parents, names and children on the paths to layers that share a ranking.
+        module: The module, to notice which layers are no longer below it.
+        splits: Whether such layers leave the rankings that they share with others.
     """
 
-    def __init__(self, weights: Sequence[RealWeights], links: Sequence[tuple[nn.Module, str, nn.Module]] = ()) -> None:
-        self._weights, self._links = tuple(weights), tuple(links)
+    def __init__(
+        self, weights: Sequence[RealWeights], module: nn.Module | None = None, *, splits: bool = False
+    ) -> None:
+        self._weights, self._splits = tuple(weights), splits
+        self._links = () if module is None else self._find_links(module)
         self.begun = False
         self._register()
 
@@ -208,15 +212,28 @@ class ForwardPass:
         """The sparse parameters below the module, except those made dense again."""
         return [weight for weight in self._weights if weight.active]
 
+    def _find_links(self, module: nn.Module) -> tuple[tuple[nn.Module, str, nn.Module], ...]:
+        """Return parents, names and children on the paths to the layers."""
+        layers = {weight.layer for real in self._weights for weight, _ in real.parts}
+        found = {}
+        for path, layer in module.named_modules(remove_duplicate=False):
+            if layer in layers:
+                parent = module
+                for name in filter(None, path.split(".")):
+                    child = getattr(parent, name)
+                    found[parent, name, child] = None
+                    parent = child
+        return tuple(found)
+
     def settle(self, module: nn.Module, *_: Any) -> None:
-        """Hook of the module: remove layers that are no longer below it from rankings they share with others."""
+        """Hook of the module: let go of layers that are no longer below it."""
         if all(getattr(parent, name, None) is child for parent, name, child in self._links):
             return
         inside = set(module.modules())
         gone = [weight for weight in self.weights if weight not in inside]
         self._weights = tuple(weight for weight in self._weights if weight in inside)
-        self._links = tuple(link for link in self._links if getattr(link[0], link[1], None) is link[2])
-        if self._weights:
+        self._links = self._find_links(module)
+        if self._splits and self._weights:
             part(self._weights, gone)
 
     def begin(self, module: nn.Module, args: Any) -> None:
@@ -281,11 +298,10 @@ class ForwardPass:
         return [weight.assemble(found) for weight in self.weights]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"weights": self._weights, "links": self._links}
+        return {**self.__dict__, "begun": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._weights, self._links = state["weights"], state["links"]
-        self.begun = False
+        self.__dict__ |= state
         self._register()
 
 
