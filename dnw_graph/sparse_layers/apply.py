@@ -67,8 +67,9 @@ def sparsify(
 
     Raises:
         InputError: If a density is out of range, a name or pattern is unknown, there is nothing to make sparse, a
-            weight is already sparse, shared by two layers, lazy, quantised or without values, or a layer computes with
-            other values than its weight's (see :func:`register_layer`). Nothing is changed then.
+            weight is already sparse, shared by two layers, lazy, quantised or without values, a layer computes with
+            other values than its weight's (see :func:`register_layer`), or the module is wrapped in
+            ``DistributedDataParallel`` of several processes. Nothing is changed then.
 
     Examples:
         >>> from torch import nn

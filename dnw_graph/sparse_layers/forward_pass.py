@@ -215,7 +215,7 @@ class ForwardPass:
     def _find_links(self, module: nn.Module) -> tuple[tuple[nn.Module, str, nn.Module], ...]:
         """Return parents, names and children on the paths to the layers."""
         layers = {weight.layer for real in self._weights for weight, _ in real.parts}
-        found = {}
+        found: dict[tuple[nn.Module, str, nn.Module], None] = {}
         for path, layer in module.named_modules(remove_duplicate=False):
             if layer in layers:
                 parent = module
