@@ -291,9 +291,9 @@ class NeuralGraph(Ranking):
         The :class:`~torch_geometric.data.Data` holds ``edge_index [2, k]``, ``edge_weight [k]``, and for every node its
         ``block``, its position ``pos [nodes, 2]`` (x the block, y the index within it, both in 0 … 1), and whether it
         is an input (``input_mask``), an output (``output_mask``) and live (``live_mask``: a path of real edges leads to
-        an output of this graph). For pictures it also holds the candidates (``candidate_blocks [1, blocks, 4]``: first
-        source, end of the sources, first target, end of the targets), the ``name`` of the graph, its ``rule`` and its
-        ``dynamics``. All tensors are on the CPU.
+        an output of this graph). For pictures it also holds the candidates (``candidate_blocks``: a list of one list
+        with ``(first source, end of the sources, first target, end of the targets)`` per block), the ``name`` of the
+        graph, its ``rule`` and its ``dynamics``. All tensors are on the CPU.
         """
         blocks, index = self.candidates.blocks, self.real_index
         return import_pyg().data.Data(
@@ -302,9 +302,8 @@ class NeuralGraph(Ranking):
             num_nodes=self.num_nodes,
             **self.nodes.attributes(),
             live_mask=self.live_nodes(real_index=index).cpu(),
-            candidate_blocks=torch.tensor(
-                [[(b.sources.start, b.sources.stop, b.targets.start, b.targets.stop) for b in blocks]]
-            ),
+            # PyG would concatenate tensors, and divide a list of as many blocks as there are nodes or edges.
+            candidate_blocks=[[(b.sources.start, b.sources.stop, b.targets.start, b.targets.stop) for b in blocks]],
             name=self.name,
             rule=wiring_name(type(self.wiring)),
             dynamics=type(self.dynamics).__name__,

@@ -127,7 +127,8 @@ class Ranking(nn.Module):
 
         The candidate weights do not change, unless the rule has its own weights
         (:class:`~dnw_graph.wirings.FineTune`, :class:`~dnw_graph.wirings.LotteryTicket`) or sets hallucinated ones to
-        zero.
+        zero. Do it before ``DistributedDataParallel`` wraps the model, which makes what a rule draws, and its own
+        parameters, equal on all ranks.
 
         Args:
             wiring: Rule that chooses the real edges; an object is copied.

@@ -323,7 +323,8 @@ def attach(
     Needed for rules that exchange or remove edges between steps (``"set"``, ``"rigl"``, …), for rules that freeze
     candidates, and for all schedules. Call it after creating the optimiser, and before loading a checkpoint into it;
     learning-rate schedulers may exist before. Steps that a ``torch.amp.GradScaler`` skips do not count, nor do passes
-    without a step. A copy of the optimiser has no hooks: attach it too.
+    without a step. A copy of the optimiser has no hooks: attach it too. Register other pre-hooks of its step, such as
+    one that clips gradients, before: for rules that freeze candidates, the gradients of the others are gathered here.
 
     Parameters of a rule, such as the threshold of ``"str"``, are stepped with their own weight decay. If the optimiser
     was created without them, before ``sparsify`` or ``rewire``, they are added to the group of the graph's weights; if

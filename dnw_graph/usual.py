@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -22,7 +21,7 @@ def keeps_methods(module: nn.Module) -> bool:
 
     Libraries that offload, wrap or patch layers replace methods.
     """
-    return vars(module).keys().isdisjoint(_methods(cast(Hashable, type(module))))
+    return vars(module).keys().isdisjoint(_methods(type(module)))
 
 
 @contextmanager
@@ -38,6 +37,11 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@functools.cache
-def _methods(kind: Any) -> frozenset[str]:
-    return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
+# Weak, because every parametrized layer has a class of its own.
+_METHODS: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
+
+
+def _methods(kind: type) -> frozenset[str]:
+    if kind not in _METHODS:
+        _METHODS[kind] = frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
+    return _METHODS[kind]

@@ -36,6 +36,8 @@ class WiringUpdates(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the rules."""
         num_steps, steps_per_epoch = self.num_steps, self.steps_per_epoch
+        if steps_per_epoch is None:
+            trainer.fit_loop.setup_data()  # Otherwise the number of batches is unknown until the first epoch.
         if num_steps is None:
             expected = trainer.estimated_stepping_batches
             num_steps = int(expected) if math.isfinite(expected) else None

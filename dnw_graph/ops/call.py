@@ -90,6 +90,7 @@ def readable(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, torch.nn.Parameter)  # A subclass may keep them elsewhere.
         and tensor.device.type == "cpu"
         and tensor.layout is torch.strided
+        and not tensor.is_nested  # It has no sizes, although its layout is the strided one.
         and not tensor.is_neg()
     )
 

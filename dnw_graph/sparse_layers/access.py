@@ -80,10 +80,10 @@ def to_data(module: nn.Module, name: str) -> torch_geometric.data.Data:
     can have parallel edges, one per position in its kernel.
 
     The :class:`~torch_geometric.data.Data` holds ``edge_index [2, k]``, ``edge_weight [k]``, ``kernel_position
-    [k, dims]`` (the position in the kernel; no dims for a matrix), and for every node ``block`` (0 input, 1 output),
-    ``pos [nodes, 2]``, ``input_mask``, ``output_mask`` and ``live_mask`` (an output, or an input with an edge). For
-    pictures it also holds ``candidate_blocks``, ``name``, ``rule`` and ``dynamics``, as for a neural graph, and
-    ``places``, the number of positions in the kernel. All tensors are on the CPU.
+    [k, 3]`` (plane, row and column in the kernel; 0 in dimensions that it lacks), and for every node ``block`` (0
+    input, 1 output), ``pos [nodes, 2]``, ``input_mask``, ``output_mask`` and ``live_mask`` (an output, or an input with
+    an edge). For pictures it also holds ``candidate_blocks``, ``name``, ``rule`` and ``dynamics``, as for a neural
+    graph, and ``places``, the number of positions in the kernel. All tensors are on the CPU.
 
     Args:
         module: A module with sparse weights.
@@ -102,17 +102,15 @@ def to_data(module: nn.Module, name: str) -> torch_geometric.data.Data:
     nodes = Nodes.in_blocks((inputs, outputs)).attributes()
     edge_index = torch.stack([source, inputs + target])
     per_input, per_output = inputs // weight.groups, outputs // weight.groups
-    starts = range(0, inputs, per_input), range(0, outputs, per_output)
+    starts = zip(range(0, inputs, per_input), range(0, outputs, per_output), strict=True)
     return import_pyg().data.Data(
         edge_index=edge_index,
         edge_weight=graph.wiring.values(weight.flat(weight.parameter))[index].detach().cpu(),
-        kernel_position=place,
+        kernel_position=nn.functional.pad(place, (max(0, 3 - place.size(1)), 0)),
         num_nodes=inputs + outputs,
         **nodes,
         live_mask=reaching(edge_index, nodes["output_mask"]),
-        candidate_blocks=torch.tensor(
-            [[(a, a + per_input, inputs + b, inputs + b + per_output) for a, b in zip(*starts, strict=True)]]
-        ),
+        candidate_blocks=[[(a, a + per_input, inputs + b, inputs + b + per_output) for a, b in starts]],
         name=name,
         rule=wiring_name(type(graph.wiring)),
         dynamics="layers",

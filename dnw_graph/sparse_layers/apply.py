@@ -69,8 +69,9 @@ def sparsify(
 
     Raises:
         InputError: If a density is out of range, a name or pattern is unknown, there is nothing to make sparse, a
-            weight is already sparse, shared by two layers, lazy, quantised or without values, or a layer computes with
-            other values than its weight's (see :func:`register_layer`). Nothing is changed then.
+            weight is already sparse, shared by two layers, lazy, quantised or without values, a layer computes with
+            other values than its weight's (see :func:`register_layer`), or the module is wrapped in
+            ``DistributedDataParallel`` of several processes. Nothing is changed then.
 
     Examples:
         >>> from torch import nn
@@ -149,36 +150,23 @@ def _attach(module: nn.Module, graphs: Sequence[WeightGraph], sparse_kernels: bo
         edges = sparse_kernels and suits(layer) and not weights[0].transposed
         real = RealWeights(weights, [graph for _, graph in found], owned, orders[layer], edges)
         parametrize.register_parametrization(layer, name, real, unsafe=True)
-        if edges:
-            own_class: Any = type(layer)
-            own_class.forward = over_edges(own_class.forward)
     for layer in orders:
-        own_class = type(layer)
+        own_class: Any = type(layer)
+        # For ``densify``: other parametrizations keep the class.
+        own_class.before_sparse = {key: getattr(own_class, key) for key in ("forward", "__getstate__", "__setattr__")}
         own_class.__getstate__, own_class.__setattr__ = _refuse_pickling, _assign(own_class.__setattr__)
+        chain = sparse_chain(layer, "weight")
+        if chain is not None and chain[0].over_edges:
+            own_class.forward = over_edges(own_class.forward)
         layer.register_load_state_dict_pre_hook(before_loading)
     for each in module.modules():
         if below := dict.fromkeys(real for _, _, _, real in sparse_parameters(each)):
-            links = _links(module, graphs) if each is module else ()
-            forward_pass = ForwardPass(tuple(below), links)
-            if links:
+            forward_pass = ForwardPass(tuple(below), each, splits=each is module)
+            if each is module:
                 each.register_state_dict_pre_hook(forward_pass.settle)
                 each.register_load_state_dict_pre_hook(forward_pass.settle)
             each.register_forward_pre_hook(forward_pass.begin)
             each.register_forward_hook(forward_pass.end, always_call=True)
-
-
-def _links(module: nn.Module, graphs: Sequence[WeightGraph]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Return parents, names and children on the paths to layers that share a ranking."""
-    shared = {weight.layer for graph in graphs if len(graph.weights) > 1 for weight in graph.weights}
-    found = []
-    for path, layer in module.named_modules(remove_duplicate=False):
-        if layer in shared:
-            parent = module
-            for name in filter(None, path.split(".")):
-                child = getattr(parent, name)
-                found.append((parent, name, child))
-                parent = child
-    return found
 
 
 def _assign(otherwise: Callable[[nn.Module, str, Any], None]) -> Callable[[nn.Module, str, Any], None]:

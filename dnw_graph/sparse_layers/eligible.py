@@ -60,11 +60,15 @@ def refuse_module(module: nn.Module, reasons: Mapping[str, str]) -> None:
     """Refuse a module with layers that cannot be made sparse.
 
     Raises:
-        InputError: If it is scripted, or a layer that is not skipped is lazy, quantised or already sparse.
+        InputError: If it is scripted or data-parallel already, or a layer that is not skipped is lazy, quantised or
+            already sparse.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise InputError("a scripted module cannot be changed: make its weights sparse before torch.jit")
     for path, layer in module.named_modules():
+        # Only when wrapping are the weights, edges and parameters of rules that each process has drawn made equal.
+        if isinstance(layer, nn.parallel.DistributedDataParallel) and layer.process_group.size() > 1:
+            raise InputError(f"{path or 'the module'} is a DistributedDataParallel already: sparsify before wrapping")
         if path in reasons:
             continue
         if ".quantized" in type(layer).__module__:

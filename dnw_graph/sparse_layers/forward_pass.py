@@ -191,11 +191,15 @@ class ForwardPass:
 
     Args:
         weights: The sparse parameters below the module.
-        links: Parents, names and children on the paths to layers that share a ranking.
+        module: The module, to notice which layers are no longer below it.
+        splits: Whether such layers leave the rankings that they share with others.
     """
 
-    def __init__(self, weights: Sequence[RealWeights], links: Sequence[tuple[nn.Module, str, nn.Module]] = ()) -> None:
-        self._weights, self._links = tuple(weights), tuple(links)
+    def __init__(
+        self, weights: Sequence[RealWeights], module: nn.Module | None = None, *, splits: bool = False
+    ) -> None:
+        self._weights, self._splits = tuple(weights), splits
+        self._links = () if module is None else self._find_links(module)
         self.calls = 0
         self._register()
 
@@ -208,15 +212,28 @@ class ForwardPass:
         """The sparse parameters below the module, except those made dense again."""
         return [weight for weight in self._weights if weight.active]
 
+    def _find_links(self, module: nn.Module) -> tuple[tuple[nn.Module, str, nn.Module], ...]:
+        """Return parents, names and children on the paths to the layers."""
+        layers = {weight.layer for real in self._weights for weight, _ in real.parts}
+        found: dict[tuple[nn.Module, str, nn.Module], None] = {}
+        for path, layer in module.named_modules(remove_duplicate=False):
+            if layer in layers:
+                parent = module
+                for name in filter(None, path.split(".")):
+                    child = getattr(parent, name)
+                    found[parent, name, child] = None
+                    parent = child
+        return tuple(found)
+
     def settle(self, module: nn.Module, *_: Any) -> None:
-        """Hook of the module: remove layers that are no longer below it from rankings they share with others."""
+        """Hook of the module: let go of layers that are no longer below it."""
         if all(getattr(parent, name, None) is child for parent, name, child in self._links):
             return
         inside = set(module.modules())
         gone = [weight for weight in self.weights if weight not in inside]
         self._weights = tuple(weight for weight in self._weights if weight in inside)
-        self._links = tuple(link for link in self._links if getattr(link[0], link[1], None) is link[2])
-        if self._weights:
+        self._links = self._find_links(module)
+        if self._splits and self._weights:
             part(self._weights, gone)
 
     def begin(self, module: nn.Module, args: Any) -> None:
@@ -231,9 +248,11 @@ class ForwardPass:
                 self.calls += 1
                 return
             self._clear()  # After KeyboardInterrupt no hook was called.
+        if self._in_pass():
+            return
         self.settle(module)
         weights = self.weights
-        if not weights or weights[0].current is not None or any(isinstance(each, Proxy) for each in args):
+        if not weights or self._in_pass() or any(isinstance(each, Proxy) for each in args):
             return  # torch.fx records the calls of layers, which choose when the recorded graph runs.
         for weight, masks in zip(weights, self.masks(begins_pass=True), strict=True):
             weight.current = masks
@@ -245,6 +264,13 @@ class ForwardPass:
             self._clear()
         elif self.calls:
             self.calls -= 1
+
+    def _in_pass(self) -> bool:
+        """Return whether a forward pass is running, of an outer module."""
+        for weight in self._weights:
+            if weight.active:
+                return weight.current is not None
+        return False
 
     def _clear(self) -> None:
         self.calls = 0
@@ -287,11 +313,10 @@ class ForwardPass:
         return [weight.assemble(found) for weight in self.weights]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"weights": self._weights, "links": self._links}
+        return {**self.__dict__, "calls": 0}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._weights, self._links = state["weights"], state["links"]
-        self.calls = 0
+        self.__dict__ |= state
         self._register()
 
 

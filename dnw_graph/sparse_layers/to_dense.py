@@ -82,8 +82,8 @@ def _make_plain(layer: nn.Module, name: str, order: Sequence[str]) -> None:
     shared, parameter = type(layer), chains[name].original
     del chains[name]
     if len(chains):
-        others = {key: value for key, value in vars(shared).items() if key != name}
-        layer.__class__ = type(shared.__name__, shared.__bases__, others)
+        own = {**vars(shared), **shared.before_sparse}  # type: ignore[attr-defined]
+        layer.__class__ = type(shared.__name__, shared.__bases__, {key: own[key] for key in own.keys() - {name}})
     else:
         del layer.parametrizations
         layer.__class__ = shared.__bases__[0]

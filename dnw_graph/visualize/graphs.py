@@ -247,9 +247,9 @@ def _curves_between_blocks(data: Data, edges: Int[Tensor, " edges"]) -> Float[Te
 
     At a skipped block a curve passes through the gap between two nodes that is nearest to the straight line.
     """
-    sizes = data.block.bincount()
+    _, block, sizes = data.block.unique(return_inverse=True, return_counts=True)  # A part may have lost a block.
     source, target = data.edge_index[:, edges]
-    first, last = data.block[source, None], data.block[target, None]
+    first, last = block[source, None], block[target, None]
     y_first, y_last = data.pos[source, 1:], data.pos[target, 1:]
     column = torch.arange(len(sizes)).clamp(torch.minimum(first, last), torch.maximum(first, last))
     straight = y_first + (y_last - y_first) * (column - first) / (last - first)
@@ -257,7 +257,7 @@ def _curves_between_blocks(data: Data, edges: Int[Tensor, " edges"]) -> Float[Te
     places = sizes * ((_GAPS // sizes).clamp(min=1) - 1).div(2, rounding_mode="floor").mul(2).add(1)
     gap = (straight * places[column]).round() / places[column]
     y = torch.where(column == first, y_first, torch.where(column == last, y_last, gap))
-    x = column / max(1, len(sizes) - 1)
+    x = data.pos[:, 0].unique()[column]
     t = torch.arange(_STEPS) / _STEPS
     return torch.stack([_between_columns(x, t), _between_columns(y, t * t * (3 - 2 * t))], dim=-1)
 
@@ -293,7 +293,7 @@ def draw_nodes(ax: matplotlib.axes.Axes, data: Data, names: Sequence[str]) -> No
             look = {"s": 100, "marker": "_", "color": edge, "linewidths": pitch}
         x, y = data.pos[mask].T.numpy()
         ax.scatter(x, y, label=f"{name} nodes: {int(mask.sum()):,}", zorder=2, **look)
-    labels = [f"{name}\n{size:,} node{'s' * (size != 1)}" for name, size in zip(names, sizes, strict=True)]
+    labels = [f"{name}\n{size:,} node{'s' * (size != 1)}" for name, size in zip(names, sizes, strict=True) if size]
     ax.set_xticks(data.pos[:, 0].unique().tolist(), labels)
     ax.set_yticks([])
     ax.set_ylim(1.01, -0.01)

@@ -193,7 +193,7 @@ class RecordedGraph:
             num_nodes=self.nodes.num_nodes,
             **self.nodes.attributes(),
             live_mask=torch.from_numpy(self.live(moment)),
-            candidate_blocks=torch.tensor([self.candidate_blocks]),
+            candidate_blocks=[list(self.candidate_blocks)],
             name=self.name,
             rule=self.rule,
             dynamics=self.dynamics,

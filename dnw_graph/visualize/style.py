@@ -63,11 +63,8 @@ def num_candidates(data: Data) -> int | None:
 
 def candidate_blocks(data: Data) -> list[list[int]] | None:
     """Return the candidates as blocks, or None if the data lacks them or has lost nodes."""
-    blocks = data.get("candidate_blocks")
-    if blocks is None or int(blocks[0, :, 1::2].max()) > data.num_nodes:
-        return None
-    found: list[list[int]] = blocks[0].tolist()
-    return found
+    blocks = torch.as_tensor(data.get("candidate_blocks", [])).reshape(-1, 4)  # Older files have a tensor.
+    return blocks.tolist() if len(blocks) and int(blocks[:, 1::2].max()) <= data.num_nodes else None
 
 
 def title(data: Data, when: str | None = None) -> str:
@@ -92,16 +89,17 @@ def share(value: float) -> str:
 def moment(data: Data) -> str | None:
     """Return the moment of a wiring in words, if the data has it."""
     if (epoch := data.get("epoch")) is not None:
-        return f"epoch {epoch:.1f}".removesuffix(".0")
-    return None if (step := data.get("step")) is None else f"step {step:,}"
+        return f"epoch {float(epoch):.1f}".removesuffix(".0")  # Of a batch it is a tensor.
+    return None if (step := data.get("step")) is None else f"step {int(step):,}"
 
 
 def block_names(data: Data) -> list[str]:
     """Return the names of the blocks of nodes."""
-    count = int(data.block.max()) + 1
-    if count == 1:
+    last, outputs = int(data.block.max()), data.get("output_mask")
+    if last == 0:
         return ["all"]
-    return ["inputs", *(f"block {number}" for number in range(1, count - 1)), "outputs"]
+    whole = outputs is None or outputs.any()
+    return ["inputs", *(f"block {number}" for number in range(1, last)), "outputs" if whole else f"block {last}"]
 
 
 def groups(sizes: Sequence[int]) -> list[range]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dnw_graph.arguments import require, shown
 from dnw_graph.errors import InputError
+from dnw_graph.ops.layout import transformed
 
 DAMAGED = "the file is damaged or of another graph"
 
@@ -90,9 +91,9 @@ def refuse_spoiled(edges: Tensor, checksum: object, what: str) -> None:
         what: Name of the edges in messages.
 
     Raises:
-        InputError: If they differ; values on the meta device are not checked.
+        InputError: If they differ; values on the meta device and under a ``torch.func`` transform are not checked.
     """
-    if not isinstance(checksum, Tensor) or checksum.is_meta or edges.is_meta:
+    if not isinstance(checksum, Tensor) or checksum.is_meta or edges.is_meta or transformed():
         return
     if bool(edge_sum(edges) != checksum):
         raise InputError(

@@ -97,7 +97,7 @@ class View:
             return value
         raise InputError(
             f"{self.name}: {type(self.wiring).__name__} does not know {what}: "
-            f"give it to dnw_graph.attach(model, optimizer, {argument}=…)"
+            f"give it to dnw_graph.attach(model, optimizer, {argument}=…) or WiringUpdates({argument}=…)"
         )
 
     @property

@@ -117,9 +117,10 @@ def test_a_traced_graph_gives_the_same(propagation, unchecked):
     assert_close(traced(2 * X), graph(2 * X))
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("graph", ["static", "random", "discrete"])
-def test_several_graphs_of_one_shape_at_once(graph):
-    graphs = [make(**GRAPHS[graph]) for _ in range(3)]
+def test_several_graphs_of_one_shape_at_once(graph, training):
+    graphs = [make(**GRAPHS[graph]).train(training) for _ in range(3)]
     with torch.no_grad():
         for number, each in enumerate(graphs):
             each.candidates.weight.copy_(each.candidates.weight.roll(number))

@@ -33,10 +33,12 @@ def test_the_edges_are_the_channels_that_a_layer_connects(name):
     sparsify(layer, 0.4)
     data = to_data(layer, "weight")
     assert data.validate()
-    edges = list(zip(*data.edge_index.tolist(), map(tuple, data.kernel_position.tolist()), strict=True))
+    dims = layer.weight.dim() - 2
+    without, places = data.kernel_position.split((3 - dims, dims), dim=1)
+    assert not without.any()
+    edges = list(zip(*data.edge_index.tolist(), map(tuple, places.tolist()), strict=True))
     assert len(edges) == len(set(edges)) == int(layer.weight.ne(0).sum())
     inputs = int(data.input_mask.sum())
-    dims = layer.weight.dim() - 2
     for channel in range(inputs):
         x = torch.zeros(1, inputs, *[7] * dims, dtype=torch.float64)
         x[(0, channel, *[3] * dims)] = 1
@@ -111,7 +113,7 @@ def test_a_layer_can_be_drawn_and_converted():
     network = to_networkx(data, to_multi=True, edge_attrs=["edge_weight", "kernel_position"])
     found = torch.zeros(4, 3, 3, 3)
     for source, target, edge in network.edges(data=True):
-        found[(target - 3, source, *edge["kernel_position"])] = edge["edge_weight"]
+        found[(target - 3, source, *edge["kernel_position"][1:])] = edge["edge_weight"]
     assert torch.equal(found, layer.weight)
 
 

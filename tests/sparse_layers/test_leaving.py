@@ -1,6 +1,8 @@
 """Layers leave the ranking that they share with others: replaced, or made dense."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 
 from dnw_graph import NM, InputError, compact
 from dnw_graph.sparse_layers import densify, sparsify, weight_graphs
+from dnw_graph.usual import keeps_methods
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
 LEFT = pytest.mark.filterwarnings("ignore:.* left the ranking of all layers")
@@ -130,3 +133,14 @@ def test_a_layer_without_a_real_weight_may_leave(wiring):
     expected = model(X).detach()
     densify(model[0])
     torch.testing.assert_close(model(X), expected)
+
+
+def test_a_layer_with_a_ranking_of_its_own_is_let_go():
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8)), nn.Linear(8, 3))
+    sparsify(model, 0.4, "random_graph")
+    layer, kind = weakref.ref(model[0][0]), weakref.ref(type(model[0][0]))
+    assert keeps_methods(model[0][0])
+    model[0][0] = nn.Linear(6, 8)
+    model(X)
+    gc.collect()
+    assert (layer(), kind()) == (None, None)

@@ -286,6 +286,24 @@ def test_autocast_computes_with_masks(computed):
     assert all(map(torch.equal, *found))
 
 
+def test_sequences_of_several_lengths_in_an_encoder(computed):
+    """In evaluation PyTorch's encoder computes with a nested tensor where some tokens are padding."""
+    x, padding = torch.randn(3, 10, 64), torch.arange(10).repeat(3, 1) >= torch.tensor([[7], [10], [4]])
+    found = []
+    for sparse_kernels in (True, False):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+        model = nn.TransformerEncoder(layer, 2)
+        sparsify(model, 0.05, "random_graph", sparse_kernels=sparse_kernels)
+        with torch.no_grad():
+            found.append(model.eval()(x, src_key_padding_mask=padding))
+            assert not computed
+            model(x)
+        assert bool(computed) is sparse_kernels
+        computed.clear()
+    torch.testing.assert_close(*found)
+
+
 def test_copies_state_and_dense_layers(computed):
     model, _ = pair()
     x, y = batch()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from fractions import Fraction
 
 import pytest
@@ -162,7 +163,16 @@ def test_a_foreign_parametrization_on_the_same_layer_survives_densify():
     densify(layer)
     assert torch.equal(layer.bias, bias)
     assert isinstance(layer.weight, nn.Parameter)
+    x = torch.randn(2, 4)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, bias))
+    assert type(layer).forward is nn.Linear.forward
+    assert type(layer).__setattr__ is nn.Module.__setattr__
+    with pytest.raises(RuntimeError, match="parametrized modules"):  # by PyTorch
+        pickle.dumps(layer)
     assert int(twin.weight.ne(0).sum()) == 8
+    assert torch.equal(twin(x), nn.functional.linear(x, twin.weight, bias))
+    torch.nn.utils.parametrize.remove_parametrizations(layer, "bias")
+    assert type(layer) is nn.Linear
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -112,6 +113,28 @@ def test_copies_on_several_devices_are_refused():
     F.cross_entropy(nn.DataParallel(model)(x), y).backward()
     with pytest.raises(InputError, match=r"use nn\.parallel\.DistributedDataParallel"):
         model._replicate_for_data_parallel()(x)
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
+@pytest.mark.parametrize("place", ["the module", "0"])
+def test_what_is_wrapped_for_several_processes_is_refused(one_process, place, monkeypatch):
+    """Each process would draw its own edges; a single one may."""
+    wrapped = nn.parallel.DistributedDataParallel(nn.Linear(6, 4))
+    model = wrapped if place == "the module" else nn.Sequential(wrapped, nn.Linear(4, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(wrapped, "process_group", SimpleNamespace(size=lambda: 2))
+        with pytest.raises(
+            InputError, match=f"^{place} is a DistributedDataParallel already: sparsify before wrapping"
+        ):
+            sparsify(model, 0.5, "set")
+    sparsify(model, 0.5, "set")
 
 
 @pytest.mark.parametrize("strict", rest_is_slow([False, True]))

@@ -120,7 +120,7 @@ def test_a_run_leaves_the_graph_of_every_layer(start: Callable[..., int]):
         assert data.validate()
         found = torch.zeros_like(weight)
         target = data.edge_index[1] - weight.size(1)
-        found[(target, data.edge_index[0], *data.kernel_position.T)] = data.edge_weight
+        found[(target, data.edge_index[0], *data.kernel_position.T[5 - weight.dim() :])] = data.edge_weight
         assert torch.equal(found, weight * (weight.abs() >= strengths[kept - 1])), name
         assert summary[name]["kept"] == data.num_edges
         assert summary[name]["density"] == data.num_edges / weight.numel()

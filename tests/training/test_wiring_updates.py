@@ -1,5 +1,6 @@
 """The callback: a Lightning run needs nothing else for rules that act between steps."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -8,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from dnw_graph import SET, STR, InputError, RigL, sparsify
 from dnw_graph.sparse_layers import weight_graphs
@@ -29,17 +30,9 @@ class Module(LightningModule):
 
 
 def fit(module: LightningModule, data: DataLoader, **options: object) -> None:
-    trainer = Trainer(
-        max_epochs=2,
-        callbacks=[WiringUpdates()],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-    trainer.fit(module, data)
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options = {"max_epochs": 2, "callbacks": [WiringUpdates()], **dict.fromkeys(quiet, False), **options}
+    Trainer(accelerator="cpu", **options).fit(module, data)
 
 
 @pytest.mark.parametrize(("rule", "accumulate"), [(SET(0.5), 1), (SET(0.5), 2), (RigL(0.5, 2), 1)])
@@ -53,6 +46,27 @@ def test_steps_are_those_of_the_optimiser(rule: object, accumulate: int):
         expected = (12 // accumulate, 12 // accumulate, 6 // accumulate)
         assert (rule.step, rule.num_steps, rule.steps_per_epoch) == expected
     assert before != [graph.real_index.tolist() for graph in weight_graphs(module).values()]
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": None, "max_steps": 12}, {"callbacks": [WiringUpdates(12)]}])
+def test_the_steps_of_an_epoch_are_known_where_those_of_the_run_are_given(options: dict[str, object]):
+    module = Module(SET(0.5))
+    fit(module, DataLoader(TensorDataset(torch.randn(24, 6), torch.arange(24) % 3), batch_size=4), **options)
+    for graph in weight_graphs(module).values():
+        assert (graph.wiring.step, graph.wiring.num_steps, graph.wiring.steps_per_epoch) == (12, 12, 6)
+
+
+def test_steps_that_are_not_known_are_asked_of_the_callback_too():
+    module = Module(SET(0.5))
+    with pytest.raises(InputError, match=r"attach\(model, optimizer, steps_per_epoch=…\) or WiringUpdates\(steps_per_"):
+        fit(module, DataLoader(Stream()), max_epochs=None, max_steps=2)
+
+
+class Stream(IterableDataset):
+    """Of unknown length."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        return ((torch.randn(6), 1) for _ in range(4))
 
 
 @pytest.mark.parametrize("norms", [True, False])

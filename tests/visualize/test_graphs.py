@@ -16,13 +16,14 @@ import torch_geometric.transforms as T
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyArrowPatch
-from torch_geometric.data import Data
+from torch import nn
+from torch_geometric.data import Batch, Data
 from torch_geometric.utils import contains_isolated_nodes, from_networkx, to_dense_adj
 from torch_geometric.visualization import visualize_graph
 
 from dnw_graph import Discrete, InputError, NeuralGraph, sparsify
 from dnw_graph.sparse_layers import to_data as layer_data
-from dnw_graph.visualize import plot, plot_change, to_networkx
+from dnw_graph.visualize import Recording, plot, plot_adjacency, plot_change, to_networkx
 from dnw_graph.visualize.style import BORN, GONE, KEPT, NEGATIVE, POSITIVE
 from dnw_graph.wirings import STR
 
@@ -259,6 +260,41 @@ def test_pyg_utilities_and_transforms_take_the_wiring():
     assert both_ways.num_edges == 50
     distances = T.Cartesian(norm=False)(data).edge_attr
     assert (distances[:, 0] <= -0.5).all() or (distances[:, 0] >= 0.5).all()
+
+
+def test_pyg_batches_wirings_of_any_sizes(graph):
+    cycles = NeuralGraph(num_nodes=12, num_inputs=3, num_outputs=2, num_edges=20, dynamics=Discrete(steps=2))
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Linear(6, 4))
+    sparsify(model, 0.5)
+    layers = [layer_data(model, f"{number}.weight") for number in range(3)]
+    graphs = [graph.to_data(), NeuralGraph((3, 5, 2), 9).to_data(), cycles.to_data()]
+    moments = [next(iter(Recording(each).graphs.values())).to_data() for each in (graph, cycles)]
+    for several in (layers, graphs, moments):
+        batch = Batch.from_data_list(several)
+        assert batch.num_edges == sum(data.num_edges for data in several)
+        for found, data in zip(batch.to_data_list(), several, strict=True):
+            assert torch.equal(found.edge_index, data.edge_index)
+            assert found.candidate_blocks == data.candidate_blocks
+            assert plot(found).get_title() == plot(data).get_title()
+
+
+def test_candidates_of_older_files_are_read(graph):
+    data = graph.to_data()
+    data.candidate_blocks = torch.tensor(data.candidate_blocks)
+    assert plot_adjacency(data).get_title() == plot_adjacency(graph).get_title()
+
+
+@pytest.mark.parametrize("lost", range(4))
+def test_a_part_without_a_block_is_drawn(lost):
+    data = NeuralGraph((3, 4, 4, 2), 60).to_data()
+    part = data.subgraph(data.block != lost)
+    ax = plot(part)
+    names = ["inputs", "block 1", "block 2", "outputs"]
+    assert [label.get_text().split("\n")[0] for label in ax.get_xticklabels()] == names[:lost] + names[lost + 1 :]
+    assert set(drawn_edges(ax, part)) == set(edges_of(part))
+    assert plot_change(part, part).get_title()
+    with pytest.raises(InputError, match="does not contain its candidates"):
+        plot_adjacency(part)
 
 
 def test_pyg_draws_the_wiring_by_magnitude(graph, tmp_path):
