@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
 
 from dnw_graph import (
@@ -20,6 +21,7 @@ from dnw_graph import (
     TargetedDropout,
     Wiring,
     attach,
+    updates,
 )
 from dnw_graph.sparse_layers import densify, sparsify, weight_graphs
 from dnw_graph.wirings.prune_and_grow import PruneAndGrow
@@ -250,6 +252,16 @@ def test_steps_that_a_scaler_skips_do_not_count(fused, set_to_none):
     seen = model.wiring.seen[-1][1]
     assert seen.isfinite().all()
     assert seen[model.num_candidates // 2 :].any()
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "cpu"])
+def test_ranks_exchange_their_seed_on_the_device_of_the_model(device, monkeypatch):
+    given = []
+    monkeypatch.setattr(updates, "_num_ranks", lambda: 2)
+    monkeypatch.setattr(updates.dist, "broadcast_object_list", lambda seed, **options: given.append(options))
+    with FakeTensorMode():
+        updates._common_seed(nn.Linear(2, 2, device=device))
+    assert given == [{"device": torch.device(device) if device.startswith("cuda") else None}]
 
 
 def test_a_closure_and_a_compiled_or_wrapped_model():
