@@ -302,7 +302,8 @@ class NeuralGraph(Ranking):
             **self.nodes.attributes(),
             live_mask=self.live_nodes(real_index=index).cpu(),
             candidate_blocks=torch.tensor(
-                [[(b.sources.start, b.sources.stop, b.targets.start, b.targets.stop) for b in blocks]]
+                [[(b.sources.start, b.sources.stop, b.targets.start, b.targets.stop) for b in blocks]],
+                device="cpu",
             ),
             name=self.name,
             rule=wiring_name(type(self.wiring)),

@@ -62,8 +62,8 @@ class Shipped(nn.Module):
         self.model = model
         self.normalises = card is not None
         if card is not None:
-            self.mean = nn.Buffer(torch.tensor(card.preprocess.mean).view(3, 1, 1))
-            self.std = nn.Buffer(torch.tensor(card.preprocess.std).view(3, 1, 1))
+            self.mean = nn.Buffer(torch.tensor(card.preprocess.mean, device="cpu").view(3, 1, 1))
+            self.std = nn.Buffer(torch.tensor(card.preprocess.std, device="cpu").view(3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the logits ``[batch, classes]``."""

@@ -111,7 +111,8 @@ def to_data(module: nn.Module, name: str) -> torch_geometric.data.Data:
         **nodes,
         live_mask=reaching(edge_index, nodes["output_mask"]),
         candidate_blocks=torch.tensor(
-            [[(a, a + per_input, inputs + b, inputs + b + per_output) for a, b in zip(*starts, strict=True)]]
+            [[(a, a + per_input, inputs + b, inputs + b + per_output) for a, b in zip(*starts, strict=True)]],
+            device="cpu",
         ),
         name=name,
         rule=wiring_name(type(graph.wiring)),
