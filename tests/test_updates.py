@@ -190,6 +190,29 @@ def test_what_a_rule_writes_reaches_the_parameters_and_the_optimiser(kind, rule)
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("kind", ["graph", "layer"])
+def test_the_gradient_of_all_candidates_follows_a_model_that_is_converted_or_moved(kind):
+    found = []
+    for when in ("before", "attached", "halfway"):
+        torch.manual_seed(0)
+        model = NeuralGraph((6, 5, 4), 30, wiring=RigL(every=1)) if kind == "graph" else nn.Linear(6, 8)
+        if kind == "layer":
+            sparsify(model, 0.5, wiring=RigL(every=1))
+        model = model.double() if when == "before" else model
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        (graph,) = attach(model, optimizer, 100).graphs.values()
+        model = model.double() if when == "attached" else model
+        for x in X.split(2):
+            x = x[..., None, None] if kind == "graph" else x
+            model(x.to(next(model.parameters()))).square().sum().backward()
+            model.double()
+        found.append(graph.weights[0].holder.probe.grad)
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0], rtol=1e-5, atol=1e-6)
+    model.to("meta")
+    assert graph.weights[0].holder.probe is None
+
+
 def test_a_rule_that_waits_for_steps_raises_at_its_second_backward_pass():
     for living in ("never attached", "the optimiser is gone", "a copy of the model"):
         model = NeuralGraph(
