@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -70,7 +70,7 @@ class RankedWeight:
 
     @property
     def holder(self) -> Any:
-        """The module whose ``probe`` accumulates the gradient of all candidates, if a rule requests it."""
+        """The module with the probe."""
         return self
 
     @property
@@ -96,6 +96,31 @@ class RankedWeight:
         return index
 
 
+class Probed(nn.Module):
+    """A module with a probe, see :mod:`dnw_graph.propagation.gradient`, that moves and converts with it.
+
+    Attributes:
+        probe: Accumulates the gradient of all candidates, if a rule requests it.
+    """
+
+    probe: Tensor | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if (probe := self.probe) is not None:
+            grad, probe.grad = probe.grad, None
+            zero = fn(probe.detach().as_strided((), ()))  # The only number in its storage.
+            if zero.is_meta:  # PyTorch replaces the parameter too, and its hooks are gone.
+                self.probe = None
+            else:
+                probe.data = zero.expand(probe.shape)
+                probe.grad = None if grad is None else fn(grad)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "probe": None}
+
+
 def split_index(index: Int[Tensor, " edges"], weights: Sequence[RankedWeight]) -> list[Tensor]:
     """Return the edges in each of several weights, counted from its first candidate.
 
@@ -110,7 +135,7 @@ def split_index(index: Int[Tensor, " edges"], weights: Sequence[RankedWeight]) -
     return [index[first:last] - start for start, (first, last) in zip(starts, pairwise(bounds), strict=False)]
 
 
-class CandidateEdges(nn.Module, RankedWeight):
+class CandidateEdges(Probed, RankedWeight):
     """The candidate edges of one graph and their weights.
 
     The weights are one flat parameter, ordered by block, target and source. Selection thus ranks one vector,
@@ -160,7 +185,6 @@ class CandidateEdges(nn.Module, RankedWeight):
         self.blocks = tuple(Block(s, t, offset) for (s, t), offset in zip(ranges, offsets, strict=False))
         self.num_candidates = offsets[-1]
         self.places = (1,) * len(self.blocks)  # Number of kernel positions per source, by block.
-        self.probe: Tensor | None = None  # See dnw_graph.propagation.gradient.
         self.weight = nn.Parameter(torch.empty(self.num_candidates))
         self.reset_parameters()
 
@@ -274,9 +298,6 @@ class CandidateEdges(nn.Module, RankedWeight):
             first = int(torch.nonzero(index < 0)[0])
             raise InputError(f"({int(u[first])}, {int(v[first])}) is not a candidate edge of this graph")
         return index
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "probe": None}
 
     def extra_repr(self) -> str:
         """Sizes, for ``repr``."""

@@ -40,7 +40,8 @@ def load(
         path: The directory of a run (its ``best.ckpt``, or else its ``last.ckpt``), a checkpoint, a compact file (of
             :func:`~dnw_graph.compaction.save_compact`, or of ``--export`` to ``.safetensors``), a file of
             :func:`~dnw_graph.weights_file.save_weights`, or a name that :func:`dnw_graph.pretrained` lists.
-        device: Device of the tensors.
+        device: Device of the tensors. A compact file with sparse products is for CPUs; on a GPU,
+            ``compact(…, products="dense")`` of the original model is faster.
         create: For a checkpoint of a model without registered options: a function ``(num_classes, image_size)`` that
             returns the model.
 

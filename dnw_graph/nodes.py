@@ -108,10 +108,10 @@ class Nodes:
 
         The position is x the block, y the index within it, both in 0 … 1.
         """
-        sizes = torch.tensor(self.blocks)
-        block = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-        place = torch.cat([(torch.arange(size) + 0.5) / size for size in self.blocks])
-        node = torch.arange(self.num_nodes)
+        sizes = torch.tensor(self.blocks, device="cpu")
+        block = torch.repeat_interleave(sizes)
+        place = torch.cat([(torch.arange(size, device="cpu") + 0.5) / size for size in self.blocks])
+        node = torch.arange(self.num_nodes, device="cpu")
         return {
             "block": block,
             "pos": torch.stack([block / max(1, len(sizes) - 1), place], dim=1),

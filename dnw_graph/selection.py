@@ -216,6 +216,13 @@ def _(not_finite: Tensor, flag: Tensor) -> None:
     pass
 
 
+@_raise_flag.register_vmap
+def _(info: Any, in_dims: Sequence[Any], not_finite: Tensor, flag: Tensor) -> tuple[None, None]:
+    """Keep a number for each of several graphs, or the largest one if they share the flag."""
+    _raise_flag(not_finite.amax() if in_dims[1] is None else not_finite, flag)
+    return None, None
+
+
 def _guesses(weight: Tensor, k: int, last: int, below: int, above: int) -> Iterator[tuple[int, int]]:
     """Guess two magnitudes between which the k-th largest lies; the last guess is always right."""
     infinity = _BITS[weight.dtype][1]

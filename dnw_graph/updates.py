@@ -376,7 +376,7 @@ def attach_beside(
     parameters = RuleParameters(unwrapped(model), optimizer, others)
     for name, graph in graphs.items():
         _refuse_parameters(name, graph, optimizer)
-    seed = _common_seed()
+    seed = _common_seed(model)
     for graph in graphs.values():
         rule = graph.wiring
         rule.num_steps = num_steps or rule.num_steps
@@ -394,11 +394,13 @@ def _num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _common_seed() -> int:
+def _common_seed(model: nn.Module) -> int:
     """Return one seed for all ranks."""
     seed = [new_seed()]
     if _num_ranks() > 1:
-        dist.broadcast_object_list(seed)
+        # By default NCCL uses the current device, which is the same GPU on all ranks where a program does not set it.
+        device = next((parameter.device for parameter in model.parameters() if parameter.is_cuda), None)
+        dist.broadcast_object_list(seed, device=device)
     return seed[0]
 
 

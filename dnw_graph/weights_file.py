@@ -52,7 +52,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         index = graph.real_index.cpu()
         weight = tensors.pop(f"{prefix}candidates.weight")
         tensors[f"{prefix}edge_weight"] = weight[index]
-        tensors[f"{prefix}edge_gaps"] = to_gaps(torch.tensor([0, len(index)]), index, len(weight))
+        tensors[f"{prefix}edge_gaps"] = to_gaps(index.new_tensor([0, len(index)]), index, len(weight))
         for name in (INDEX, MASK):
             tensors.pop(prefix + name, None)
     metadata = {"format": FORMAT, "version": VERSION, "card": card.to_json()}
@@ -100,7 +100,9 @@ def _restored(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> dict[
         if prefix + INDEX in own:
             state[prefix + INDEX] = index
         if prefix + MASK in own:
-            state[prefix + MASK] = torch.zeros(like.numel(), dtype=torch.uint8).index_fill(0, index, 1)
+            state[prefix + MASK] = torch.zeros(like.numel(), dtype=torch.uint8, device=index.device).index_fill(
+                0, index, 1
+            )
     return state
 
 

@@ -13,6 +13,7 @@ from torch.sparse import SparseSemiStructuredTensor
 from torchvision.models import resnet18
 
 from dnw_graph import InputError, NeuralGraph
+from dnw_graph.compaction import export
 from dnw_graph.models import MobileNetV1DNW, TinyClassifier
 from dnw_graph.sparse_layers import densify, sparsify
 from dnw_graph.wirings.two_stage import lottery_ticket
@@ -101,6 +102,15 @@ def test_weights_that_are_not_finite_are_reported_before_a_checkpoint():
     graph(torch.randn(2, 4, 3, 3, device="cuda"))
     with pytest.raises(InputError, match=r"stage3: 1 of \d+ candidate weights"):
         graph.state_dict()
+
+
+def test_exports_are_for_the_cpu(tmp_path):
+    torch.manual_seed(0)
+    model, (images, _) = TinyClassifier("static").cuda().double().eval(), batch(torch.float64)
+    export(model, tmp_path / "model.pt2", images)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    with torch.no_grad():
+        assert relative_error(program(images.cpu()), model(images).cpu()) < 1e-7
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

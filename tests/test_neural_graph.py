@@ -176,6 +176,16 @@ def test_to_data_is_a_valid_pyg_graph():
     assert data.live_mask.tolist() == [reach[v] for v in range(13)]
 
 
+def test_data_is_on_the_cpu_whatever_the_default_device():
+    graph = make_graph()
+    expected = graph.to_data()
+    with torch.device("meta"):
+        data = graph.to_data()
+    tensors = {name: value for name, value in expected if isinstance(value, torch.Tensor)}
+    assert len(tensors) == 8
+    assert all(torch.equal(data[name], value) for name, value in tensors.items())
+
+
 def test_live_nodes_may_count_some_outputs_only():
     # 0→2→4, 1→3→5, and 3→4 is hallucinated.
     graph = NeuralGraph((2, 2, 2), 4, node_function=nn.Identity())

@@ -256,6 +256,18 @@ def test_within_transforms_of_functions(way, size):
     selector.raise_non_finite(flag)
 
 
+@pytest.mark.filterwarnings("ignore:torch.searchsorted")
+@pytest.mark.parametrize("shared", [True, False])
+def test_several_graphs_at_once_keep_their_numbers(shared, monkeypatch):
+    monkeypatch.setattr(selection, "_on_host", lambda weight: False)
+    weights, flag, selector = torch.randn(3, 50), new_flag(), Selector()
+    weights[1, :2], weights[2, 0] = torch.nan, torch.inf
+    flags = flag if shared else flag.repeat(3)
+    select = vmap(lambda weight, flag: selector.select(weight, 20, "graph", flag), (0, None if shared else 0))
+    assert select(weights, flags)[0].tolist() == full_sort(weights[0], 20)
+    assert flags.tolist() == (2 if shared else [0, 2, 1])
+
+
 def test_shapes_are_known_without_values(way):
     with FakeTensorMode():
         assert Selector().select(torch.randn(LARGE), 30, "graph", new_flag()).shape == (30,)

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
 
 from dnw_graph import (
@@ -20,6 +21,7 @@ from dnw_graph import (
     TargetedDropout,
     Wiring,
     attach,
+    updates,
 )
 from dnw_graph.sparse_layers import densify, sparsify, weight_graphs
 from dnw_graph.wirings.prune_and_grow import PruneAndGrow
@@ -188,6 +190,29 @@ def test_what_a_rule_writes_reaches_the_parameters_and_the_optimiser(kind, rule)
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("kind", ["graph", "layer"])
+def test_the_gradient_of_all_candidates_follows_a_model_that_is_converted_or_moved(kind):
+    found = []
+    for when in ("before", "attached", "halfway"):
+        torch.manual_seed(0)
+        model = NeuralGraph((6, 5, 4), 30, wiring=RigL(every=1)) if kind == "graph" else nn.Linear(6, 8)
+        if kind == "layer":
+            sparsify(model, 0.5, wiring=RigL(every=1))
+        model = model.double() if when == "before" else model
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        (graph,) = attach(model, optimizer, 100).graphs.values()
+        model = model.double() if when == "attached" else model
+        for x in X.split(2):
+            x = x[..., None, None] if kind == "graph" else x
+            model(x.to(next(model.parameters()))).square().sum().backward()
+            model.double()
+        found.append(graph.weights[0].holder.probe.grad)
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0], rtol=1e-5, atol=1e-6)
+    model.to("meta")
+    assert graph.weights[0].holder.probe is None
+
+
 def test_a_rule_that_waits_for_steps_raises_at_its_second_backward_pass():
     for living in ("never attached", "the optimiser is gone", "a copy of the model"):
         model = NeuralGraph(
@@ -250,6 +275,16 @@ def test_steps_that_a_scaler_skips_do_not_count(fused, set_to_none):
     seen = model.wiring.seen[-1][1]
     assert seen.isfinite().all()
     assert seen[model.num_candidates // 2 :].any()
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "cpu"])
+def test_ranks_exchange_their_seed_on_the_device_of_the_model(device, monkeypatch):
+    given = []
+    monkeypatch.setattr(updates, "_num_ranks", lambda: 2)
+    monkeypatch.setattr(updates.dist, "broadcast_object_list", lambda seed, **options: given.append(options))
+    with FakeTensorMode():
+        updates._common_seed(nn.Linear(2, 2, device=device))
+    assert given == [{"device": torch.device(device) if device.startswith("cuda") else None}]
 
 
 def test_a_closure_and_a_compiled_or_wrapped_model():

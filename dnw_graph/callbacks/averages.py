@@ -31,6 +31,11 @@ class Averages(EMAWeightAveraging):
         super().__init__(decay=decay, use_buffers=False)
         self._exchanged = False  # Whether the model has the average, and the average the weights in training.
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start the average on the device of the run, to which the trainer moves the model only later."""
+        pl_module.to(trainer.strategy.root_device)
+        super().setup(trainer, pl_module, stage)
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the model the average."""
         super().on_validation_epoch_start(trainer, pl_module)

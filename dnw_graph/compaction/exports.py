@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import os
@@ -61,8 +62,8 @@ class Shipped(nn.Module):
         self.model = model
         self.normalises = card is not None
         if card is not None:
-            self.mean = nn.Buffer(torch.tensor(card.preprocess.mean).view(3, 1, 1))
-            self.std = nn.Buffer(torch.tensor(card.preprocess.std).view(3, 1, 1))
+            self.mean = nn.Buffer(torch.tensor(card.preprocess.mean, device="cpu").view(3, 1, 1))
+            self.std = nn.Buffer(torch.tensor(card.preprocess.std, device="cpu").view(3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the logits ``[batch, classes]``."""
@@ -84,7 +85,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], example: Tensor, with
 
     Args:
         model: The model; what :func:`dnw_graph.load` returned has a card.
-        path: The file.
+        path: The file; it is made and measured on the CPU, whatever the device of the model.
         example: A batch of two or more inputs of the model; the file accepts any batch size.
         with_preprocessing: Normalise inside the file, ``.pt2`` or ``.onnx``, which then takes images of 0 to 255
             (uint8) in the size given by the card.
@@ -104,7 +105,9 @@ def export(model: nn.Module, path: str | os.PathLike[str], example: Tensor, with
             "preprocessing can be part of .pt2 and .onnx files of models that store it, as those of dnw_graph.load do; "
             "a .safetensors file always stores it"
         )
-    small = compact(model, products="dense" if path.suffix == ".onnx" else "sparse")
+    # A program is bound to the device that it was made on.
+    small = compact(copy.deepcopy(model).cpu(), products="dense" if path.suffix == ".onnx" else "sparse")
+    example = example.cpu()
     if path.suffix == ".safetensors":
         if not isinstance(small, CompactModel):
             raise InputError(

@@ -20,11 +20,11 @@ def to_gaps(rowptr: Int[Tensor, " rows"], columns: Int[Tensor, " values"], sourc
         columns: The column of each value.
         sources: Number of columns.
     """
-    rows = torch.repeat_interleave(torch.arange(len(rowptr) - 1), rowptr.cpu().long().diff())
+    rows = torch.repeat_interleave(rowptr.cpu().long().diff())
     places = rows * sources + columns.cpu().long()
     zeros = places.diff(prepend=places.new_tensor([-1])) - 1
     far = zeros // FAR
-    gaps = torch.full((len(columns) + int(far.sum()),), FAR, dtype=torch.uint8)
+    gaps = torch.full((len(columns) + int(far.sum()),), FAR, dtype=torch.uint8, device="cpu")
     gaps[(far + 1).cumsum(0) - 1] = (zeros % FAR).to(torch.uint8)
     return gaps
 
@@ -43,5 +43,5 @@ def from_gaps(
     places = (gaps.long() + is_value.long()).cumsum(0)[is_value] - 1
     require(rows >= 0 and sources >= 0 and rows * sources < 2**62, f"{rows} × {sources} values do not fit in memory")
     require(not len(places) or int(places[-1]) < rows * sources, f"a value lies outside {rows} rows of {sources}")
-    rowptr = torch.searchsorted(places, torch.arange(rows + 1) * sources)
+    rowptr = torch.searchsorted(places, torch.arange(rows + 1, device=places.device) * sources)
     return rowptr.to(index), (places % max(sources, 1)).to(index)

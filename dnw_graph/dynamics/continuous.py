@@ -127,7 +127,8 @@ class Continuous(Recurrent):
                 "keep the graph in float32 (torch.autocast still runs its node function in bfloat16), or use a solver "
                 "with fixed steps, such as 'rk4'"
             )
-        grid = torch.tensor([self.t_span[0], *ends], dtype=torch.float64, device=x.device).to(x.dtype)
+        # Rounded once, on the CPU: not all devices have float64.
+        grid = torch.tensor([self.t_span[0], *ends], dtype=torch.float64, device="cpu").to(x.dtype).to(x.device)
         z = F.pad(x, (*[0, 0] * (x.dim() - 2), 0, self.nodes.num_nodes - x.size(1)))
         # The solver creates tensors in the default layout, so it gets the states with their dimensions in memory order,
         # unless the user's norm sees them.

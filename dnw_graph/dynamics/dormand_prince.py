@@ -146,19 +146,19 @@ class _Step:
 
     def times_size(self, row: Sequence[float]) -> Tensor:
         """Return coefficients times the size of the step."""
-        return torch.tensor(row, dtype=self.start.dtype) * self.size.to(self.start.dtype)
+        return self.start.new_tensor(row) * self.size.to(self.start.dtype)
 
     def between(self, part: Tensor) -> Tensor:
         """Return the state after a part of the step, by a polynomial of order 4."""
-        first, *_, last = torch.eye(len(MIDDLE), dtype=torch.float64)
-        end, middle = (torch.tensor(row, dtype=torch.float64) for row in ((*STAGES[-1], 0.0), MIDDLE))
+        first, *_, last = torch.eye(len(MIDDLE), dtype=torch.float64, device=self.start.device)
+        end, middle = (first.new_tensor(row) for row in ((*STAGES[-1], 0.0), MIDDLE))
         powers = [
             first,
             last - 4 * first - 5 * end + 16 * middle,
             5 * first - 3 * last + 14 * end - 32 * middle,
             2 * (last - first) - 8 * end + 16 * middle,
         ]
-        row = part ** torch.arange(1, len(powers) + 1) @ torch.stack(powers)
+        row = part ** torch.arange(1, len(powers) + 1, device=part.device) @ torch.stack(powers)
         dtype = self.start.dtype
         new = self.slope if len(self.shared.rows) == len(STAGES) else None
         return self._combine(new, row.to(dtype) * self.size.to(dtype))

@@ -45,7 +45,7 @@ def error_norm(
         atol: Absolute tolerance.
     """
     count = before.numel()
-    squares = torch.empty((count + PIECE - 1) // PIECE, dtype=torch.float64)
+    squares = torch.empty((count + PIECE - 1) // PIECE, dtype=torch.float64, device=before.device)
     states = before.view(-1), after.view(-1)
     numbers = (count, len(terms), float(rtol), float(atol))
     if run("error_squares", numbers, coefficients, [term.view(-1) for term in terms], *states, squares):

@@ -176,11 +176,11 @@ def sparse_conv2d(
     return call(x, rowptr, columns, values, bias, add, window, groups, relu)
 
 
-def plain_call(*tensors: Tensor | None) -> bool:
+def plain_call(x: Tensor, *others: Tensor | None) -> bool:
     """Return whether the kernel can be called directly: dispatching an operator takes longer than a small layer."""
-    if not plain_eager() or torch.is_autocast_enabled("cpu"):
+    if not plain_eager() or torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu"):
         return False
-    return not (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors))
+    return not (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, *others)))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class StaticPlan:
             return None
         if state_dtype is torch.int8 and len(graph.columns) and int(graph.rowptr.diff().max()) > MOST_EDGES:
             return None
-        handle = torch.zeros(1, dtype=torch.int64)
+        handle = torch.zeros(1, dtype=torch.int64, device="cpu")
         numbers = (
             len(graph.columns),
             sizes,

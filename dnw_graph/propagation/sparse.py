@@ -127,7 +127,7 @@ _Part = tuple[_Adjacency, tuple[Tensor, Tensor] | None]
 
 def _adjacency(targets: Tensor, sources: Tensor, values: Tensor, shape: tuple[int, int]) -> _Adjacency:
     """Return the edges in CSR; they must be sorted by target."""
-    rowptr = torch.searchsorted(targets, torch.arange(shape[0] + 1))
+    rowptr = torch.searchsorted(targets, torch.arange(shape[0] + 1, device=targets.device))
     return _Adjacency(rowptr, sources, values, shape[1])
 
 

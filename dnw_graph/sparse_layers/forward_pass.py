@@ -15,6 +15,7 @@ from torch.fx import Proxy
 
 from dnw_graph._compat import calls_in_progress
 from dnw_graph.arguments import refuse_replica, wrong
+from dnw_graph.candidates import Probed
 from dnw_graph.errors import InputError
 from dnw_graph.ops.layout import plain_eager, traced
 from dnw_graph.propagation.gradient import masked_weights
@@ -25,7 +26,7 @@ from dnw_graph.sparse_layers.weight_graph import Masks, WeightGraph
 from dnw_graph.wirings import Wiring
 
 
-class RealWeights(nn.Module):
+class RealWeights(Probed):
     """Parametrization of one parameter: its real weights, and zero for the hallucinated ones.
 
     Args:
@@ -53,7 +54,6 @@ class RealWeights(nn.Module):
         self.parts = tuple(zip(weights, graphs, strict=True))
         self.order = order
         self.current: Masks | None = None
-        self.probe: Tensor | None = None  # See dnw_graph.propagation.gradient.
         self.active = True  # Until ``densify``.
         self.look = ForwardPass([self])
         self.register_state_dict_pre_hook(_refuse_pretrained)
@@ -150,7 +150,7 @@ class RealWeights(nn.Module):
         return torch.cat([dense if masks.get(third) is None else masks[third] for third in range(3)])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "current": None, "probe": None}
+        return {**super().__getstate__(), "current": None}
 
 
 def part(below: Collection[RealWeights], others: Iterable[RealWeights] = ()) -> None:

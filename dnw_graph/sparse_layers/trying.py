@@ -52,7 +52,7 @@ def refuse_other_values(weight: LayerWeight) -> None:
     twin = copy.deepcopy(layer).to("cpu", torch.float32).eval()
     watch = _Watch(dict(twin.named_parameters(recurse=False))[weight.parameter_name])
     try:
-        with torch.no_grad(), watch:
+        with torch.no_grad(), torch.device("cpu"), watch:
             twin.forward(*_inputs(weight))
     except Exception as error:  # The forward pass of a user's layer can raise anything.
         watch.other = watch.other or " ".join(str(error).split())[:100]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
 
@@ -63,7 +65,8 @@ def check_step(model: nn.Module, size: int, options: RunOptions, gpu: bool) -> N
 
 
 def _check_memory(model: nn.Module, size: int, options: RunOptions, gpu: bool, training: bool) -> None:
-    free = torch.cuda.mem_get_info()[0] if gpu else free_memory()
+    own_gpu = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    free = torch.cuda.mem_get_info(own_gpu)[0] if gpu else free_memory()
     batch = options.batch_size // options.num_nodes // (options.devices if gpu else 1) // options.accumulate
     pixels = batch * size**2
     if free is None or MOST_PER_INPUT * IMAGE_BYTES * pixels <= free:

@@ -43,7 +43,7 @@ def make_trainer(
     """
     monitor = next((each for each in callbacks if isinstance(each, WiringMonitor)), None)
     trainer = Trainer(
-        accelerator=options.accelerator,
+        accelerator="gpu" if on_gpu(options) else "cpu",  # by itself, Lightning would choose others too
         devices=options.devices,
         num_nodes=options.num_nodes,
         precision=options.precision,  # type: ignore[arg-type]  # checked by RunOptions

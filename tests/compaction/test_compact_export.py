@@ -11,7 +11,7 @@ from reference import relative_error
 from torch import nn
 
 from dnw_graph import Continuous, Discrete, NeuralGraph
-from dnw_graph.compaction import compact
+from dnw_graph.compaction import compact, export
 from dnw_graph.models import MobileNetV1, MobileNetV1DNW, TinyClassifier
 from dnw_graph.node_functions import NormReluConv, ReluConvSendNorm
 
@@ -89,3 +89,14 @@ def test_a_user_s_module_exports_too(photos, tmp_path):
     torch.export.save(program, tmp_path / "model.pt2")
     with torch.no_grad():
         assert relative_error(torch.export.load(tmp_path / "model.pt2").module()(x[:3]), model(x[:3])) < 1e-5
+
+
+@pytest.mark.parametrize("ending", ["pt2", "safetensors"])
+def test_a_model_on_another_device_is_exported_from_a_copy_on_the_cpu(ending, tmp_path, monkeypatch):
+    model, x, moved = TinyClassifier("static").eval(), torch.randn(2, 3, 16, 16), []
+    for kind in (nn.Module, torch.Tensor):
+        monkeypatch.setattr(kind, "cpu", lambda self, to_cpu=kind.cpu: moved.append(self) or to_cpu(self))
+    export(model, tmp_path / f"model.{ending}", x)
+    (copied,) = (each for each in moved if isinstance(each, nn.Module))
+    assert {p.data_ptr() for p in copied.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
+    assert any(each is x for each in moved)

@@ -309,3 +309,16 @@ def test_messages_are_one_line(saved):
         load_compact(path)
     assert "\n" not in str(error.value)
     assert re.search(r"model\.safetensors", str(error.value))
+
+
+def test_the_default_device_does_not_matter(photos, trained, tmp_path):
+    x = photos[:2].float()
+    model = trained(MODELS["mobilenet dnw"](), x)
+    with torch.device("meta"):
+        compacted = compact(model)
+        save_compact(compacted, tmp_path / "model")
+        loaded = load_compact(tmp_path / "model")
+        with torch.no_grad():
+            found = loaded(x)
+    with torch.no_grad():
+        assert torch.equal(found, compacted(x))

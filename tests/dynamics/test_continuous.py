@@ -439,6 +439,26 @@ def test_a_tolerance_may_be_absolute_alone(x):
     assert relative_error(graph(x), product(torch.matrix_exp(matrix), augmented(x))[:, -OUTPUTS:]) < 1e-6
 
 
+def test_times_are_rounded_on_the_cpu(x, monkeypatch):
+    """Some devices have no float64."""
+    graph, grids = make_graph(Continuous()).float().to("meta"), []
+
+    def solve(self, field, z, grid):
+        grids.append(grid)
+        return z.expand(len(grid) - 1, *z.shape)
+
+    monkeypatch.setattr(Continuous, "_solve", solve)
+    make = torch.tensor
+
+    def tensor(*args, **options):
+        assert options.get("dtype") is not torch.float64 or options["device"] == "cpu"
+        return make(*args, **options)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    graph(x.float().to("meta"), times=[0.1, 0.7])
+    assert (grids[0].device.type, grids[0].dtype, len(grids[0])) == ("meta", torch.float32, 3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("adjoint", [False, True])
 def test_under_autocast_the_solver_computes_in_single_precision(dtype, adjoint, x):

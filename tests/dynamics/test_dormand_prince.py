@@ -45,6 +45,15 @@ def test_makes_the_steps_of_torchdiffeq_and_has_its_gradients(times, leaves):
             assert relative_error(found, wanted) <= 1e-9
 
 
+def test_the_default_device_does_not_matter(leaves):
+    grid, found = torch.tensor(TIMES["several in a step"], dtype=torch.float64), []
+    for default in ("cpu", "meta"):
+        with torch.device(default):
+            states = torch.stack(dormand_prince(Field(leaves[0]), leaves[1], grid, 1e-3, 1e-3))
+            found.append((states, *torch.autograd.grad(states.sum(), leaves)))
+    assert all(torch.equal(*each) for each in zip(*found, strict=True))
+
+
 def test_float32_agrees_with_float64(leaves):
     grid = torch.tensor([0.0, 1.0])
     (exact,) = dormand_prince(Field(leaves[0]), leaves[1], grid.double(), 1e-3, 1e-3)

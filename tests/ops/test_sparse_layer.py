@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import relative_error
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dnw_graph.ops.flops  # noqa: F401  # tells the counter
 from dnw_graph import InputError
 from dnw_graph.ops import sparse_conv2d, sparse_linear
+from dnw_graph.ops.layer import plain_call
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -269,6 +271,14 @@ def test_the_operators_pass_the_checks_of_operators(way, unchecked):
     torch.library.opcheck(torch.ops.dnw_graph.sparse_convolution, (x, *csr, None, None, window, 1, False))
     _, csr = sparse(6, 3, dtype=torch.float32)
     torch.library.opcheck(torch.ops.dnw_graph.sparse_linear, (torch.randn(4, 3), *csr, torch.randn(6), True))
+
+
+def test_under_autocast_of_their_device_operators_are_dispatched(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    with FakeTensorMode():
+        x = torch.empty(2, 3, device="cuda")
+    assert not plain_call(x, None)
+    assert plain_call(torch.empty(2, 3), None)
 
 
 def test_operations_are_counted_over_the_weights():

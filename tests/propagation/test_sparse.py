@@ -70,6 +70,13 @@ def assert_same(found, expected):
 X = torch.randn(6, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
+def test_the_default_device_does_not_matter():
+    graphs = pair()
+    with torch.device("meta"):
+        found = [torch.autograd.grad(graph(X).square().sum(), list(graph.parameters())) for graph in graphs]
+    assert_same(*(dict(enumerate(grads)) for grads in found))
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.0])
 @pytest.mark.parametrize(("rows", "few"), [(slice(1, 3), True), (slice(1, 4), False)])
 def test_a_loss_of_a_patch(rows, few, factor, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vjp, vmap
 
-from dnw_graph import CandidateEdges, Discrete, InputError, NeuralGraph
+from dnw_graph import CandidateEdges, Discrete, InputError, NeuralGraph, selection
 from dnw_graph.node_functions import NormReluConv
 from dnw_graph.propagation import MessagePassingPropagation
 
@@ -117,9 +117,12 @@ def test_a_traced_graph_gives_the_same(propagation, unchecked):
     assert_close(traced(2 * X), graph(2 * X))
 
 
+@pytest.mark.filterwarnings("ignore:torch.searchsorted")
+@pytest.mark.parametrize("on_host", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("graph", ["static", "random", "discrete"])
-def test_several_graphs_of_one_shape_at_once(graph, training):
+def test_several_graphs_of_one_shape_at_once(graph, training, on_host, monkeypatch):
+    monkeypatch.setattr(selection, "_on_host", lambda weight: on_host)
     graphs = [make(**GRAPHS[graph]).train(training) for _ in range(3)]
     with torch.no_grad():
         for number, each in enumerate(graphs):

@@ -9,6 +9,8 @@ from torch import nn
 
 from dnw_graph.errors import InputError
 from dnw_graph.sparse_layers import dense_state_dict, layers, register_layer, sparsify, to_data
+from dnw_graph.sparse_layers.layers import find_weights
+from dnw_graph.sparse_layers.trying import refuse_other_values
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +149,14 @@ def test_layers_with_a_forward_pass_of_their_own_are_tried_and_taken(make, x):
     torch.testing.assert_close(layer(*inputs), twin(*inputs))
     weight = next(value for name, value in twin.named_parameters() if name.endswith("weight"))
     assert weight.count_nonzero() == weight.numel() / 4
+
+
+@pytest.mark.parametrize("make", [lambda: MultipliedByOnes(4, 8), lambda: SelfAttention(8, 2)])
+def test_layers_are_tried_on_the_cpu_whatever_the_default_device(make):
+    weights = list(find_weights(make()))
+    with torch.device("meta"):
+        for weight in weights:
+            refuse_other_values(weight)
 
 
 def shifted(layer, x):

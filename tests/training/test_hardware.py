@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from dnw_graph import InputError
 from dnw_graph.analysis.memory import free_memory
 from dnw_graph.models import MobileNetV1DNW
-from dnw_graph.training import RunOptions, hardware
+from dnw_graph.training import RunOptions, hardware, trainer
 from dnw_graph.training.hardware import check_step
 
 
@@ -34,6 +35,22 @@ def test_the_estimate_is_that_of_a_plain_count(evaluate, maps, monkeypatch):
     monkeypatch.setattr(hardware, "free_memory", lambda: needed - 2**20)
     with pytest.raises(InputError, match=r"--image-size 300 with --batch-size 8 needs at least .* GiB .* are free"):
         check_step(Convolution(), 300, options, gpu=False)
+
+
+@pytest.mark.parametrize(("given", "own"), [({}, 0), ({"LOCAL_RANK": "1"}, 1), ({"SLURM_LOCALID": "2"}, 2)])
+def test_the_memory_is_that_of_the_own_gpu(given, own, monkeypatch):
+    monkeypatch.setattr(os, "environ", given)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=0: (2**40 if device == own else 0, 2**40))
+    check_step(Convolution(), 300, RunOptions(batch_size=8, devices=4), gpu=True)
+
+
+def test_a_run_is_on_the_cpu_where_there_is_no_cuda(monkeypatch):
+    """Lightning would choose others too, such as MPS."""
+    given, make = {}, trainer.Trainer
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(trainer, "Trainer", lambda **options: given.update(options) or make(**options))
+    trainer.make_trainer(RunOptions())
+    assert given["accelerator"] == "cpu"
 
 
 def test_half_precision_takes_half(monkeypatch):

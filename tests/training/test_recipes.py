@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 import dnw_graph
 from dnw_graph import InputError
+from dnw_graph.callbacks.averages import Averages
 from dnw_graph.data.sources import ImageData
 from dnw_graph.data.transforms import transforms
 from dnw_graph.recipes.optimizers import make_optimizer
@@ -91,6 +93,20 @@ def test_the_average_is_what_is_evaluated_and_saved(create: Create, small_digits
         for n in range(len(small_digits.test))
     )
     assert summary.top1 == pytest.approx(right / len(small_digits.test))
+
+
+def test_an_average_is_on_the_device_of_the_run(create: Create):
+    class Look(Averages):
+        @property
+        def devices(self) -> set[str]:
+            assert self._average_model is not None
+            module = self._average_model
+            return {tensor.device.type for tensor in (*module.parameters(), *module.buffers())}
+
+    average, strategy = Look(0.9), SimpleNamespace(root_device=torch.device("meta"))
+    module = Classifier(create(10, 8), 10, lambda step: 1.0, 0.1, 0.9, 0.0, 0)
+    average.setup(SimpleNamespace(strategy=strategy), module, "fit")
+    assert average.devices == {"meta"}
 
 
 @pytest.mark.parametrize("rule", ["rigl", "gmp", "random_graph", "set"])

@@ -234,11 +234,15 @@ def test_what_differs_on_a_gpu(
     compact, trainer = module.compact, training.Trainer
     for each in (module, training):
         monkeypatch.setattr(each, "on_gpu", lambda options: gpu)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
     monkeypatch.setattr(
         module, "compact", lambda *args, **given: seen.append(given["products"]) or compact(*args, **given)
     )
-    monkeypatch.setattr(training, "Trainer", lambda **given: seen.append(given["callbacks"][0]) or trainer(**given))
+    monkeypatch.setattr(
+        training,
+        "Trainer",
+        lambda **given: seen.append(given["callbacks"][0]) or trainer(**{**given, "accelerator": "cpu"}),
+    )
     run(create, MODEL, replace(trained, resume=None, evaluate=trained.resume, compact=True, output=None), small_digits)
     assert seen[0] == products
     assert seen[1].refresh_rate == steps
