@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -105,7 +105,7 @@ class Probed(nn.Module):
 
     probe: Tensor | None = None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Probed:
         super()._apply(fn, recurse)
         if (probe := self.probe) is not None:
             grad, probe.grad = probe.grad, None

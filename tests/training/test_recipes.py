@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 import dnw_graph
@@ -103,9 +103,10 @@ def test_an_average_is_on_the_device_of_the_run(create: Create):
             module = self._average_model
             return {tensor.device.type for tensor in (*module.parameters(), *module.buffers())}
 
-    average, strategy = Look(0.9), SimpleNamespace(root_device=torch.device("meta"))
+    average, trainer = Look(0.9), Mock(spec=Trainer)
+    trainer.strategy.root_device = torch.device("meta")
     module = Classifier(create(10, 8), 10, lambda step: 1.0, 0.1, 0.9, 0.0, 0)
-    average.setup(SimpleNamespace(strategy=strategy), module, "fit")
+    average.setup(trainer, module, "fit")
     assert average.devices == {"meta"}
 
 
