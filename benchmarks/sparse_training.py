@@ -170,9 +170,9 @@ class Step:
 
     def shares(self) -> dict[str, str]:
         """Return the shares of the time of several steps that each part and everything else take."""
-        real_values = record_function("real_values")(RealWeights.real_values)
+        values_at = record_function("values_at")(RealWeights.values_at)
         with (
-            patch.object(RealWeights, "real_values", real_values),
+            patch.object(RealWeights, "values_at", values_at),
             profile(activities=[ProfilerActivity.CPU]) as profiled,
         ):
             for _ in range(5):
@@ -202,7 +202,7 @@ class Step:
 PRODUCTS = ("convolution", "addmm", "aten::mm", "_TrainedLinear")
 """What the operators of layers have in their names."""
 PARTS = {
-    "reading weights, writing .grad": ("real_values", "autograd::engine::evaluate_function: IndexSelect"),
+    "reading weights, writing .grad": ("values_at", "autograd::engine::evaluate_function: IndexSelect"),
     "optimiser": ("Optimizer.step",),
 }
 """How the names of other parts of a step begin, with everything that they call."""

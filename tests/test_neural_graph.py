@@ -182,7 +182,7 @@ def test_data_is_on_the_cpu_whatever_the_default_device():
     with torch.device("meta"):
         data = graph.to_data()
     tensors = {name: value for name, value in expected if isinstance(value, torch.Tensor)}
-    assert len(tensors) == 8
+    assert len(tensors) == 7
     assert all(torch.equal(data[name], value) for name, value in tensors.items())
 
 

@@ -439,10 +439,12 @@ def _linear_kernels(
         # The rows of the longer side take turns, and those of the shorter one stay in cache.
         values_grad = torch.empty_like(values, memory_format=torch.contiguous_format)
         if inputs > outputs:
-            sides, edges = (outputs, inputs), (sent, received, *by_input())
+            numbers = (batch, outputs, inputs, len(values))
+            done = run("sampled_linear", numbers, sent, received, *by_input(), values_grad)
         else:
-            sides, edges = (inputs, outputs), (received, sent, *csr, None)
-        if not run("sampled_linear", (batch, *sides, len(values)), *edges, values_grad):
+            numbers = (batch, inputs, outputs, len(values))
+            done = run("sampled_linear", numbers, received, sent, *csr, None, values_grad)
+        if not done:
             return None
     if of_x:
         rowptr, columns, order = by_input()

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -75,8 +76,18 @@ def test_what_a_task_started_ends_with_it(gpu, tmp_path, monkeypatch):
     task = gpu.Task("parent", ["-c", PARENT.replace("RESULT", str(mark))], tmp_path / "none.json", tmp_path / "log")
     assert task.run(6.0) == "stopped"
     assert mark.exists()
-    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert not [command for command in commands if str(mark).encode() in command]
+    end = time.monotonic() + 10
+    while commands_with(str(mark)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not commands_with(str(mark))
+
+
+def commands_with(word):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # A process that has just ended.
+            found.append(path.read_bytes())
+    return [command for command in found if word.encode() in command]
 
 
 def test_failed_tests_are_done_again(gpu, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -136,8 +137,10 @@ def test_memory_of_a_small_network_counted_by_hand(scripts: dict[str, ModuleType
 SHORT = ("--batch=4", "--rounds=1", "--threads=1")
 
 
-def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, path: Path, *argv: str) -> dict:
-    monkeypatch.setattr(sys, "argv", [str(script.__file__), *SHORT, f"--json={path}", *argv])
+def run(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, path: Path, *argv: str, short: Sequence[str] = SHORT
+) -> dict:
+    monkeypatch.setattr(sys, "argv", [str(script.__file__), *short, f"--json={path}", *argv])
     script.main()
     return json.loads(path.read_text())
 
@@ -228,7 +231,8 @@ def test_growth_is_timed_and_drawn(scripts: dict[str, ModuleType], monkeypatch: 
 def test_memory_has_a_row_for_every_formulation(
     scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    saved = run(scripts["memory"], monkeypatch, tmp_path / "memory.json", "--models", "tiny_static")
+    argv = ("--models", "tiny_static")
+    saved = run(scripts["memory"], monkeypatch, tmp_path / "memory.json", *argv, short=SHORT[:1])
     # The reference formulation keeps I, the normalised and the sent maps of 800 nodes, and the outputs' part.
     least = 3 * 800 * 64 * 4 / 1e6
     for row in saved["rows"]:
