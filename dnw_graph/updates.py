@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -48,9 +49,11 @@ class Updates:
             graph.attached(self, name)
         self._set_probes()
         _LIVING.add(self)
+        _watch_all_optimizers()
 
     def remove(self) -> None:
         """Remove the hooks from the optimiser."""
+        _LIVING.discard(self)
         self.release(self.graphs.values())
         for handle in self._handles:
             handle.remove()
@@ -203,18 +206,21 @@ class Updates:
 _LIVING: weakref.WeakSet[Updates] = weakref.WeakSet()
 
 
-def _before_any_step(optimizer: Optimizer, *_: Any) -> None:
+@functools.cache
+def _watch_all_optimizers() -> None:
+    """Register hooks of every optimiser, once something is attached."""
+    register_optimizer_step_pre_hook(_before_any)
+    register_optimizer_step_post_hook(_after_any)
+
+
+def _before_any(optimizer: Optimizer, *_: Any) -> None:
     for updates in list(_LIVING):
         updates.before_other(optimizer)
 
 
-def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
+def _after_any(optimizer: Optimizer, *_: Any) -> None:
     for updates in list(_LIVING):
         updates.after_other(optimizer)
-
-
-register_optimizer_step_pre_hook(_before_any_step)
-register_optimizer_step_post_hook(_after_any_step)
 
 
 def _positions(graph: Ranking, trained: Tensor, optimizer: Optimizer) -> dict[Tensor, Tensor] | None:

@@ -477,6 +477,14 @@ def test_an_optimiser_that_is_not_attached_is_refused_while_another_one_is():
         step(model, warm_up)
 
 
+def test_an_optimiser_may_move_the_weights_once_nothing_is_attached():
+    model = make("perceptron", Probing())
+    attached = attach(model, torch.optim.SGD(model.parameters(), 0.1))
+    attached.remove()
+    other = torch.optim.SGD(model.parameters(), 0.1)
+    step(model, other)
+
+
 class Around(torch.optim.Optimizer):
     """Steps by another optimiser, as SAM does."""
 
