@@ -1,11 +1,12 @@
 """All GPU measurements, in slices of a few minutes: each call does what remains, in this order.
 
 The tests that need a GPU; training steps compared with the reference formulation and the roofline (float32, bfloat16,
-compiled, as CUDA graphs); inference; then the rows of the paper's Tables 1, 2 and 6 on CIFAR-10 that have no record in
-benchmarks/results. A call ends within its minutes: the next call restarts an unfinished measurement, and resumes a
-training run from its last checkpoint. Run ``make gpu``, or ``python benchmarks/gpu.py --minutes 9 --data cifar10``,
-repeatedly until nothing is left; every call prints the results so far, and writes them to gpu.md and gpu.json in the
-results directory. With ``--dry-run`` everything runs on a CPU with tiny sizes.
+compiled, as CUDA graphs); inference; then the rows of the paper's Tables 1, 2 and 6 on CIFAR-10 that have no record of
+these images in benchmarks/results. A call ends within its minutes: the next call restarts an unfinished measurement,
+and resumes a training run from its last checkpoint. Run ``make gpu``, or ``python benchmarks/gpu.py --minutes 9
+--data DIRECTORY --data-name cifar10``, repeatedly until nothing is left; every call prints the results so far, and
+writes them to gpu.md and gpu.json in the results directory. With ``--dry-run`` everything runs on a CPU with tiny
+sizes.
 """
 
 from __future__ import annotations
@@ -168,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not (options.dry_run or torch.cuda.is_available()):
         parser.error("PyTorch sees no GPU here: use a machine with one, or --dry-run")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # The tasks have sessions of their own and would run on.
+        signal.signal(number, signal.default_int_handler)
     end = time.monotonic() + 60 * options.minutes
     every = list(tasks(options.output, options.data, options.data_name, options.dry_run))
     states: dict[str, str] = {}

@@ -69,6 +69,8 @@ def main() -> None:
             row for name in options.models for row in _step_rows(name, options)
         ],
     }
+    if not any(tables.values()):
+        parser.error("nothing to time: give --layers or --models")
     (title, rows), *further = [(title, rows) for title, rows in tables.items() if rows]
     report(title, rows, options, further=dict(further))
 

@@ -33,6 +33,8 @@ __all__ = [
     "backward_pass",
     "calls_in_progress",
     "convolves_as_pytorch",
+    "forget_loaders",
+    "forward_pre_hooks",
     "functorch_active",
     "has_bfloat16_products",
     "has_hooks",
@@ -190,6 +192,11 @@ def has_own_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
+def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """Return the hooks before the forward pass of a module; PyTorch lists them in a private field only."""
+    return list(module._forward_pre_hooks.values())
+
+
 def remove_hooks(module: nn.Module, belongs: Callable[[Any], bool]) -> None:
     """Remove the forward, state-dict and loading hooks for which ``belongs(hook)`` is true.
 
@@ -211,6 +218,11 @@ def leave_signals_alone(trainer: Any) -> None:
     This also turns off its automatic requeue under SLURM; docs/training.md says so.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None
+
+
+def forget_loaders(trainer: Any) -> None:
+    """Make a Lightning trainer set its training loader up again, as it restores the state of a loader only then."""
+    trainer.fit_loop._combined_loader = None
 
 
 def solver_names() -> Iterable[str]:

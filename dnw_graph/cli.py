@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import os
 import sys
@@ -126,6 +127,8 @@ def _family(words: list[str]) -> tuple[Family, list[str], ModelFile | None]:
         if name is None:
             raise unknown_name("model", model, [known for each in FAMILIES.values() for known in each.names])
     family = FAMILIES[name or "mobilenet"]
+    if file is not None and given.model is not None and given.model not in family.names:
+        raise InputError(f"--model is {given.model!r}, but {file.path} holds {' or '.join(family.names)}: leave it out")
     if "model" not in family.options.__dataclass_fields__ and given.model is not None:
         place = next(i for i, word in enumerate(words) if word.partition("=")[0] == "--model")
         del words[place : place + (1 if "=" in words[place] else 2)]
@@ -163,6 +166,8 @@ def predict(argv: Sequence[str]) -> int:
         raise InputError(f"{given.images[0]} contains no images")
     model = _model(given.model, given.wiring, programs=True)
     rows = _predictions(model, paths, given.top, bar=bool(directories))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # Names of files need not be UTF-8.
     try:
         if directories or given.output:
             _write_csv(rows, min(given.top, len(model.classes)), given.output)
@@ -174,14 +179,16 @@ def predict(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        raise InputError(f"cannot write {given.output} ({error.strerror}): give another --output") from error
+        where = given.output or "to standard output"
+        raise InputError(f"cannot write {where} ({error.strerror}): give another --output") from error
     return 0
 
 
 def _write_csv(rows: Iterable[list[Any]], classes: int, path: Path | None) -> None:
     """Write rows as they come, to stdout if there is no path."""
     header = [f"{what}_{place}" for place in range(1, classes + 1) for what in ("class", "probability")]
-    with open(path, "w", newline="", encoding="utf-8") if path else nullcontext(sys.stdout) as file:
+    odd = "surrogateescape"  # Names of files need not be UTF-8.
+    with open(path, "w", newline="", encoding="utf-8", errors=odd) if path else nullcontext(sys.stdout) as file:
         writer = csv.writer(file)
         writer.writerow(["image", *header])
         for row in rows:

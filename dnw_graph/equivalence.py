@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,8 @@ from dnw_graph.errors import InputError
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.node_functions import Biased, Blockwise
 from dnw_graph.wirings import Fixed
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @checked
@@ -45,9 +48,7 @@ def mlp_to_discrete(mlp: nn.Sequential) -> NeuralGraph:
         elif not layers:
             raise InputError(f"a perceptron begins with nn.Linear; this one begins with {module}")
         else:
-            activations[-1].append(copy.deepcopy(module))
-            if getattr(module, "inplace", False):  # A layer's part of the states is a view of all of them.
-                activations[-1][-1].inplace = False  # type: ignore[assignment]
+            activations[-1].append(_out_of_place(copy.deepcopy(module)))
     if not layers:
         raise InputError("the perceptron has no nn.Linear layer")
     for first, second in pairwise(layers):
@@ -68,6 +69,14 @@ def mlp_to_discrete(mlp: nn.Sequential) -> NeuralGraph:
     return _with_weights(graph, [layer.weight for layer in layers], like=layers[0].weight)
 
 
+def _out_of_place(module: M) -> M:
+    """Turn off writes in place: a block's part of the states is a view of all of them."""
+    for each in module.modules():
+        if getattr(each, "inplace", False):
+            each.inplace = False  # type: ignore[assignment]
+    return module
+
+
 @checked
 def static_to_discrete(graph: NeuralGraph) -> nn.Sequential:
     """Return the discrete graph that equals a static one: its inputs held, one step per block after the first.
@@ -86,7 +95,7 @@ def static_to_discrete(graph: NeuralGraph) -> nn.Sequential:
     static = graph.dynamics
     if not isinstance(static, Static):
         raise InputError(f"{graph.name}: only a static graph can be rewritten; this one is {type(static).__name__}")
-    static = copy.deepcopy(static)
+    static = _out_of_place(copy.deepcopy(static))
     blocks = list(graph.blocks)
     functions = [nn.Identity(), *static.node_functions[1:]]
     discrete = NeuralGraph(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -55,7 +56,7 @@ class HubModel(huggingface_hub.ModelHubMixin):
             return cls(load(Path(model_id) / FILE))
         try:
             return cls(load(huggingface_hub.hf_hub_download(model_id, FILE, **options)))
-        except (HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
+        except (HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
             message = f"{model_id!r} is not a directory, and no repository on the hub with {FILE} ({_reason(error)})"
             raise InputError(message) from error
 
@@ -92,9 +93,12 @@ def push_to_hub(model: nn.Module, name: str, **options: Any) -> str:
     Raises:
         InputError: If the model cannot be written, or the hub refuses it.
     """
+    hub_model = HubModel(model)
+    with TemporaryDirectory() as directory:  # The hub would create the repository before the model is refused.
+        hub_model.save_pretrained(Path(directory))
     try:
-        return str(HubModel(model).push_to_hub(name, **options))
-    except (HfHubHTTPError, HFValidationError) as error:
+        return str(hub_model.push_to_hub(name, **options))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise InputError(f"{name!r} cannot be uploaded ({_reason(error)})") from error
 
 

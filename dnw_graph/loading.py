@@ -165,7 +165,10 @@ def _compact_card(path: Path) -> str:
 
 def _program_card(path: Path) -> bytes:
     with zipfile.ZipFile(path) as archive:
-        return archive.read(next(name for name in archive.namelist() if name.endswith(f"/{CARD_FILE}")))
+        entry = next(entry for entry in archive.infolist() if entry.filename.endswith(f"/{CARD_FILE}"))
+        if entry.file_size > path.stat().st_size:
+            raise InputError(f"{path} is not a file of this package: its card is larger than the file")
+        return archive.read(entry)
 
 
 def _onnx_card(path: Path) -> str:

@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ORIENTATION = 0x0112  # EXIF's tag
+# How to turn an image back, by its orientation.
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 UNSUPPORTED = ("F", "LAB")
 """Modes of Pillow that it cannot convert to 8-bit RGB, or clips."""
 
@@ -108,13 +118,16 @@ def rgb(image: Image.Image) -> Image.Image:
 
     16-bit grey images are scaled by 1 / 257; Pillow would clip values above 255.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
+    image.load()  # Pillow turns TIFF files itself.
     try:
-        if image.getexif().get(ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
+        orientation = image.getexif().get(ORIENTATION, 1)
     except (SyntaxError, struct.error):  # Unreadable EXIF says nothing.
-        pass
+        orientation = 1
+    # Not Pillow's exif_transpose, which also writes all other tags again, and fails where one of them is wrong.
+    if turn := TURNS.get(orientation):
+        image = image.transpose(Image.Transpose[turn])
     if image.mode in UNSUPPORTED:
         raise InputError(f"an image of mode {image.mode} has no known range: convert it to RGB or grey")
     if image.mode.startswith("I"):

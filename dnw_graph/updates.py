@@ -84,9 +84,11 @@ class Updates:
         Raises:
             InputError: If it has.
         """
-        if self._stepped or self._optimizer() is optimizer:
+        attached = self._optimizer()
+        if self._stepped or attached is optimizer or (attached is not None and steps_in_progress(attached)):
             return
-        moved = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        moved = {parameter for parameter in parameters if parameter.grad is not None}
         for name, graph in self.graphs.items():
             if any(weight.parameter in moved for weight in graph.weights):
                 raise InputError(

@@ -427,3 +427,13 @@ def test_single_precision_follows_the_lstm(digits):
     found = lstm_to_discrete(lstm)(x)[0]
     assert found.dtype == torch.float32
     assert relative_error(found, lstm(x)[0]) < 1e-5
+
+
+def test_node_functions_that_write_in_place_are_copied_without():
+    function = nn.Sequential(nn.ReLU(inplace=True))
+    graph = NeuralGraph((4, 8, 4), 20, node_function=function, output_function=True).double()
+    x = torch.randn(2, 4, dtype=torch.float64)
+    discrete = static_to_discrete(graph)
+    torch.testing.assert_close(discrete(x.clone()), graph(x.clone()))
+    discrete(x.clone()).sum().backward()
+    assert all(each.inplace for each in graph.modules() if isinstance(each, nn.ReLU))

@@ -485,6 +485,40 @@ def test_an_optimiser_may_move_the_weights_once_nothing_is_attached():
     step(model, other)
 
 
+def test_an_optimiser_may_hold_weights_that_it_does_not_move():
+    model = make("perceptron", Probing())
+    attached = torch.optim.SGD(model.parameters(), 0.1)
+    attach(model, attached)
+    step(model, attached)
+    attached.zero_grad()
+    model.requires_grad_(False)
+    head = torch.nn.Linear(2, 2).double()
+    other = torch.optim.SGD([*model.parameters(), *head.parameters()], 0.1)
+    head(torch.zeros(1, 2, dtype=torch.float64)).sum().backward()
+    other.step()
+
+
+class Both(torch.optim.Optimizer):
+    """Steps by several optimisers, none of them an attribute."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), {})
+        self.parts = [torch.optim.SGD([each], 0.1) for each in model.parameters()]
+
+    def step(self, closure=None):
+        for each in self.parts:
+            each.step()
+
+
+def test_optimisers_within_the_attached_one_may_step():
+    model = make("perceptron", Probing())
+    both = Both(model)
+    attach(model, both)
+    for _ in range(3):
+        step(model, both)
+    assert [graph.wiring.step for graph in graphs(model)] == [3, 3]
+
+
 class Around(torch.optim.Optimizer):
     """Steps by another optimiser, as SAM does."""
 

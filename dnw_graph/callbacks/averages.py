@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from dnw_graph.arguments import checked, require
 from dnw_graph.ranking import NUMBERS
+from dnw_graph.wirings.base import COUNTERS
 
 
 class Averages(EMAWeightAveraging):
@@ -53,5 +54,5 @@ class Averages(EMAWeightAveraging):
             average, current = checkpoint["current_model_state"], checkpoint["state_dict"]
             checkpoint["state_dict"], checkpoint["current_model_state"] = average, current
         for name, value in checkpoint.get("current_model_state", {}).items():
-            if name.rpartition(".")[2] in NUMBERS:
+            if name.rpartition(".")[2] in (*NUMBERS, *COUNTERS):
                 checkpoint["state_dict"][name] = value

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 
 from dnw_graph.analysis.cost import neural_graphs
@@ -87,13 +88,15 @@ class TrainingCost(Callback):
         self._in_step = False
         self._stop_counting()
         # Layers and graphs were called once per part of the batch.
-        images = len(batch[1]) * trainer.world_size / getattr(pl_module, "accumulate", 1)
+        images = extract_batch_size(batch) * trainer.world_size / getattr(pl_module, "accumulate", 1)
         per_image = self._layers + sum(counter.multiply_adds() for counter in self._graphs.values())
         self.multiply_adds += round(images * per_image)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop counting within a step."""
+        """Stop counting, also within a step."""
+        self._in_step = False
         self._stop_counting()
+        self.on_fit_end(trainer, pl_module)
 
     def _stop_counting(self) -> None:
         self._counting.close()

@@ -65,6 +65,10 @@ class WiringRecorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the wiring at the start of training."""
         model = self.model or pl_module
+        if self.recording is not None:
+            later = self.recording.moments[-1].step > trainer.global_step
+            if later or self.recording.model is not model:  # Of an earlier fit.
+                self.recording = None
         if self.recording is None and trainer.is_global_zero and any(rankings(model)):
             self.recording = Recording(model, step=trainer.global_step)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from dnw_graph._compat import forget_loaders
 from dnw_graph.arguments import checked, require
 from dnw_graph.updates import Updates, attach_beside
 
@@ -40,9 +43,19 @@ class WiringUpdates(Callback):
             trainer.fit_loop.setup_data()  # Otherwise the number of batches is unknown until the first epoch.
         if num_steps is None:
             expected = trainer.estimated_stepping_batches
-            num_steps = int(expected) if math.isfinite(expected) else None
+            num_steps = int(expected) if math.isfinite(expected) and expected > 0 else None  # -1: unknown
         if steps_per_epoch is None and math.isfinite(trainer.num_training_batches):
             steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) or None
+        if trainer.ckpt_path is not None:
+            forget_loaders(trainer)
+        callbacks: Sequence[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        if any(isinstance(each, GradientAccumulationScheduler) for each in callbacks):
+            require(
+                None not in (self.num_steps, self.steps_per_epoch),
+                "WiringUpdates: num_steps and steps_per_epoch",
+                "numbers, as GradientAccumulationScheduler changes how many batches a step has",
+                (self.num_steps, self.steps_per_epoch),
+            )
         for optimizer in trainer.optimizers:
             updates = attach_beside(pl_module, optimizer, trainer.optimizers, num_steps, steps_per_epoch)
             self.updates.append(updates)

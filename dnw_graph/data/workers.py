@@ -21,7 +21,7 @@ from dnw_graph.errors import InputError
 # CPython before 3.11.10 hangs in a forked process for good if, at that moment, another thread creates its thread state
 # (gh-112275), as those of a process group do at the end of a collective operation.
 FORKS_CAN_HANG = sys.version_info < (3, 11, 10)
-SETTLING_SECONDS = 0.05  # From a collective operation to a fork.
+SETTLING_SECONDS = 0.05  # From a collective operation to a fork: those threads take far less to come to rest.
 
 
 class Loader(DataLoader[tuple[Tensor, int]]):

@@ -104,7 +104,8 @@ class RunOptions:
     lr: float = option(0.05, "learning rate of the first step, or at the end of the warm-up", fixed=True)
     schedule: str = option(
         "cosine",
-        "learning-rate schedule: 'cosine', down to 0, or 'step', x0.1 after half and after three quarters of all steps",
+        "learning-rate schedule: 'cosine', down to 0, or 'step', x0.1 after half and after three quarters of the steps "
+        "after the warm-up",
         fixed=True,
     )
     warmup_epochs: int = option(
@@ -149,7 +150,7 @@ class RunOptions:
         "models with neural graphs: recompute node functions in the backward pass (activation checkpointing): less "
         "memory, more time, the same results",
     )
-    accelerator: str = option("auto", "'cpu', 'gpu' or 'auto' (a GPU if there is one)")
+    accelerator: str = option("auto", "'cpu', 'gpu' (CUDA) or 'auto' (a CUDA GPU if there is one)")
     devices: int = option(1, "devices per machine: GPUs, or processes on a CPU")
     num_nodes: int = option(1, "machines; start the same command on each, as for any Lightning run")
     workers: int | None = option(
@@ -244,6 +245,10 @@ class RunOptions:
             raise InputError("--resume, --init-from and --evaluate cannot go together: give one of them")
         if (self.compact or self.with_preprocessing or self.export is not None) and not self.evaluate:
             raise InputError("--compact and --export go with --evaluate: give the checkpoint of a trained model")
+        if self.evaluate:
+            for name in ("compile", "recompute", "pictures", "wandb", "mlflow"):
+                if getattr(self, name):
+                    raise InputError(f"{flag(name)} is for training, not for --evaluate: leave it out")
         if self.with_preprocessing and not str(self.export).endswith((".pt2", ".onnx")):
             raise InputError("--with-preprocessing goes with --export to .pt2 or .onnx: name such a file")
 

@@ -66,11 +66,11 @@ def refuse_module(module: nn.Module, reasons: Mapping[str, str]) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise InputError("a scripted module cannot be changed: make its weights sparse before torch.jit")
     for path, layer in module.named_modules():
+        if path in reasons:
+            continue
         # Only when wrapping are the weights, edges and parameters of rules that each process has drawn made equal.
         if isinstance(layer, nn.parallel.DistributedDataParallel) and layer.process_group.size() > 1:
             raise InputError(f"{path or 'the module'} is a DistributedDataParallel already: sparsify before wrapping")
-        if path in reasons:
-            continue
         if ".quantized" in type(layer).__module__:
             raise InputError(
                 f"{path or 'the module'} is quantised ({type(layer).__name__}): sparsify before, or skip it"

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from dnw_graph._compat import calls_in_progress
+from dnw_graph._compat import calls_in_progress, forward_pre_hooks
 from dnw_graph.arguments import refuse_replica, wrong
 from dnw_graph.candidates import Probed
 from dnw_graph.errors import InputError
@@ -226,13 +226,19 @@ class ForwardPass:
         return tuple(found)
 
     def settle(self, module: nn.Module, *_: Any) -> None:
-        """Hook of the module: let go of layers that are no longer below it."""
+        """Hook of the module: let go of layers that are no longer below it, and of a pass that was interrupted."""
+        if self.calls and not calls_in_progress(module):
+            self._clear()
         if all(getattr(parent, name, None) is child for parent, name, child in self._links):
             return
         inside = set(module.modules())
         gone = [weight for weight in self.weights if weight not in inside]
         self._weights = tuple(weight for weight in self._weights if weight in inside)
         self._links = self._find_links(module)
+        for each in inside - {module}:
+            for hook in forward_pre_hooks(each):
+                if isinstance(below := getattr(hook, "__self__", None), ForwardPass):
+                    below.settle(each)
         if self._splits and self._weights:
             part(self._weights, gone)
 

@@ -38,6 +38,8 @@ def densify(module: nn.Module, *, keep_hallucinated: bool = False, semi_structur
     found = {real: (layer, name) for _, layer, name, real in sparse_parameters(module)}
     if not found:
         raise InputError(f"{type(module).__name__} has no sparse weight: nothing to make dense")
+    for real in found:
+        real.current = None  # Of a forward pass that was interrupted.
     converted = _semi_structured(found) if semi_structured else {}
     part(list(found))
     graphs = {graph for real in found for _, graph in real.parts}

@@ -101,6 +101,7 @@ class Checkpoints(Checkpoint):
         self.best_epoch = 0
         self._seconds_before = 0.0
         self._started = time.monotonic()
+        self._ended: float | None = self._started
         self._in_step = False
         self._epoch_complete = True
         self._stoppable = False
@@ -110,7 +111,8 @@ class Checkpoints(Checkpoint):
     @property
     def seconds(self) -> float:
         """Time spent in training, over all parts of a resumed run."""
-        return self._seconds_before + time.monotonic() - self._started
+        now = time.monotonic() if self._ended is None else self._ended
+        return self._seconds_before + now - self._started
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the initial state, and start the clock; from now on Ctrl-C and SIGTERM wait for the end of a step."""
@@ -119,7 +121,7 @@ class Checkpoints(Checkpoint):
         self._calls = 0
         if not trainer.global_step:
             self._save(trainer, self.first)
-        self._started = time.monotonic()
+        self._started, self._ended = time.monotonic(), None
         self._save_last(trainer, due=False)
 
     def _save(self, trainer: Trainer, path: Path) -> None:
@@ -184,7 +186,8 @@ class Checkpoints(Checkpoint):
         self._save_last(trainer, due=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ignore evaluations that follow."""
+        """Stop the clock, and ignore evaluations that follow."""
+        self._ended = time.monotonic()
         self._stoppable = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -68,8 +68,17 @@ class DataModule(LightningDataModule):
         self.train_transform, self.preprocess = transforms(images.name, self.image_size, options.randaugment)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        """Return the loader of this rank's training batches."""
+        """Return the loader of this rank's training batches.
+
+        Raises:
+            InputError: If the trainer accumulates gradients: batches are counted by optimiser steps.
+        """
         images, trainer = self.images.train, self.trainer
+        if trainer.accumulate_grad_batches != 1:
+            raise InputError(
+                f"accumulate_grad_batches is {trainer.accumulate_grad_batches}: batches of a DataModule are counted by "
+                "optimiser steps; give accumulate to Classifier instead, which splits each batch"
+            )
         ranks = trainer.global_rank, trainer.world_size
         order = TrainOrder(len(images), self.batch_size, self.seed, lambda: trainer.global_step, *ranks)
         return self._loader(images, order, training=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -203,7 +204,7 @@ def _state_like(state: Any, parameter: Tensor) -> Any:
 def start_from(
     model: nn.Module, create: Callable[[int, int], nn.Module], file: ModelFile, classes: Sequence[str]
 ) -> None:
-    """Load the weights and the wiring of a trained model into a model.
+    """Load the weights and the wiring of a trained model into a model; schedules of rules start anew.
 
     If the trained model has other classes, the parts whose size depends on their number, such as the classifier, are
     not loaded.
@@ -225,14 +226,24 @@ def start_from(
     if card.class_directories != list(classes):
         with torch.random.fork_rng(devices=[]):  # the run must draw the same random numbers afterwards
             other = create(len(card.classes) + 1, card.preprocess.image_size).state_dict()
-        sized = {name.partition(".")[0] for name, value in weights.items() if other[name].shape != value.shape}
+        depth = _shared_depth(weights)
+        sized = {name.split(".")[depth] for name, value in weights.items() if other[name].shape != value.shape}
         for graph in weight_graphs(model).values():
-            layers = {weight.name.partition(".")[0] for weight in graph.weights}
+            layers = {weight.name.split(".")[depth] for weight in graph.weights}
             if len(layers) > 1 and layers & sized:
                 raise InputError(
                     f"--init-from {str(file.path)!r} has other classes, but {graph.name} share one ranking with the "
                     "classifier: leave the classifier dense, or use another --distribution"
                 )
-        fresh = {name: value for name, value in model.state_dict().items() if name.partition(".")[0] in sized}
+        fresh = {name: value for name, value in model.state_dict().items() if name.split(".")[depth] in sized}
         weights = {**weights, **fresh}
     model.load_state_dict(weights)
+    for _, ranking in rankings(model):
+        ranking.wiring.step = 0  # Schedules are those of the new run.
+
+
+def _shared_depth(names: Iterable[str]) -> int:
+    """Return how many modules lie around all parts of a model, such as the one of a wrapper's only attribute."""
+    paths = [name.split(".")[:-1] for name in names]
+    levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+    return len(list(levels)) if len(paths) > 1 else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -263,7 +264,9 @@ def _evaluate(
             if options.compact:
                 print(f"\n{small.report}")
             if options.export is not None:
-                print(export(model, options.export, example, options.with_preprocessing))
+                # Images are in float32, also for a model that was trained in float64.
+                single = copy.deepcopy(model).float() if options.precision == DOUBLE else model
+                print(export(single, options.export, example.float(), options.with_preprocessing))
             if directory:
                 print(f"written to {directory}: {', '.join(write_files(summary, small, directory))}")
     return summary

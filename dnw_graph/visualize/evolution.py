@@ -93,13 +93,13 @@ def _draw_swaps(ax: matplotlib.axes.Axes, graph: RecordedGraph, at: list[float],
 
 
 def _draw_kept(ax: matplotlib.axes.Axes, graph: RecordedGraph, at: list[float]) -> None:
-    first, last = graph.edges(0), graph.edges(-1)
-    found = [graph.edges(moment) for moment in range(len(graph))]
-    for edges, colour, dashes, label in (
-        (first, style.SIDE, "--", "of the first edges"),
-        (last, style.MAIN, "-", "of the last edges"),
-    ):
-        real = [np.isin(edges, now, assume_unique=True).mean() if len(edges) else 0 for now in found]
+    ends = graph.edges(0), graph.edges(-1)
+    shares = []
+    for moment in range(len(graph)):  # One moment in memory at a time.
+        now = graph.edges(moment)
+        shares.append([np.isin(edges, now, assume_unique=True).mean() if len(edges) else 0 for edges in ends])
+    looks = (style.SIDE, "--", "of the first edges"), (style.MAIN, "-", "of the last edges")
+    for real, (colour, dashes, label) in zip(zip(*shares, strict=True), looks, strict=True):
         ax.plot(at, real, color=colour, linestyle=dashes, label=label)
     ax.set_ylim(0, 1.02)
     ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")

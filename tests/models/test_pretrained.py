@@ -206,6 +206,30 @@ def test_what_goes_to_the_hub_and_comes_from_it(hub, images: Tensor, tmp_path: P
     assert torch.equal(hub.from_pretrained("user/model", revision="v1")(images), model(images))
 
 
+def test_no_repository_is_created_for_a_model_that_cannot_be_written(hub, monkeypatch: pytest.MonkeyPatch):
+    from huggingface_hub import HfApi
+
+    created: list[object] = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda *args, **options: created.append(args))
+    with pytest.raises(InputError):
+        hub.push_to_hub(torch.nn.Linear(2, 2), "user/model")
+    assert not created
+
+
+def test_without_a_network_the_hub_is_an_input_error(hub, monkeypatch: pytest.MonkeyPatch):
+    from huggingface_hub import HfApi
+
+    def unreachable(*args: object, **options: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(HfApi, "create_repo", unreachable)
+    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(InputError, match="cannot be uploaded"):
+        hub.push_to_hub(trained(), "user/model")
+    with pytest.raises(InputError, match="no repository on the hub"):
+        hub.from_pretrained("user/model")
+
+
 def test_a_sparse_model_goes_to_the_hub_and_a_second_one_replaces_its_page(hub, images: Tensor, tmp_path: Path):
     model = trained()
     sparsify(model.classifier, 0.5, "random_graph")

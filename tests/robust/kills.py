@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -226,11 +227,13 @@ def run_to_the_end(words: list[str], folder: Path) -> int | None:
         return main.returncode
     left = alive(main.pid)
     for process in left:
-        os.kill(process, STACKS)
+        with suppress(ProcessLookupError):
+            os.kill(process, STACKS)
         time.sleep(1)  # Else their lines mix.
     print(f"main process {main.pid}, status {main.poll()}, processes {left}:\n{log.read_text()}")
-    for process in left:
-        os.kill(process, signal.SIGKILL)
+    for process in alive(main.pid):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
     main.wait()
     return None
 

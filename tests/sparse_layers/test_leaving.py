@@ -135,12 +135,13 @@ def test_a_layer_without_a_real_weight_may_leave(wiring):
     torch.testing.assert_close(model(X), expected)
 
 
-def test_a_layer_with_a_ranking_of_its_own_is_let_go():
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_layer_with_a_ranking_of_its_own_is_let_go(place):
     model = nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8)), nn.Linear(8, 3))
     sparsify(model, 0.4, "random_graph")
-    layer, kind = weakref.ref(model[0][0]), weakref.ref(type(model[0][0]))
-    assert keeps_methods(model[0][0])
-    model[0][0] = nn.Linear(6, 8)
+    layer, kind = weakref.ref(model[0][place]), weakref.ref(type(model[0][place]))
+    assert keeps_methods(model[0][place])
+    model[0][place] = nn.Linear(model[0][place].in_features, 8)
     model(X)
     gc.collect()
     assert (layer(), kind()) == (None, None)

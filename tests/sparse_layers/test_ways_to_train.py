@@ -18,7 +18,7 @@ from torch import nn
 
 import dnw_graph
 from dnw_graph import InputError
-from dnw_graph.sparse_layers import densify, sparsify, weight_graphs
+from dnw_graph.sparse_layers import dense_state_dict, densify, sparsify, weight_graphs
 from dnw_graph.sparse_layers.weight_graph import WeightGraph
 
 
@@ -232,10 +232,26 @@ def test_a_pass_after_an_interrupted_one_chooses_anew():
     model.load_state_dict(changed, strict=False)
     model.eval()
     x = torch.randn(2, 8)
+    state = dense_state_dict(model)
     found = model(x)
+    assert torch.equal(state["0.weight"], model[0].weight)
     torch.testing.assert_close(
         found, F.linear(F.linear(x, model[0].weight, model[0].bias), model[2].weight, model[2].bias)
     )
+
+
+def test_densify_after_an_interrupted_pass():
+    model = nn.Sequential(nn.Linear(8, 8), Interrupted())
+    sparsify(model, 0.25)
+    model[1].now = True
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(2, 8))
+    weight = torch.randn(8, 8)
+    with torch.no_grad():
+        model[0].parametrizations.weight.original.copy_(weight)
+    densify(model)
+    strongest = weight.abs() >= weight.abs().flatten().topk(16).values[-1]
+    assert torch.equal(model[0].weight, weight * strongest)
 
 
 class Twice(nn.Module):

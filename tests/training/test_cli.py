@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +110,10 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]):
         (["train", "--model", "resnet5"], "unknown model 'resnet5': did you mean 'resnet50'"),
         (["train", "--densty", "0.1", "--model", "resnet18"], "unknown option --densty: did you mean --density?"),
         (["train", "--config", "mobilenet_v1_dnw_x225"], "did you mean mobilenet_v1_dnw_x0.225"),
+        (["train", "--init-from", "run", "--model", "resnet18"], "--model is 'resnet18', but run/best.ckpt holds"),
+        (["evaluate", "run", "--model", "resnet18"], "--model is 'resnet18', but run/best.ckpt holds"),
+        (["evaluate", "run", "--data", "digits", "--compile"], "--compile is for training, not for --evaluate"),
+        (["evaluate", "run", "--data", "digits", "--wandb", "x"], "--wandb is for training, not for --evaluate"),
         (["evaluate"], "evaluate needs a model"),
         (["evaluate", "nowhere"], "'nowhere' does not exist"),
         (["evaluate", "x.safetensors"], "x.safetensors does not name its test images: give them with --data"),
@@ -231,6 +237,16 @@ def test_predict_gives_csv_for_a_directory(
         names, probabilities = zip(*expected(model, trained / path), strict=True)
         assert tuple(found[::2]) == names
         assert [float(x) for x in found[1::2]] == pytest.approx(probabilities, abs=1e-4)
+
+
+@pytest.mark.parametrize("output", [(), ("--output", "x.csv")])
+def test_names_of_images_need_not_be_utf_8(output: tuple[str, ...], trained: Path, capfdbinary: Any):
+    os.mkdir("odd")
+    shutil.copy("images/deep/0.png", b"odd/\xff.png")
+    command = [sys.executable, "-m", "dnw_graph.cli", "predict", "run", "odd", *output]
+    assert subprocess.run(command, check=False).returncode == 0
+    text = Path("x.csv").read_bytes() if output else capfdbinary.readouterr().out
+    assert text.splitlines()[1].startswith(b"odd/\xff.png,")
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt2", pytest.param("onnx", marks=pytest.mark.slow)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import struct
 import subprocess
 import sys
 import zipfile
@@ -16,7 +18,7 @@ import onnx
 import pytest
 import torch
 from conftest import TinyModel, create_tiny
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from torch import nn
 
@@ -235,6 +237,32 @@ def test_images_are_turned_as_exif_says(tmp_path: Path):
     assert image.size == (16, 8)  # it stays as it was
 
 
+def with_wrong_tag(tag: int, kind: int, count: int, value: bytes, ending: str = "JPEG") -> Image.Image:
+    """An image that was turned, with another EXIF tag that Pillow cannot write again."""
+    entries = sorted(struct.pack("<HHI4s", *each) for each in ((0x112, 3, 1, b"\6\0\0\0"), (tag, kind, count, value)))
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4)
+    file = io.BytesIO()
+    Image.new("RGB", (40, 20)).save(file, ending, exif=exif)
+    return Image.open(file)
+
+
+def test_images_are_turned_whatever_else_is_in_exif():
+    assert rgb(with_wrong_tag(0x102, 4, 1, struct.pack("<I", 70000))).size == (20, 40)
+    assert rgb(with_wrong_tag(0x11B, 2, 4, b"abc\0")).size == (20, 40)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_every_orientation_is_that_of_pillow(orientation: int, ending: str, tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"x.{ending}", exif=exif)
+    with Image.open(tmp_path / f"x.{ending}") as image:
+        expected = ImageOps.exif_transpose(image)
+    assert np.array_equal(np.asarray(rgb(Image.open(tmp_path / f"x.{ending}"))), np.asarray(expected))
+
+
 def test_tensors_are_prepared_like_images():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8))
     preprocess = Preprocessing(16, 20, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
@@ -324,3 +352,10 @@ def test_preprocessing_that_is_not_known_is_not_baked_in(directory: Path, model:
     for source, name in ((model, "x.pt2"), (load(directory), "x.safetensors")):
         with pytest.raises(InputError, match=r"preprocessing can be part of .pt2 and .onnx files of models"):
             export(source, directory / name, torch.zeros(2, 3, 16, 16), with_preprocessing=True)
+
+
+def test_a_card_larger_than_its_file_is_refused(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "x.pt2", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/card.json", b" " * 2**20)
+    with pytest.raises(InputError, match="has no card that can be read"):
+        _ = ModelFile(tmp_path / "x.pt2").card

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from pairs import rest_is_slow
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import flop_registry
 
 from dnw_graph import Continuous, Discrete, L1Anneal, NeuralGraph, Schedule, TargetedDropout, Wiring
@@ -358,3 +359,41 @@ def test_a_step_that_is_counted_keeps_no_more_than_others(small_digits: ImageDat
     fit(model, small_digits, options(epochs=1, lr=0.05, batch_size=16), kept)
     assert len(kept.steps) > 1
     assert len({sum(step.values()) for step in kept.steps}) == 1
+
+
+class Plain(LightningModule):
+    """Takes batches without labels, and fails once in its second step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = NeuralGraph((4, 8, 2), 20, name="g")
+        self.fails = True
+        self.totals: list[int] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if self.fails and batch_idx == 1:
+            raise StoppedError
+        return self.graph(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def test_any_batches_and_another_fit_after_one_that_failed():
+    module = Plain()
+    cost = TrainingCost(module)
+    data = DataLoader(torch.randn(8, 4, 5, 5), batch_size=4)
+
+    def costs() -> int:
+        before = cost.multiply_adds
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        Trainer(max_epochs=1, accelerator="cpu", callbacks=[cost], **quiet).fit(module, data)
+        return cost.multiply_adds - before
+
+    with pytest.raises(StoppedError):
+        costs()
+    per_step = cost.multiply_adds
+    module.fails = False
+    assert per_step > 0
+    assert per_step % 4 == 0
+    assert [costs(), costs()] == [2 * per_step] * 2

@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from test_checkpoints import STEPS, CrashError, crash, crash_at, without_time
-from torch import nn
+from torch import Tensor, nn
 
 from dnw_graph import InputError, sparsify
 from dnw_graph.data.sources import ImageData
 from dnw_graph.loading import ModelFile
+from dnw_graph.ranking import rankings
 from dnw_graph.recipes.options import RunOptions
-from dnw_graph.training import Stopped, read_checkpoint, run
+from dnw_graph.training import SCHEDULES, Classifier, DataModule, Stopped, read_checkpoint, run
 from dnw_graph.training.resuming import start_from
 
 Create = Callable[[int, int], nn.Module]
@@ -146,3 +147,52 @@ def test_other_classes_cannot_share_a_ranking(small_digits: ImageData, options: 
     file = ModelFile(Path(f"{chosen.output}/last.ckpt"))
     with pytest.raises(InputError, match="all layers share one ranking with the classifier"):
         start_from(Sparse(3), lambda classes, size: Sparse(classes), file, ["0", "1", "2"])
+
+
+class Wrapped(nn.Module):
+    """A model under its only attribute."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Linear(8, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_parts_under_one_attribute_are_loaded_where_they_fit(small_digits: ImageData, options: Options):
+    chosen = options(epochs=1, image_size=8)
+    run(lambda classes, size: Wrapped(classes), {}, chosen, small_digits)
+    file = ModelFile(Path(f"{chosen.output}/last.ckpt"))
+    trained = file.model(lambda classes, size: Wrapped(classes))
+    new = Wrapped(3)
+    before = new.net[2].weight.clone()
+    start_from(new, lambda classes, size: Wrapped(classes), file, ["0", "1", "2"])
+    assert torch.equal(new.net[1].weight, trained.net[1].weight)
+    assert torch.equal(new.net[2].weight, before)
+
+
+def test_schedules_of_rules_start_anew_from_a_trained_model(small_digits: ImageData, options: Options):
+    def create(classes: int, size: int) -> nn.Module:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
+        sparsify(model, 0.2, "rigl")
+        return model
+
+    chosen = options(epochs=1, image_size=8, ema=0.5)
+    run(create, {}, chosen, small_digits)
+    file = ModelFile(Path(f"{chosen.output}/last.ckpt"))
+    state = file.model(create).state_dict()
+    steps = [int(value) for name, value in state.items() if name.endswith(".step")]
+    assert steps == [len(small_digits.train) // chosen.batch_size]
+    new = create(10, 8)
+    start_from(new, create, file, small_digits.classes)
+    assert [graph.wiring.step for _, graph in rankings(new)] == [0]
+
+
+def test_a_data_module_is_not_for_trainers_that_accumulate(small_digits: ImageData, options: Options):
+    data = DataModule(small_digits, options(image_size=8))
+    module = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), 10, SCHEDULES["cosine"](10), 0.1, 0.9, 0.0, 0)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(max_epochs=1, accelerator="cpu", accumulate_grad_batches=2, **quiet)
+    with pytest.raises(InputError, match=r"accumulate_grad_batches is 2.*give accumulate to Classifier"):
+        trainer.fit(module, data)

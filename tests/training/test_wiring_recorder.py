@@ -179,3 +179,12 @@ def test_a_run_writes_pictures_when_asked(
     assert {path.name for path in (directory / "pictures").iterdir()} == expected
     events = EventAccumulator(str(directory / "tensorboard")).Reload()
     assert "wiring/tiny" in events.Tags()["images"]
+
+
+def test_a_second_fit_has_a_recording_of_its_own():
+    recorder = WiringRecorder()
+    fit(recorder, 2)
+    first = recorder.recording
+    fit(recorder, 3)
+    assert recorder.recording is not first
+    assert [moment.step for moment in recorder.recording.moments] == [0, 6, 12, 18]

@@ -3,15 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from dnw_graph import SET, STR, InputError, RigL, sparsify
+from dnw_graph import GMP, SET, STR, InputError, RigL, sparsify
 from dnw_graph.sparse_layers import weight_graphs
 from dnw_graph.training import Classifier, DataModule, ImageData, RunOptions, WiringUpdates
 
@@ -173,3 +175,61 @@ def test_every_optimiser_of_a_module_is_attached_to_the_graphs_that_it_has():
     assert all(
         graph.real_index.tolist() != old for graph, old in zip(weight_graphs(module).values(), before, strict=True)
     )
+
+
+def test_a_loader_of_unknown_length_needs_the_number_of_steps():
+    with pytest.raises(InputError, match=r"does not know how many steps training has.*WiringUpdates\(num_steps=…\)"):
+        fit(Module(GMP()), DataLoader(Stream()), max_epochs=1)
+
+
+def test_a_changing_accumulation_needs_the_number_of_steps():
+    data = DataLoader(TensorDataset(torch.randn(24, 6), torch.arange(24) % 3), batch_size=4)
+    scheduler = GradientAccumulationScheduler({0: 4})
+    with pytest.raises(InputError, match="GradientAccumulationScheduler changes how many batches a step has"):
+        fit(Module(GMP(every=1)), data, callbacks=[WiringUpdates(), scheduler])
+    model = Module(GMP(every=1))
+    fit(model, data, callbacks=[WiringUpdates(2, 2), scheduler], max_epochs=1)
+    assert {graph.wiring.num_steps for graph in weight_graphs(model).values()} == {2}
+
+
+class Resumable:
+    """A loader of six batches that has a state."""
+
+    def __init__(self) -> None:
+        self.at, self.seen = 0, []
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        while self.at < 6:
+            self.at += 1
+            self.seen.append(self.at)
+            yield [torch.randn(4, 6), torch.arange(4) % 3]
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+class Saving(Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == 4:
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_resumable_loader_goes_on_where_it_was(tmp_path: Path):
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    seen = []
+    for path, callbacks in ((None, [Saving(tmp_path / "x.ckpt")]), (tmp_path / "x.ckpt", [])):
+        loader = Resumable()
+        trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[WiringUpdates(), *callbacks], **quiet)
+        trainer.fit(Module("set"), loader, ckpt_path=path, weights_only=False)
+        seen.append(loader.seen)
+    assert seen == [[1, 2, 3, 4, 5, 6], [5, 6]]
