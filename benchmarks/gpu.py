@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Treat SIGTERM and SIGHUP like Ctrl-C: tasks have sessions of their own, and would run on."""
+    signals = signal.SIGTERM, signal.SIGHUP
+    before = [signal.signal(number, signal.default_int_handler) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 def tasks(output: Path, data: str, data_name: str, dry_run: bool) -> Iterator[Task]:
@@ -169,17 +181,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not (options.dry_run or torch.cuda.is_available()):
         parser.error("PyTorch sees no GPU here: use a machine with one, or --dry-run")
-    for number in (signal.SIGTERM, signal.SIGHUP):  # The tasks have sessions of their own and would run on.
-        signal.signal(number, signal.default_int_handler)
     end = time.monotonic() + 60 * options.minutes
     every = list(tasks(options.output, options.data, options.data_name, options.dry_run))
     states: dict[str, str] = {}
-    for each in every:
-        left = end - time.monotonic() - LAST_WORDS
-        if each.done or left < LAST_WORDS:
-            continue
-        print(f"{each.name}, at most {left / 60:.1f} minutes", flush=True)
-        states[each.name] = each.run(left)
+    with _ending_on_signals():
+        for each in every:
+            left = end - time.monotonic() - LAST_WORDS
+            if each.done or left < LAST_WORDS:
+                continue
+            print(f"{each.name}, at most {left / 60:.1f} minutes", flush=True)
+            states[each.name] = each.run(left)
     lines, figures = summary(every, states)
     print("\n" + "\n".join(lines))
     write_whole(options.output / "gpu.md", ("\n".join(lines) + "\n").encode(), "--output")

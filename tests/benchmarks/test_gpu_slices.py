@@ -1,7 +1,10 @@
 """``benchmarks/gpu.py``: slices that end in time and go on, and all of it on a CPU with tiny sizes."""
 
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -88,6 +91,25 @@ def commands_with(word):
         with suppress(OSError):  # A process that has just ended.
             found.append(path.read_bytes())
     return [command for command in found if word.encode() in command]
+
+
+def test_sigterm_ends_the_task_too(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LAST_WORDS", 1.0)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    mark = tmp_path / "child"
+    task = gpu.Task("parent", ["-c", PARENT.replace("RESULT", str(mark))], tmp_path / "none.json", tmp_path / "log")
+    monkeypatch.setattr(gpu, "tasks", lambda *_: iter([task]))
+    before = signal.getsignal(signal.SIGTERM)
+    timer = threading.Timer(4.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--minutes", "9", "--output", str(tmp_path)])
+    timer.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    end = time.monotonic() + 10
+    while commands_with(str(mark)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not commands_with(str(mark))
 
 
 def test_failed_tests_are_done_again(gpu, tmp_path):
