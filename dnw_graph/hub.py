@@ -21,10 +21,12 @@ from dnw_graph.weights_file import save_weights
 
 try:
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 except ImportError as error:
     raise InputError("dnw_graph.hub needs huggingface_hub: install the extra dnw-graph[hub]") from error
 
+# Errors of the HTTP client, of which huggingface_hub's are kinds, of its checks, and of the system.
+FAILURES: Any = (*HfHubHTTPError.__bases__, EntryNotFoundError, HFValidationError, OSError)
 FILE = "model.safetensors"
 ABOUT: dict[str, Any] = {
     "library_name": "dnw_graph",
@@ -56,7 +58,7 @@ class HubModel(huggingface_hub.ModelHubMixin):
             return cls(load(Path(model_id) / FILE))
         try:
             return cls(load(huggingface_hub.hf_hub_download(model_id, FILE, **options)))
-        except (HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        except FAILURES as error:
             message = f"{model_id!r} is not a directory, and no repository on the hub with {FILE} ({_reason(error)})"
             raise InputError(message) from error
 
@@ -98,7 +100,7 @@ def push_to_hub(model: nn.Module, name: str, **options: Any) -> str:
         hub_model.save_pretrained(Path(directory))
     try:
         return str(hub_model.push_to_hub(name, **options))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except FAILURES as error:
         raise InputError(f"{name!r} cannot be uploaded ({_reason(error)})") from error
 
 

@@ -216,11 +216,13 @@ def test_no_repository_is_created_for_a_model_that_cannot_be_written(hub, monkey
     assert not created
 
 
-def test_without_a_network_the_hub_is_an_input_error(hub, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("of_the_client", [True, False])
+def test_without_a_network_the_hub_is_an_input_error(of_the_client: bool, hub, monkeypatch: pytest.MonkeyPatch):
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     def unreachable(*args: object, **options: object) -> None:
-        raise ConnectionError("no network")
+        raise (HfHubHTTPError.__bases__[0] if of_the_client else ConnectionError)("no network")
 
     monkeypatch.setattr(HfApi, "create_repo", unreachable)
     monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", unreachable)
