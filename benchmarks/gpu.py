@@ -78,17 +78,20 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """End a process and all that it started, after some time for the last checkpoint."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(LAST_WORDS)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(LAST_WORDS)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @contextmanager
 def _ending_on_signals() -> Iterator[None]:
     """Treat SIGTERM and SIGHUP like Ctrl-C: tasks have sessions of their own, and would run on."""
-    signals = signal.SIGTERM, signal.SIGHUP
+    every = signal.SIGTERM, signal.SIGHUP
+    signals = [number for number in every if signal.getsignal(number) is not signal.SIG_IGN]  # as under nohup
     before = [signal.signal(number, signal.default_int_handler) for number in signals]
     try:
         yield

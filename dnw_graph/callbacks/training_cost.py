@@ -94,6 +94,8 @@ class TrainingCost(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop counting, also within a step."""
+        if self._counts:  # The counts of this epoch are incomplete.
+            self._counted_epoch = -1
         self._in_step = False
         self._stop_counting()
         self.on_fit_end(trainer, pl_module)

@@ -50,12 +50,7 @@ class WiringUpdates(Callback):
             forget_loaders(trainer)
         callbacks: Sequence[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         if any(isinstance(each, GradientAccumulationScheduler) for each in callbacks):
-            require(
-                None not in (self.num_steps, self.steps_per_epoch),
-                "WiringUpdates: num_steps and steps_per_epoch",
-                "numbers, as GradientAccumulationScheduler changes how many batches a step has",
-                (self.num_steps, self.steps_per_epoch),
-            )
+            num_steps, steps_per_epoch = self.num_steps, self.steps_per_epoch  # The others are of its first value only.
         for optimizer in trainer.optimizers:
             updates = attach_beside(pl_module, optimizer, trainer.optimizers, num_steps, steps_per_epoch)
             self.updates.append(updates)

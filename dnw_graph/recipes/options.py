@@ -245,10 +245,6 @@ class RunOptions:
             raise InputError("--resume, --init-from and --evaluate cannot go together: give one of them")
         if (self.compact or self.with_preprocessing or self.export is not None) and not self.evaluate:
             raise InputError("--compact and --export go with --evaluate: give the checkpoint of a trained model")
-        if self.evaluate:
-            for name in ("compile", "recompute", "pictures", "wandb", "mlflow"):
-                if getattr(self, name):
-                    raise InputError(f"{flag(name)} is for training, not for --evaluate: leave it out")
         if self.with_preprocessing and not str(self.export).endswith((".pt2", ".onnx")):
             raise InputError("--with-preprocessing goes with --export to .pt2 or .onnx: name such a file")
 

@@ -28,6 +28,7 @@ from dnw_graph.wirings import WIRINGS
 
 BAD_INPUT = 2
 # One file per row of the paper's tables.
+TRAINING_ONLY = ("compile", "recompute", "pictures", "wandb", "mlflow")  # Options without effect on an evaluation.
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 # Names that other programs use for options of this one.
@@ -164,6 +165,12 @@ def read_options(
             f"the options cannot be read ({type(error).__name__}: {error}): give values as --help says, and with "
             "--config a YAML file of them"
         ) from error
+    if given.get("evaluate"):
+        # Only what is typed: the configuration of a run may have them too.
+        typed = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+        for name in TRAINING_ONLY:
+            if flag(name) in typed:
+                raise InputError(f"{flag(name)} is for training, not for --evaluate: leave it out")
     started = launched()
     for name, number in started.items():
         if given.get(name, number) != number:

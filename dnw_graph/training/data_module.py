@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -74,10 +76,12 @@ class DataModule(LightningDataModule):
             InputError: If the trainer accumulates gradients: batches are counted by optimiser steps.
         """
         images, trainer = self.images.train, self.trainer
-        if trainer.accumulate_grad_batches != 1:
+        callbacks: Sequence[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        scheduled = any(isinstance(each, GradientAccumulationScheduler) for each in callbacks)
+        if scheduled or trainer.accumulate_grad_batches != 1:
             raise InputError(
-                f"accumulate_grad_batches is {trainer.accumulate_grad_batches}: batches of a DataModule are counted by "
-                "optimiser steps; give accumulate to Classifier instead, which splits each batch"
+                "batches of a DataModule are counted by optimiser steps, so accumulate_grad_batches must stay 1: give "
+                "accumulate to Classifier instead, which splits each batch"
             )
         ranks = trainer.global_rank, trainer.world_size
         order = TrainOrder(len(images), self.batch_size, self.seed, lambda: trainer.global_step, *ranks)

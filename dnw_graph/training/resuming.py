@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -226,7 +226,8 @@ def start_from(
     if card.class_directories != list(classes):
         with torch.random.fork_rng(devices=[]):  # the run must draw the same random numbers afterwards
             other = create(len(card.classes) + 1, card.preprocess.image_size).state_dict()
-        depth = _shared_depth(weights)
+        ranked = [weight.name for graph in weight_graphs(model).values() for weight in graph.weights]
+        depth = _shared_depth([*weights, *ranked])
         sized = {name.split(".")[depth] for name, value in weights.items() if other[name].shape != value.shape}
         for graph in weight_graphs(model).values():
             layers = {weight.name.split(".")[depth] for weight in graph.weights}
@@ -242,8 +243,10 @@ def start_from(
         ranking.wiring.step = 0  # Schedules are those of the new run.
 
 
-def _shared_depth(names: Iterable[str]) -> int:
+def _shared_depth(names: Collection[str]) -> int:
     """Return how many modules lie around all parts of a model, such as the one of a wrapper's only attribute."""
-    paths = [name.split(".")[:-1] for name in names]
+    # A sparse weight counts as the parameter it was.
+    paths = [name.partition(".parametrizations.")[0].split(".") for name in names]
+    paths = [path if ".parametrizations." in name else path[:-1] for path, name in zip(paths, names, strict=True)]
     levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
     return len(list(levels)) if len(paths) > 1 else 0

@@ -99,13 +99,23 @@ def test_sigterm_ends_the_task_too(gpu, tmp_path, monkeypatch):
     mark = tmp_path / "child"
     task = gpu.Task("parent", ["-c", PARENT.replace("RESULT", str(mark))], tmp_path / "none.json", tmp_path / "log")
     monkeypatch.setattr(gpu, "tasks", lambda *_: iter([task]))
-    before = signal.getsignal(signal.SIGTERM)
-    timer = threading.Timer(4.0, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        gpu.main(["--minutes", "9", "--output", str(tmp_path)])
-    timer.join()
-    assert signal.getsignal(signal.SIGTERM) is before
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def stop():
+        end = time.monotonic() + 60
+        while not mark.exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gpu.main(["--minutes", "9", "--output", str(tmp_path)])
+        thread.join()
+        assert mark.exists()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     end = time.monotonic() + 10
     while commands_with(str(mark)) and time.monotonic() < end:
         time.sleep(0.1)

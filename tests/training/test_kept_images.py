@@ -70,7 +70,7 @@ def test_small_images_are_decoded_once(monkeypatch: pytest.MonkeyPatch, size: in
     data = DataModule(ImageData("directory", images, images, ["0", "1", "2", "3"]), options)
 
     class Trainer:
-        accumulate_grad_batches = 1
+        accumulate_grad_batches, callbacks = 1, ()
         global_step, global_rank, world_size = 0, 0, 1
 
         class strategy:  # noqa: N801

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from test_checkpoints import STEPS, CrashError, crash, crash_at, without_time
 from torch import Tensor, nn
 
@@ -193,6 +194,22 @@ def test_a_data_module_is_not_for_trainers_that_accumulate(small_digits: ImageDa
     data = DataModule(small_digits, options(image_size=8))
     module = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), 10, SCHEDULES["cosine"](10), 0.1, 0.9, 0.0, 0)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = Trainer(max_epochs=1, accelerator="cpu", accumulate_grad_batches=2, **quiet)
-    with pytest.raises(InputError, match=r"accumulate_grad_batches is 2.*give accumulate to Classifier"):
-        trainer.fit(module, data)
+    for wrong in ({"accumulate_grad_batches": 2}, {"callbacks": [GradientAccumulationScheduler({1: 2})]}):
+        trainer = Trainer(max_epochs=1, accelerator="cpu", **wrong, **quiet)
+        with pytest.raises(InputError, match=r"accumulate_grad_batches must stay 1: give accumulate to Classifier"):
+            trainer.fit(module, data)
+
+
+def test_a_single_sparse_weight_is_loaded_or_not_as_a_whole(small_digits: ImageData, options: Options):
+    def create(classes: int, size: int) -> nn.Module:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, classes, bias=False))
+        sparsify(model, 0.2)
+        return model
+
+    chosen = options(epochs=1, image_size=8)
+    run(create, {}, chosen, small_digits)
+    file = ModelFile(Path(f"{chosen.output}/last.ckpt"))
+    new = create(3, 8)
+    before = new[1].weight.clone()
+    start_from(new, create, file, ["0", "1", "2"])
+    assert torch.equal(new[1].weight, before)

@@ -185,11 +185,12 @@ def test_a_loader_of_unknown_length_needs_the_number_of_steps():
 def test_a_changing_accumulation_needs_the_number_of_steps():
     data = DataLoader(TensorDataset(torch.randn(24, 6), torch.arange(24) % 3), batch_size=4)
     scheduler = GradientAccumulationScheduler({0: 4})
-    with pytest.raises(InputError, match="GradientAccumulationScheduler changes how many batches a step has"):
+    with pytest.raises(InputError, match=r"does not know how many steps.*WiringUpdates"):
         fit(Module(GMP(every=1)), data, callbacks=[WiringUpdates(), scheduler])
     model = Module(GMP(every=1))
     fit(model, data, callbacks=[WiringUpdates(2, 2), scheduler], max_epochs=1)
     assert {graph.wiring.num_steps for graph in weight_graphs(model).values()} == {2}
+    fit(Module("random_graph"), data, callbacks=[WiringUpdates(), scheduler])
 
 
 class Resumable:
