@@ -26,14 +26,12 @@ BATCH, MEAN, STD = 128, (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 
 def main() -> None:
     """Print a row for each way and seed, and one for the mean of each way."""
-    parser = arguments(__doc__ or "", takes=())
+    parser = arguments(__doc__ or "", takes=("threads",))
     parser.add_argument("data", type=Path, help="the folder with train and test")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each way")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of each training")
     parser.add_argument("--images", type=int, nargs=2, default=(5000, 2000), help="images to train on and to test on")
     options = parser.parse_args()
-    options.device = torch.device("cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
     parts = [load(options.data / part, count) for part, count in zip(("train", "test"), options.images, strict=True)]

@@ -70,9 +70,11 @@ def arguments(description: str, takes: Sequence[str] = COMMON) -> argparse.Argum
     """Return a parser with ``--json`` and those of the common options that a benchmark takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--json", type=Path, default=None, help="also write the figures to this file")
-    parser.set_defaults(device=torch.device("cpu"))
+    cpu = torch.device("cpu")
     if "device" in takes:
-        parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
+        parser.add_argument("--device", type=torch.device, default=cpu, help="cpu or cuda")
+    else:
+        parser.set_defaults(device=cpu)
     if "threads" in takes:
         parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's choice)")
     if "rounds" in takes:

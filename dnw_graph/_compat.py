@@ -7,9 +7,10 @@ No other module may use one (``tests/test_private_interfaces.py``). If a new ver
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from types import FrameType, ModuleType
 from typing import Any, TypeVar, cast
@@ -35,6 +36,7 @@ __all__ = [
     "convolves_as_pytorch",
     "forget_loaders",
     "forward_pre_hooks",
+    "frames_of",
     "functorch_active",
     "has_bfloat16_products",
     "has_hooks",
@@ -232,26 +234,25 @@ def solver_names() -> Iterable[str]:
     return SOLVERS
 
 
+def frames_of(top: FrameType | None) -> Iterator[FrameType]:
+    """Yield a frame and those that it was called from."""
+    while top is not None:
+        yield top
+        top = top.f_back
+
+
 def calls_in_progress(module: nn.Module) -> int:
     """Return how many calls of a module are running, in all threads."""
-    count = 0
-    for top in sys._current_frames().values():
-        frame: FrameType | None = top
-        while frame is not None:
-            count += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module
-            frame = frame.f_back
-    return count
+    frames = itertools.chain.from_iterable(map(frames_of, sys._current_frames().values()))
+    return sum(frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module for frame in frames)
 
 
 # A step calls its hooks itself, and that of a subclass calls those of its base class again; neither says which it is.
 def steps_in_progress(optimizer: torch.optim.Optimizer) -> int:
     """Return how many calls of an optimiser's ``step`` are running: its own, and those of its base classes."""
-    count, frame = 0, inspect.currentframe()
-    while frame is not None:
-        hooked = frame.f_code.co_qualname == "Optimizer.profile_hook_step.<locals>.wrapper"
-        count += hooked and frame.f_locals.get("self") is optimizer
-        frame = frame.f_back
-    return count
+    step = "Optimizer.profile_hook_step.<locals>.wrapper"
+    frames = frames_of(inspect.currentframe())
+    return sum(frame.f_code.co_qualname == step and frame.f_locals.get("self") is optimizer for frame in frames)
 
 
 def import_pyg() -> ModuleType:

@@ -13,6 +13,12 @@ from dnw_graph.arguments import checked, require
 from dnw_graph.updates import Updates, attach_beside
 
 
+def accumulation_changes(trainer: Trainer) -> bool:
+    """Return whether a callback changes how many batches a step has."""
+    callbacks: Sequence[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return any(isinstance(each, GradientAccumulationScheduler) for each in callbacks)
+
+
 class WiringUpdates(Callback):
     """Calls :func:`dnw_graph.attach` before training starts: all that rules need in a Lightning run.
 
@@ -48,8 +54,7 @@ class WiringUpdates(Callback):
             steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) or None
         if trainer.ckpt_path is not None:
             forget_loaders(trainer)
-        callbacks: Sequence[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        if any(isinstance(each, GradientAccumulationScheduler) for each in callbacks):
+        if accumulation_changes(trainer):
             num_steps, steps_per_epoch = self.num_steps, self.steps_per_epoch  # The others are of its first value only.
         for optimizer in trainer.optimizers:
             updates = attach_beside(pl_module, optimizer, trainer.optimizers, num_steps, steps_per_epoch)

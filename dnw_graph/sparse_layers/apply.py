@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from dnw_graph._compat import frames_of
 from dnw_graph.arguments import checked
 from dnw_graph.errors import InputError
 from dnw_graph.sparse_layers.access import sparse_chain, sparse_parameters
@@ -19,7 +20,7 @@ from dnw_graph.sparse_layers.forward_pass import ForwardPass, RealWeights
 from dnw_graph.sparse_layers.layer_edges import suits
 from dnw_graph.sparse_layers.layers import LayerWeight, find_weights, own_parameters
 from dnw_graph.sparse_layers.over_edges import over_edges
-from dnw_graph.sparse_layers.reading import ReadWeight
+from dnw_graph.sparse_layers.reading import ReadWeight, name_of_candidates
 from dnw_graph.sparse_layers.state import before_loading
 from dnw_graph.sparse_layers.table import SparsityRow, SparsityTable
 from dnw_graph.sparse_layers.weight_graph import WeightGraph
@@ -189,18 +190,14 @@ def _assign(otherwise: Callable[[nn.Module, str, Any], None]) -> Callable[[nn.Mo
 
 def _refuse_swap(real: RealWeights, value: Tensor) -> None:
     """Refuse assignments that would be undone later by assigning the values read before, which lack candidates."""
-    layer, _, name = real.name.rpartition(".")
-    original = f"{layer}.parametrizations.{name}.original".lstrip(".")
+    original = name_of_candidates(real.name)
     if isinstance(value, ReadWeight):
         raise InputError(
             f"{real.name} is sparse, and values read from a sparse weight are not its candidates: save and assign "
             f"{original} instead, or give a clone()"
         )
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "functional_call":
-            raise InputError(f"{real.name} is sparse: give functional_call its candidates, by the name {original}")
-        frame = frame.f_back
+    if any(frame.f_code.co_name == "functional_call" for frame in frames_of(inspect.currentframe())):
+        raise InputError(f"{real.name} is sparse: give functional_call its candidates, by the name {original}")
 
 
 def _refuse_pickling(module: nn.Module) -> NoReturn:

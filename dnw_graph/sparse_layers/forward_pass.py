@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from dnw_graph._compat import calls_in_progress, forward_pre_hooks
+from dnw_graph._compat import calls_in_progress, forward_pre_hooks, frames_of
 from dnw_graph.arguments import refuse_replica, wrong
 from dnw_graph.candidates import Probed
 from dnw_graph.errors import InputError
@@ -175,15 +175,14 @@ def part(below: Collection[RealWeights], others: Iterable[RealWeights] = ()) -> 
 
 def _refuse_pretrained(real: RealWeights, *_: Any) -> None:
     """Refuse a save that ``from_pretrained`` could not load: it would make a dense model and redraw the weight."""
-    frame = inspect.currentframe()
-    # What ``save_weights`` writes is complete, for the hub too.
-    while frame is not None and frame.f_code.co_name != "save_weights":
+    for frame in frames_of(inspect.currentframe()):
+        if frame.f_code.co_name == "save_weights":  # What it writes is complete, for the hub too.
+            return
         if frame.f_code.co_name == "save_pretrained":
             raise InputError(
                 f"{real.name} is sparse, and from_pretrained would not find it: call "
                 "save_pretrained(…, state_dict=dense_state_dict(model)), or densify(…) a copy of the model first"
             )
-        frame = frame.f_back
 
 
 class ForwardPass:

@@ -75,11 +75,9 @@ class ReadWeight(Tensor):
             return _view(out, read)
 
     def _lost(self) -> InputError:
-        layer, _, parameter = self._name.rpartition(".")
-        prefix = f"{layer}." if layer else ""
         return InputError(
             f"{self._name} is sparse, and writing to the values read from it is lost: densify(…) the model first, "
-            f"assign a new weight, or write to {prefix}parametrizations.{parameter}.original"
+            f"assign a new weight, or write to {name_of_candidates(self._name)}"
         )
 
     @property
@@ -102,6 +100,12 @@ class ReadWeight(Tensor):
         """Pickle as a plain tensor."""
         with as_plain_tensors():
             return plain(self).__reduce_ex__(protocol)
+
+
+def name_of_candidates(name: str) -> str:
+    """Return the name of the parameter that holds the candidates of a sparse weight."""
+    layer, dot, parameter = name.rpartition(".")
+    return f"{layer}{dot}parametrizations.{parameter}.original"
 
 
 def plain(values: Tensor) -> Tensor:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from dnw_graph.arguments import checked
+from dnw_graph.callbacks.wiring_updates import accumulation_changes
 from dnw_graph.data.images import Images
 from dnw_graph.data.order import EvaluationOrder, TrainOrder
 from dnw_graph.data.samples import KeptSamples, Samples, keep
@@ -76,9 +75,7 @@ class DataModule(LightningDataModule):
             InputError: If the trainer accumulates gradients: batches are counted by optimiser steps.
         """
         images, trainer = self.images.train, self.trainer
-        callbacks: Sequence[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        scheduled = any(isinstance(each, GradientAccumulationScheduler) for each in callbacks)
-        if scheduled or trainer.accumulate_grad_batches != 1:
+        if accumulation_changes(trainer) or trainer.accumulate_grad_batches != 1:
             raise InputError(
                 "batches of a DataModule are counted by optimiser steps, so accumulate_grad_batches must stay 1: give "
                 "accumulate to Classifier instead, which splits each batch"

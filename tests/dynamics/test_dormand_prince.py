@@ -63,13 +63,16 @@ def test_float32_agrees_with_float64(leaves):
     assert relative_error(state.double(), exact) <= 1e-4
 
 
+def graph_with(propagation, **options):
+    torch.manual_seed(0)
+    sizes = {"num_nodes": 9, "num_inputs": 3, "num_outputs": 2, "num_edges": 30}
+    return NeuralGraph(**sizes, dynamics="continuous", propagation=propagation, **options).double()
+
+
 def test_a_graph_has_the_gradients_of_the_other_propagations():
     results = []
     for propagation in (SparsePropagation(), BlockPropagation()):
-        torch.manual_seed(0)
-        graph = NeuralGraph(
-            num_nodes=9, num_inputs=3, num_outputs=2, num_edges=30, dynamics="continuous", propagation=propagation
-        ).double()
+        graph = graph_with(propagation)
         outputs = graph(torch.randn(4, 3, 4, 4, dtype=torch.float64), times=[0.3, 1.0])
         outputs.square().sum().backward()
         results.append((graph.dynamics.num_evaluations, outputs, *(each.grad for each in graph.parameters())))
@@ -90,16 +93,7 @@ LAYOUTS = {
 def test_node_functions_with_any_memory_layout(layout):
     results = []
     for propagation in ("sparse", "block"):
-        torch.manual_seed(0)
-        graph = NeuralGraph(
-            num_nodes=9,
-            num_inputs=3,
-            num_outputs=2,
-            num_edges=30,
-            dynamics="continuous",
-            propagation=propagation,
-            **LAYOUTS[layout],
-        ).double()
+        graph = graph_with(propagation, **LAYOUTS[layout])
         if layout == "a hook":
             graph.dynamics.node_function.conv.register_forward_hook(lambda *_: None)
         x = torch.randn(4, 3, 4, 4, dtype=torch.float64, requires_grad=True)
