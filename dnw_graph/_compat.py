@@ -7,8 +7,6 @@ No other module may use one (``tests/test_private_interfaces.py``). If a new ver
 from __future__ import annotations
 
 import inspect
-import itertools
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -242,8 +240,8 @@ def frames_of(top: FrameType | None) -> Iterator[FrameType]:
 
 
 def calls_in_progress(module: nn.Module) -> int:
-    """Return how many calls of a module are running, in all threads."""
-    frames = itertools.chain.from_iterable(map(frames_of, sys._current_frames().values()))
+    """Return how many calls of a module are running in this thread; walking the frames of others is not safe."""
+    frames = frames_of(inspect.currentframe())
     return sum(frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module for frame in frames)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import threading
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -200,6 +201,7 @@ class ForwardPass:
         self._weights, self._splits = tuple(weights), splits
         self._links = () if module is None else self._find_links(module)
         self.calls = 0
+        self._thread = 0
         self._register()
 
     def _register(self) -> None:
@@ -226,7 +228,7 @@ class ForwardPass:
 
     def settle(self, module: nn.Module, *_: Any) -> None:
         """Hook of the module: let go of layers that are no longer below it, and of a pass that was interrupted."""
-        if self.calls and not calls_in_progress(module):
+        if self.calls and self._thread == threading.get_ident() and not calls_in_progress(module):
             self._clear()
         if all(getattr(parent, name, None) is child for parent, name, child in self._links):
             return
@@ -249,10 +251,11 @@ class ForwardPass:
         """
         refuse_replica(module)
         if self.calls:
-            if calls_in_progress(module) > 1:  # It calls itself, or another thread calls it.
+            if calls_in_progress(module) > 1:  # It calls itself.
                 self.calls += 1
                 return
-            self._clear()  # After KeyboardInterrupt no hook was called.
+            # After KeyboardInterrupt no hook was called. Layers in another thread's evaluation read their weights now.
+            self._clear()
         if self._in_pass():
             return
         self.settle(module)
@@ -262,6 +265,8 @@ class ForwardPass:
         for weight, masks in zip(weights, self.masks(begins_pass=True), strict=True):
             weight.current = masks
         self.calls = 1
+        if not torch.compiler.is_compiling():
+            self._thread = threading.get_ident()
 
     def end(self, *_: Any) -> None:
         """Forward hook of the module."""
