@@ -117,6 +117,12 @@ def as_plain_tensors() -> AbstractContextManager[None]:
     return torch._C.DisableTorchFunctionSubclass()
 
 
+def capturing() -> bool:
+    """Return whether a CUDA graph is being captured: then the host cannot synchronise, and a replay skips it."""
+    # Not is_available(), which loads NVIDIA's libraries anew on every call.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def version(tensor: Tensor) -> int:
     """Return how many times a tensor was changed in place, or −1 for inference tensors, which have no such counter.
 

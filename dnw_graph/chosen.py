@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from dnw_graph._compat import version
+from dnw_graph._compat import capturing, version
 from dnw_graph.candidates import RankedWeight, split_index
 
 WHOLE = 2048
@@ -64,7 +64,7 @@ class Chosen:
             # Inference tensors have no version, so they count as changed.
             now is weight and alias.data_ptr() == now.data_ptr() and changes == version(now) != -1
             for now, (weight, alias, changes) in zip(tensors, self._chosen_for, strict=True)
-        ) and (_captured() or all(torch.equal(_taken(tensor, at), before) for tensor, at, before in self._sample))
+        ) and (capturing() or all(torch.equal(_taken(tensor, at), before) for tensor, at, before in self._sample))
 
 
 def _taken(tensor: Tensor, at: Tensor | None) -> Tensor:
@@ -79,8 +79,3 @@ def _across(weight: RankedWeight, like: Tensor) -> Iterator[Tensor]:
         longer = max(rows, columns)
         steps = torch.arange(0, longer, 1 + longer // ACROSS, device=like.device)
         yield offset + steps % rows * columns + steps % columns
-
-
-def _captured() -> bool:
-    """Return whether a CUDA graph is being captured: then the host cannot synchronise, and a replay skips it."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -93,14 +93,14 @@ def train(argv: Sequence[str]) -> int:
     from dnw_graph.recipes.models import FAMILIES
     from dnw_graph.training.command_line import main as run_command
 
-    family, words, file = _family(list(argv))
+    family, file = _family(argv)
     names = "; ".join(", ".join(each.names) for each in FAMILIES.values())
     description = f"Train a model of the paper, or your own. --model NAME is one of {names}."
-    return run_command(description, family.options, family.defaults, words, file)
+    return run_command(description, family.options, family.defaults, argv, file)
 
 
-def _family(words: list[str]) -> tuple[Family, list[str], ModelFile | None]:
-    """Return the model family of a command line, the words for its options, and the file that it starts from."""
+def _family(words: Sequence[str]) -> tuple[Family, ModelFile | None]:
+    """Return the model family of a command line, and the file that it starts from."""
     from dnw_graph.errors import unknown_name
     from dnw_graph.recipes.models import FAMILIES, family_with
     from dnw_graph.training.command_line import read_yaml, started_from
@@ -122,17 +122,14 @@ def _family(words: list[str]) -> tuple[Family, list[str], ModelFile | None]:
     elif given.config and model is None:
         options = read_yaml(given.config)
         model, name = options.get("model"), family_with(options)
-    if model is not None and name is None:
+    if model is not None and file is None:
         name = next((name for name, each in FAMILIES.items() if model in each.names), None)
         if name is None:
-            raise unknown_name("model", model, [known for each in FAMILIES.values() for known in each.names])
+            raise unknown_name("model", str(model), [known for each in FAMILIES.values() for known in each.names])
     family = FAMILIES[name or "mobilenet"]
     if file is not None and given.model is not None and given.model not in family.names:
         raise InputError(f"--model is {given.model!r}, but {file.path} holds {' or '.join(family.names)}: leave it out")
-    if "model" not in family.options.__dataclass_fields__ and given.model is not None:
-        place = next(i for i, word in enumerate(words) if word.partition("=")[0] == "--model")
-        del words[place : place + (1 if "=" in words[place] else 2)]
-    return family, words, file
+    return family, file
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -205,6 +202,8 @@ def _model(path: Path, wiring: str | None, programs: bool = False) -> Any:
     if programs and file.path.suffix in PROGRAMS:
         from dnw_graph.compaction.programs import load_program
 
+        if wiring is not None:
+            raise InputError(f"{file.path} is a program, which needs no rule: leave --wiring out")
         return load_program(file.path, file.card)
     create = None
     if wiring is not None:
@@ -304,8 +303,8 @@ def _requested(words: Sequence[str]) -> dict[str, Any]:
     """Return the values of options, as the summary of a run has them."""
     from dnw_graph.training.command_line import read_options
 
-    family, rest, file = _family(list(words))
-    own, options, _ = read_options("", family.options, family.defaults, rest, file)
+    family, file = _family(words)
+    own, options, _ = read_options("", family.options, family.defaults, words, file)
     return {**own.identity(), **options.fixed(), "data": options.data}
 
 

@@ -15,7 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from dnw_graph._compat import backward_pass, steps_in_progress, unwrapped, unwrapped_name, version
+from dnw_graph._compat import backward_pass, capturing, steps_in_progress, unwrapped, unwrapped_name, version
 from dnw_graph.arguments import checked, require
 from dnw_graph.candidates import RankedWeight, split_index
 from dnw_graph.errors import InputError
@@ -111,7 +111,7 @@ class Updates:
         """Make the step leave untrained candidates unchanged: hide them from it, or remember their values."""
         if steps_in_progress(optimizer) > 1:  # This is the step of its base class.
             return None
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if capturing():
             raise InputError("replaying a step in a CUDA graph calls no rule: leave the step out of the graph")
         if self._partial is not None:  # the last step has raised an error
             self._partial.undo()

@@ -84,11 +84,15 @@ class Cost:
 def neural_graphs(model: nn.Module) -> dict[str, NeuralGraph]:
     """Return the neural graphs of a model by name, in the order of the model.
 
-    Graphs with the same name are listed by their module paths.
+    Graphs with the same name are listed by their module paths, and so is a graph whose name is the path of another.
     """
-    graphs = [(path, graph) for path, graph in model.named_modules() if isinstance(graph, NeuralGraph)]
-    names = [graph.name for _, graph in graphs]
-    return {graph.name if names.count(graph.name) == 1 else path: graph for path, graph in graphs}
+    graphs = {path: graph for path, graph in model.named_modules() if isinstance(graph, NeuralGraph)}
+    names = [graph.name for graph in graphs.values()]
+
+    def own(path: str, name: str) -> bool:
+        return names.count(name) == 1 and (name == path or name not in graphs)
+
+    return {graph.name if own(path, graph.name) else path: graph for path, graph in graphs.items()}
 
 
 @checked

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 
+from dnw_graph._compat import in_backward_pass
 from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.analysis.multiply_adds import GraphStep, layer_step
 from dnw_graph.arguments import checked
@@ -25,7 +26,7 @@ class TrainingCost(Callback):
     for that of its input, if its input has one. A product over a graph's edges costs one multiply-add per *real* edge
     and pixel forward, and one for the gradient of the states; for the gradient of the weights one per *candidate* if
     the wiring updates hallucinated edges, else one per real edge. This is what the method requires; extra work of an
-    implementation, such as products with zeros, is not counted.
+    implementation, such as products with zeros and recomputed activations, is not counted.
 
     A layer with sparse weights is counted like a graph: one multiply-add per real weight and pixel forward, and one for
     the gradient of its input; for the gradient of its weights one per weight if the wiring updates hallucinated ones,
@@ -50,6 +51,7 @@ class TrainingCost(Callback):
         self._layers = 0
         self._graphs = {name: GraphStep() for name in neural_graphs(model)}
         self._in_step = False
+        self._recorded: set[nn.Module] = set()  # called in this step, with gradients
         self._listening: list[Any] = []
         self._counting = ExitStack()
         self._counts = False  # whether this step is counted in full
@@ -69,6 +71,7 @@ class TrainingCost(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the first step of an epoch in full."""
         self._in_step = True
+        self._recorded.clear()
         if self._counted_epoch != trainer.current_epoch:
             self._counted_epoch = trainer.current_epoch
             self._layers = 0
@@ -105,12 +108,24 @@ class TrainingCost(Callback):
         self._counts = False
 
     def _on_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._layers += layer_step(layer, args[0], output)
+        if not self._recomputed(layer):
+            self._layers += layer_step(layer, args[0], output)
+
+    def _recomputed(self, module: nn.Module) -> bool:
+        """Return whether a call repeats one that autograd has recorded in this step, as activation checkpointing does.
+
+        The adjoint equation calls modules in the backward pass too, but for the first time with gradients.
+        """
+        if in_backward_pass():
+            return module in self._recorded
+        if torch.is_grad_enabled():
+            self._recorded.add(module)
+        return False
 
     def _on_edges(
         self, counter: GraphStep, propagation: Propagation, args: tuple[RealEdges, Tensor], output: Propagate
     ) -> Propagate | None:
-        if not self._in_step:
+        if not self._in_step or self._recomputed(propagation):
             return None
         counter.edges = args[0]
         return counter.listen(output) if self._counts else None

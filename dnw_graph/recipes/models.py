@@ -232,6 +232,11 @@ def family_name(options: type[ModelOptions]) -> str | None:
     return next((name for name, family in FAMILIES.items() if family.options is options), None)
 
 
+def names_of(options: type[ModelOptions]) -> list[str]:
+    """Return the names of the models that options make; none if they are not registered."""
+    return [name for family in FAMILIES.values() if family.options is options for name in family.names]
+
+
 def family_with(names: Iterable[str]) -> str | None:
     """Return the only family that has one of some options, or None."""
     counts = Counter(f.name for each in FAMILIES.values() for f in fields(each.options))

@@ -20,7 +20,7 @@ from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentError, ArgumentP
 from dnw_graph.checkpoint import SECTION
 from dnw_graph.errors import InputError
 from dnw_graph.loading import ModelFile, file_of
-from dnw_graph.recipes.models import family_name
+from dnw_graph.recipes.models import family_name, names_of
 from dnw_graph.recipes.optimizers import OPTIMIZERS
 from dnw_graph.recipes.options import ModelOptions, RunOptions, completed, flag
 from dnw_graph.stopping import Stopped
@@ -253,6 +253,8 @@ def _parser(description: str, models: type[ModelOptions], defaults: RunOptions) 
             if types[f.name] is bool:
                 kind = {"action": ActionYesNo(yes_prefix="", no_prefix="no-")}
             arguments.add_argument(flag(f.name), default=getattr(default, f.name), help=f.metadata["help"], **kind)
+        if options is models and "model" not in types and (names := names_of(models)):
+            arguments.add_argument("--model", choices=names, default=names[0], help="the model")
     return parser
 
 

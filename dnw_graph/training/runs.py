@@ -30,6 +30,7 @@ from dnw_graph.data.workers import lost_workers_told
 from dnw_graph.errors import InputError
 from dnw_graph.loading import ModelFile, file_of
 from dnw_graph.model_card import ModelCard, versions
+from dnw_graph.recipes.models import FAMILIES
 from dnw_graph.recipes.options import RunOptions
 from dnw_graph.recipes.schedules import SCHEDULES, after_warmup
 from dnw_graph.training.checkpoints import Checkpoints
@@ -157,7 +158,8 @@ def _train(
     events = Events(directory, int(checkpoint["global_step"]) if checkpoint else 0)
     machine = options.machine()
     if stopping.is_first_process():
-        write_whole(directory / CONFIG, yaml.safe_dump({**card.options, **machine}).encode(), "--output")
+        named = {"model": FAMILIES[card.models].names[0]} if card.models in FAMILIES else {}
+        write_whole(directory / CONFIG, yaml.safe_dump({**named, **card.options, **machine}).encode(), "--output")
     checkpoints = Checkpoints(directory, options.save_every, identity, table, card, machine)
     updates = WiringUpdates(options.epochs * data.steps_per_epoch, data.steps_per_epoch)
     log = StepLog(steps_per_row)

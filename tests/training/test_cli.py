@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from test_loading import CLASSES, OPTIONS, PREPROCESS, write
 from torch import nn
@@ -23,7 +24,8 @@ from dnw_graph import InputError, RandomGraph, load
 from dnw_graph.cli import main
 from dnw_graph.compaction import compact, save_compact
 from dnw_graph.model_card import ModelCard
-from dnw_graph.recipes.models import MobileNetOptions, TinyOptions
+from dnw_graph.recipes.models import FAMILIES, MobileNetOptions, TinyOptions
+from dnw_graph.training import register_models
 from dnw_graph.training.comparison import table
 
 
@@ -155,6 +157,30 @@ def test_train_knows_the_models_by_name_configuration_and_checkpoint(runs: list[
     assert (runs[4][1]["model"], runs[4][1]["density"]) == ("resnet50", 0.1)
     assert runs[5][2].evaluate == "x.safetensors"
     assert (runs[6][0].width, runs[6][0].wiring) == (0.1, "random_graph")
+
+
+def test_a_configuration_names_models_as_the_command_line_does(
+    tmp_path: Path, runs: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    from test_command_line import TinyOptions as Own
+
+    monkeypatch.setattr("dnw_graph.recipes.models.FAMILIES", dict(FAMILIES))
+    register_models("mine", Own)
+    Path("tiny.yaml").write_text("model: tiny_classifier\nwiring: random_graph\n")
+    Path("mine.yaml").write_text("model: mine\nsize: 2.0\n")
+    assert main(["train", "--config", "tiny.yaml"]) == 0
+    assert main(["train", "--config", "mine.yaml"]) == 0
+    assert [(type(options), models) for options, *_, models, _ in runs] == [(TinyOptions, "tiny"), (Own, "mine")]
+    assert (runs[0][0].wiring, runs[1][0].size) == ("random_graph", 2.0)
+    Path("tiny.yaml").write_text("model: tiny_classifire\n")
+    assert main(["train", "--config", "tiny.yaml"]) == 2
+    assert "unknown model 'tiny_classifire': did you mean 'tiny_classifier'" in capsys.readouterr().err
+
+
+def test_the_configuration_of_a_run_names_its_model():
+    assert main(["train", "--model", "tiny_classifier", "--epochs", "1", "--workers", "0", "--output", "1"]) == 0
+    assert main(["train", "--config", "1/config.yaml", "--output", "2"]) == 0
+    assert [yaml.safe_load(Path(name, "config.yaml").read_text())["model"] for name in "12"] == ["tiny_classifier"] * 2
 
 
 def expected(model: nn.Module, path: Path) -> list[tuple[str, float]]:

@@ -16,6 +16,7 @@ from pairs import rest_is_slow
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import flop_registry
 
@@ -255,6 +256,21 @@ def test_accumulated_parts_cost_as_much_as_the_batch(small_digits: ImageData, op
         chosen = options(epochs=2, lr=0.05, accumulate=accumulate, output=f"{options().output}{accumulate}")
         costs.append(run(lambda *_: Net("no_update", K, None, nn.Tanh()), {}, chosen, small_digits))
     assert costs[0].training_multiply_adds == costs[1].training_multiply_adds
+
+
+@pytest.mark.parametrize("part", ["node functions", "graph"])
+def test_recomputed_activations_cost_nothing(part: str, small_digits: ImageData, options: Callable[..., RunOptions]):
+    def cost(recompute: bool) -> int:
+        # The convolution is followed by something, so that the recomputation does not stop before its end.
+        model = Net("dnw", K, None, "norm_relu_conv_norm_relu")
+        if part == "node functions":
+            model.graph.dynamics.recompute = recompute
+        elif recompute:
+            forward = model.graph.forward
+            model.graph.forward = lambda x: checkpoint(forward, x, use_reentrant=False)  # type: ignore[method-assign]
+        return fit(model, small_digits, options(epochs=2, lr=0.05))
+
+    assert cost(True) == cost(False)
 
 
 def test_a_frozen_part_has_no_gradients(small_digits: ImageData, options: Callable[..., RunOptions]):
