@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 # Delays ``torch.compiler.disable`` until the first call. The public function imports the compiler at once: 2 s of CPU.
 from torch._compile import _disable_dynamo
+from torch.nn.utils import prune
 
 # PyTorch's documentation tells users to subclass TorchDispatchMode; no public module has it.
 from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
@@ -49,6 +50,7 @@ __all__ = [
     "not_compiled",
     "one_dnn_linear",
     "remove_hooks",
+    "remove_pruning",
     "solver_names",
     "steps_in_progress",
     "tree_leaves",
@@ -169,6 +171,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def unwrapped_name(name: str) -> str:
     """Return the name of a module without the parts that compiled wrappers add."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def remove_pruning(model: nn.Module) -> None:
+    """Make the weights that ``torch.nn.utils.prune`` prunes plain parameters with zeros; only its hooks know them."""
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
 
 
 def is_replica(module: nn.Module) -> bool:

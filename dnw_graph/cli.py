@@ -238,7 +238,9 @@ def _predictions(model: nn.Module, paths: list[str], top: int, bar: bool) -> Ite
 def export_model(argv: Sequence[str]) -> int:
     """Write a model without dead nodes to one file."""
     parser = _Parser("export")
-    parser.add_argument("model", type=Path, help=MODEL.replace(", compact file or export", " or compact file"))
+    parser.add_argument(
+        "model", type=Path, help=MODEL.replace(", compact file or export", ", or compact file (not to .onnx)")
+    )
     parser.add_argument("file", type=Path, help="ending in .safetensors, .pt2 or .onnx")
     parser.add_argument("--wiring", help=RULE)
     parser.add_argument(

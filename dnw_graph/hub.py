@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from dnw_graph._compat import unwrapped
 from dnw_graph.arguments import checked
 from dnw_graph.compaction import CompactModel, save_compact
 from dnw_graph.errors import InputError
@@ -44,7 +45,7 @@ class HubModel(huggingface_hub.ModelHubMixin):
 
     @checked
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model = unwrapped(model)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save = save_compact if isinstance(self.model, CompactModel) else save_weights

@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import dnw_graph
+from dnw_graph._compat import unwrapped
 from dnw_graph.arguments import check_fields, require
 from dnw_graph.errors import InputError
 from dnw_graph.preprocessing import Preprocessing
-from dnw_graph.usual import evaluating
+from dnw_graph.usual import evaluating, first_floats
 
 # The place of the card in exports: an extra file in .pt2, a metadata entry in .onnx.
 CARD_FILE, CARD_ENTRY = "card.json", "dnw_graph.card"
@@ -59,6 +60,10 @@ class ModelCard:
         """Directories of the classes in a data set."""
         return self.directories or self.classes
 
+    def with_classes(self, classes: list[str]) -> ModelCard:
+        """Return the card of the same model with other classes, whose directories have their names."""
+        return replace(self, classes=classes, directories=[])
+
     def to_dict(self) -> dict[str, Any]:
         """Return the card as dicts, lists, strings and numbers, for JSON."""
         return dict(json.loads(json.dumps(asdict(self))))
@@ -82,13 +87,14 @@ class ModelCard:
             raise InputError(f"a model's card cannot be read ({type(error).__name__}: {error})") from error
 
     def describe(self, model: nn.Module) -> None:
-        """Set the attributes ``card``, ``classes`` and ``preprocess`` of a model."""
+        """Set the attributes ``card``, ``classes`` and ``preprocess`` of a model, also of one in a wrapper."""
+        model = unwrapped(model)
         model.card, model.classes, model.preprocess = self, self.classes, self.preprocess  # type: ignore[assignment]
 
 
 def card_of(model: nn.Module) -> ModelCard | None:
     """Return the card of a model, or None."""
-    card = getattr(model, "card", None)
+    card = getattr(unwrapped(model), "card", None)
     return card if isinstance(card, ModelCard) else None
 
 
@@ -101,13 +107,12 @@ def written_card(model: nn.Module) -> ModelCard | None:
     if (card := card_of(model)) is None:
         return None
     size = card.preprocess.image_size
-    like = next(tensor for tensor in model.state_dict().values() if tensor.is_floating_point())
     with torch.no_grad(), evaluating(model):
-        logits = model(like.new_zeros(2, 3, size, size))
+        logits = model(first_floats(model).new_zeros(2, 3, size, size))
     if isinstance(logits, Tensor) and logits.size(-1) != len(card.classes):
         raise InputError(
             f"the model has {logits.size(-1)} outputs, but its card {len(card.classes)} classes: describe it with "
-            "dataclasses.replace(model.card, classes=[…]).describe(model)"
+            "model.card.with_classes([…]).describe(model)"
         )
     return card
 

@@ -65,7 +65,7 @@ class NodeConv(nn.Conv2d):
     @property
     def node_wise(self) -> bool:
         """Whether it can be applied to some nodes only: true if it was not modified."""
-        own = self.groups == self.in_channels == self.out_channels
+        own = self.groups == self.in_channels == self.out_channels and self.bias is None
         return own and self.dilation == (1, 1) and self.padding_mode == "zeros" and keeps_forward(self)
 
     def forward(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from dnw_graph._compat import has_own_hooks
 
@@ -22,6 +23,22 @@ def keeps_methods(module: nn.Module) -> bool:
     Libraries that offload, wrap or patch layers replace methods.
     """
     return vars(module).keys().isdisjoint(_methods(type(module)))
+
+
+def histories(model: nn.Module) -> dict[int, Tensor]:
+    """Return, by ``id``, without their history the weights that a model's hooks computed, as in PyTorch's pruning."""
+    attributes = (each for module in model.modules() for each in vars(module).values())
+    return {id(each): each.detach().clone() for each in attributes if isinstance(each, Tensor) and each.grad_fn}
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a model, also of one with weights that have a history, which PyTorch does not copy."""
+    return copy.deepcopy(model, histories(model))
+
+
+def first_floats(model: nn.Module) -> Tensor:
+    """Return a tensor of a model, whose dtype and device are those of its inputs; compact models have no parameters."""
+    return next(tensor for tensor in model.state_dict().values() if tensor.is_floating_point())
 
 
 @contextmanager

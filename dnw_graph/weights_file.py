@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dnw_graph._compat import unwrapped, unwrapped_name
 from dnw_graph.arguments import checked
 from dnw_graph.checksum import checksum
 from dnw_graph.compaction.gaps import from_gaps, to_gaps
@@ -33,7 +34,8 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     (:mod:`dnw_graph.compaction.gaps`).
 
     Args:
-        model: A model that :func:`dnw_graph.load` returned, perhaps trained further: its card describes it.
+        model: A model that :func:`dnw_graph.load` returned, perhaps trained further: its card describes it. Of a
+            wrapper for compilation, averages or several devices, the model in it is written.
         path: The file, with the suffix ``.safetensors``. It is written atomically.
 
     Raises:
@@ -41,13 +43,15 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save
 
+    model = unwrapped(model)
     card = written_card(model)
     if card is None or card.models is None:
         raise InputError(
             f"this {type(model).__name__} has no card with options: save a model that dnw_graph.load returned, with "
             "registered options (dnw_graph.training.register_models)"
         )
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    tensors = {unwrapped_name(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     for prefix, graph in _graphs(model):
         index = graph.real_index.cpu()
         weight = tensors.pop(f"{prefix}candidates.weight")
@@ -119,5 +123,5 @@ def is_weights_file(path: Path) -> bool:
 
 def _graphs(model: nn.Module) -> list[tuple[str, NeuralGraph]]:
     """Return the neural graphs of a model, each with the prefix of its names in the ``state_dict``."""
-    graphs = ((path, each) for path, each in model.named_modules() if isinstance(each, NeuralGraph))
+    graphs = ((unwrapped_name(path), each) for path, each in model.named_modules() if isinstance(each, NeuralGraph))
     return [(f"{path}." if path else "", each) for path, each in graphs]

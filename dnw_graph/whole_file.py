@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +22,7 @@ def write_whole(path: Path, content: bytes | memoryview, option: str) -> None:
     """Write a file atomically, so that it survives a crash of the process or of the machine.
 
     The content is written to ``<name>.partial``, flushed to disk and renamed. A killed process leaves at most that
-    partial file, which the next write overwrites.
+    partial file, which the next write overwrites. A link stays, and its target is replaced; a file keeps its mode.
 
     Args:
         path: The file.
@@ -32,12 +34,16 @@ def write_whole(path: Path, content: bytes | memoryview, option: str) -> None:
     """
     partial = Path(f"{path}.partial")
     try:
+        target = Path(os.path.realpath(path))
+        partial = Path(f"{target}.partial")
         with open(partial, "wb") as file:
+            with suppress(FileNotFoundError):
+                shutil.copymode(target, partial)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_directory(path.parent)
+        os.replace(partial, target)
+        _sync_directory(target.parent)
     except (OSError, ValueError) as error:  # ValueError for a null character.
         raise unwritable(path, error, option) from error
     finally:
@@ -61,11 +67,10 @@ def make_writable(directory: Path, option: str) -> None:
     Raises:
         InputError: If that is impossible.
     """
-    probe = directory / ".writable"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=directory):
+            pass
     except (OSError, ValueError) as error:
         raise InputError(
             f"cannot write to directory {directory} ({_cause(error)}): give another one with {option}"

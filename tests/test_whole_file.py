@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,31 @@ def test_what_cannot_be_the_name_of_a_file(name: str, tmp_path: Path, monkeypatc
 def test_what_cannot_be_the_name_of_a_folder():
     with pytest.raises(InputError, match=r"cannot write to directory .*null byte.*: give another one with --output"):
         make_writable(Path("a\0b"), "--output")
+
+
+def test_a_link_stays_and_its_target_is_written(path: Path, tmp_path: Path):
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "there" / "link"
+    link.symlink_to(path)
+    write_whole(link, b"after", "--output")
+    assert link.is_symlink()
+    assert path.read_bytes() == b"after"
+    path.unlink()
+    write_whole(link, b"again", "--output")
+    assert path.read_bytes() == b"again"
+    assert sorted(each.name for each in tmp_path.rglob("*")) == ["file.bin", "link", "there"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664, 0o444])
+def test_a_file_keeps_its_mode(mode: int, path: Path):
+    path.chmod(mode)
+    write_whole(path, b"after", "--output")
+    assert path.stat().st_mode & 0o777 == mode
+    assert path.read_bytes() == b"after"
+
+
+def test_runs_that_start_at_once_can_all_write(tmp_path: Path):
+    with ThreadPoolExecutor(8) as pool:
+        for each in [pool.submit(make_writable, tmp_path / "runs", "--output") for _ in range(400)]:
+            each.result()
+    assert not list((tmp_path / "runs").iterdir())

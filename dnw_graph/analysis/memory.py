@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from dnw_graph.usual import first_floats
+
 # Files with the memory limit and use of a container (control groups, versions 2 and 1).
 GROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current"),
@@ -64,8 +66,7 @@ def memory_of(model: nn.Module, size: Sequence[int], training: bool) -> int:
         trial = copy.deepcopy(model).train(training)
         for module in trial.modules():
             module.register_forward_hook(measure)
-        weight = next(trial.parameters())
-        x = torch.zeros(*size, dtype=weight.dtype, device=weight.device)
+        x = first_floats(trial).new_zeros(*size)
         with torch.set_grad_enabled(training), saved_tensors_hooks(keep, lambda tensor: tensor):
             trial(x)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) if training else largest

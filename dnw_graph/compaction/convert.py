@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dnw_graph.compaction.dynamic_graphs import TABLEAUS, ContinuousGraph, DiscreteGraph, RungeKuttaGraph, Step
 from dnw_graph.compaction.functions import WholeFunction, sending_steps, steps
 from dnw_graph.compaction.fusion import fold
-from dnw_graph.compaction.plain_layers import Chain, Layer, Select
+from dnw_graph.compaction.plain_layers import Activation, Chain, Conv, Layer, Select
 from dnw_graph.compaction.products import DenseProduct, Product, SparseProduct
 from dnw_graph.compaction.static_graphs import StaticGraph
 from dnw_graph.dynamics import Continuous, Discrete, Dynamics, Static
@@ -159,19 +159,20 @@ class GraphConverter:
             graph = DiscreteGraph(full, None if sequence else schedule, dynamics.input_mode, len(self.live))
             chosen = [] if len(self.inputs) == self.graph.num_inputs or not sequence else [Select(self.inputs, dim=2)]
             return [*chosen, graph, *self._select(self.live)]
-        # Only the inputs are non-zero before the first step, and only the outputs are needed after the last one.
+        # Only the inputs are non-zero before the first step, so that the others send nothing unless a convolution has a
+        # bias, and only the outputs are needed after the last one.
         made: dict[tuple[int, bool, bool], int] = {}
         parts: list[Step] = []
         order: list[int] = []
         for time, number in enumerate(schedule):
-            key = (number, time == 0, time == len(schedule) - 1)
+            key = (number, time == 0 and _sends_zero(functions[number]), time == len(schedule) - 1)
             if key not in made:
                 made[key] = len(parts)
                 have = self.inputs if key[1] else self.live
                 want = self.outputs if key[2] else self.live
                 parts.append(self._step(functions[number], have, want))
             order.append(made[key])
-        return [DiscreteGraph(parts, order, dynamics.input_mode, len(self.inputs))]
+        return [DiscreteGraph(parts, order, dynamics.input_mode, parts[order[0]].num_inputs)]
 
     def _continuous(self, dynamics: Continuous) -> list[nn.Module]:
         step = self._step(dynamics.node_function, self.live, self.live)
@@ -203,6 +204,14 @@ def _steps_of(size: float, times: Tensor) -> Tensor:
     grid = start + torch.sign(end - start) * size * torch.arange(count, dtype=times.dtype, device=times.device)
     grid[-1] = end
     return grid
+
+
+def _sends_zero(function: nn.Module) -> bool:
+    """Return whether nodes whose state is zero certainly send zero."""
+    return all(
+        (isinstance(layer, Activation) and layer.name == "relu") or (isinstance(layer, Conv) and layer.bias is None)
+        for layer in sending_steps(function) or []
+    )
 
 
 def _can_be_cut(graph: NeuralGraph, function: nn.Module) -> bool:

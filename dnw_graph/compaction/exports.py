@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import io
 import os
@@ -15,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnw_graph.arguments import checked
+from dnw_graph._compat import unwrapped
+from dnw_graph.arguments import checked, require
+from dnw_graph.compaction.dynamic_graphs import TABLEAUS, ContinuousGraph
 from dnw_graph.compaction.files import load_compact, save_compact
-from dnw_graph.compaction.model import CompactModel, compact
+from dnw_graph.compaction.model import CompactModel, check_example, compact
 from dnw_graph.compaction.programs import onnx_session
 from dnw_graph.errors import InputError
 from dnw_graph.model_card import CARD_ENTRY, CARD_FILE, ModelCard, written_card
+from dnw_graph.usual import copied
 from dnw_graph.whole_file import make_writable, write_whole
 
 # Packages besides PyTorch that write each kind of file.
@@ -86,7 +88,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], example: Tensor, with
     Args:
         model: The model; what :func:`dnw_graph.load` returned has a card.
         path: The file; it is made and measured on the CPU, whatever the device of the model.
-        example: A batch of two or more inputs of the model; the file accepts any batch size.
+        example: A batch of inputs of the model; the file accepts any batch size.
         with_preprocessing: Normalise inside the file, ``.pt2`` or ``.onnx``, which then takes images of 0 to 255
             (uint8) in the size given by the card.
 
@@ -94,20 +96,22 @@ def export(model: nn.Module, path: str | os.PathLike[str], example: Tensor, with
         One line: size of the file, and the median time for one image with the threads of this process.
 
     Raises:
-        InputError: If the file cannot be written, if it is ``.safetensors`` and ``compact`` does not return a
+        InputError: If the file cannot be written, the model cannot take the example, cannot be traced, or is compact
+            already and the file ``.onnx``, if the file is ``.safetensors`` and ``compact`` does not return a
             ``CompactModel``, or if the preprocessing is requested but unknown.
     """
     path = Path(path)
     check_export(path)
+    model, example = copied(unwrapped(model)).cpu(), example.cpu()  # A program is bound to the device it was made on.
+    require(example.dim() > 0 and len(example) > 0, "example", "a batch of one or more inputs", example)
+    check_example(model, example)
     card = written_card(model)
     if with_preprocessing and (card is None or path.suffix == ".safetensors"):
         raise InputError(
             "preprocessing can be part of .pt2 and .onnx files of models that store it, as those of dnw_graph.load do; "
             "a .safetensors file always stores it"
         )
-    # A program is bound to the device that it was made on.
-    small = compact(copy.deepcopy(model).cpu(), products="dense" if path.suffix == ".onnx" else "sparse")
-    example = example.cpu()
+    small = compact(model, products="dense" if path.suffix == ".onnx" else "sparse")
     if path.suffix == ".safetensors":
         if not isinstance(small, CompactModel):
             raise InputError(
@@ -116,19 +120,33 @@ def export(model: nn.Module, path: str | os.PathLike[str], example: Tensor, with
             )
         save_compact(small, path)
         return _measured(path, load_compact(path), example)
+    solvers = {graph.method for graph in small.modules() if isinstance(graph, ContinuousGraph)}
+    if solvers:
+        raise InputError(
+            f"the solver {', '.join(sorted(solvers))} cannot be part of a {path.suffix} file: use one of "
+            f"{', '.join(TABLEAUS)}, without options but step_size, or give a file ending in .safetensors"
+        )
+    if len(example) == 1:  # torch.export takes a size of 1 for a constant.
+        example = torch.cat([example, example])
     if with_preprocessing:
         example = torch.zeros_like(example, dtype=torch.uint8)
     shipped = Shipped(small, card if with_preprocessing else None).eval()
     sizes = ({0: torch.export.Dim("batch")},)
+    names: dict[str, Any] = {"input_names": ["image"], "output_names": ["logits"]}
+    try:
+        if path.suffix == ".pt2":
+            program = torch.export.export(shipped, (example,), dynamic_shapes=sizes)
+        else:
+            written = torch.onnx.export(shipped, (example,), dynamo=True, dynamic_shapes=sizes, verbose=False, **names)
+    except Exception as error:  # Tracing, and the conversion of what was traced, can fail anywhere.
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"torch.export cannot trace this {type(model).__name__}: {reason}") from error
     if path.suffix == ".pt2":
         buffer = io.BytesIO()
         extra = {} if card is None else {CARD_FILE: card.to_json()}
-        program = torch.export.export(shipped, (example,), dynamic_shapes=sizes)
         torch.export.save(program, buffer, extra_files=extra)
         write_whole(path, buffer.getvalue(), "--export")
         return _measured(path, program.module(), example)
-    names: dict[str, Any] = {"input_names": ["image"], "output_names": ["logits"]}
-    written = torch.onnx.export(shipped, (example,), dynamo=True, dynamic_shapes=sizes, verbose=False, **names)
     assert written is not None
     proto = written.model_proto
     if card is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dnw_graph._compat import unwrapped
 from dnw_graph.arguments import checked, wrong
 from dnw_graph.checksum import checksum
 from dnw_graph.compaction.dynamic_graphs import ContinuousGraph, DiscreteGraph, RungeKuttaGraph, Step
@@ -83,11 +85,12 @@ def save_compact(module: nn.Module, path: str | os.PathLike[str], weight_dtype: 
             and have the dtype of the model again when loaded. Default: no rounding.
 
     Raises:
-        InputError: If ``weight_dtype`` is another dtype, the model contains a module that is not a layer of this
-            package, or the file cannot be written.
+        InputError: If ``weight_dtype`` is another dtype or too small for a weight, the model contains a module that is
+            not a layer of this package or an option that is not a plain value, or the file cannot be written.
     """
     from safetensors.torch import save
 
+    module = unwrapped(module)
     if not isinstance(module, CompactModel):
         raise InputError(
             f"{type(module).__name__} is not a CompactModel: save what compact(…) returned for a NeuralGraph, a model "
@@ -183,7 +186,15 @@ def _describe(layer: nn.Module, name: str, dtype: torch.dtype | None, tensors: d
         else:
             parts[part] = _describe(child, f"{prefix}{part}", dtype, tensors)
     held = {key: getattr(layer, key) for key in layer.tensor_names}
-    described: dict[str, Any] = {"kind": kinds[0], "options": {key: getattr(layer, key) for key in layer.options}}
+    options = {key: getattr(layer, key) for key in layer.options}
+    try:
+        json.dumps(options)
+    except TypeError as error:
+        raise InputError(
+            f"the {type(layer).__name__} ({name}) has options that a file cannot hold ({error}): expected numbers and "
+            f"names; got {reprlib.repr(options)}"
+        ) from error
+    described: dict[str, Any] = {"kind": kinds[0], "options": options}
     if "rowptr" in held:
         rowptr, columns, sources = held.pop("rowptr"), held.pop("columns"), layer.sources
         described["csr"] = {"rows": len(rowptr) - 1, "sources": sources, "index": _name(columns.dtype)}
@@ -192,7 +203,13 @@ def _describe(layer: nn.Module, name: str, dtype: torch.dtype | None, tensors: d
     for key, tensor in held.items():
         if dtype is not None and key in ROUNDED and tensor is not None:
             described["types"][key] = _name(tensor.dtype)
-            held[key] = tensor = tensor.to(dtype)
+            held[key] = rounded = tensor.to(dtype)
+            if not torch.equal(rounded.isfinite(), tensor.isfinite()):
+                raise InputError(
+                    f"the {type(layer).__name__} ({name}) has weights beyond the range of {_name(dtype)}, "
+                    f"{torch.finfo(dtype).max:,.0f}: use weight_dtype=torch.bfloat16, or none"
+                )
+            tensor = rounded
         if tensor is not None:
             tensors[prefix + key] = tensor.detach().cpu().contiguous()
     described["tensors"] = {key: None if tensor is None else list(tensor.shape) for key, tensor in held.items()}

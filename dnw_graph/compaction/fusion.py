@@ -35,18 +35,17 @@ def fold(layers: Sequence[nn.Module]) -> list[nn.Module]:
 def fuse(layers: Sequence[nn.Module]) -> list[nn.Module]:
     """Fuse sequences of static graphs of (norm →) ReLU → 3×3 convolution (→ ReLU) into one operator each.
 
-    A ReLU after a sparse layer becomes part of it.
+    A ReLU after a sparse layer becomes part of it, unless a graph begins with it.
     """
     fused: list[nn.Module] = []
     place = 0
     while place < len(layers):
         last = fused[-1] if fused else None
-        if isinstance(last, SparseLayer) and _is_relu(layers[place]):
-            last.relu = True
-            place += 1
-            continue
         run, after = _run(layers, place)
-        fused.append(run or layers[place])
+        if run is None and isinstance(last, SparseLayer) and _is_relu(layers[place]):
+            last.relu = True
+        else:
+            fused.append(run or layers[place])
         place = after
     return fused
 

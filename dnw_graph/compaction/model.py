@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from dnw_graph._compat import tree_leaves
+from dnw_graph._compat import remove_pruning, tree_leaves, unwrapped
 from dnw_graph.analysis.chains import channel_wise
 from dnw_graph.analysis.cost import cost_of, neural_graphs
 from dnw_graph.arguments import checked, shown, wrong
@@ -26,19 +27,22 @@ from dnw_graph.compaction.fusion import fold, fuse
 from dnw_graph.compaction.network import Network, norms_behind, traced
 from dnw_graph.compaction.plain_layers import Affine, Chain, Conv, Layer, Linear, Select
 from dnw_graph.compaction.plans import apply
+from dnw_graph.compaction.products import SparseProduct
 from dnw_graph.compaction.report import Report, Size, relative_difference
 from dnw_graph.compaction.rows import LAYERS, layer_rows
 from dnw_graph.compaction.sequence import chain, silent_features
-from dnw_graph.compaction.sparse_layers import make_sparse, pays
-from dnw_graph.compaction.static_graphs import STATE_DTYPES, round_states
+from dnw_graph.compaction.sparse_layers import SparseLayer, make_sparse, pays
+from dnw_graph.compaction.static_graphs import STATE_DTYPES, FusedGraph, round_states
 from dnw_graph.dynamics import Continuous
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.model_card import card_of
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.sparse_layers import densify, weight_graphs
-from dnw_graph.usual import as_its_class, evaluating
+from dnw_graph.usual import as_its_class, copied, evaluating, histories
 
 PRODUCTS = ("sparse", "dense")
+SPARSE = (SparseProduct, SparseLayer, FusedGraph)
+"""The layers of a compact model with sparse products."""
 
 
 class CompactModel(Chain):
@@ -105,7 +109,8 @@ def compact(
 
     Raises:
         InputError: If ``products`` or ``state_dtype`` is unknown, they do not fit together, the model has no graph
-            whose states can be rounded, an example is needed, or the model cannot take it.
+            whose states can be rounded, dense products are asked of a compact model with sparse ones, an example is
+            needed, or the model cannot take it.
 
     Examples:
         >>> import torch
@@ -123,12 +128,19 @@ def compact(
         raise InputError('state_dtype is for products="sparse"')
     if state_dtype is torch.int8 and example is None:
         raise InputError("state_dtype=torch.int8 needs an example: the images that the scales of states come from")
+    original = model = unwrapped(model)
+    if products == "dense" and any(isinstance(module, SPARSE) for module in model.modules()):
+        raise InputError(
+            'products="dense", which ONNX needs, is for original models: this one is compact already, with sparse '
+            "products; give the original, such as a checkpoint"
+        )
     if example is not None:
-        _check_example(model, example)
-    original = model
-    if weight_graphs(model):
-        model = copy.deepcopy(model)
-        densify(model)
+        check_example(model, example)
+    if weight_graphs(model) or prune.is_pruned(model) or histories(model):
+        model = copied(model)
+        remove_pruning(model)
+        if weight_graphs(model):
+            densify(model)
     report = Report()
     with torch.no_grad(), evaluating(original, model):
         compacted = _Compactor(products == "sparse", report).compact(model)
@@ -286,7 +298,7 @@ def _is_sparse(module: nn.Module) -> bool:
     return known and isinstance(module.weight, Tensor) and pays(module.weight)
 
 
-def _check_example(model: nn.Module, example: Tensor) -> None:
+def check_example(model: nn.Module, example: Tensor) -> None:
     """Refuse an example that the model cannot take, before any work is done."""
     try:
         with torch.no_grad(), evaluating(model):

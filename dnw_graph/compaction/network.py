@@ -167,7 +167,7 @@ def traced(model: nn.Module, converted: Callable[[nn.Module], Sequence[nn.Module
     number: dict[Any, int] = {}
     new: Sequence[nn.Module] | None
     for node in nodes:
-        if node.op == "placeholder" and not number:
+        if node.op == "placeholder":
             number[node] = 0
             continue
         taken, new = _called(node)
@@ -205,14 +205,34 @@ def norms_behind(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def _trace(model: nn.Module) -> fx.Graph | None:
-    """Return the calls in a module's forward pass, or None if they depend on values."""
+    """Return the calls in a module's forward pass on one tensor, or None if they depend on values."""
     # The tracer follows the class's forward pass.
     if not keeps_methods(model) or any(map(has_own_hooks, model.modules())):
         return None
     try:
-        return fx.Tracer().trace(model)
+        graph = _Tracer().trace(model)
     except Exception:  # A forward pass on symbolic tensors can fail anywhere.
         return None
+    # With further arguments, such as optional ones, the calls may depend on which are given.
+    return graph if sum(node.op == "placeholder" for node in graph.nodes) == 1 else None
+
+
+class _TensorProxy(fx.Proxy):
+    """Is taken for a tensor by a forward pass that looks at the type of its input."""
+
+    @property
+    def __class__(self) -> type:  # type: ignore[misc]
+        return Tensor
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return what stands for the result of a call."""
+        return _TensorProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """Return an argument as the graph has it; the base class would take the proxy for a constant."""
+        return a.node if type(a) is _TensorProxy else super().create_arg(a)
 
 
 def _pooling(module: nn.Module) -> list[Layer] | None:

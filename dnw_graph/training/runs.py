@@ -42,6 +42,7 @@ from dnw_graph.training.resuming import check_resumable, check_same_run, start_f
 from dnw_graph.training.run_directory import run_directory
 from dnw_graph.training.summary import Summary, summarize, write_files
 from dnw_graph.training.trainer import make_trainer, repeatable, start_ranks
+from dnw_graph.usual import first_floats
 from dnw_graph.whole_file import write_whole
 
 # The options of a run, written when it starts; --config can read it.
@@ -249,7 +250,7 @@ def _evaluate(
     if options.precision == DOUBLE:
         model.double()
     # Any images will do: they are for counting and tracing.
-    example = torch.zeros(2, 3, size, size, dtype=next(model.parameters()).dtype)
+    example = torch.zeros(2, 3, size, size, dtype=first_floats(model).dtype)
     small = model
     if options.compact:
         # Sparse products need a CPU.

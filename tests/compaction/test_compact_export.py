@@ -10,7 +10,7 @@ from pairs import rest_is_slow
 from reference import relative_error
 from torch import nn
 
-from dnw_graph import Continuous, Discrete, NeuralGraph
+from dnw_graph import Continuous, Discrete, InputError, NeuralGraph
 from dnw_graph.compaction import compact, export
 from dnw_graph.models import MobileNetV1, MobileNetV1DNW, TinyClassifier
 from dnw_graph.node_functions import NormReluConv, ReluConvSendNorm
@@ -100,3 +100,47 @@ def test_a_model_on_another_device_is_exported_from_a_copy_on_the_cpu(ending, tm
     (copied,) = (each for each in moved if isinstance(each, nn.Module))
     assert {p.data_ptr() for p in copied.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
     assert any(each is x for each in moved)
+
+
+@pytest.mark.parametrize("ending", ["pt2", "onnx"])
+@pytest.mark.parametrize("method", ["dopri5", "explicit_adams"])
+def test_a_solver_that_no_program_holds_is_refused(method, ending, tmp_path):
+    options = {} if method == "dopri5" else {"step_size": 0.5}
+    graph = NeuralGraph(**DYNAMIC, dynamics=Continuous(method, options=options)).eval()
+    with pytest.raises(InputError, match=rf"{method}.*euler.*\.safetensors"):
+        export(graph, tmp_path / f"model.{ending}", torch.randn(2, 3, 8, 8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_be_traced_is_refused_in_one_line(tmp_path):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stage = NeuralGraph((3, 8, 4), 30)
+
+        def forward(self, x):
+            return self.stage(x) if x.sum() > 0 else x
+
+    for ending in ("pt2", "onnx"):
+        with pytest.raises(InputError, match=r"torch.export cannot trace this Own") as error:
+            export(Own().eval(), tmp_path / f"model.{ending}", torch.randn(2, 3, 8, 8))
+        assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_example_of_one_image(photos, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), NeuralGraph((4, 5, 3), 14)).eval()
+    x = photos.float()
+    export(model, tmp_path / "model.pt2", x[:1])
+    with torch.no_grad():
+        assert relative_error(torch.export.load(tmp_path / "model.pt2").module()(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("example", [torch.zeros(0, 3, 8, 8), torch.zeros(2, 1, 8, 8), torch.tensor(1.0)])
+def test_an_example_that_the_model_cannot_take(example, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), NeuralGraph((4, 5, 3), 14)).eval()
+    for ending in ("pt2", "safetensors"):
+        with pytest.raises(InputError, match="example") as error:
+            export(model, tmp_path / f"model.{ending}", example)
+        assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())

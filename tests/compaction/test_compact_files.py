@@ -11,6 +11,7 @@ from pairs import rest_is_slow
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from dnw_graph import Continuous, Discrete, InputError, NeuralGraph
 from dnw_graph.checksum import checksum
@@ -322,3 +323,36 @@ def test_the_default_device_does_not_matter(photos, trained, tmp_path):
             found = loaded(x)
     with torch.no_grad():
         assert torch.equal(found, compacted(x))
+
+
+@pytest.mark.parametrize("options", [{"norm": torch.norm}, {"first_step": torch.tensor(0.1)}])
+def test_options_of_a_solver_that_a_file_cannot_hold(options, tmp_path):
+    compacted = compact(NeuralGraph(**DYNAMIC, dynamics=Continuous(options=options)))
+    with pytest.raises(InputError, match=r"ContinuousGraph.*has options that a file cannot hold.*numbers and names"):
+        save_compact(compacted, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_too_large_for_half_precision(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 2))
+    nn.init.constant_(model[0].weight, 1e5)
+    with pytest.raises(InputError, match=r"float16.*65,504.*torch.bfloat16"):
+        save_compact(compact(model), tmp_path / "model", torch.float16)
+    assert not list(tmp_path.iterdir())
+    save_compact(compact(model), tmp_path / "model", torch.bfloat16)
+    assert torch.allclose(load_compact(tmp_path / "model").layers[0].weight, model[0].weight, rtol=0.01)
+    # What is not finite stays so.
+    nn.init.constant_(model[0].weight, torch.inf)
+    save_compact(compact(model), tmp_path / "model", torch.float16)
+    assert load_compact(tmp_path / "model").layers[0].weight.isinf().all()
+
+
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), nn.DataParallel, AveragedModel])
+def test_a_wrapped_model(wrap, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), NeuralGraph((4, 5, 3), 14)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    compacted = compact(wrap(model))
+    assert isinstance(compacted, CompactModel)
+    save_compact(wrap(compacted), tmp_path / "model")
+    with torch.no_grad():
+        assert torch.allclose(load_compact(tmp_path / "model")(x), model(x), atol=1e-5)

@@ -13,10 +13,11 @@ import torchvision
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from reference import relative_error
 from torch import nn
+from torch.nn.utils import prune, weight_norm
 
 import dnw_graph.compaction.sparse_layers as sparse_layers
-from dnw_graph import InputError, sparsify
-from dnw_graph.compaction import CompactModel, compact, load_compact, save_compact
+from dnw_graph import InputError, NeuralGraph, sparsify
+from dnw_graph.compaction import CompactModel, compact, export, load_compact, save_compact
 from dnw_graph.compaction.gaps import from_gaps, to_gaps
 from dnw_graph.compaction.network import Network
 from dnw_graph.compaction.sparse_layers import DENSEST, SparseConv, SparseLinear
@@ -289,3 +290,69 @@ def test_a_sparse_linear_layer_notices_changes_of_its_tensors(monkeypatch):
     layer.columns[3] = 20
     with pytest.raises(InputError, match="valid sources"):
         layer(x)
+
+
+@pytest.mark.parametrize("write", ["compact", "export"])
+def test_layers_that_pytorch_has_pruned(write, tmp_path):
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 5, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 64),
+    )
+    for _ in range(2):
+        prune.l1_unstructured(model[0], "weight", 0.7)
+    prune.random_unstructured(model[-1], "weight", 0.9)
+    prune.random_unstructured(model[-1], "bias", 0.5)
+    with_statistics(model).float()
+    x = torch.randn(2, 3, 8, 8)
+    expected, before = model(x), {name: value.clone() for name, value in model.state_dict().items()}
+    if write == "compact":
+        small = compact(model, example=x)
+        assert small.report.difference < 1e-5
+    else:
+        export(model, tmp_path / "x.safetensors", x)
+        small = load_compact(tmp_path / "x.safetensors")
+    assert [type(layer).__name__ for layer in small.layers] == ["SparseConv", "MapMean", "SparseLinear"]
+    with torch.no_grad():
+        assert relative_error(small(x), expected) < 1e-5
+    assert prune.is_pruned(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model(x), expected)
+    assert expected.requires_grad
+
+
+def test_weights_with_a_history_are_copied():
+    """PyTorch's older way to normalise a weight sets a tensor that follows from two parameters."""
+    model = nn.Sequential(weight_norm(nn.Linear(64, 64)), nn.ReLU(), nn.Linear(64, 64))
+    sparsify(model[2], 0.1)
+    model.eval()
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        assert relative_error(compact(model, example=x)(x), model(x)) < 1e-6
+
+
+def test_a_sparse_layer_leaves_the_relu_of_a_graph_to_it():
+    model = nn.Sequential(nn.Conv2d(16, 64, 3, padding=1), NeuralGraph((64, 64, 32), 400))
+    sparsify(model[0], 0.1)
+    with_statistics(model).float()
+    x = torch.randn(2, 16, 8, 8)
+    small = compact(model)
+    assert [type(layer).__name__ for layer in small.layers] == ["SparseConv", "FusedGraph"]
+    with torch.no_grad():
+        assert relative_error(small(x), model(x)) < 1e-5
+        assert relative_error(compact(model, state_dtype=torch.bfloat16)(x), model(x)) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["sparse layer", "product", "graph"])
+def test_a_sparse_compact_model_has_no_dense_form(kind):
+    if kind == "sparse layer":
+        model = nn.Sequential(nn.Linear(64, 64))
+        sparsify(model, 0.1)
+    else:
+        model = NeuralGraph((3, 4, 2), node_function=nn.Tanh if kind == "product" else "norm_relu_conv")
+    with pytest.raises(InputError, match=r"compact already, with sparse products.*the original"):
+        compact(compact(model), products="dense")
+    assert isinstance(compact(compact(model, products="dense"), products="dense"), CompactModel)

@@ -1,6 +1,7 @@
 """Models that are written in less usual ways: compacted right, or kept as they are."""
 
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ import torch.nn.functional as F
 from reference import relative_error
 from torch import nn
 
-from dnw_graph import InputError, NeuralGraph, sparsify
+from dnw_graph import Discrete, InputError, NeuralGraph, sparsify
 from dnw_graph.compaction import compact
-from dnw_graph.node_functions import Biased
+from dnw_graph.node_functions import Biased, ReluConvSendNorm
 
 
 def with_statistics(model):
@@ -203,3 +204,80 @@ def test_rows_of_transposed_convolutions():
     rows = {row.name: row for row in report.layers}
     assert list(rows) == ["0", "2"]
     assert rows["2"].multiply_adds == rows["2"].kept * 6 * 6  # once per position of the input
+
+
+class Branching(nn.Module):
+    """Takes the way to the norm ``clean`` for a tensor alone, which tracing does not see."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(64, 64, 3, padding=1), nn.AdaptiveMaxPool2d(2)
+        self.clean, self.other = nn.BatchNorm2d(64), nn.BatchNorm2d(64)
+
+
+class Optional(Branching):
+    def forward(self, x, aux=None):
+        h = self.conv(x)
+        return self.pool(self.clean(h) if aux is None else self.other(h) + aux)
+
+
+class Named(Branching):
+    def forward(self, x, **options):
+        h, aux = self.conv(x), options.get("aux")
+        return self.pool(self.clean(h) if aux is None else self.other(h) + aux)
+
+
+class Typed(Branching):
+    def forward(self, x):
+        h = self.conv(x)
+        return self.pool(self.clean(h) if isinstance(x, torch.Tensor) else self.other(h))
+
+
+class TypedNetwork(Typed):
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.MaxPool2d(2)
+
+
+@pytest.mark.parametrize("kind", [Optional, Named, Typed, TypedNetwork])
+def test_a_way_that_depends_on_the_arguments(kind):
+    model = kind()
+    sparsify(model, 0.1)
+    assert_same(model, torch.randn(2, 64, 6, 6))
+
+
+def test_a_norm_is_folded_for_tensors():
+    model = Typed()
+    sparsify(model, 0.1)
+    small = assert_same(model, torch.randn(2, 64, 6, 6))
+    assert isinstance(small.clean, nn.Identity)
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize("kind", ["own", "pytorch"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_silent_nodes_that_send_a_bias(norm, kind, steps):
+    graph = NeuralGraph(
+        num_nodes=12,
+        num_inputs=3,
+        num_outputs=3,
+        num_edges=60,
+        dynamics=Discrete(steps),
+        node_function=partial(ReluConvSendNorm, norm=norm),
+    )
+    (function,) = graph.dynamics.node_functions
+    if kind == "pytorch":
+        function.conv = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+    function.conv.bias = nn.Parameter(torch.randn(12))
+    x = torch.randn(2, 3, 6, 6)
+    small = assert_same(graph, x)
+    # Equation 11 by hand, all nodes in every step.
+    z = F.pad(x, (0, 0, 0, 0, 0, 9))
+    source, target = graph.edge_index
+    matrix = torch.zeros(12, 12)
+    matrix[target, source] = graph.edge_weight.detach()
+    with torch.no_grad():
+        for _ in range(steps):
+            sent = F.conv2d(z.relu(), function.conv.weight, function.conv.bias, padding=1, groups=12)
+            z = function.norm(torch.einsum("vu,buhw->bvhw", matrix, sent))
+        assert relative_error(small(x), z[:, -3:]) < 1e-5

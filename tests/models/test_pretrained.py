@@ -14,6 +14,7 @@ from PIL import Image
 from reference import relative_error
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.optim.swa_utils import AveragedModel
 
 import dnw_graph
 from dnw_graph import InputError, attach, sparsify
@@ -354,3 +355,37 @@ def test_the_model_of_imagenette_has_names_that_can_be_read():
     model = create_model("mobilenet_v1_dnw.imagenette", pretrained=True)
     assert model.classes[:3] == ["tench", "English springer", "cassette player"]
     assert model.card.class_directories[:3] == ["n01440764", "n02102040", "n02979186"]
+
+
+def test_other_classes_have_directories_of_their_own():
+    model = trained()
+    replace(model.card, directories=["n1", "n2", "n3"]).describe(model)
+    model.card.with_classes(["d", "e", "f"]).describe(model)
+    assert (model.classes, model.card.class_directories) == (["d", "e", "f"], ["d", "e", "f"])
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
+def compiled_parts(model: nn.Module) -> nn.Module:
+    model.stages[0] = compiled(model.stages[0])
+    model.classifier = compiled(model.classifier)
+    return model
+
+
+@pytest.mark.parametrize("wrap", [compiled, compiled_parts, nn.DataParallel, AveragedModel])
+@pytest.mark.parametrize("to", ["file", "hub"])
+def test_a_wrapped_model_is_saved_as_the_model(wrap, to: str, images: Tensor, tmp_path: Path):
+    model = trained()
+    expected, card = model(images), model.card
+    wrapped = wrap(model)
+    card.describe(wrapped)
+    if to == "file":
+        save_weights(wrapped, tmp_path / "model.safetensors")
+    else:
+        pytest.importorskip("dnw_graph.hub").save_pretrained(wrapped, tmp_path)
+        assert "3 classes: a, b, c" in (tmp_path / "README.md").read_text()
+    again = dnw_graph.load(tmp_path / "model.safetensors")
+    assert torch.equal(again(images), expected)
+    assert again.card == card

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import TinyModel, create_tiny
+from conftest import TinyModel, create_tiny, first_digits
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from torch import nn
@@ -26,6 +26,7 @@ import dnw_graph
 from dnw_graph import InputError, load
 from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.checkpoint import FORMAT, SECTION
+from dnw_graph.cli import main
 from dnw_graph.compaction import compact, export, save_compact
 from dnw_graph.data.image_files import inspect
 from dnw_graph.data.images import load_rgb
@@ -359,3 +360,29 @@ def test_a_card_larger_than_its_file_is_refused(tmp_path: Path):
         archive.writestr("x/card.json", b" " * 2**20)
     with pytest.raises(InputError, match="has no card that can be read"):
         _ = ModelFile(tmp_path / "x.pt2").card
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_compact_file_is_evaluated_and_exported_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    options = MobileNetOptions(width=0.1, wiring="random_graph")
+    model = options.create(10, 8).eval()
+    classes = list("0123456789")
+    ModelCard(Preprocessing(8, 8, (0.5,) * 3, (0.25,) * 3), classes, "mobilenet", options.identity()).describe(model)
+    save_compact(compact(model), "x.safetensors")
+    test = first_digits(180, 45).test
+    samples = Samples(test, model.preprocess)
+    with torch.no_grad():
+        right = model(torch.stack([samples[index][0] for index in range(45)])).argmax(1)
+    top1 = (right == torch.from_numpy(test.labels)).float().mean().item()
+    evaluate = ["evaluate", "x.safetensors", "--data", "digits", "--workers", "0", "--accelerator", "cpu"]
+    assert main([*evaluate, "--compact", "--export", "y.safetensors", "--output", "run"]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["top1"] == pytest.approx(top1)
+    assert main(["evaluate", "y.safetensors", *evaluate[2:]]) == 0
+    assert main(["export", "x.safetensors", "y.pt2"]) == 0
+
+
+def test_a_compact_file_is_not_exported_to_onnx(directory: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["export", str(directory / "small.safetensors"), str(directory / "x.onnx")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "compact already, with sparse products" in line
