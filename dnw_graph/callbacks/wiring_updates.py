@@ -19,6 +19,11 @@ def accumulation_changes(trainer: Trainer) -> bool:
     return any(isinstance(each, GradientAccumulationScheduler) for each in callbacks)
 
 
+def accumulates(trainer: Trainer) -> bool:
+    """Return whether a step may have more than one batch."""
+    return trainer.accumulate_grad_batches != 1 or accumulation_changes(trainer)
+
+
 class WiringUpdates(Callback):
     """Calls :func:`dnw_graph.attach` before training starts: all that rules need in a Lightning run.
 

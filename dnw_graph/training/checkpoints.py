@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import Logger
 
 from dnw_graph import stopping
 from dnw_graph.arguments import checked
@@ -73,6 +75,7 @@ class Checkpoints(Checkpoint):
         table: The run's ``metrics.csv``; a checkpoint stores the number of rows before it.
         card: The card in the checkpoints, without metrics.
         machine: Options that a resumed run inherits and may change.
+        hosted: Loggers of services by their option, whose runs a resumed run continues.
 
     Attributes:
         first, last, best: The three files.
@@ -90,6 +93,7 @@ class Checkpoints(Checkpoint):
         table: Table | None = None,
         card: ModelCard | None = None,
         machine: dict[str, Any] | None = None,
+        hosted: Mapping[str, Logger] | None = None,
     ) -> None:
         self.first, self.last, self.best = (directory / f"{name}.ckpt" for name in ("first", "last", "best"))
         self.save_every = save_every
@@ -97,6 +101,7 @@ class Checkpoints(Checkpoint):
         self.table = table
         self.card = card
         self.machine = machine or {}
+        self.hosted = hosted or {}
         self.best_top1: float | None = None
         self.best_epoch = 0
         self._seconds_before = 0.0
@@ -231,7 +236,8 @@ class Checkpoints(Checkpoint):
                 f"after step {trainer.global_step} {len(wrong)} of {len(state)} tensors, such as {wrong[0]}, are NaN "
                 "or infinite: this state is not saved, and earlier checkpoints are kept; lower --lr"
             )
-        checkpoint[SECTION] = {"format": FORMAT, "options": self.identity}
+        logs = {name: logger.version for name, logger in self.hosted.items()}
+        checkpoint[SECTION] = {"format": FORMAT, "options": self.identity, "logs": logs}
         if self.card is not None:
             found = {name: trainer.callback_metrics.get(f"val/{name}") for name in ("top1", "top5")}
             metrics = {name: float(value) for name, value in found.items() if value is not None}

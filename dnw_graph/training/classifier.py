@@ -17,7 +17,9 @@ from torchvision.transforms import v2
 
 from dnw_graph.analysis.cost import NORMS
 from dnw_graph.arguments import checked, require
+from dnw_graph.callbacks.wiring_updates import accumulates
 from dnw_graph.data.order import Purpose
+from dnw_graph.errors import InputError
 from dnw_graph.ranking import wiring_penalty
 from dnw_graph.recipes.optimizers import make_optimizer
 from dnw_graph.recipes.schedules import Schedule
@@ -44,7 +46,7 @@ class Classifier(LightningModule):
         mixup: α of Mixup (Zhang et al. 2018); 0 for none.
         cutmix: α of CutMix (Yun et al. 2019); 0 for none. With both, one of them is drawn for every step.
         accumulate: Number of parts into which a batch is split; their gradients are accumulated, so that only one part
-            is in memory. Norms see one part at a time.
+            is in memory. Norms see one part at a time. The trainer must not accumulate too.
     """
 
     @checked
@@ -75,6 +77,7 @@ class Classifier(LightningModule):
         require(accumulate >= 1, "accumulate", "an integer >= 1", accumulate)
         require(0 <= label_smoothing <= 1, "label_smoothing", "a share, 0 … 1", label_smoothing)
         self.model, self.schedule, self.seed, self.accumulate = model, schedule, seed, accumulate
+        self.fitting = False
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.label_smoothing, self.norm_weight_decay = label_smoothing, norm_weight_decay
         self.optimizer, self.optimizer_options = optimizer, dict(optimizer_options or {})
@@ -92,6 +95,28 @@ class Classifier(LightningModule):
         """Return the scores ``[B, num_classes]`` of images ``[B, 3, H, W]``."""
         return self.model(x)
 
+    def setup(self, stage: str) -> None:
+        """Note whether the module is trained or only evaluated."""
+        self.fitting = stage == "fit"
+
+    def on_fit_start(self) -> None:
+        """Refuse a trainer that accumulates gradients, if the steps do.
+
+        Raises:
+            InputError: If it does.
+        """
+        if self.accumulate > 1 and accumulates(self.trainer):
+            raise InputError(
+                f"accumulate is {self.accumulate}, and the trainer accumulates gradients too: leave "
+                "accumulate_grad_batches at 1, without a GradientAccumulationScheduler"
+            )
+
+    def on_validation_start(self) -> None:
+        """Give all ranks the buffers of the first one: each has statistics of its own, and only those are saved."""
+        if self.fitting and self.trainer.world_size > 1:
+            for buffer in self.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the generators, so that a resumed run draws the same numbers as an uninterrupted one."""
         torch.manual_seed(mix(self.seed, Purpose.STEP, self.global_step, self.global_rank))
@@ -101,13 +126,13 @@ class Classifier(LightningModule):
         images, labels = batch if self.mix is None else self.mix(*batch)
         *first, last = zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True)
         done = []
-        if first:
+        if self.accumulate > 1:
             self.trainer.optimizers[0].zero_grad()
         for part in first:
-            part_loss = self._cross_entropy(*part)
+            part_loss = self._cross_entropy(*part, len(images))
             self.trainer.strategy.backward(part_loss, None)
             done.append(part_loss.detach())
-        loss = self._cross_entropy(*last)
+        loss = self._cross_entropy(*last, len(images))
         self.log("train/loss", sum(done, loss.detach()), prog_bar=True)
         # Nothing here is copied from the host to the device, which would synchronise: not a penalty of zero, and not a
         # number, which Lightning would turn into a tensor there.
@@ -118,12 +143,13 @@ class Classifier(LightningModule):
             loss = loss + penalty
         return loss
 
-    def _cross_entropy(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _cross_entropy(self, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
         """Return the share of one part of a batch in the loss of the batch."""
-        return F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing) / self.accumulate
+        loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        return loss * (len(images) / batch_size)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        """Keep the gradients of the first parts of a batch, which :meth:`training_step` has computed."""
+        """Keep the gradients of the first parts of a batch; :meth:`training_step` drops those of the last step."""
         if self.accumulate == 1:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
@@ -156,13 +182,24 @@ class Classifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Set the schedule to the step of a checkpoint: a function of the step alone, in every version."""
+        """Set the schedule to the step of a checkpoint: a function of the step alone, in every version.
+
+        Raises:
+            InputError: If training goes on with other groups of parameters.
+        """
+        if not (self.fitting and {"optimizer_states", "lr_schedulers"} <= checkpoint.keys()):
+            return
         fresh = self.configure_optimizers()
         scheduler = fresh["lr_scheduler"]["scheduler"]
         with warnings.catch_warnings(action="ignore"):  # of steps of a schedule without one of the optimiser
             for _ in range(checkpoint["global_step"]):
                 scheduler.step()
         checkpoint["lr_schedulers"] = [scheduler.state_dict()]
-        groups = fresh["optimizer"].param_groups, checkpoint["optimizer_states"][0]["param_groups"]
-        for group, saved in zip(*groups, strict=True):
+        groups, given = fresh["optimizer"].param_groups, checkpoint["optimizer_states"][0]["param_groups"]
+        if len(given) != len(groups):
+            raise InputError(
+                f"the optimiser of the checkpoint has {len(given)} groups of parameters, this one {len(groups)}: give "
+                "the same norm_weight_decay and the same rules"
+            )
+        for group, saved in zip(groups, given, strict=True):
             saved["lr"] = group["lr"]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dnw_graph.checkpoint import SECTION, read_checkpoint
 from dnw_graph.errors import InputError, unknown_name
+from dnw_graph.recipes.options import completed
 from dnw_graph.stopping import without_start
 from dnw_graph.training.command_line import launched
-from dnw_graph.training.resuming import check_same_run
+from dnw_graph.training.resuming import check_same_run, origin, shown
 from dnw_graph.whole_file import make_writable, write_whole
 from dnw_graph.wirings import WIRINGS
 
@@ -23,6 +26,7 @@ COLUMNS = (
     "top1",
     "top5",
     "best_top1",
+    "held_out",
     "parameters",
     "multiply_adds",
     "training_multiply_adds",
@@ -55,7 +59,7 @@ def compare(
 
     Raises:
         InputError: If a rule is unknown, an option is one that the comparison sets itself, several processes are
-            requested, or a complete run had other options.
+            requested, or a run has other options than the command or than another run.
     """
     for rule in rules:
         if rule not in WIRINGS and "." not in rule:
@@ -67,20 +71,26 @@ def compare(
     if several or max([1, *launched().values()]) > 1:
         raise InputError("compare trains in one process: train each run with dnw-graph train on several devices")
     make_writable(output, "--output")
-    rows: list[dict[str, Any]] = []
+    runs: dict[Path, tuple[str, int, list[str]]] = {}
     for rule in dict.fromkeys(rules):
         for seed in dict.fromkeys(seeds):
             directory = output / rule / f"seed{seed}"
-            last, result = directory / "last.ckpt", directory / "summary.json"
             words = [*options, "--wiring", rule, "--seed", str(seed), "--output", str(directory)]
-            if result.exists():
-                _check_same(result, requested(words))
-            else:
-                print(f"{rule}, seed {seed}: {directory}", flush=True)
-                if status := train(["--resume", str(last), *without_start(words)] if last.exists() else words):
-                    return status
-            summary = json.loads(result.read_text())
-            rows.append({"rule": rule, "seed": seed, **{name: summary[name] for name in COLUMNS[2:]}})
+            runs[directory] = rule, seed, words
+    rows: list[dict[str, Any]] = []
+    first: dict[str, tuple[Any, Path]] = {}  # Values of options that are not given, and the first run that has them.
+    for directory, (_, _, words) in runs.items():
+        _check_same(directory, words, requested, first)
+    for directory, (rule, seed, words) in runs.items():
+        last, result = directory / "last.ckpt", directory / "summary.json"
+        if not result.exists():
+            print(f"{rule}, seed {seed}: {directory}", flush=True)
+            if status := train(["--resume", str(last), *without_start(words)] if last.exists() else words):
+                return status
+            _check_same(directory, words, requested, first)
+        summary = json.loads(result.read_text())
+        values = {**summary, "rule": rule, "seed": seed, "held_out": summary["options"]["held_out"]}
+        rows.append({name: values[name] for name in COLUMNS})
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
@@ -92,10 +102,47 @@ def compare(
     return 0
 
 
-def _check_same(result: Path, asked: dict[str, Any]) -> None:
-    """Refuse a complete run with other options; those without a value depend on the data."""
-    had, now = json.loads(result.read_text())["options"], json.loads(json.dumps(asked))
-    check_same_run(str(result), had, now, [name for name in now if name in had and now[name] is not None])
+def _check_same(
+    directory: Path,
+    words: list[str],
+    requested: Callable[[list[str]], dict[str, Any]],
+    first: dict[str, tuple[Any, Path]],
+) -> None:
+    """Refuse a complete or stopped run with other options than those given, or than another run."""
+    path, had = _options_of(directory)
+    if not had:
+        return
+    now = _plain(requested(words))
+    given = [name for name in now if name in had and now[name] is not None]
+    check_same_run(str(path), had, now, given)
+    # The others depend on the data.
+    for name, value in had.items():
+        other, where = (value, directory) if name in given else first.setdefault(name, (value, directory))
+        if value != other:
+            raise InputError(
+                f"{origin(name)} is {shown(name, other)} in {where}, but {shown(name, value)} in {directory}: they are "
+                "not compared; delete one of them, or give another --output"
+            )
+
+
+def _options_of(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the file of a complete or stopped run, and its options; none if there is no run."""
+    result, last = directory / "summary.json", directory / "last.ckpt"
+    if result.exists():
+        return result, _plain(json.loads(result.read_text())["options"])
+    if last.exists():
+        section = read_checkpoint(last)[SECTION]
+        data = {name: value for name, value in section.get("machine", {}).items() if name == "data"}
+        return last, _plain({**section["options"], **data})
+    return last, {}
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options as JSON has them, completed, and with one path of a directory of images."""
+    options = json.loads(json.dumps(completed(options)))
+    if os.path.isdir(data := options.get("data", "")):
+        options["data"] = os.path.abspath(data)
+    return options
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:

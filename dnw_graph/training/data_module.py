@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from dnw_graph.arguments import checked
-from dnw_graph.callbacks.wiring_updates import accumulation_changes
+from dnw_graph.callbacks.wiring_updates import accumulates
 from dnw_graph.data.images import Images
 from dnw_graph.data.order import EvaluationOrder, TrainOrder
 from dnw_graph.data.samples import KeptSamples, Samples, keep
@@ -46,7 +46,7 @@ class DataModule(LightningDataModule):
     def __init__(self, images: ImageData, options: RunOptions) -> None:
         super().__init__()
         self.images = images
-        self.batch_size = options.batch_size
+        self.batch_size, self.accumulate = options.batch_size, options.accumulate
         self.seed = options.seed
         if options.image_size is None and images.name not in DEFAULT_SIZES:
             raise InputError(f"images {images.name!r} have no default size: give --image-size")
@@ -72,22 +72,41 @@ class DataModule(LightningDataModule):
         """Return the loader of this rank's training batches.
 
         Raises:
-            InputError: If the trainer accumulates gradients: batches are counted by optimiser steps.
+            InputError: If the trainer accumulates gradients, takes a part of each epoch, or has processes that cannot
+                share a batch: the position in the images follows from the number of optimiser steps.
         """
         images, trainer = self.images.train, self.trainer
-        if accumulation_changes(trainer) or trainer.accumulate_grad_batches != 1:
-            raise InputError(
-                "batches of a DataModule are counted by optimiser steps, so accumulate_grad_batches must stay 1: give "
-                "accumulate to Classifier instead, which splits each batch"
-            )
+        self._check(trainer)
         ranks = trainer.global_rank, trainer.world_size
         order = TrainOrder(len(images), self.batch_size, self.seed, lambda: trainer.global_step, *ranks)
         return self._loader(images, order, training=True)
 
+    def _check(self, trainer: Trainer) -> None:
+        if accumulates(trainer):
+            raise InputError(
+                "batches of a DataModule are counted by optimiser steps, so accumulate_grad_batches must stay 1: give "
+                "accumulate to Classifier instead, which splits each batch"
+            )
+        steps, limit = self.steps_per_epoch, trainer.limit_train_batches
+        hint = "a DataModule gives whole epochs: leave it out, and give fewer images instead"
+        if trainer.overfit_batches:
+            raise InputError(f"overfit_batches is {trainer.overfit_batches}, but {hint}")
+        if not trainer.fast_dev_run and (limit < steps if isinstance(limit, int) else limit != 1.0):
+            raise InputError(f"limit_train_batches is {limit}, less than all {steps} batches, but {hint}")
+        if self.batch_size % trainer.world_size:
+            raise InputError(
+                f"{trainer.world_size} processes cannot share a batch of {self.batch_size} images evenly: give a "
+                f"batch_size that is a multiple of {trainer.world_size}"
+            )
+
     def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        """Return the loader of this rank's batches of held-out images, or else of test images."""
+        """Return the loader of this rank's batches of held-out images, or else of test images.
+
+        A batch has as many images as are in memory at a time in training.
+        """
         images, ranks = self.images.validation, (self.trainer.global_rank, self.trainer.world_size)
-        return self._loader(images, EvaluationOrder(len(images), self.batch_size // ranks[1], *ranks), training=False)
+        batch_size = self.batch_size // ranks[1] // self.accumulate
+        return self._loader(images, EvaluationOrder(len(images), batch_size, *ranks), training=False)
 
     def _loader(self, images: Images, order: Sampler[Any], training: bool) -> DataLoader[tuple[Tensor, int]]:
         """Return a loader; small images are decoded once for all epochs if they fit into memory."""

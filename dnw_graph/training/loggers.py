@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import importlib.util
 import io
 import os
@@ -155,27 +154,33 @@ class Events(TensorBoardLogger):
             raise
 
 
-def hosted_loggers(wandb: str | None, mlflow: str | None, directory: Path) -> list[Logger]:
-    """Return the loggers of the requested services. A resumed run continues its log in Weights & Biases.
+def hosted_loggers(
+    wandb: str | None, mlflow: str | None, directory: Path, section: Mapping[str, Any]
+) -> dict[str, Logger]:
+    """Return the loggers of the requested services by their option. A resumed run continues its logs.
 
     Args:
         wandb: Project of Weights & Biases; ``WANDB_MODE=offline`` keeps everything in the directory.
         mlflow: Tracking URI of MLflow.
         directory: Directory of the run.
+        section: Section of this package in the checkpoint to resume; empty for a new run.
 
     Raises:
         InputError: If the package of a service is missing.
     """
-    loggers: list[Logger] = []
-    for package, given in (("wandb", wandb), ("mlflow", mlflow)):
+    loggers: dict[str, Logger] = {}
+    services = {"wandb": wandb, "mlflow": mlflow}
+    for package, given in services.items():
         if given is not None and importlib.util.find_spec(package) is None:
             raise InputError(f"--{package} needs {package}: install the extra dnw-graph[{package}]")
     name = str(directory.resolve())
+    # Elsewhere there is no such run; the services draw the ids of new ones.
+    then = section.get("machine", {})
+    begun = {key: each for key, each in section.get("logs", {}).items() if then.get(key) == services[key]}
     if wandb is not None:
-        identity = hashlib.sha256(name.encode()).hexdigest()[:16]
-        loggers.append(WandbLogger(name, directory, project=wandb, id=identity, resume="allow"))
+        loggers["wandb"] = WandbLogger(name, directory, project=wandb, id=begun.get("wandb"), resume="allow")
     if mlflow is not None:
-        loggers.append(MLFlowLogger("dnw_graph", run_name=name, tracking_uri=mlflow))
+        loggers["mlflow"] = MLFlowLogger("dnw_graph", run_name=name, tracking_uri=mlflow, run_id=begun.get("mlflow"))
     return loggers
 
 

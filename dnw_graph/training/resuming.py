@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 
 from dnw_graph.analysis.cost import neural_graphs
 from dnw_graph.callbacks.averages import Averages
@@ -18,6 +19,7 @@ from dnw_graph.callbacks.wiring_recorder import WiringRecorder, read
 from dnw_graph.checkpoint import check_weights, damaged
 from dnw_graph.errors import InputError
 from dnw_graph.loading import ModelFile
+from dnw_graph.partial_step import ELEMENTWISE
 from dnw_graph.ranking import has_hash, rankings, saved_rule
 from dnw_graph.recipes.options import completed, flag
 from dnw_graph.sparse_layers import weight_graphs
@@ -49,14 +51,19 @@ def check_same_run(path: str, then: dict[str, Any], now: dict[str, Any], names: 
             raise InputError(f"{path} is a checkpoint of another program: it lacks {flag(name)}")
         if then[name] == now[name]:
             continue
-        given, trained = (_shown(name, value) for value in (now[name], then[name]))
-        name = "data" if name in ("classes", "train_images") else name
+        option, given, trained = origin(name), shown(name, now[name]), shown(name, then[name])
         raise InputError(
-            f"{flag(name)} is {given}, but {path} was trained with {trained}: give the same value, or start a new run"
+            f"{option} is {given}, but {path} was trained with {trained}: give the same value, or start a new run"
         )
 
 
-def _shown(name: str, value: Any) -> str:
+def origin(name: str) -> str:
+    """Return the flag of the option that a value comes from."""
+    return flag("data" if name in ("classes", "train_images") else name)
+
+
+def shown(name: str, value: Any) -> str:
+    """Return a value for a message."""
     if name == "classes" and isinstance(value, list) and value:
         return f"{len(value)} classes, {str(value[0])[:50]!r} ... {str(value[-1])[:50]!r}"
     if name == "train_images" and isinstance(value, int):
@@ -95,11 +102,11 @@ def check_resumable(
     try:
         _check_callbacks(checkpoint, callbacks, module)
         _check_loops(checkpoint, trainer, callbacks, steps_per_epoch)
-        _check_optimizer(checkpoint, module)
         plugin = trainer.precision_plugin
-        if state := plugin.state_dict():
+        if scaler := plugin.state_dict():
             name = type(plugin).__qualname__
-            match(checkpoint.get(name), state, name)
+            match(checkpoint.get(name), scaler, name)
+        _check_optimizer(checkpoint, module, bool(scaler))
     except InputError as error:
         raise damaged(path, f"cannot be resumed from ({error})") from error
 
@@ -163,7 +170,7 @@ def _check_loops(
         raise InputError(f"loops.fit_loop is not that of step {steps}")
 
 
-def _check_optimizer(checkpoint: Mapping[str, Any], module: Classifier) -> None:
+def _check_optimizer(checkpoint: Mapping[str, Any], module: Classifier, scaled: bool) -> None:
     optimizer = module.configure_optimizers()["optimizer"]
     match(checkpoint.get("optimizer_states"), [{"state": dict, "param_groups": list}], "optimizer_states")
     ((given,), state) = checkpoint["optimizer_states"], optimizer.state_dict()
@@ -177,14 +184,11 @@ def _check_optimizer(checkpoint: Mapping[str, Any], module: Classifier) -> None:
             raise InputError(f"optimizer_states.0.param_groups.{number} has another {wrong[0]} than the run")
     # A parameter without a gradient so far has no state.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    sgd = type(optimizer) is torch.optim.SGD
-    known = {
-        n: {"momentum_buffer": each} if sgd else _state_like(given["state"][n], each)
-        for n, each in enumerate(parameters)
-        if n in given["state"]
-    }
+    kind = type(optimizer)
+    known = {n: _state_like(given["state"][n], each, kind) for n, each in enumerate(parameters) if n in given["state"]}
     match(given["state"], known, "optimizer_states.0.state")
-    if sgd and bool(known) != bool(checkpoint["global_step"] and module.momentum):
+    moved = checkpoint["global_step"] and module.momentum
+    if kind is SGD and not scaled and bool(known) != bool(moved):  # a scaler may have skipped every step
         raise InputError(f"optimizer_states.0.state has the momentum of {len(known)} parameters")
     # The rest of a schedule is a function of the step, see Classifier.on_load_checkpoint.
     match(checkpoint.get("lr_schedulers"), [{"last_epoch": int}], "lr_schedulers", exact=False)
@@ -192,10 +196,14 @@ def _check_optimizer(checkpoint: Mapping[str, Any], module: Classifier) -> None:
         raise InputError(f"lr_schedulers.0.last_epoch is not step {checkpoint['global_step']}")
 
 
-def _state_like(state: Any, parameter: Tensor) -> Any:
+def _state_like(state: Any, parameter: Tensor, kind: type[Optimizer]) -> Any:
     """Return the expected structure of a parameter's state: tensors of its shape, and numbers."""
     if not isinstance(state, dict):
         return dict
+    if kind is SGD:
+        return {"momentum_buffer": parameter}
+    if kind not in ELEMENTWISE:
+        return state  # Of any structure.
     return {
         name: parameter if isinstance(value, Tensor) and value.dim() else type(value) for name, value in state.items()
     }

@@ -29,7 +29,7 @@ def run_directory(options: RunOptions) -> Iterator[Path]:
         InputError: If it cannot be written to, is in use, or holds another run.
     """
     if not is_first_process():
-        yield Path(os.environ.get(DIRECTORY) or options.output or "runs")
+        yield Path(options.output or os.environ.get(DIRECTORY) or "runs")
         return
     directory = _made(options)
     make_writable(directory, "--output")

@@ -161,7 +161,8 @@ def _train(
     if stopping.is_first_process():
         named = {"model": FAMILIES[card.models].names[0]} if card.models in FAMILIES else {}
         write_whole(directory / CONFIG, yaml.safe_dump({**named, **card.options, **machine}).encode(), "--output")
-    checkpoints = Checkpoints(directory, options.save_every, identity, table, card, machine)
+    hosted = hosted_loggers(options.wandb, options.mlflow, directory, checkpoint[SECTION] if checkpoint else {})
+    checkpoints = Checkpoints(directory, options.save_every, identity, table, card, machine, hosted)
     updates = WiringUpdates(options.epochs * data.steps_per_epoch, data.steps_per_epoch)
     log = StepLog(steps_per_row)
     pictures = directory / "pictures" if options.pictures else None
@@ -169,8 +170,7 @@ def _train(
     averages = [Averages(options.ema)] if options.ema else []
     # Checkpoints come last: they include what the others did in a step.
     callbacks = [updates, *averages, monitor, recorder, training_cost, log, checkpoints]
-    loggers = [table, events, *hosted_loggers(options.wandb, options.mlflow, directory)]
-    trainer = make_trainer(options, callbacks, loggers, checkpoint)
+    trainer = make_trainer(options, callbacks, [table, events, *hosted.values()], checkpoint)
     if options.resume and checkpoint:
         check_resumable(options.resume, checkpoint, trainer, callbacks, module, data.steps_per_epoch)
         known = checkpoint["callbacks"][checkpoints.state_key]["best_top1"] is not None
@@ -180,8 +180,8 @@ def _train(
         trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)
         metrics = trainer.callback_metrics
         if data.images.held_out is not None:
-            # Ranks that torchrun starts may not know the directory; the trainer gives them the first one's weights.
-            if checkpoints.best.exists():
+            # Other ranks may not know the directory; the trainer gives them the first one's weights.
+            if trainer.is_global_zero and checkpoints.best.exists():
                 module.model.load_state_dict(model_weights(read_checkpoint(checkpoints.best)))
             data.images = replace(data.images, held_out=None)
             metrics = _validated(module, data, options)

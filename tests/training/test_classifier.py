@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
 
 from dnw_graph import InputError, L1Anneal, NeuralGraph, Schedule
 from dnw_graph.recipes.schedules import after_warmup
@@ -50,6 +54,7 @@ def test_the_schedule_of_an_older_checkpoint_goes_on(step: int):
     old = {"base_lrs": [1.0], "last_epoch": step, "_step_count": step + 1, "_last_lr": [9.0], "lr_lambdas": [None]}
     optimizers = [{"param_groups": [{"lr": 9.0}], "state": {}}]
     checkpoint = {"global_step": step, "lr_schedulers": [old], "optimizer_states": optimizers}
+    module.setup("fit")
     module.on_load_checkpoint(checkpoint)
     fresh = module.configure_optimizers()
     optimizer, scheduler = fresh["optimizer"], fresh["lr_scheduler"]["scheduler"]
@@ -59,6 +64,32 @@ def test_the_schedule_of_an_older_checkpoint_goes_on(step: int):
         assert optimizer.param_groups[0]["lr"] == expected
         optimizer.step()
         scheduler.step()
+
+
+def normed(norm_weight_decay: bool = True) -> dict[str, Any]:
+    """Arguments of a classifier with a norm."""
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 3))
+    common = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.0, "seed": 0}
+    return {"model": model, "num_classes": 3, "schedule": cosine(9), "norm_weight_decay": norm_weight_decay, **common}
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_a_checkpoint_may_be_evaluated_without_its_optimiser(weights_only: bool, tmp_path: Path):
+    images = DataLoader(TensorDataset(torch.randn(8, 3, 2, 2), torch.arange(8) % 3), batch_size=4)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    saving = ModelCheckpoint(tmp_path, save_weights_only=weights_only)
+    module = Classifier(**normed())
+    Trainer(max_epochs=1, callbacks=[saving], **quiet).fit(module, images)
+    quiet["enable_checkpointing"] = False
+    saved = {name: value.clone() for name, value in module.state_dict().items()}
+    path = saving.best_model_path
+    other = Classifier(**normed(norm_weight_decay=False))
+    Trainer(**quiet).validate(other, images, ckpt_path=path, verbose=False)
+    for found in (other, Classifier.load_from_checkpoint(path, **normed(norm_weight_decay=False))):
+        assert all(torch.equal(value, saved[name]) for name, value in found.state_dict().items())
+    if not weights_only:
+        with pytest.raises(InputError, match="optimiser of the checkpoint has 1 groups of parameters, this one 2"):
+            Trainer(max_epochs=2, **quiet).fit(other, images, ckpt_path=path)
 
 
 def test_a_schedule_that_makes_no_scheduler_is_told():
@@ -198,8 +229,6 @@ def test_metrics_are_those_of_the_scores(small_digits: ImageData):
     torch.manual_seed(0)
     module = Classifier(Scores(), 10, cosine(1), 0.1, 0.9, 0.0, seed=0)
     data = DataModule(small_digits, RunOptions(image_size=8, batch_size=7, accelerator="cpu"))
-    from lightning.pytorch import Trainer
-
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     found = trainer.validate(module, data, verbose=False)[0]
     images = small_digits.test

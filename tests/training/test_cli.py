@@ -26,7 +26,7 @@ from dnw_graph.compaction import compact, save_compact
 from dnw_graph.model_card import ModelCard
 from dnw_graph.recipes.models import FAMILIES, MobileNetOptions, TinyOptions
 from dnw_graph.training import register_models
-from dnw_graph.training.comparison import table
+from dnw_graph.training.comparison import COLUMNS, table
 
 
 @pytest.fixture(autouse=True)
@@ -313,7 +313,10 @@ def test_compare_trains_what_is_missing_and_makes_a_table(
     assert main(command) == 130
     last = Path("runs/compare/set/seed0/last.ckpt")
     last.parent.mkdir(parents=True)
-    last.touch()
+    write(last, nn.Module(), options={"epochs": 50, "held_out": 180})
+    assert main(command) == 2
+    assert f"--epochs is 3, but {last} was trained with 50: give the same value" in capsys.readouterr().err
+    write(last, nn.Module(), options={"epochs": 3, "held_out": 180})
     assert main(command) == 0
     own = ["--wiring", "dnw", "--seed", "0", "--output", "runs/compare/dnw/seed0"]
     assert done[0] == ["--epochs", "3", "--init-from", "x.ckpt", *own]
@@ -322,12 +325,41 @@ def test_compare_trains_what_is_missing_and_makes_a_table(
     assert len(done) == 5
     rows = list(csv.DictReader(Path("runs/compare/compare.csv").read_text().splitlines()))
     assert [(row["rule"], row["seed"]) for row in rows] == [("dnw", "0"), ("dnw", "1"), ("set", "0"), ("set", "1")]
+    assert {row["held_out"] for row in rows} == {"180"}
     assert Path("runs/compare/compare.png").stat().st_size > 1000
     assert "| dnw | 2 | 50.00 ± 0.00 |" in capsys.readouterr().out
     assert main([*command[:8], "50"]) == 2
     assert "--epochs is 50, but runs/compare/dnw/seed0/summary.json was trained with 3" in capsys.readouterr().err
     assert main([*command, "--devices", "2"]) == 2
     assert "compare trains in one process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_compare_refuses_runs_whose_data_gave_an_option_another_value(
+    stopped: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The images of the data set may have changed in between."""
+
+    def train(argv: list[str]) -> int:
+        directory = Path(argv[argv.index("--output") + 1])
+        directory.mkdir(parents=True, exist_ok=True)
+        summary = {**dict.fromkeys(COLUMNS, 0.5), "options": {"held_out": held_out, "train_images": 9 * held_out}}
+        (directory / "summary.json").write_text(json.dumps(summary))
+        return 0
+
+    held_out = 180
+    monkeypatch.setattr("dnw_graph.cli.train", train)
+    monkeypatch.setattr("dnw_graph.cli._requested", lambda words: {"held_out": None})
+    assert main(["compare", "--rules", "dnw", "--seeds", "0"]) == 0
+    if stopped:
+        last = Path("runs/compare/set/seed0/last.ckpt")
+        last.parent.mkdir(parents=True)
+        write(last, nn.Module(), options={"held_out": 190, "train_images": 9 * 190}, machine={"data": "digits"})
+    held_out = 190
+    capsys.readouterr()
+    assert main(["compare", "--rules", "dnw", "set", "--seeds", "0"]) == 2
+    told = "--held-out is 180 in runs/compare/dnw/seed0, but 190 in runs/compare/set/seed0"
+    assert told in capsys.readouterr().err
 
 
 def test_a_table_has_means_and_deviations_of_seeds():

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
@@ -38,6 +39,15 @@ def test_batch_larger_than_the_data_is_refused(small_digits: ImageData, options:
 def test_fewer_test_images_than_devices_are_refused(small_digits: ImageData, options: Callable[..., RunOptions]):
     with pytest.raises(InputError, match="30 test images cannot be split over 31 devices"):
         DataModule(small_digits, options(devices=31, batch_size=62))
+
+
+def test_an_evaluation_takes_no_more_memory_than_a_part_of_a_batch(
+    small_digits: ImageData, options: Callable[..., RunOptions]
+):
+    for processes in (1, 2):
+        data = DataModule(small_digits, options(batch_size=16, accumulate=4, devices=processes))
+        data.trainer = Mock(global_rank=0, world_size=processes)
+        assert max(len(labels) for _, labels in data.val_dataloader()) <= 16 // 4 // processes
 
 
 class Pids(Dataset[int]):

@@ -12,6 +12,7 @@ from conftest import TinyModel
 from torch import nn
 
 import dnw_graph
+from dnw_graph.checkpoint import model_weights
 from dnw_graph.training import ImageData, RunOptions, read_checkpoint, run
 
 pytestmark = [
@@ -21,7 +22,7 @@ pytestmark = [
 
 
 def two_processes(directory: Path, accumulate: int) -> None:
-    """Train the tiny model on two processes, each of which divides its half of a batch into parts."""
+    """Train two models on two processes, each of which divides its half of a batch into parts."""
     packages = str(Path(dnw_graph.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(directory), str(accumulate)]
@@ -46,6 +47,12 @@ def test_two_processes_learn_one_wiring(
     # One process counts the same right answers over all test images as two did over their shares.
     alone = run(create, {}, options(evaluate=str(last), output=None), small_digits)
     assert alone.top1 == first["top1"]
+    # They evaluate the model that is saved, not each its own statistics of norms.
+    for one, other in zip(first["evaluated"], second["evaluated"], strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    best = model_weights(read_checkpoint(tmp_path / "runs" / "1" / "best.ckpt"))
+    for found in (first["other"], second["other"]):
+        assert all(torch.equal(value, best[name]) for name, value in found.items())
 
 
 def test_parts_on_two_processes_are_those_of_one(

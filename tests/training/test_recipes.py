@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 from unittest.mock import Mock
+from uuid import uuid4
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.loggers import Logger
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import dnw_graph
 from dnw_graph import InputError
@@ -19,7 +26,7 @@ from dnw_graph.data.sources import ImageData
 from dnw_graph.data.transforms import transforms
 from dnw_graph.recipes.optimizers import make_optimizer
 from dnw_graph.recipes.options import RunOptions
-from dnw_graph.training import Classifier, read_checkpoint, run
+from dnw_graph.training import Classifier, cosine, read_checkpoint, run
 
 Create = Callable[[int, int], nn.Module]
 Make = Callable[..., RunOptions]
@@ -30,7 +37,7 @@ def weights(path: str | Path, key: str = "state_dict") -> dict[str, torch.Tensor
     return read_checkpoint(path)[key]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", ["adamw", "torch.optim.Adafactor", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_exact(optimizer: str, create: Create, small_digits: ImageData, options: Make, tmp_path: Path):
     """With everything at once, from within an epoch."""
     whole = options(optimizer=optimizer, lr=0.01, epochs=2, save_every=3, **MODERN)
@@ -137,6 +144,36 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(small_digits: ImageData
         found.append(weights(sorted(Path(str(options().output)).parent.glob("runs/*/last.ckpt"))[-1]))
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def fitted(batches: list[list[int]], accumulate: int, epochs: int = 1, **trainer: Any) -> nn.Module:
+    """A linear classifier after SGD with momentum over batches of random images."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    images = TensorDataset(torch.randn(15, 3, 2, 2), torch.arange(15) % 3)
+    module = Classifier(model, 3, cosine(100), 0.5, 0.9, 0.0, 0, accumulate=accumulate)
+    loader = DataLoader(images, batch_sampler=batches)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    Trainer(accelerator="cpu", max_epochs=epochs, **quiet, **trainer).fit(module, loader)
+    return model
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_batches_need_not_be_multiples_of_their_parts(parts: int):
+    """Nor need they have an image for every part."""
+    batches = [list(range(9)), [9], list(range(10, 15))]
+    whole, found = (fitted(batches, accumulate, epochs=2)[1].weight for accumulate in (1, parts))
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"accumulate_grad_batches": 2}, {"callbacks": [GradientAccumulationScheduler({1: 2})]}]
+)
+def test_parts_and_a_trainer_that_accumulates_are_refused(wrong: dict[str, Any]):
+    batches = [[0, 1], [2, 3]]
+    with pytest.raises(InputError, match="accumulate is 2, and the trainer accumulates gradients too"):
+        fitted(batches, 2, **wrong)
+    fitted(batches, 1, **wrong)
 
 
 def test_mixed_labels_follow_from_seed_and_step(create: Create):
@@ -247,6 +284,46 @@ def test_further_logs_have_the_rows_of_the_table(
         client = MlflowClient(tracking_uri=given)
         (logged,) = client.search_runs([client.get_experiment_by_name("dnw_graph").experiment_id])
         assert {*logged.data.metrics} >= {"train/loss", "val/top1"}
+
+
+class Hosted(Logger):
+    """A service that draws an id for a run, unless it is given one."""
+
+    name = "hosted"
+    runs: ClassVar[list[str]] = []
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__()
+        self.runs.append(options.get("id") or options.get("run_id") or uuid4().hex)
+
+    @property
+    def version(self) -> str:
+        return self.runs[-1]
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        pass
+
+    def log_hyperparams(self, *args: Any, **options: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("package", "logger"), [("wandb", "WandbLogger"), ("mlflow", "MLFlowLogger")])
+def test_a_resumed_run_continues_its_log_and_another_begins_its_own(
+    package: str, logger: str, create: Create, small_digits: ImageData, options: Make, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(f"dnw_graph.training.loggers.{logger}", Hosted)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(Hosted, "runs", [])
+    chosen = options(epochs=1, **{package: "here"})
+    run(create, {}, chosen, small_digits)
+    shutil.rmtree(str(chosen.output))
+    run(create, {}, chosen, small_digits)  # another one in the same place
+    resume = replace(chosen, resume=f"{chosen.output}/last.ckpt")
+    run(create, {}, resume, small_digits)
+    run(create, {}, replace(resume, **{package: "elsewhere"}), small_digits)
+    first, second, resumed, elsewhere = Hosted.runs
+    assert resumed == second
+    assert len({first, second, elsewhere}) == 3
 
 
 @pytest.mark.parametrize("package", ["wandb", "mlflow"])

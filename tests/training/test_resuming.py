@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import create_tiny
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 
 from dnw_graph import DNW, InputError
 from dnw_graph.ranking import rule_hash
@@ -52,14 +53,23 @@ def directory(small_digits: ImageData, tmp_path_factory: pytest.TempPathFactory)
 Check = Callable[[dict[str, Any]], None]
 
 
+def classifier(optimizer: str = "sgd") -> Classifier:
+    return Classifier(create_tiny(10, 8), 10, SCHEDULES["cosine"](2 * STEPS), 0.3, 0.9, 5e-5, 0, optimizer=optimizer)
+
+
+def checking(directory: Path, optimizer: str = "sgd", plugins: Sequence[Any] = ()) -> Check:
+    """What a run like it checks before it goes on."""
+    module = classifier(optimizer)
+    model = module.model
+    callbacks = [WiringMonitor(model), WiringRecorder(model=model), TrainingCost(model), Checkpoints(directory, 3, {})]
+    quiet = {"logger": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", callbacks=callbacks, plugins=list(plugins), **quiet)
+    return lambda checkpoint: check_resumable("last.ckpt", checkpoint, trainer, callbacks, module, STEPS)
+
+
 @pytest.fixture
 def check(directory: Path) -> Check:
-    """What a run like it checks before it goes on."""
-    model = create_tiny(10, 8)
-    module = Classifier(model, 10, SCHEDULES["cosine"](2 * STEPS), 0.3, 0.9, 5e-5, 0)
-    callbacks = [WiringMonitor(model), WiringRecorder(model=model), TrainingCost(model), Checkpoints(directory, 3, {})]
-    trainer = Trainer(accelerator="cpu", logger=False, callbacks=callbacks, enable_progress_bar=False)
-    return lambda checkpoint: check_resumable("last.ckpt", checkpoint, trainer, callbacks, module, STEPS)
+    return checking(directory)
 
 
 @pytest.mark.parametrize("name", ["first.ckpt", "best.ckpt", "last.ckpt"])
@@ -176,6 +186,35 @@ def test_values_that_cannot_be(directory: Path, check: Check, way: str, change: 
     container, key = at(checkpoint, way)
     container[key] = change(container[key])
     refused(check, checkpoint)
+
+
+def test_the_state_of_an_optimiser_need_not_have_the_shapes_of_parameters(directory: Path):
+    check, checkpoint = checking(directory, "torch.optim.Adafactor"), read_checkpoint(directory / "last.ckpt")
+    module = classifier("torch.optim.Adafactor")
+    optimizer = module.configure_optimizers()["optimizer"]
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    checkpoint["optimizer_states"] = [optimizer.state_dict()]
+    check(checkpoint)
+    state = checkpoint["optimizer_states"][0]["state"]
+    factored = next(each for each in state.values() if "row_var" in each)
+    rows = factored["row_var"]
+    for wrong in (rows / 0, {"x": [rows / 0]}):
+        factored["row_var"] = wrong
+        refused(check, checkpoint)
+    factored["row_var"] = rows
+    state[99] = factored
+    refused(check, checkpoint)
+
+
+def test_a_scaler_may_have_skipped_every_step_so_far(directory: Path, check: Check):
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    checkpoint = read_checkpoint(directory / "last.ckpt")
+    checkpoint["optimizer_states"][0]["state"] = {}
+    checkpoint["MixedPrecision"] = plugin.state_dict()
+    refused(check, checkpoint)
+    checking(directory, plugins=[plugin])(checkpoint)
 
 
 def test_what_a_version_of_pytorch_adds_or_drops_is_no_matter(directory: Path, check: Check):

@@ -85,6 +85,15 @@ def test_ranks_share_the_directory_of_their_run(
             assert str(shared) == directory
 
 
+def test_another_run_of_the_same_ranks_has_its_own_output(
+    options: Callable[..., RunOptions], monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in {"LOCAL_RANK": "1", "DNW_GRAPH_DIRECTORY": "first"}.items():
+        monkeypatch.setenv(name, value)
+    with run_directory(options(output="second")) as directory:
+        assert directory == Path("second")
+
+
 @pytest.mark.slow
 def test_runs_that_start_at_the_same_time_get_directories_of_their_own(tmp_path: Path):
     with held("", cwd=tmp_path) as a, held("", cwd=tmp_path) as b, held("", cwd=tmp_path) as c:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -190,14 +191,40 @@ def test_schedules_of_rules_start_anew_from_a_trained_model(small_digits: ImageD
     assert [graph.wiring.step for _, graph in rankings(new)] == [0]
 
 
-def test_a_data_module_is_not_for_trainers_that_accumulate(small_digits: ImageData, options: Options):
-    data = DataModule(small_digits, options(image_size=8))
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"accumulate_grad_batches": 2}, "accumulate_grad_batches must stay 1: give accumulate to Classifier"),
+    ({"callbacks": [GradientAccumulationScheduler({1: 2})]}, "accumulate_grad_batches must stay 1"),
+    ({"overfit_batches": 2}, "overfit_batches is 2"),
+    ({"overfit_batches": 1.0}, "overfit_batches is 1.0"),
+    ({"limit_train_batches": STEPS - 1}, f"limit_train_batches is {STEPS - 1}, less than all {STEPS} batches"),
+    ({"limit_train_batches": 0.5}, "limit_train_batches is 0.5"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "told"), REFUSED)
+def test_a_data_module_is_for_trainers_that_take_whole_epochs_step_by_step(
+    wrong: dict[str, Any], told: str, small_digits: ImageData, options: Options
+):
+    with pytest.raises(InputError, match=told):
+        fit(DataModule(small_digits, options(image_size=8)), **wrong)
+
+
+@pytest.mark.parametrize("right", [{"limit_train_batches": STEPS}, {"limit_train_batches": 1.0}, {"fast_dev_run": 2}])
+def test_other_limits_of_a_trainer_will_do(right: dict[str, Any], small_digits: ImageData, options: Options):
+    fit(DataModule(small_digits, options(image_size=8)), **right)
+
+
+def test_a_batch_is_a_multiple_of_the_processes(small_digits: ImageData, options: Options):
+    data = DataModule(small_digits, options(batch_size=16))
+    data.trainer = Mock(world_size=3, callbacks=[], accumulate_grad_batches=1, overfit_batches=0.0, fast_dev_run=True)
+    with pytest.raises(InputError, match="3 processes cannot share a batch of 16 images evenly: give a batch_size"):
+        data.train_dataloader()
+
+
+def fit(data: DataModule, **options: Any) -> None:
     module = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), 10, SCHEDULES["cosine"](10), 0.1, 0.9, 0.0, 0)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    for wrong in ({"accumulate_grad_batches": 2}, {"callbacks": [GradientAccumulationScheduler({1: 2})]}):
-        trainer = Trainer(max_epochs=1, accelerator="cpu", **wrong, **quiet)
-        with pytest.raises(InputError, match=r"accumulate_grad_batches must stay 1: give accumulate to Classifier"):
-            trainer.fit(module, data)
+    Trainer(max_epochs=1, accelerator="cpu", **options, **quiet).fit(module, data)
 
 
 def test_a_single_sparse_weight_is_loaded_or_not_as_a_whole(small_digits: ImageData, options: Options):
