@@ -96,6 +96,7 @@ def main() -> None:
         for propagation in ("auto", "block"):
             for recompute in (False, True):
                 other = make_model(name, size, propagation=propagation, recompute=recompute).to(options.device)
+                other.load_state_dict(model.state_dict())  # The steps of a solver depend on the weights.
                 ways[f"{OURS}, {propagation}{', recompute=True' if recompute else ''}"] = other
         kept = {way: kept_and_peak(trained, images, labels, DTYPES[options.dtype]) for way, trained in ways.items()}
         least = min(value for way, (value, _) in kept.items() if way.startswith(REFERENCE))

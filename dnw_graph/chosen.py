@@ -29,10 +29,15 @@ class Chosen:
     Args:
         index: The real edges.
         tensors: The parameters.
+
+    Attributes:
+        learning: The edges that get a gradient, if they were asked for; None for all.
+        derived: An object made from the edges.
     """
 
     def __init__(self, index: Int[Tensor, " edges"], tensors: Sequence[Tensor]) -> None:
         self.index = index
+        self.learning: Tensor | None = None
         self.derived: Any = None
         # The detached aliases keep the storage alive, so that no other storage can get the same address.
         self._chosen_for = [(weight, weight.detach(), version(weight)) for weight in tensors]

@@ -15,12 +15,13 @@ import hashlib
 import io
 import json
 import math
+import re
 import statistics
 import sys
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from itertools import groupby, product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rules
 import table1
@@ -34,6 +35,9 @@ from report import markdown, what, where
 from rows import DATA, ROOT, Row, Table
 
 from dnw_graph.whole_file import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TABLES = (table1.TABLE, table2.TABLE, table6.TABLE, table4.TABLE, weight_decay.TABLE, IMAGENETTE, rules.TABLE)
 PAGE = ROOT / "docs" / "results.md"
@@ -92,11 +96,11 @@ def page(results: Sequence[dict[str, Any]], notes: Path = RESULTS) -> str:
 def _section(table: Table, results: Sequence[dict[str, Any]]) -> list[str]:
     """Return the runs as configured, then those with other data or options, each kind in its own table."""
     rows = {row.key: row for row in table.rows}
-    whole = [result for result in results if as_configured(table, rows[result["row"]], result)]
+    by_data = [found for data in table.data if (found := _as_configured(table, results, data))]
+    whole = [result for found in by_data for result in found]
     lines = [] if whole else _missing(table, whole)
-    for data in table.data:
-        if found := [result for result in whole if result["data"] == data]:
-            lines += [*_runs(table, found), *_margins(table, found), *_missing(table, found)]
+    for found in by_data:
+        lines += [*_runs(table, found), *_margins(table, found), *_missing(table, found)]
 
     def kind(result: dict[str, Any]) -> str:
         changed = changed_options(table, rows[result["row"]], result)
@@ -106,6 +110,13 @@ def _section(table: Table, results: Sequence[dict[str, Any]]) -> list[str]:
     for name, group in groupby(others, kind):
         lines += [f"### Other data or options: {name}", "", *_runs(table, list(group))]
     return lines
+
+
+def _as_configured(table: Table, results: Sequence[dict[str, Any]], data: str) -> list[dict[str, Any]]:
+    """Return the runs with some data that have the options of their rows."""
+    rows = {row.key: row for row in table.rows}
+    found = (result for result in of_table(table, results) if result["data"] == data)
+    return [result for result in found if as_configured(table, rows[result["row"]], result)]
 
 
 def _runs(table: Table, results: Sequence[dict[str, Any]]) -> list[str]:
@@ -171,30 +182,40 @@ def digest(results: Sequence[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(curves).encode()).hexdigest()
 
 
-def picture(results: Sequence[dict[str, Any]]) -> bytes:
-    """Return an SVG: top-1 after every epoch, one panel per table, one colour per row."""
-    import matplotlib as mpl
+def drawing(results: Sequence[dict[str, Any]]) -> Figure:
+    """Return a figure: top-1 after every epoch of the runs as configured, one panel per table and data."""
     from matplotlib.figure import Figure
 
-    tables = [(table, found) for table in TABLES if (found := of_table(table, results))]
-    columns = min(2, len(tables))
-    lines = math.ceil(len(tables) / columns)
+    found = [(table, data, _as_configured(table, results, data)) for table in TABLES for data in table.data]
+    shown = [each for each in found if each[-1]]
+    figure = Figure(figsize=(9, 3.6 * max(1, len(shown))), layout="constrained")
+    panels = figure.subplots(max(1, len(shown)), squeeze=False).ravel()
+    for panel, (table, data, runs) in zip(panels, shown, strict=False):
+        for row, style in zip(table.rows, styles(), strict=False):
+            for place, result in enumerate(each for each in runs if each["row"] == row.key):
+                curve = [100 * top1 for top1 in result["top1_per_epoch"]]
+                label = None if place else row.label
+                panel.plot(range(1, len(curve) + 1), curve, **style, lw=1, label=label)
+        title = f"{re.split('[,;]', table.title)[0]}\n{what(data).partition(',')[0]}"
+        panel.set(title=title, xlabel="epoch", ylabel="top-1, %")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def styles() -> Iterator[dict[str, Any]]:
+    """Yield colours with kinds of lines, so many that no two rows of a table look alike."""
+    for line, number in product(("-", "--", ":", "-."), range(10)):
+        yield {"color": f"C{number}", "linestyle": line}
+
+
+def picture(results: Sequence[dict[str, Any]]) -> bytes:
+    """Return the drawing as an SVG."""
+    import matplotlib as mpl
+
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results", "font.size": 9}):
-        figure = Figure(figsize=(5.2 * columns, 3.6 * lines), layout="constrained")
-        panels = figure.subplots(lines, columns, squeeze=False).ravel()
-        for panel in panels[len(tables) :]:
-            panel.set_visible(False)
-        for panel, (table, found) in zip(panels, tables, strict=False):
-            for number, row in enumerate(table.rows):
-                for place, result in enumerate(each for each in found if each["row"] == row.key):
-                    curve = [100 * top1 for top1 in result["top1_per_epoch"]]
-                    label = None if place else row.label
-                    panel.plot(range(1, len(curve) + 1), curve, color=f"C{number % 10}", lw=1, label=label)
-            panel.set(title=table.title.partition(",")[0], xlabel="epoch", ylabel="top-1, %")
-            panel.grid(alpha=0.3)
-            panel.legend(fontsize=7)
         file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Description": digest(results)})
+        drawing(results).savefig(file, format="svg", metadata={"Date": None, "Description": digest(results)})
     return file.getvalue()
 
 

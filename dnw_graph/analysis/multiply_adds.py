@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from fractions import Fraction
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.propagation import Propagate, Propagation, RealEdges
 from dnw_graph.propagation.propagate import States
 from dnw_graph.sparse_layers.forward_pass import RealWeights
+from dnw_graph.sparse_layers.layers import LayerWeight
+from dnw_graph.sparse_layers.weight_graph import WeightGraph
 
 aten = torch.ops.aten
 
@@ -234,26 +236,25 @@ def _without_fused_products(modules: Mapping[nn.Module, str]) -> Iterator[None]:
         yield
 
 
-def layer_step(layer: nn.Module, x: Tensor, output: Tensor) -> int:
-    """Return the multiply-adds of a convolution or linear layer for one image of a training step, in all its passes."""
-    weight, real, updated = _weight(layer)
-    once = layer_multiply_adds(weight, output[0].numel())
-    through, to_weights = _passes(weight, x.requires_grad)
-    return round(once * (real * through + updated * to_weights))
+def layer_uses(layer: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, int, int]:
+    """Return the weight of a convolution or linear layer, and the products of each of its numbers for one image.
 
+    Args:
+        layer: The layer.
+        x: Its input.
+        output: Its output.
 
-def _weight(layer: nn.Module) -> tuple[Tensor, Fraction, Fraction]:
-    """Return a layer's weight, the share of it that is real in this step, and the share that gets a gradient."""
-    if not parametrize.is_parametrized(layer, "weight"):
-        return layer.get_parameter("weight"), Fraction(1), Fraction(1)
-    weight = layer.get_parameter("parametrizations.weight.original")
-    sparse = layer.get_submodule("parametrizations.weight.0")
-    if not isinstance(sparse, RealWeights) or sparse.current is None:
-        return weight, Fraction(1), Fraction(1)
-    real_mask, learning = sparse.masks()
-    masks = (real_mask, None if sparse.probe is not None else learning)
-    real, updated = (Fraction(weight.numel() if m is None else int(m.count_nonzero()), weight.numel()) for m in masks)
-    return weight, real, updated
+    Returns:
+        The parameter of the weight; products forward and for the gradient of the input; products for its own gradient.
+    """
+    if parametrize.is_parametrized(layer, "weight"):  # Reading the weight would compute it.
+        parameters = layer.get_submodule("parametrizations.weight").parameters(recurse=False)
+        weight = max(parameters, key=Tensor.numel)  # weight_norm has the lengths of the rows besides.
+    else:
+        weight = cast(Tensor, layer.weight)
+    uses = output[0].numel() // len(weight)
+    through, to_weight = _passes(weight, x.requires_grad)
+    return weight, uses * through, uses * to_weight
 
 
 def _passes(weight: Tensor, to_source: bool) -> tuple[int, int]:
@@ -297,6 +298,49 @@ class GraphStep:
             return 0
         passes = edges.index.numel() * self.through_edges + edges.num_learning * self.to_weights
         return passes / edges.candidates.num_candidates
+
+
+class LayersStep:
+    """The products of layers whose weights are ranked together, in steps of training. A step waits for no device.
+
+    Args:
+        graph: The graph of the weights.
+
+    Attributes:
+        uses: By weight, the products of a real edge for one image: forward, and backward to the layer's input; and
+            those of an edge that gets a gradient, for this gradient.
+    """
+
+    def __init__(self, graph: WeightGraph) -> None:
+        self.graph = graph
+        self.uses: dict[LayerWeight, tuple[int, int]] = {}
+        self._edges: Tensor | None = None
+        self._sum: Tensor | int = 0
+
+    def count(self, weight: LayerWeight, through: int, to_weight: int) -> None:
+        """Add the uses of a call of a layer."""
+        before = self.uses.get(weight, (0, 0))
+        self.uses[weight] = before[0] + through, before[1] + to_weight
+
+    def see_edges(self) -> None:
+        """Take the edges of the last forward pass for those of the step."""
+        self._edges = self.graph.edges_in_pass()
+
+    def add(self, images: int, parts: int) -> None:
+        """Add a step.
+
+        Args:
+            images: Number of images.
+            parts: Number of passes among which they are divided.
+        """
+        edges = self.graph.edges_in_pass() if self._edges is None else self._edges
+        uses = torch.tensor([self.uses.get(weight, (0, 0)) for weight in self.graph.weights])
+        self._sum = self._sum + (edges * uses.T.to(edges.device, non_blocking=True)).sum() * images // parts
+        self._edges = None
+
+    def multiply_adds(self) -> int:
+        """Return the multiply-adds of all steps. Synchronises."""
+        return int(self._sum)
 
 
 class _CountedStep(_Counted):

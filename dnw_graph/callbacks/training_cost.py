@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from dnw_graph._compat import in_backward_pass
 from dnw_graph.analysis.cost import neural_graphs
-from dnw_graph.analysis.multiply_adds import GraphStep, layer_step
+from dnw_graph.analysis.multiply_adds import GraphStep, LayersStep, layer_uses
 from dnw_graph.arguments import checked
 from dnw_graph.propagation import Propagate, Propagation, RealEdges
+from dnw_graph.sparse_layers import WeightGraph
+from dnw_graph.sparse_layers.access import sparse_weights
 
 
 class TrainingCost(Callback):
@@ -32,30 +34,36 @@ class TrainingCost(Callback):
     the gradient of its input; for the gradient of its weights one per weight if the wiring updates hallucinated ones,
     else one per real weight.
 
-    The number of a graph's real edges is that of each step. Everything else in a step, and the number of a layer's real
-    weights, is counted once per epoch. Only with adaptive solvers does it change between steps; their evaluations count
-    in full even if they only choose the step size. If a product involves only some nodes, the real edges are assumed to
-    be evenly spread.
+    The numbers of real edges and weights, and of those with a gradient, are those of each step. Everything else in a
+    step is counted once per epoch. Only with adaptive solvers does it change between steps; their evaluations count in
+    full even if they only choose the step size. If a product involves only some nodes, the real edges are assumed to be
+    evenly spread.
 
     Args:
         model: The model in training, made of convolutions, linear layers and neural graphs.
-
-    Attributes:
-        multiply_adds: Total for all training images and steps so far, on all devices; part of the checkpoint.
     """
 
     @checked
     def __init__(self, model: nn.Module) -> None:
-        self.multiply_adds = 0
         self.model = model
+        self._others = 0  # the total without sparse layers in this epoch
         self._layers = 0
         self._graphs = {name: GraphStep() for name in neural_graphs(model)}
+        self._sparse: dict[WeightGraph, LayersStep] = {}
         self._in_step = False
         self._recorded: set[nn.Module] = set()  # called in this step, with gradients
         self._listening: list[Any] = []
         self._counting = ExitStack()
         self._counts = False  # whether this step is counted in full
         self._counted_epoch = -1
+
+    @property
+    def multiply_adds(self) -> int:
+        """Total for all training images and steps so far, on all devices; part of the checkpoint. Synchronises."""
+        return self._others + sum(each.multiply_adds() for each in self._sparse.values())
+
+    def _step(self, graph: WeightGraph) -> LayersStep:
+        return self._sparse.setdefault(graph, LayersStep(graph))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting the products of every graph."""
@@ -75,6 +83,7 @@ class TrainingCost(Callback):
         if self._counted_epoch != trainer.current_epoch:
             self._counted_epoch = trainer.current_epoch
             self._layers = 0
+            self._others, self._sparse = self.multiply_adds, {}
             for counter in self._graphs.values():
                 counter.forget()
             # Compiled code would neither call hooks that come later nor stop calling those that go.
@@ -84,6 +93,11 @@ class TrainingCost(Callback):
                     self._counting.callback(layer.register_forward_hook(self._on_layer).remove)
             self._counts = True
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Take the real weights of the forward pass for those of the step."""
+        for layers in self._sparse.values():
+            layers.see_edges()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Sequence[Tensor], batch_idx: int
     ) -> None:
@@ -91,9 +105,11 @@ class TrainingCost(Callback):
         self._in_step = False
         self._stop_counting()
         # Layers and graphs were called once per part of the batch.
-        images = extract_batch_size(batch) * trainer.world_size / getattr(pl_module, "accumulate", 1)
+        images, parts = extract_batch_size(batch) * trainer.world_size, getattr(pl_module, "accumulate", 1)
         per_image = self._layers + sum(counter.multiply_adds() for counter in self._graphs.values())
-        self.multiply_adds += round(images * per_image)
+        self._others += round(images / parts * per_image)
+        for layers in self._sparse.values():
+            layers.add(images, parts)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop counting, also within a step."""
@@ -108,8 +124,14 @@ class TrainingCost(Callback):
         self._counts = False
 
     def _on_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if not self._recomputed(layer):
-            self._layers += layer_step(layer, args[0], output)
+        if self._recomputed(layer):
+            return
+        parameter, through, to_weight = layer_uses(layer, args[0], output)
+        if sparse := sparse_weights(layer).get("weight"):
+            weight, graph = sparse
+            self._step(graph).count(weight, through, to_weight)
+        else:
+            self._layers += parameter.numel() * (through + to_weight)
 
     def _recomputed(self, module: nn.Module) -> bool:
         """Return whether a call repeats one that autograd has recorded in this step, as activation checkpointing does.
@@ -133,17 +155,24 @@ class TrainingCost(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the total so far and the counts of this epoch."""
         counted = {name: (each.through_edges, each.to_weights) for name, each in self._graphs.items()}
+        sparse = sparse_weights(self.model).items()
         return {
             "multiply_adds": self.multiply_adds,
             "epoch": self._counted_epoch,
             "layers": self._layers,
+            "sparse_layers": {name: self._step(graph).uses.get(weight, (0, 0)) for name, (weight, graph) in sparse},
             "graphs": counted,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore both from a checkpoint."""
-        self.multiply_adds = state_dict["multiply_adds"]
-        self._counted_epoch = state_dict["epoch"]
+        self._others, self._sparse = state_dict["multiply_adds"], {}
+        # Older checkpoints have no counts of sparse layers: the next step is counted in full.
+        self._counted_epoch = state_dict["epoch"] if "sparse_layers" in state_dict else -1
         self._layers = state_dict["layers"]
         for name, (through_edges, to_weights) in state_dict["graphs"].items():
             self._graphs[name].through_edges, self._graphs[name].to_weights = through_edges, to_weights
+        sparse = sparse_weights(self.model)
+        for name, uses in state_dict.get("sparse_layers", {}).items():
+            weight, graph = sparse[name]
+            self._step(graph).uses[weight] = uses

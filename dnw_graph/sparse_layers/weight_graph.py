@@ -50,6 +50,21 @@ class WeightGraph(Ranking):
         parts = split_index(self.real_index, self.weights)
         return {weight: len(own) for weight, own in zip(self.weights, parts, strict=True)}
 
+    @torch.no_grad()
+    def edges_in_pass(self) -> Int[Tensor, "2 weights"]:
+        """Return, for each weight, the number of real edges and of edges with a gradient in the last forward pass.
+
+        Does not synchronise. After an optimiser step they are those of the next forward pass.
+        """
+        real = self._chosen.index if self._chosen else self.real_index
+        learning = self._chosen.learning if self._chosen else self.learning_edges(real, self.tensors())
+        sizes = torch.tensor([weight.numel for weight in self.weights])
+        if len(sizes) > 1:
+            sizes = sizes.to(real.device, non_blocking=True)
+        if any(weight.holder.probe is not None for weight in self.weights):
+            learning = None
+        return torch.stack([sizes if index is None else _number_each(index, sizes) for index in (real, learning)])
+
     @property
     def candidate_weight(self) -> Float[Tensor, " candidates"]:
         """All weights as one vector, in the order of the candidates; hallucinated ones with their values."""
@@ -91,14 +106,17 @@ class WeightGraph(Ranking):
         """
         if self.training and not begins_pass and not self.recomputes:
             index = self.real_index
+            learning = self.learning_edges(index, tensors)
             real = self._shaped(index, tensors)
         else:
             index = self.real_edges(tensors)
-            if as_edges and index.is_cpu and (self.wiring.gradient or self.wiring.trained) == "real":
+            learning = self.learning_edges(index, tensors)
+            if self._chosen is not None and self._chosen.index is index:
+                self._chosen.learning = learning
+            if as_edges and index.is_cpu and learning is index:
                 some = self._as_edges(index, tensors)
                 return [(each, each if isinstance(each, Tensor) else None) for each in some]
             real = self.derived(index, lambda: self._shaped(index, tensors))
-        learning = self.learning_edges(index, tensors)
         if learning is None:
             return [(mask, None) for mask in real]
         return list(zip(real, real if learning is index else self._shaped(learning, tensors), strict=True))
@@ -169,3 +187,10 @@ class WeightGraph(Ranking):
     def extra_repr(self) -> str:
         """Name and sizes, for ``repr``."""
         return f"{self.name!r}, candidates={self.num_candidates:,}, k={self.num_edges:,}"
+
+
+def _number_each(index: Int[Tensor, " edges"], sizes: Int[Tensor, " weights"]) -> Int[Tensor, " weights"]:
+    """Return how many of some edges each of several weights has."""
+    if len(sizes) == 1:
+        return sizes.new_tensor([index.numel()])
+    return torch.searchsorted(index.contiguous(), sizes.cumsum(0)).diff(prepend=sizes.new_zeros(1))

@@ -236,6 +236,34 @@ def test_a_picture_of_the_curves(paper: dict[str, ModuleType]):
     assert paper["results"].digest(results) in paper["results"].picture(results).decode()
 
 
+def of_row(table: Any, row: Any, **changes: Any) -> dict[str, Any]:
+    options = {**table.configured(row), **changes}
+    result = {**made(row=row.key), "options": options, "table": table.name, "data": table.data[0]}
+    result["name"] = "-".join([row.key, *changes])
+    result["summary"]["options"] |= options
+    return result
+
+
+def test_no_two_curves_of_a_panel_look_alike(paper: dict[str, ModuleType]):
+    for table in paper["results"].TABLES:
+        runs = [of_row(table, row) for row in table.rows]
+        panels = paper["results"].drawing(runs).axes  # of tables that share rows, too
+        (panel,) = (each for each in panels if table.title.startswith(each.get_title().partition("\n")[0]))
+        assert [line.get_label() for line in panel.lines] == [row.label for row in table.rows]
+        assert len({(line.get_color(), line.get_linestyle()) for line in panel.lines}) == len(table.rows)
+
+
+def test_curves_are_of_runs_as_configured_by_data(paper: dict[str, ModuleType]):
+    table = paper["table1"].TABLE
+    runs = [of_row(table, table.rows[0], **changes) for changes in ({}, {"epochs": 30}, {"lr": 0.2})]
+    (panel,) = paper["results"].drawing(runs).axes
+    assert len(panel.lines) == 1
+    copies = {**runs[0], "data": table.data[1], "name": "copies"}
+    titles = [panel.get_title() for panel in paper["results"].drawing([*runs, copies]).axes]
+    assert [title.partition("\n")[2] for title in titles] == ["CIFAR-10", "CIFAR-10 as JPEG copies of quality 75"]
+    assert paper["results"].picture(runs[1:])
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """The folder of a finished run of two epochs."""

@@ -74,7 +74,7 @@ def draw(rng: random.Random, devices: int, kind: signal.Signals) -> Case:
         times=1 if kind == signal.SIGKILL else rng.choice([1, 2]),
         moment=moment,
         epochs=rng.randrange(4) if moment == "training" else 0,
-        delay=rng.uniform(0.5, 4) if moment == "import" else rng.uniform(0, 0.5),
+        delay=rng.uniform(0, 3.5) if moment == "import" else rng.uniform(0, 0.5),
     )
 
 
@@ -112,6 +112,12 @@ def alive(session: int) -> list[int]:
     return found
 
 
+def handles_signals(process: int) -> bool:
+    """Return whether a process handles SIGTERM, which Python leaves to the system."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def wait_for(condition, seconds: float) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -131,7 +137,7 @@ def begin(case: Case, folder: Path) -> subprocess.Popen[bytes]:
 
     def time_has_come() -> bool:
         if case.moment == "import":
-            return True
+            return handles_signals(main.pid)
         if case.moment == "start":
             return run.exists()
         rows = run / "metrics.csv"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TinyModel
 from jsonargparse import ArgumentError
+from tiny import TinyModel
 from torch import nn
 
 from dnw_graph import InputError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyModel
+from tiny import TinyModel
 from torch import nn
 
 import dnw_graph

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyModel
+from tiny import TinyModel
 from torch import nn
 
 from dnw_graph import InputError

@@ -8,8 +8,11 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from dnw_graph.training import read_checkpoint
 pytestmark = pytest.mark.slow
 
 COMMAND = ("-m", "dnw_graph.cli")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")  # on a free port
 OPTIONS = (
     *("--width", "0.1", "--image-size", "8", "--batch-size", "512", "--epochs", "1"),
     *("--workers", "0", "--accelerator", "cpu"),
@@ -28,18 +32,42 @@ OPTIONS = (
 STEPS_PER_EPOCH = 2  # 1,294 digits in batches of 512
 
 
-def start(directory: Path, *words: str, group: int | None = None, **environ: str) -> subprocess.Popen[str]:
-    root = str(Path(dnw_graph.__file__).parents[1])
-    names = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER"))}
-    return subprocess.Popen(
-        [sys.executable, *words],
-        cwd=directory,
-        env={**names, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **environ},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=group,
-    )
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@contextmanager
+def processes() -> Iterator[Start]:
+    """Start programs; none of their processes is left at the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(directory: Path, *words: str, **environ: str) -> subprocess.Popen[str]:
+        root = str(Path(dnw_graph.__file__).parents[1])
+        names = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER"))}
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            cwd=directory,
+            env={**names, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+        started.append(process)
+        return process
+
+    try:
+        yield start
+    finally:
+        for process in started:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    with processes() as start:
+        yield start
 
 
 def summary_of(directory: Path) -> dict[str, object]:
@@ -52,27 +80,26 @@ def summary_of(directory: Path) -> dict[str, object]:
 def by_lightning(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """The summary of a run that starts its second process itself."""
     directory = tmp_path_factory.mktemp("lightning")
-    process = start(directory, *COMMAND, "train", *OPTIONS, "--devices", "2")
-    assert process.wait(500) == 0, process.communicate()[1]
+    with processes() as start:
+        process = start(directory, *COMMAND, "train", *OPTIONS, "--devices", "2")
+        _, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
     return summary_of(directory)
 
 
-def test_torchrun_starts_one_run(tmp_path: Path, by_lightning: dict[str, object]):
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517")
-    process = start(tmp_path, *launcher, *COMMAND, "train", *OPTIONS)
+def test_torchrun_starts_one_run(start: Start, tmp_path: Path, by_lightning: dict[str, object]):
+    process = start(tmp_path, *TORCHRUN, *COMMAND, "train", *OPTIONS)
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
     assert out.count("written to runs/1: ") == 1
     assert summary_of(tmp_path) == by_lightning
 
 
-def test_ctrl_c_under_torchrun_leaves_a_run_that_goes_on(tmp_path: Path):
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29518")
-    # A group of its own, all of which gets the signal, as of a terminal.
-    process = start(tmp_path, *launcher, *COMMAND, "train", *OPTIONS, "--epochs", "4", group=0)
+def test_ctrl_c_under_torchrun_leaves_a_run_that_goes_on(start: Start, tmp_path: Path):
+    process = start(tmp_path, *TORCHRUN, *COMMAND, "train", *OPTIONS, "--epochs", "4")
     assert process.stdout is not None
     assert next(line for line in process.stdout if line.startswith("epoch 1/4"))
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # to all of the group, as from a terminal
     _, err = process.communicate(timeout=100)
     with pytest.raises(ProcessLookupError):  # neither rank is left
         os.killpg(process.pid, 0)
@@ -86,8 +113,11 @@ def test_ctrl_c_under_torchrun_leaves_a_run_that_goes_on(tmp_path: Path):
     assert read_checkpoint(last)["global_step"] == 4 * STEPS_PER_EPOCH
 
 
-def test_slurm_starts_one_run(tmp_path: Path, by_lightning: dict[str, object]):
+def test_slurm_starts_one_run(start: Start, tmp_path: Path, by_lightning: dict[str, object]):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
     environ = {
+        "MASTER_PORT": port,  # By default, the end of the job's number.
         "SLURM_JOB_ID": "4321",
         "SLURM_JOB_NAME": "train",
         "SLURM_STEP_ID": "0",
@@ -105,7 +135,7 @@ def test_slurm_starts_one_run(tmp_path: Path, by_lightning: dict[str, object]):
     assert summary_of(tmp_path) == by_lightning
 
 
-def test_rules_are_compared(tmp_path: Path):
+def test_rules_are_compared(start: Start, tmp_path: Path):
     words = ("compare", "--rules", "dnw", "random_graph", "--seeds", "0", "1", *OPTIONS)
     process = start(tmp_path, *COMMAND, *words)
     out, err = process.communicate(timeout=500)

@@ -17,9 +17,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import TinyModel, create_tiny, first_digits
 from PIL import Image, ImageOps
 from safetensors import safe_open
+from tiny import TinyModel, create_tiny, first_digits
 from torch import nn
 
 import dnw_graph

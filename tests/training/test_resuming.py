@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import create_tiny
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
+from tiny import create_tiny
 
 from dnw_graph import DNW, InputError
 from dnw_graph.ranking import rule_hash
@@ -222,6 +222,12 @@ def test_what_a_version_of_pytorch_adds_or_drops_is_no_matter(directory: Path, c
     del checkpoint["optimizer_states"][0]["param_groups"][0]["foreach"]
     checkpoint["optimizer_states"][0]["param_groups"][0]["new"] = None
     checkpoint["lr_schedulers"][0]["verbose"] = False
+    check(checkpoint)
+
+
+def test_older_checkpoints_without_counts_of_sparse_layers_will_do(directory: Path, check: Check):
+    checkpoint = read_checkpoint(directory / "last.ckpt")
+    del checkpoint["callbacks"]["TrainingCost"]["sparse_layers"]
     check(checkpoint)
 
 

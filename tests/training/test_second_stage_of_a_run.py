@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TinyModel
+from tiny import TinyModel
 from torch import Tensor, nn
 
 from dnw_graph import InputError

@@ -14,13 +14,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from pairs import rest_is_slow
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.lr_scheduler import ConstantLR
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import flop_registry
 
-from dnw_graph import Continuous, Discrete, L1Anneal, NeuralGraph, Schedule, TargetedDropout, Wiring
+from dnw_graph import ACDC, GMP, Continuous, Discrete, L1Anneal, NeuralGraph, RigL, Schedule, TargetedDropout, Wiring
 from dnw_graph.data.sources import ImageData
 from dnw_graph.dynamics import Dynamics
 from dnw_graph.node_functions import NormReluConv
@@ -94,9 +95,15 @@ class Operations(Callback):
         self.total += self._operators.operations
 
 
-def fit(model: nn.Module, images: ImageData, options: RunOptions, *callbacks: Callback) -> int:
+def fit(
+    model: nn.Module,
+    images: ImageData,
+    options: RunOptions,
+    *callbacks: Callback,
+    training_cost: TrainingCost | None = None,
+) -> int:
     """Train, and return what the training cost."""
-    training_cost = TrainingCost(model)
+    training_cost = training_cost or TrainingCost(model)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=options.epochs,
@@ -301,17 +308,91 @@ def test_sparse_layers_by_hand(
     assert total == STEPS * BATCH * ((real + updated) * conv + (2 * real + updated) * classifier)
 
 
+class Perceptron(nn.Sequential):
+    """Notes the numbers of real weights in training."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(192, 30), nn.Tanh(), nn.Linear(30, 10))
+        self.real: list[list[int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:  # Weights that have grown are zero in their first step.
+            masks = (layer.parametrizations.weight[0].masks()[0] for layer in (self[1], self[3]))
+            self.real.append([int(mask.count_nonzero()) for mask in masks])
+        return super().forward(x)
+
+
+FIRST, LAST = 192 * 30, 300
+# Three epochs of four steps: the switches, removals and rounds are within them.
+CHANGING: dict[str, tuple[Callable[[], Wiring], list[float], set[int]]] = {
+    "ac_dc": (lambda: ACDC((2, 5, 9)), [1, 1, 0.1, 0.1, 0.1, 1, 1, 1, 1, 0.1, 0.1, 0.1], set()),
+    "gmp": (
+        lambda: GMP(1, 9, every=4),
+        [1.0, *[1.0] * 4, *[0.1 + 0.9 / 8] * 4, *[0.1] * 3],
+        set(),
+    ),
+    "rigl": (lambda: RigL(every=3, until=100), [0.1] * 12, {2, 5, 8, 11}),
+}
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "global"])
+@pytest.mark.parametrize("rule", CHANGING)
+def test_real_weights_that_change_within_an_epoch(
+    rule: str, distribution: str, small_digits: ImageData, options: Callable[..., RunOptions]
+):
+    """The input of the first layer gets no gradient, that of the second does."""
+    make, shares, dense_gradients = CHANGING[rule]
+    model = Perceptron()
+    sparsify(model, density=0.1, wiring=make(), distribution=distribution)
+    total = fit(model, small_digits, options(epochs=3, lr=0.05))
+    assert [sum(step) for step in model.real] == [round(share * (FIRST + LAST)) for share in shares]
+    expected = 0
+    for step, (first, last) in enumerate(model.real):
+        learning = FIRST + LAST if step in dense_gradients else first + last
+        expected += BATCH * (first + 2 * last + learning)
+    assert total == expected
+
+
+def test_a_weight_that_is_parametrized_is_counted_once(small_digits: ImageData, options: Callable[..., RunOptions]):
+    model = nn.Sequential(nn.Flatten(), weight_norm(nn.Linear(192, 10)))
+    assert fit(model, small_digits, options(epochs=1)) == STEPS // 2 * BATCH * 2 * 1920
+
+
+def test_an_older_state_has_no_counts_of_sparse_layers_which_are_counted_anew(
+    small_digits: ImageData, options: Callable[..., RunOptions]
+):
+    model = Perceptron()
+    sparsify(model, density=0.1, wiring="no_update")
+    cost = TrainingCost(model)
+    state = cost.state_dict()
+    assert state.pop("sparse_layers") == {"1.weight": (0, 0), "3.weight": (0, 0)}
+    cost.load_state_dict({**state, "epoch": 0, "multiply_adds": 7})
+    total = fit(model, small_digits, options(epochs=1), training_cost=cost)
+    assert total == 7 + STEPS // 2 * BATCH * (2 * 576 + 3 * 30)
+
+
 class StoppedError(Exception):
     pass
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stop_at", "dynamics"), [(2, "static"), (8, "discrete"), (5, "continuous, dopri5")])
+@pytest.mark.parametrize(
+    ("stop_at", "dynamics", "sparse"),
+    [(2, "static", False), (8, "discrete", False), (5, "continuous, dopri5", False), (6, "static", True)],
+)
 def test_a_resumed_run_counts_as_an_unbroken_one(
-    stop_at: int, dynamics: str, small_digits: ImageData, options: Callable[..., RunOptions], tmp_path: Path
+    stop_at: int,
+    dynamics: str,
+    sparse: bool,
+    small_digits: ImageData,
+    options: Callable[..., RunOptions],
+    tmp_path: Path,
 ):
     def create(num_classes: int, image_size: int) -> nn.Module:
-        return Net(L1Anneal(removal=Schedule(0.0, 1.0)), K, DYNAMICS[dynamics](), nn.Tanh())
+        model = Net(L1Anneal(removal=Schedule(0.0, 1.0)), K, DYNAMICS[dynamics](), nn.Tanh())
+        if sparse:
+            sparsify(model, 0.5, GMP(1, 11, every=2), distribution="global")
+        return model
 
     def create_stopping(num_classes: int, image_size: int) -> nn.Module:
         model = create(num_classes, image_size)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from conftest import TinyModel, first_digits
+from tiny import TinyModel, first_digits
 from torch import Tensor, nn
 
 from dnw_graph.training import RunOptions, run
