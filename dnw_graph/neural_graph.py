@@ -218,10 +218,15 @@ class NeuralGraph(Ranking):
         return reaching(self.candidates.pairs(index), live)
 
     def silent_nodes(self) -> Bool[Tensor, " nodes"]:
-        """Return which nodes have no incoming real edge; inputs are not among them."""
+        """Return which nodes have no incoming real edge, but a state that their node function makes.
+
+        The inputs are not among them where the dynamics sets their states: in static graphs, and with ``input_mode``
+        ``"hold"`` or ``"sequence"``, unless they are outputs too.
+        """
         silent = torch.ones(self.num_nodes, dtype=torch.bool, device=self.candidates.weight.device)
         silent[self.edge_index[1]] = False
-        silent[: self.num_inputs] = False
+        if self.dynamics.sets_inputs:
+            silent[: min(self.num_inputs, self.nodes.outputs.start)] = False
         return silent
 
     @classmethod

@@ -127,7 +127,7 @@ class Ranking(nn.Module):
 
         The candidate weights do not change, unless the rule has its own weights
         (:class:`~dnw_graph.wirings.FineTune`, :class:`~dnw_graph.wirings.LotteryTicket`) or sets hallucinated ones to
-        zero. Do it before ``DistributedDataParallel`` wraps the model, which makes what a rule draws, and its own
+        zero. ``"random_graph"`` keeps the strongest of trained weights; see :class:`~dnw_graph.RandomGraph`. Do it before ``DistributedDataParallel`` wraps the model, which makes what a rule draws, and its own
         parameters, equal on all ranks.
 
         Args:
@@ -193,7 +193,8 @@ class Ranking(nn.Module):
     def load_weights(self, state: Mapping[str, Any] | Tensor) -> None:
         """Load the candidate weights alone, from a graph with another k or another rule, for fine-tuning.
 
-        The rule is set up again for them, as when the graph was created.
+        The rule is set up again for them, as when the graph was created: ``"random_graph"`` keeps the strongest of
+        them, unless it has ``separate_scores``.
 
         Args:
             state: The ``state_dict`` of a graph with the same candidates, or a vector ``[num_candidates]``; for sparse

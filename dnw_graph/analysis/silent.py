@@ -33,7 +33,7 @@ class SilentBlock:
 
 @checked
 def silent_nodes(model: nn.Module) -> dict[str, Bool[Tensor, " nodes"]]:
-    """Return, by graph name, the nodes without incoming real edges; inputs are not among them.
+    """Return, by graph name, the nodes without incoming real edges, except inputs whose states the dynamics sets.
 
     The map of such a node has no variance, so its norm multiplies gradients by 1/√eps.
     """

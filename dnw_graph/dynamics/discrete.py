@@ -57,6 +57,7 @@ class Discrete(Recurrent):
         self.steps = steps
         self.input_mode = input_mode
         self.function_per_step = function_per_step
+        self.sets_inputs = input_mode != "initial"
         self.node_dim = 2 if sequence else 1
 
     def build(self, make_function: Callable[[range], nn.Module]) -> None:

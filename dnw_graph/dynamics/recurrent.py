@@ -27,6 +27,7 @@ class Recurrent(Dynamics):
     """
 
     in_blocks = False
+    sets_inputs = False
 
     def setup(
         self, nodes: Nodes, candidates: CandidateEdges | None, make_function: Callable[[range], nn.Module]

@@ -46,7 +46,7 @@ class PruneAndGrow(ChangingEdges):
 
     def setup(self, view: View) -> None:
         """Draw k edges, and set all other weights to zero."""
-        self.store(view, select_top_k(torch.rand_like(view.weight), view.k, view.name))
+        self.store(view, select_top_k(view.random_scores(), view.k, view.name))
         view.weight.mul_(self.real)
 
     def is_round(self, view: View, step: int) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from dnw_graph.arguments import checked
 from dnw_graph.selection import select_top_k
 from dnw_graph.wirings.stored_edges import ConstantEdges
@@ -16,9 +14,14 @@ class RandomGraph(ConstantEdges):
     Section 3 of the paper, after Xie et al. 2019 (arXiv 1904.01569). The edges are a persistent buffer: they are not a
     function of the trained weights.
 
+    The edges are random because the initial weights are. Of trained weights, as of a pretrained model or of a trained
+    graph after ``rewire`` or ``load_weights``, the rule keeps the strongest, which is one-shot magnitude pruning:
+    random edges need ``separate_scores=True`` there. So do weights that were drawn in half precision, many of which are
+    equal, since ties go to the lower index.
+
     Args:
-        separate_scores: Draw the edges by separate random scores instead of the initial weights, so that the weights of
-            the chosen edges keep the full uniform distribution.
+        separate_scores: Draw the edges by separate random scores instead of the initial weights, so that the choice is
+            random whatever the weights, and those of the chosen edges keep their distribution.
 
     Shapes:
         - ``index``: ``[num_edges]``, flat indices, ascending
@@ -34,5 +37,5 @@ class RandomGraph(ConstantEdges):
 
     def setup(self, view: View) -> None:
         """Draw the edges of a graph."""
-        scores = torch.rand_like(view.weight) if self.separate_scores else view.weight
+        scores = view.random_scores() if self.separate_scores else view.weight
         self.store(select_top_k(scores, view.k, view.name))

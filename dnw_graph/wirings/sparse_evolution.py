@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dnw_graph.arguments import checked
@@ -45,5 +44,4 @@ class SET(PruneAndGrow):
 
     def scores(self, view: View) -> Tensor:
         """Return random numbers."""
-        like = view.weight
-        return torch.rand(len(like), generator=view.generator(), dtype=like.dtype, device=like.device)
+        return view.random_scores(view.generator())

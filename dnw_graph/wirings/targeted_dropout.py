@@ -79,7 +79,8 @@ class TargetedDropout(Wiring):
     def choose_to_train(self, view: View) -> Tensor:
         """Return the edges of this step: the strongest, and the targets that are not dropped."""
         rho = self.rho.at(view) if isinstance(self.rho, Schedule) else 1 - view.k / view.num_candidates
-        stays = torch.rand(view.num_candidates, generator=view.generator(), device=view.weight.device) >= rho
+        device = view.weight.device
+        stays = torch.rand(view.num_candidates, generator=view.generator(), dtype=torch.float32, device=device) >= rho
         stays[self.choose(view)] = True
         if not self.needs_steps and view.graph.updates is None:
             self.step += 1

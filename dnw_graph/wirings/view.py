@@ -170,6 +170,18 @@ class View:
         seed = mix(seed, self.step, zlib.crc32(self.graph.full_name.encode()))
         return torch.Generator(self.graph.weights[0].parameter.device).manual_seed(seed)
 
+    def random_scores(self, generator: torch.Generator | None = None) -> Float[Tensor, " candidates"]:
+        """Return a uniform random number in 0 … 1 per candidate.
+
+        In float32 for weights in half precision: bfloat16 has 256 such numbers, so that most candidates would tie.
+
+        Args:
+            generator: The generator. Default: PyTorch's.
+        """
+        like = self.weight
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return torch.rand(len(like), generator=generator, dtype=dtype, device=like.device)
+
     def reset_momentum(self) -> None:
         """Set the momentum of all parameters of the optimiser to zero; after a step only."""
         assert self._optimizer is not None
