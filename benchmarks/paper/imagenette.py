@@ -18,10 +18,13 @@ from rows import Row, Table
 from runner import main
 from table2 import QUICK
 
+from dnw_graph.recipes.models import FAMILIES
+
 TABLE = Table(
     name="imagenette",
     title="Imagenette at 64 pixels",
     example="examples/imagenet_mobilenet.py",
+    models=FAMILIES["mobilenet"],
     rows=(
         Row("MobileNetV1 (×0.25)", "mobilenet_v1_x0.25"),
         Row("MobileNetV1-RG (×0.225)", "mobilenet_v1_rg_x0.225"),

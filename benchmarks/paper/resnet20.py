@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
+from dnw_graph.recipes.models import Family
 from dnw_graph.sparse_layers import sparsify
 from dnw_graph.sparse_layers.budget import DISTRIBUTIONS
 from dnw_graph.training import RunOptions, WiringOptions, main, option
@@ -84,9 +85,12 @@ class ResNet20Options(WiringOptions):
         return model
 
 
+MODELS = Family(ResNet20Options, RunOptions(lr=0.1, weight_decay=1e-4), ("resnet20",))
+
+
 def run_example(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit status."""
-    return main(__doc__ or "", ResNet20Options, RunOptions(lr=0.1, weight_decay=1e-4), argv)
+    return main(__doc__ or "", MODELS.options, MODELS.defaults, argv)
 
 
 if __name__ == "__main__":

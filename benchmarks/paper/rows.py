@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from dnw_graph.recipes.models import Family
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "examples" / "configs"
 
@@ -70,6 +72,7 @@ class Table:
         name: Name of its files.
         title: Its title.
         example: The script that runs its rows, from the root of the repository.
+        models: The options of the script's models, and its defaults.
         rows: Its rows.
         quick: Options of every run with ``--quick``.
         data: Names of the data that its rows are about; that of the paper first.
@@ -83,6 +86,7 @@ class Table:
     name: str
     title: str
     example: str
+    models: Family
     rows: tuple[Row, ...]
     quick: dict[str, str]
     data: tuple[str, ...] = CIFAR10

@@ -16,6 +16,7 @@ import json
 import sys
 from pathlib import Path
 
+from resnet20 import MODELS
 from rows import Row, Table
 from runner import main
 
@@ -48,6 +49,7 @@ TABLE = Table(
     name="rules",
     title="Rules side by side: ResNet-20 on CIFAR-10",
     example="benchmarks/paper/resnet20.py",
+    models=MODELS,
     rows=(
         Row("dense", "resnet20", options={"density": "1"}, name="resnet20_dense"),
         *(_row(rule, density) for density in DENSITIES for rule in RULES),

@@ -24,12 +24,14 @@ from types import FrameType
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentError
 from record import MACHINE, here, keep, record, write
 from report import table_lines
 from rows import DATA, ROOT, Row, Table
 
 from dnw_graph import InputError
 from dnw_graph.errors import unknown_name
+from dnw_graph.training.command_line import one_line, read_options
 from dnw_graph.whole_file import make_writable, write_whole
 
 BAD_INPUT = 2
@@ -157,6 +159,7 @@ def main(table: Table, description: str, argv: Sequence[str] | None = None) -> i
             results = [result for run in runs if (result := run.finished()) is not None]
             runs = runs[: len(results)]
         else:
+            _check_options(runs)
             for run in runs:
                 run.check()
             threads = options.threads or max(1, len(os.sched_getaffinity(0)) // options.jobs)
@@ -248,9 +251,12 @@ def _runs(table: Table, rows: list[Row], options: argparse.Namespace, given: dic
         config = options.configs / f"{row.config}.yaml"
         if not config.is_file():
             raise InputError(f"{config} does not exist: --configs needs a file for every row")
+        configured = yaml.safe_load(config.read_text())
         for seed in seeds:
             directory = options.output / row.key / f"seed{seed}"
             changed = {**shared, **row.options, "seed": str(seed)}
+            if options.quick:
+                changed |= _shorter_warmup({**configured, **changed})
             command = [sys.executable, str(ROOT / table.example), "--config", str(config), "--output", str(directory)]
             for name, value in changed.items():
                 flag = name.replace("_", "-")
@@ -260,10 +266,31 @@ def _runs(table: Table, rows: list[Row], options: argparse.Namespace, given: dic
                     command.append(f"--{flag}={value}")
             if row.first_stage:
                 command += ["--complete", str(options.output / row.first_stage / f"seed{seed}")]
-            values = {**yaml.safe_load(config.read_text()), **changed}
+            values = {**configured, **changed}
             data = options.data_name or str(values["data"])
             runs.append(Run(table, row, seed, data, directory, values, command))
     return runs
+
+
+def _shorter_warmup(values: dict[str, Any]) -> dict[str, str]:
+    """Return a warm-up that ends an epoch before the run, if that of a row is longer."""
+    epochs, warmup = (str(values.get(name, 0)) for name in ("epochs", "warmup_epochs"))
+    longer = epochs.isdecimal() and warmup.isdecimal() and int(warmup) >= int(epochs) > 0
+    return {"warmup_epochs": str(int(epochs) - 1)} if longer else {}
+
+
+def _check_options(runs: list[Run]) -> None:
+    """Refuse options that the script of a row would refuse; its seeds do not differ.
+
+    Raises:
+        InputError: If there are any.
+    """
+    for run in {run.row.key: run for run in runs}.values():
+        models = run.table.models
+        try:
+            read_options("", models.options, models.defaults, run.command[2:])
+        except (InputError, ArgumentError) as error:
+            raise InputError(f"{run.row.key}: {one_line(error)}") from error
 
 
 def _execute(runs: list[Run], jobs: int, threads: int) -> list[dict[str, Any]]:

@@ -16,10 +16,13 @@ import sys
 from rows import Row, Table
 from runner import main
 
+from dnw_graph.recipes.models import FAMILIES
+
 TABLE = Table(
     name="table1",
     title="Table 1: tiny classifiers",
     example="examples/cifar10_tiny.py",
+    models=FAMILIES["tiny"],
     rows=(
         Row("Static (RG)", "tiny_static_rg", "76.1 ± 0.5"),
         Row("Static (DNW)", "tiny_static_dnw", "80.9 ± 0.6"),

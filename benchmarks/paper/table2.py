@@ -20,12 +20,15 @@ import sys
 from rows import Row, Table
 from runner import main
 
+from dnw_graph.recipes.models import FAMILIES
+
 COMPLETE = "cifar10_complete"
 QUICK = {"data": "digits", "image_size": "16", "epochs": "3", "batch_size": "64"}
 TABLE = Table(
     name="table2",
     title="Table 2: ways of finding a wiring, MobileNetV1-DNW (×0.225)",
     example="examples/imagenet_mobilenet.py",
+    models=FAMILIES["mobilenet"],
     rows=(
         Row("MobileNetV1 (×0.25)", "cifar10_mobilenet_v1_x0.25", "86.3 ± 0.2"),
         Row("MobileNetV1-RG (×0.225)", "cifar10_rg", "87.2 ± 0.1"),

@@ -25,6 +25,7 @@ from runner import main as run_table
 from torchvision.models import resnet50
 
 from dnw_graph.analysis.cost import cost_of
+from dnw_graph.recipes.models import FAMILIES
 from dnw_graph.sparse_layers.budget import edges_per_weight
 from dnw_graph.sparse_layers.layers import find_weights
 
@@ -76,13 +77,13 @@ TABLE = Table(
     name="table4",
     title="Table 4: sparse ResNet-50; the paper's figures are top-1 / top-5",
     example="examples/imagenet_resnet50.py",
+    models=FAMILIES["resnet"],
     rows=tuple(_rows()),
     quick={
         "model": "resnet18",
         "data": "digits",
         "image_size": "8",
         "epochs": "2",
-        "warmup_epochs": "1",
         "batch_size": "256",
         "lr": "0.064",
     },

@@ -17,10 +17,13 @@ from rows import Row, Table
 from runner import main
 from table2 import QUICK
 
+from dnw_graph.recipes.models import FAMILIES
+
 TABLE = Table(
     name="table6",
     title="Table 6: variants of targeted weight dropout, MobileNetV1-DNW (×0.225)",
     example="examples/imagenet_mobilenet.py",
+    models=FAMILIES["mobilenet"],
     rows=(
         Row("TD ρ = 0.9, unconstrained", "cifar10_td_0.9", "89.0 ± 0.2"),
         Row("TD ρ = 0.9, regular", "cifar10_td_regular_0.9", "87.9 ± 0.5"),

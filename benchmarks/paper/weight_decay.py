@@ -17,10 +17,13 @@ from rows import Row, Table
 from runner import main
 from table2 import QUICK
 
+from dnw_graph.recipes.models import FAMILIES
+
 TABLE = Table(
     name="weight_decay",
     title="Dead nodes by weight decay (footnote 2), MobileNetV1-DNW (×0.225)",
     example="examples/imagenet_mobilenet.py",
+    models=FAMILIES["mobilenet"],
     rows=tuple(
         Row(f"weight decay {decay}", "cifar10_dnw", options={"weight_decay": decay})
         for decay in ("0", "1e-5", "1e-4", "5e-4", "2e-3")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -33,7 +33,14 @@ NODE_NORM_EPS = 1e-3
 
 @dataclass(frozen=True)
 class WiringOptions(ModelOptions):
-    """The rule that chooses the real edges. An example adds its model's options and :meth:`with_wiring`."""
+    """The rule that chooses the real edges. An example adds its model's options and :meth:`with_wiring`.
+
+    Attributes:
+        shared_by_stages: The options that decide what a model of given weights and edges computes. The two stages of
+            ``lottery_ticket`` and ``fine_tune`` must agree in them.
+    """
+
+    shared_by_stages: ClassVar[tuple[str, ...]] = ()
 
     wiring: str = option("dnw", f"rule that chooses the real edges: one of {', '.join(sorted(WIRINGS))}")
     wiring_options: dict[str, Any] = option(  # noqa: RUF009  # a field with a factory
@@ -55,7 +62,9 @@ class WiringOptions(ModelOptions):
         if self.complete == "":
             raise InputError("--complete is '': expected the directory of a run")
         complete = self.with_wiring(create_wiring("complete"), num_classes, image_size)
-        return second_stage(self.wiring, Path(self.complete), complete, {"image_size": image_size})
+        identity = self.identity()
+        shared = {"image_size": image_size, **{name: identity[name] for name in self.shared_by_stages}}
+        return second_stage(self.wiring, Path(self.complete), complete, shared)
 
     def identity(self) -> dict[str, Any]:
         """Return all options except the directory of the first stage, which a resumed run does not need."""
@@ -65,6 +74,8 @@ class WiringOptions(ModelOptions):
 @dataclass(frozen=True)
 class MobileNetOptions(WiringOptions):
     """Options of MobileNetV1. The first convolution has stride 2, or 1 for images smaller than 64 pixels."""
+
+    shared_by_stages = ("model", "width", "small", "node_norm_eps")
 
     model: str = option("mobilenet_v1_dnw", f"one of {', '.join(MOBILENETS)}")
     width: float = option(0.225, "width multiplier")
@@ -103,6 +114,8 @@ class MobileNetOptions(WiringOptions):
 class TinyOptions(WiringOptions):
     """Options of the tiny classifiers."""
 
+    shared_by_stages = ("dynamics", "node_function", "node_norm_eps")
+
     dynamics: str = option("static", f"one of {', '.join(TINY_DYNAMICS)}")
     node_function: str | None = option(
         None, f"one of {', '.join(NODE_FUNCTIONS)}; default: that of the paper for these dynamics"
@@ -131,6 +144,8 @@ class TinyOptions(WiringOptions):
 @dataclass(frozen=True)
 class ResNetOptions(WiringOptions):
     """Options of torchvision's ResNets. The first convolution has stride 2, or 1 for images smaller than 64 pixels."""
+
+    shared_by_stages = ("model", "first_layer_dense")
 
     model: str = option("resnet18", f"one of {', '.join(RESNETS)}")
     density: float | None = option(

@@ -9,6 +9,7 @@ from torch import nn
 
 from dnw_graph.checkpoint import SECTION, check_weights, model_weights, read_checkpoint
 from dnw_graph.errors import InputError
+from dnw_graph.recipes.options import completed, flag
 from dnw_graph.wirings.two_stage import fine_tune, lottery_ticket
 
 FIRST, LAST = "first.ckpt", "last.ckpt"
@@ -22,7 +23,7 @@ def second_stage(rule: str, directory: Path, complete: nn.Module, expected: dict
         rule: One of ``RULES``.
         directory: Directory of a finished run with ``--wiring complete``.
         complete: A model like the trained one, whose graphs know k.
-        expected: Options that the run must share, such as the size of the images.
+        expected: Options that the run must share: the size of the images, and what defines the function of the model.
 
     Raises:
         InputError: If the directory holds no finished run of such a complete model.
@@ -30,12 +31,13 @@ def second_stage(rule: str, directory: Path, complete: nn.Module, expected: dict
     if rule not in RULES:
         raise InputError(f"--complete goes with --wiring {' or '.join(RULES)}: give one of these rules")
     checkpoint = read_checkpoint(directory / LAST)
-    options = checkpoint[SECTION]["options"]
+    options = completed(checkpoint[SECTION]["options"])
     for name, value in {"wiring": "complete", **expected}.items():
         if options.get(name) != value:
+            hint = "train the complete graph first" if name == "wiring" else "give the same value in both stages"
             raise InputError(
-                f"--complete needs a run with {name} {value!r}, but {directory / LAST} was trained with "
-                f"{options.get(name)!r}: train the complete graph first, with --wiring complete"
+                f"--complete needs a run with {flag(name)} {value!r}, but {directory / LAST} was trained with "
+                f"{options.get(name)!r:.100}: {hint}"
             )
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
     if epochs != options.get("epochs"):

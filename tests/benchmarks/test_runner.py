@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import torch
 import yaml
 
 from dnw_graph import create_wiring
+from dnw_graph.recipes.models import FAMILIES
 from dnw_graph.training import read_checkpoint
+from dnw_graph.training.command_line import read_options
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"
@@ -29,7 +32,7 @@ CIFAR = {
     "momentum": 0.9,
     "weight_decay": 1e-4,
 }
-TABLES = ("table1", "table2", "table6", "weight_decay", "imagenette")
+TABLES = ("table1", "table2", "table4", "table6", "weight_decay", "imagenette", "rules")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +99,12 @@ def test_rows_are_those_of_the_paper(tables: dict[str, ModuleType], name: str, r
 
 
 def expected_config(name: str) -> dict:
-    """What a row of Tables 2 and 6 needs, from its name."""
+    """What a row of Tables 1, 2 and 6 needs, from its name."""
+    if name.startswith("tiny"):
+        _, time, rule = name.split("_")
+        wiring = {"rg": "random_graph", "dnw": "dnw"}[rule]
+        tiny = {"dynamics": time, "wiring": wiring, "node_norm_eps": 1e-5, "lr": 0.1, "schedule": "step"}
+        return {**CIFAR, **tiny, "batch_size": 512}
     if name == "mobilenet_v1_x0.25":
         return {"model": "mobilenet_v1", "width": 0.25, "lr": 0.1, **CIFAR}
     config = {"model": "mobilenet_v1_dnw", "width": 0.225, "wiring": name, "node_norm_eps": 1e-5, "lr": 0.1, **CIFAR}
@@ -115,16 +123,100 @@ def expected_config(name: str) -> dict:
     return config
 
 
-@pytest.mark.parametrize("config", sorted(TABLE_2 | TABLE_6))
+@pytest.mark.parametrize("config", sorted(TABLE_1 | TABLE_2 | TABLE_6))
 def test_configurations_are_those_of_the_paper(config: str):
     name = config.removeprefix("cifar10_")
     assert yaml.safe_load((CONFIGS / f"{config}.yaml").read_text()) == expected_config(name)
 
 
-@pytest.mark.parametrize("config", sorted(TABLE_2 | TABLE_6))
+@pytest.mark.parametrize("config", sorted(TABLE_1 | TABLE_2 | TABLE_6))
 def test_configurations_name_rules_and_options_that_exist(config: str):
     values = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
     create_wiring(values.get("wiring", "dnw"), **values.get("wiring_options", {}))
+
+
+def test_rows_of_footnote_2_differ_in_weight_decay_alone(tables: dict[str, ModuleType]):
+    table = tables["weight_decay"].TABLE
+    decays = [0, 1e-5, 1e-4, 5e-4, 2e-3]
+    expected = [{**expected_config("dnw"), "weight_decay": decay} for decay in decays]
+    values = [table.configured(row) for row in table.rows]
+    assert [{**each, "weight_decay": float(each["weight_decay"])} for each in values] == expected
+
+
+@pytest.fixture
+def started(tables: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> list:
+    """The runs that a table starts, which are not done."""
+    runs: list = []
+    monkeypatch.setattr(sys.modules["runner"], "_execute", lambda given, *_: runs.extend(given) or [])
+    return runs
+
+
+def options_of(run: object) -> tuple:
+    """The options of the model and of the run that a run's command gives."""
+    models = run.table.models
+    return read_options("", models.options, models.defaults, run.command[2:])[:2]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_can_start_with_quick(
+    tables: dict[str, ModuleType], started: list, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    table = tables[name].TABLE
+    assert sys.modules["runner"].main(table, "", ["--quick", "--output", str(tmp_path)]) == 1  # None is finished.
+    assert [run.row for run in started] == list(table.rows)
+    # The script itself reads the same.
+    seen: list = []
+    monkeypatch.setattr("dnw_graph.training.runs.run", lambda create, _, options, *rest: seen.append((create, options)))
+    script = runpy.run_path(started[-1].command[1])
+    assert script["run_example"](started[-1].command[2:]) == 0
+    ((create, options),) = seen
+    assert (create.__self__, options) == options_of(started[-1])
+
+
+def test_quick_runs_end_after_their_warm_up(started: list, tables: dict[str, ModuleType], tmp_path: Path):
+    for epochs in ([], ["--epochs", "1"], ["--epochs", "9"]):
+        argv = ["--quick", "--output", str(tmp_path / str(epochs)), "--rows", "cifar10_dnw", "cifar10_dnw_eps_warmup"]
+        assert sys.modules["runner"].main(tables["table2"].TABLE, "", [*argv, *epochs]) == 1
+    assert [options_of(run)[1].warmup_epochs for run in started] == [0, 2, 0, 0, 0, 5]
+
+
+def test_both_stages_of_a_row_compute_the_same_function(
+    started: list, tables: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert sys.modules["runner"].main(tables["table2"].TABLE, "", ["--seeds", "0"]) == 1
+    models = {run.row.key: options_of(run)[0] for run in started}
+    stages = [(models[run.row.key], models[run.row.first_stage]) for run in started if run.row.first_stage]
+    assert len(stages) == 4
+    for second, first in stages:
+        assert second.shared_by_stages
+        assert all(second.identity()[name] == first.identity()[name] for name in second.shared_by_stages)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--epochs", "3"), "cifar10_dnw_eps_warmup: --warmup-epochs is 5, --epochs 3: give more --epochs"),
+        (("--epochs", "many"), "cifar10_dnw_eps_warmup: --epochs: expected int, got many"),
+        (("--quick", "--epochs", "many"), "cifar10_dnw_eps_warmup: --epochs: expected int, got many"),
+        (("--epoch", "3"), "cifar10_dnw_eps_warmup: unknown option --epoch: did you mean --epochs"),
+    ],
+)
+def test_options_that_a_row_cannot_use_are_refused_before_any_run(
+    started: list,
+    tables: dict[str, ModuleType],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    argv: tuple[str, ...],
+    message: str,
+):
+    rows = ("--rows", "cifar10_dnw_eps_warmup", "--output", str(tmp_path / "runs"))
+    assert sys.modules["runner"].main(tables["table2"].TABLE, "", [*rows, *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not started
+    assert not list(tmp_path.iterdir())
 
 
 SMALL = {"dynamics": "static", "schedule": "cosine"}
@@ -153,7 +245,7 @@ def small(tables: dict[str, ModuleType]) -> object:
         rows.Row("complete", "complete"),
         rows.Row("FT", "fine_tune", "2.0 ± 0.2", first_stage="complete"),
     )
-    return rows.Table("small", "A small table", "examples/cifar10_tiny.py", four, quick={})
+    return rows.Table("small", "A small table", "examples/cifar10_tiny.py", FAMILIES["tiny"], four, quick={})
 
 
 SHORT = ("--data=digits", "--image-size=16", "--batch-size=512", "--epochs=1", "--workers=0", "--accelerator=cpu")

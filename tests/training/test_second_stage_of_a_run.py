@@ -15,8 +15,11 @@ from tiny import TinyModel
 from torch import Tensor, nn
 
 from dnw_graph import InputError
+from dnw_graph.checkpoint import FORMAT, SECTION
+from dnw_graph.checksum import checksum
+from dnw_graph.recipes.models import MobileNetOptions, ResNetOptions, TinyOptions
 from dnw_graph.recipes.second_stage import second_stage
-from dnw_graph.training import ImageData, RunOptions, read_checkpoint, run
+from dnw_graph.training import ImageData, RunOptions, WiringOptions, read_checkpoint, run
 from dnw_graph.wirings import Wiring, create_wiring
 
 K = 40
@@ -166,15 +169,73 @@ def test_a_run_stopped_before_its_last_evaluation_is_unfinished(small_digits: Im
 
 def test_a_run_with_another_wiring_is_refused(small_digits: ImageData, tmp_path: Path):
     run(lambda *_: tiny("dnw"), {"wiring": "dnw"}, run_options(tmp_path / "run", epochs=1), small_digits)
-    message = "--complete needs a run with wiring 'complete', but .*last.ckpt was trained with 'dnw'"
+    message = "--complete needs a run with --wiring 'complete', but .*last.ckpt was trained with 'dnw'"
     with pytest.raises(InputError, match=message) as error:
         second_stage("fine_tune", tmp_path / "run", tiny(), SHARED)
     assert "\n" not in str(error.value)
 
 
 def test_images_of_another_size_are_refused(first_stage: Path):
-    with pytest.raises(InputError, match=r"needs a run with image_size 16, but .* was trained with 8"):
+    with pytest.raises(InputError, match=r"needs a run with --image-size 16, but .* was trained with 8"):
         second_stage("fine_tune", first_stage, tiny(), {"image_size": 16})
+
+
+FAMILIES = {
+    "mobilenet": (MobileNetOptions(width=0.05), [{"width": 0.1}, {"small": True}, {"node_norm_eps": 1e-5}]),
+    "resnet": (ResNetOptions(), [{"model": "resnet34"}, {"first_layer_dense": True}]),
+    "tiny": (
+        TinyOptions(),
+        [{"dynamics": "discrete"}, {"node_function": "relu_conv_send_norm"}, {"node_norm_eps": 1e-5}],
+    ),
+}
+
+
+def written(options: WiringOptions, directory: Path, without: str = "") -> str:
+    """A directory with the options of a finished complete run, except one, and without weights."""
+    held = {**replace(options, wiring="complete").identity(), "image_size": 16, "epochs": 1}
+    held.pop(without, None)
+    loops = {"fit_loop": {"epoch_progress": {"current": {"completed": 1}}}}
+    section = {"options": held, "format": FORMAT}
+    checkpoint = {"state_dict": {}, "global_step": 1, "loops": loops, SECTION: section}
+    section["checksum"] = checksum(checkpoint)
+    torch.save(checkpoint, directory / "last.ckpt")
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"), [(name, change) for name, (_, changes) in FAMILIES.items() for change in changes], ids=str
+)
+def test_a_model_that_computes_another_function_is_refused(family: str, change: dict[str, Any], tmp_path: Path):
+    options = FAMILIES[family][0]
+    other = replace(options, wiring="fine_tune", complete=written(options, tmp_path), **change)
+    ((name, value),) = change.items()
+    expected = f"--complete needs a run with --{name.replace('_', '-')} {value!r}, but {tmp_path / 'last.ckpt'} was"
+    with pytest.raises(InputError) as error:
+        other.create(10, 16)
+    assert str(error.value).startswith(expected)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        (ResNetOptions(), {"density": 0.3, "distribution": "erdos_renyi"}),
+        (TinyOptions(dynamics="continuous"), {"adjoint": True}),
+        (MobileNetOptions(width=0.05), {"node_norm_eps": 1e-3}),  # the default
+    ],
+    ids=str,
+)
+def test_stages_may_differ_where_the_function_is_the_same(options: WiringOptions, change: dict[str, Any], tmp_path: Path):
+    other = replace(options, wiring="fine_tune", complete=written(options, tmp_path), **change)
+    with pytest.raises(InputError, match="do not fit the model"):  # The file has no weights.
+        other.create(10, 16)
+
+
+def test_files_from_before_the_eps_was_an_option_have_that_of_then(tmp_path: Path):
+    directory = written(TinyOptions(), tmp_path, without="node_norm_eps")
+    for eps, message in ((1e-5, "do not fit the model"), (1e-3, "--node-norm-eps 0.001, but .* was trained with 1e-05")):
+        with pytest.raises(InputError, match=message):
+            TinyOptions(wiring="fine_tune", complete=directory, node_norm_eps=eps).create(10, 16)
 
 
 @pytest.mark.parametrize("change", [lambda directory: directory / "gone", lambda directory: directory.parent])

@@ -160,8 +160,8 @@ def test_a_first_stage_of_another_kind_is_refused(capsys: pytest.CaptureFixture[
     assert start("--wiring", "dnw", "--output", "dnw") == 0
     capsys.readouterr()
     for directory, changes, message in (
-        ("dnw", [], "needs a run with wiring 'complete', but dnw/last.ckpt was trained with 'dnw'"),
-        ("complete", ["--image-size", "16"], "needs a run with image_size 16, but complete/last.ckpt"),
+        ("dnw", [], "needs a run with --wiring 'complete', but dnw/last.ckpt was trained with 'dnw'"),
+        ("complete", ["--image-size", "16"], "needs a run with --image-size 16, but complete/last.ckpt"),
     ):
         assert start("--wiring", "fine_tune", "--complete", directory, "--output", "x", *changes) == 2
         assert message in capsys.readouterr().err
