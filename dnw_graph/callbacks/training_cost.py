@@ -90,7 +90,7 @@ class TrainingCost(Callback):
             self._counting.enter_context(torch.compiler.set_stance("force_eager"))
             for layer in self.model.modules():
                 if isinstance(layer, nn.Conv2d | nn.Linear):
-                    self._counting.callback(layer.register_forward_hook(self._on_layer).remove)
+                    self._counting.callback(layer.register_forward_hook(self._on_layer, with_kwargs=True).remove)
             self._counts = True
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -123,10 +123,10 @@ class TrainingCost(Callback):
         self._counting.close()
         self._counts = False
 
-    def _on_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _on_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if self._recomputed(layer):
             return
-        parameter, through, to_weight = layer_uses(layer, args[0], output)
+        parameter, through, to_weight = layer_uses(layer, args[0] if args else kwargs["input"], output)
         if sparse := sparse_weights(layer).get("weight"):
             weight, graph = sparse
             self._step(graph).count(weight, through, to_weight)
