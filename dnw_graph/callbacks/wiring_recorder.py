@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,11 @@ class WiringRecorder(Callback):
     ) -> None:
         """Record after some steps."""
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            self._record(trainer, trainer.current_epoch + (batch_idx + 1) / float(trainer.num_training_batches))
+            self._record(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record after an epoch, and write the file."""
-        self._record(trainer, trainer.current_epoch + 1.0)
+        """Record after an epoch, or where training ends within one, and write the file."""
+        self._record(trainer)
         if self.recording is not None and self.path is not None and trainer.is_global_zero:
             self.recording.save(self.path)
 
@@ -92,10 +93,10 @@ class WiringRecorder(Callback):
             write_pictures(pictures, self.pictures)
             log_pictures(pictures, trainer.loggers, trainer.global_step - 1)
 
-    def _record(self, trainer: Trainer, epoch: float) -> None:
+    def _record(self, trainer: Trainer) -> None:
         # With gradient accumulation, not every batch ends with a step.
         if self.recording is not None and trainer.global_step > self.recording.moments[-1].step:
-            self.recording.add(trainer.global_step, epoch)
+            self.recording.add(trainer.global_step, _epochs(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the recording so far."""
@@ -106,6 +107,14 @@ class WiringRecorder(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the recording from a checkpoint."""
         self._saved = state_dict.get("recording")
+
+
+def _epochs(trainer: Trainer) -> float | None:
+    """Return the number of epochs so far; None within an epoch of unknown length."""
+    progress, batches = trainer.fit_loop.epoch_loop.batch_progress, trainer.num_training_batches
+    if progress.is_last_batch:
+        return trainer.current_epoch + 1.0
+    return trainer.current_epoch + progress.current.ready / batches if math.isfinite(batches) else None
 
 
 def read(content: Tensor, model: nn.Module) -> Recording:

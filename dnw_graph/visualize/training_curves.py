@@ -74,6 +74,7 @@ def plot_training(path: str | Path) -> matplotlib.figure.Figure:
         ax.spines[["top", "right"]].set_visible(False)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
-    epochs = f", {found['epoch'][-1][1] + 1:g} epochs" if "epoch" in found else ""
+    # The last epoch may be incomplete.
+    epochs = f", up to epoch {found['epoch'][-1][1] + 1:g}" if "epoch" in found else ""
     figure.suptitle(f"{path.parent.resolve().name}{epochs}", fontsize="medium")
     return figure

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from dnw_graph import InputError, NeuralGraph, sparsify
 from dnw_graph.training import SCHEDULES, ImageData, RunOptions, WiringRecorder, run
@@ -37,20 +37,37 @@ class Module(LightningModule):
         return torch.optim.SGD(self.parameters(), 1.0, momentum=0.9)
 
 
-def fit(recorder: WiringRecorder, epochs: int, accumulate: int = 1, **options: object) -> Trainer:
+class Unsized(IterableDataset):
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[object]:
+        return (self.data[number] for number in range(len(self.data)))
+
+
+def fit(
+    recorder: WiringRecorder,
+    epochs: int | None = None,
+    accumulate: int = 1,
+    steps: int = -1,
+    sized: bool = True,
+    beside: Callback | None = None,
+    **options: object,
+) -> Trainer:
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(24, 6, generator=generator), torch.arange(24) % 3)
     trainer = Trainer(
         max_epochs=epochs,
+        max_steps=steps,
         accumulate_grad_batches=accumulate,
-        callbacks=[recorder],
+        callbacks=[recorder, beside] if beside else [recorder],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Module(), DataLoader(data, batch_size=4), **options)
+    trainer.fit(Module(), DataLoader(data if sized else Unsized(data), batch_size=4), **options)
     return trainer
 
 
@@ -69,6 +86,31 @@ def test_moments_are_steps_of_the_optimiser(every: int, accumulate: int, expecte
     assert [(m.step, pytest.approx(m.epoch)) for m in recorder.recording.moments] == expected
     assert list(recorder.recording.graphs) == ["net.0.weight", "net.2.weight"]
     assert sum(graph.swaps().sum() for graph in recorder.recording.graphs.values()) > 0
+
+
+def moments(recorder: WiringRecorder) -> list[tuple[int, float | None]]:
+    assert recorder.recording is not None
+    return [(moment.step, moment.epoch and round(moment.epoch, 6)) for moment in recorder.recording.moments]
+
+
+def test_a_run_that_ends_within_an_epoch_has_a_part_of_it(tmp_path: Path):
+    class Keep(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    recorder, again, accumulated = WiringRecorder(), WiringRecorder(), WiringRecorder()
+    fit(recorder, steps=3, beside=Keep())
+    assert moments(recorder) == [(0, 0), (3, 0.5)]
+    fit(again, steps=9, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert moments(again) == [(0, 0), (3, 0.5), (6, 1), (9, 1.5)]
+    fit(accumulated, steps=1, accumulate=3)
+    assert moments(accumulated) == [(0, 0), (1, 0.5)]
+
+
+def test_within_an_epoch_of_unknown_length_its_number_is_unknown():
+    recorder = WiringRecorder(every_n_steps=4)
+    fit(recorder, steps=10, sized=False)
+    assert moments(recorder) == [(0, 0), (4, None), (6, 1), (8, None), (10, None)]
 
 
 def test_a_checkpoint_carries_the_recording(tmp_path: Path):
