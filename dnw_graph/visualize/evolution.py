@@ -176,9 +176,11 @@ def animate(graph: RecordedGraph, path: str | Path, frames: int = 60, seconds: f
     """Write an animation of a wiring as a GIF.
 
     In a graph of up to 600 edges, edges born since the previous frame are green, and edges that will be gone in the
-    next one are dashed purple. The others are blue for a positive weight and orange for a negative one, more
-    opaque for a larger √|w|. Larger graphs, graphs with cycles and layers are matrices as in :func:`plot_adjacency`. A
-    curve below shows how many edges are born per epoch or step.
+    next one are dashed purple. The others are blue for a positive weight, orange for a negative and grey for a zero
+    one, more opaque for a larger √|w| within the frame. Larger graphs, graphs with cycles and layers are matrices as in
+    :func:`plot_adjacency`, with the same cells and colours in all frames: weights if those of every frame are known,
+    else shares. Nodes of graphs with cycles are ordered by their distance at the last moment; the numbers of edges that
+    lead forward and back are those of the frame. A curve below shows how many edges are born per epoch or step.
 
     Args:
         graph: A graph of a :class:`Recording`.
@@ -246,8 +248,11 @@ class _Film:
         self.cursor = self.below.axvline(self.at[0], color=style.LIVE)
         if not self.as_lines:
             self.arrangement = arrange(data)
-            cells = Cells(data, self.arrangement)  # whose colours are those of all frames
-            self.vmax = max(float(np.nanquantile(cells.density(cells.real), 0.99)), 1e-6)
+            known = all(graph.weights(moment) is not None for moment in moments)
+            self.cells = Cells(data, self.arrangement, by_pair=known)
+            self.limit = max(self.cells.at(graph.to_data(moment)).limit() for moment in moments)
+        else:
+            self.zeros = any(np.any(graph.weights(moment) == 0) for moment in moments)
 
     def picture(self, number: int) -> np.ndarray:
         """Return a frame as an array of colours."""
@@ -291,15 +296,16 @@ class _Film:
         legend = (
             (style.POSITIVE, "w > 0", "-"),
             (style.NEGATIVE, "w < 0", "-"),
+            *([(style.KEPT, "w = 0", "-")] * self.zeros),
             (style.BORN, "born", "-"),
             (style.GONE, "going", "--"),
         )
         style.legend_above(self.below, legend, f"{dead} of {data.num_nodes} nodes are dead (hollow)")
 
     def _matrix(self, data: style.Data, number: int) -> None:
-        cells = Cells(data, self.arrangement)
-        cells.by_pair &= data.get("edge_weight") is not None
-        image = cells.draw(self.ax, None if cells.by_pair else self.vmax)
-        draw_groups(self.ax, data, self.arrangement, cells)
+        cells = self.cells.at(data)
+        image = cells.draw(self.ax, self.limit)
+        order = ", nodes by distance at the last moment" if style.is_dynamic(data) else ""
+        draw_groups(self.ax, data, self.arrangement, cells, order)
         if number == 0:
             cells.draw_bar(image, self.ax)

@@ -42,9 +42,9 @@ def plot(
 ) -> matplotlib.axes.Axes:
     """Draw a wiring: nodes in columns from inputs to outputs, and the real edges between them.
 
-    Blue edges have a positive weight, orange ones a negative one. The opacity of an edge is √(|w| / q), at most
-    1; q is the 95th percentile of |w|. Dead nodes are hollow or, in large graphs, pale. Title and legend give the
-    counts.
+    Blue edges have a positive weight, orange ones a negative one, grey ones are zero. The opacity of an edge is
+    √(|w| / q), at most 1; q is the 95th percentile of |w|. Dead nodes are hollow or, in large graphs, pale. Title and
+    legend give the counts.
 
     If the graph has more than ``top`` real edges, the same share of the edges between any two blocks is drawn, those of
     largest |w|, so that no pair of blocks looks emptier than it is. A line below the title gives the share.
@@ -106,7 +106,8 @@ def plot_change(
 ) -> matplotlib.axes.Axes:
     """Draw the real edges of a graph that were kept, born and gone between two moments.
 
-    Edges born are green, edges gone dashed purple, and kept ones grey.
+    Edges born are green, edges gone dashed purple, and kept ones grey. An edge of a convolution is one position in the
+    kernel between two channels.
 
     Args:
         before: The result of :meth:`~dnw_graph.NeuralGraph.to_data` at an earlier moment, or a moment of a recording.
@@ -128,7 +129,8 @@ def plot_change(
         raise InputError(
             f"before and after must be one graph at two moments; their blocks have {sizes[0]} and {sizes[1]} nodes"
         )
-    old, new = (data.edge_index[0] * data.num_nodes + data.edge_index[1] for data in (before, after))
+    both = torch.cat([_identities(before), _identities(after)]).unique(dim=0, return_inverse=True)[1]
+    old, new = both.split([before.num_edges, after.num_edges])
     kinds = (
         ("kept", style.KEPT, after, torch.isin(new, old)),
         ("gone", style.GONE, before, ~torch.isin(old, new)),
@@ -160,6 +162,13 @@ def plot_change(
 
 def _check_top(top: int) -> None:
     require(top >= 1, "top", "the largest number of edges to draw, an integer >= 1", top)
+
+
+def _identities(data: Data) -> Int[Tensor, "edges parts"]:
+    """Return what tells edges apart: source, target and, in convolutions, the position in the kernel."""
+    place = data.get("kernel_position")
+    place = data.edge_index.new_zeros(data.num_edges, 3) if place is None else place
+    return torch.cat([data.edge_index.T, place], dim=1)
 
 
 def _magnitude(data: Data) -> Tensor:

@@ -37,10 +37,19 @@ def to_networkx(graph: NeuralGraph | Data) -> Any:
         graph: A graph, or the result of its ``to_data``.
 
     Raises:
-        InputError: If networkx is not installed.
+        InputError: If several edges connect the same two nodes, as in convolutions, or networkx is not installed.
     """
-    node_attrs = ["block", "pos", "input_mask", "output_mask", "live_mask"]
     data = style.to_data(graph)
+    if (pairs := data.edge_index.unique(dim=1).size(1)) < data.num_edges:
+        raise InputError(
+            f"{data.num_edges:,} edges connect {pairs:,} pairs of nodes, and a DiGraph has one edge per pair: "
+            "torch_geometric.utils.to_networkx(data, to_multi=True) keeps all of them"
+        )
+    return _network(data)
+
+
+def _network(data: Data) -> Any:
+    node_attrs = ["block", "pos", "input_mask", "output_mask", "live_mask"]
     edge_attrs = ["edge_weight"] if data.get("edge_weight") is not None else None
     try:
         return import_pyg().utils.to_networkx(data, node_attrs=node_attrs, edge_attrs=edge_attrs)
@@ -52,7 +61,7 @@ def plot_layout(data: Data, layout: Layout, top: int, ax: matplotlib.axes.Axes |
     """Draw the strongest edges of a wiring and their nodes where a layout puts them; see :func:`plot`."""
     weight = data.get("edge_weight")
     edges = (torch.ones(data.num_edges) if weight is None else weight.abs()).argsort()[-top:]
-    network = to_networkx(data)
+    network = _network(data)
     pairs = [(u, v) for u, v in data.edge_index[:, edges].T.tolist()]
     network.remove_edges_from(set(network.edges) - set(pairs))
     network.remove_nodes_from([node for node, degree in network.degree if not degree])

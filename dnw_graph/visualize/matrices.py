@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,9 +57,7 @@ def arrange(data: Data) -> Arrangement:
     if not style.is_dynamic(data):
         sizes = data.block.bincount().tolist()
         return Arrangement(torch.arange(data.num_nodes), tuple(sizes), tuple(style.block_names(data)))
-    depth = style.depths(data)
-    last = int(depth.max()) + 2
-    rank = torch.where(data.output_mask & ~data.input_mask, last, depth + 1)
+    rank, last = _ranks(data)
     place = torch.arange(data.num_nodes).double()
     source, target = data.edge_index
     for _ in range(4):
@@ -73,16 +72,27 @@ def arrange(data: Data) -> Arrangement:
     return Arrangement(order, tuple(counts[n] for n in there), tuple(names[n] for n in there))
 
 
+def _ranks(data: Data) -> tuple[Int[Tensor, " nodes"], int]:
+    """Return the groups of the nodes of a graph with cycles, and the last one, that of the outputs.
+
+    Nodes without a path from an input are in group 0, inputs in 1, and others as many groups later as the path has
+    edges.
+    """
+    depth = style.depths(data)
+    last = int(depth.max()) + 2
+    return torch.where(data.output_mask & ~data.input_mask, last, depth + 1), last
+
+
 @checked
 def plot_adjacency(
     graph: NeuralGraph | Data, ax: matplotlib.axes.Axes | None = None, epoch: float | None = None
 ) -> matplotlib.axes.Axes:
     """Draw the adjacency matrix: targets downwards, sources across, lines between the blocks.
 
-    In a graph of at most 400 nodes a cell is a pair of nodes: white without a real edge, blue for a positive and orange
-    for a negative weight, darker for a larger √|w|. In a larger graph, and if weights are unknown, a cell is a
-    rectangle of pairs within one block; it is darker the more of its candidates are real. The number in a block is the
-    share of its candidates that are real. Pairs that are not candidates are hatched.
+    In a graph of at most 400 nodes a cell is a pair of nodes: white without a real edge, blue for a positive, orange
+    for a negative and grey for a zero weight, darker for a larger √|w|. In a larger graph, and if weights are unknown,
+    a cell is a rectangle of pairs within one block; it is darker the more of its candidates are real. The number in a
+    block is the share of its candidates that are real. Pairs that are not candidates are hatched.
 
     The nodes of a graph with cycles are ordered by the number of edges from the nearest input (``after 1``, ``after 2``
     …), outputs last; ``no path`` leads to the first ones. Edges below the diagonal blocks lead forward; those on and
@@ -119,6 +129,7 @@ class Cells:
     Args:
         data: The wiring.
         arrangement: The order of its nodes.
+        by_pair: Whether cells may be pairs, which they are in small graphs of known weights.
 
     Attributes:
         bounds: Places of the bounds of the cells, from 0 to the number of nodes.
@@ -129,9 +140,9 @@ class Cells:
         extend: The ends at which the colour bar extends.
     """
 
-    def __init__(self, data: Data, arrangement: Arrangement) -> None:
+    def __init__(self, data: Data, arrangement: Arrangement, by_pair: bool = True) -> None:
         self.data = data
-        self.by_pair = data.num_nodes <= _MOST_NODES and data.get("edge_weight") is not None
+        self.by_pair = by_pair and data.num_nodes <= _MOST_NODES and data.get("edge_weight") is not None
         self.by_pair &= int(data.get("places") or 1) == 1
         sizes, side = arrangement.sizes, 1
         if data.num_nodes > _MOST_NODES:
@@ -151,11 +162,17 @@ class Cells:
         self.cell[arrangement.order] = torch.repeat_interleave(torch.arange(len(widths)), widths)
         self.candidates = self._count_candidates()
         self.real = self.count(data.edge_index)
-        self.label, self.extend = "weight of a real edge", "both"
+        self.label, self.extend = "weight of a real edge (grey: 0)", "both"
         if not self.by_pair:
             pairs = f"{side} × {side} pairs" if even else f"about {side} × {side} pairs"
             self.label = f"real share of the candidates in a cell of {pairs}"
             self.extend = "max"
+
+    def at(self, data: Data) -> Cells:
+        """Return the same cells with the edges of another moment."""
+        cells = copy.copy(self)
+        cells.data, cells.real = data, self.count(data.edge_index)
+        return cells
 
     def _count_candidates(self) -> Float[Tensor, "cells cells"]:
         count, total = len(self.bounds) - 1, torch.zeros(len(self.bounds) - 1, len(self.bounds) - 1)
@@ -174,37 +191,44 @@ class Cells:
         """Return the real share of the candidates in each cell; NaN without candidates."""
         return (real / self.candidates).numpy()
 
-    def draw(self, ax: matplotlib.axes.Axes, vmax: float | None = None) -> Any:
+    def limit(self) -> float:
+        """Return the |w| or the share of full colour: one that few edges or cells are above."""
+        if self.by_pair:
+            return style.full_colour(self.data)
+        return max(float(np.nanquantile(self.density(self.real), 0.99)), 1e-6)
+
+    def draw(self, ax: matplotlib.axes.Axes, limit: float | None = None) -> Any:
         """Draw the cells, and return the data for a colour bar.
 
         Args:
             ax: Where to draw.
-            vmax: The share that is black. Default: one that few cells are above.
+            limit: The |w| or the share of full colour. Default: :meth:`limit`.
         """
-        from matplotlib.colors import FuncNorm, LinearSegmentedColormap, PowerNorm
+        from matplotlib.colors import FuncNorm, LinearSegmentedColormap, ListedColormap, PowerNorm
 
         ax.set_facecolor("white")
+        limit = self.limit() if limit is None else limit
         scale: dict[str, Any]
         if self.by_pair:
             values = np.full(self.candidates.shape, np.nan)
             source, target = self.cell[self.data.edge_index]
             values[target, source] = self.data.edge_weight.float()
-            weights = self.data.edge_weight.abs().float().numpy()
-            largest = max(float(np.quantile(weights, style.OPAQUE)) if len(weights) else 0.0, 1e-12)
             # A step at zero: the weakest real edge still differs from white.
             steps = [(0, style.NEGATIVE), (0.5, "#F7CFB2"), (0.5, "#B5D7EC"), (1, style.POSITIVE)]
             root = (lambda w: np.sign(w) * np.sqrt(np.abs(w)), lambda root: np.sign(root) * root**2)
-            scale = {"norm": FuncNorm(root, vmin=-largest, vmax=largest)}
+            scale = {"norm": FuncNorm(root, vmin=-limit, vmax=limit)}
             colours = LinearSegmentedColormap.from_list("sign", steps)
         else:
             values = self.density(self.real)
-            if vmax is None:
-                vmax = max(float(np.nanquantile(values, 0.99)), 1e-6)
-            scale = {"norm": PowerNorm(0.5, vmin=0, vmax=vmax)}
+            scale = {"norm": PowerNorm(0.5, vmin=0, vmax=limit)}
             colours = LinearSegmentedColormap.from_list("density", style.DENSITY)
-        return ax.pcolormesh(
+        image = ax.pcolormesh(
             self.bounds, self.bounds, np.ma.masked_invalid(values), cmap=colours, rasterized=True, **scale
         )
+        if self.by_pair and (values == 0).any():
+            zeros = np.ma.masked_where(values != 0, values)
+            ax.pcolormesh(self.bounds, self.bounds, zeros, cmap=ListedColormap([style.KEPT]), rasterized=True)
+        return image
 
     def draw_bar(self, image: Any, ax: Any) -> None:
         """Draw the colour bar for the result of :meth:`draw`."""
@@ -212,8 +236,16 @@ class Cells:
         ax.figure.colorbar(image, ax=ax, label=self.label, extend=self.extend, shrink=0.7, format=written)
 
 
-def draw_groups(ax: matplotlib.axes.Axes, data: Data, arrangement: Arrangement, cells: Cells) -> None:
-    """Draw bounds and names of groups, densities, and hatching for non-candidates; hide groups without candidates."""
+def draw_groups(ax: matplotlib.axes.Axes, data: Data, arrangement: Arrangement, cells: Cells, order: str = "") -> None:
+    """Draw bounds and names of groups, densities, and hatching for non-candidates; hide groups without candidates.
+
+    Args:
+        ax: Where to draw.
+        data: The wiring.
+        arrangement: The order of its nodes.
+        cells: Its cells.
+        order: What that order is, for the label, if not that of the wiring itself.
+    """
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
@@ -221,7 +253,6 @@ def draw_groups(ax: matplotlib.axes.Axes, data: Data, arrangement: Arrangement, 
     at = [np.searchsorted(cells.bounds, [group.start, group.stop]) for group in groups]
     narrow = [len(group) < _NARROW * data.num_nodes for group in groups]
     dynamic = style.is_dynamic(data)
-    forward = back = 0
     number: dict[str, Any] = {"ha": "center", "va": "center", "fontweight": "bold", "color": style.LIVE}
     if cells.by_pair:  # whose cells a box would hide
         number["path_effects"] = [withStroke(linewidth=2.5, foreground="white", alpha=0.8)]
@@ -241,12 +272,8 @@ def draw_groups(ax: matplotlib.axes.Axes, data: Data, arrangement: Arrangement, 
                 }
                 ax.add_patch(Rectangle(corner, len(source), len(target), zorder=0, **hatch))
                 continue
-            if dynamic and column >= row:
-                back += real
-                if cells.by_pair:
-                    ax.add_patch(Rectangle(corner, len(source), len(target), color=style.FEEDBACK, zorder=0))
-            else:
-                forward += real
+            if dynamic and column >= row and cells.by_pair:
+                ax.add_patch(Rectangle(corner, len(source), len(target), color=style.FEEDBACK, zorder=0))
             if not (narrow[row] or narrow[column]):
                 middle = (source.start + source.stop) / 2, (target.start + target.stop) / 2
                 ax.text(*middle, style.share(real / candidates), **number)
@@ -267,8 +294,12 @@ def draw_groups(ax: matplotlib.axes.Axes, data: Data, arrangement: Arrangement, 
         places = there.nonzero().flatten()
         ends = cells.bounds[int(places[0])], cells.bounds[int(places[-1]) + 1]
         limits(*(reversed(ends) if flip else ends))
-    note = f"\n{forward:,} edges lead forward, {back:,} lead back or stay (feedback)" if dynamic else ""
-    ax.set_xlabel(f"source{note}")
+    note = ""
+    if dynamic:
+        first, second = _ranks(data)[0][data.edge_index]
+        forward = int((first < second).sum())
+        note = f"\n{forward:,} edges lead forward, {data.num_edges - forward:,} lead back or stay (feedback)"
+    ax.set_xlabel(f"source{order}{note}")
     ax.set_ylabel("target")
 
 
@@ -300,9 +331,7 @@ def plot_layers(
     rows = math.ceil(len(datas) / columns)
     figure = style.figure(3.2 * columns + 0.8, 3.0 * rows + 0.4)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    cells = [Cells(data, arrange(data)) for data in datas]
-    for each in cells:
-        each.by_pair = False
+    cells = [Cells(data, arrange(data), by_pair=False) for data in datas]
     # Black is what few cells of all layers are above.
     values = np.concatenate([(shares := each.density(each.real))[~np.isnan(shares)] for each in cells])
     vmax = max(float(np.quantile(values, 0.99)), 1e-6)

@@ -26,7 +26,8 @@ def save_page(recording: Recording | RecordedGraph, path: str | Path) -> None:
     A slider, arrow keys and a button move through time. Graphs with few edges are drawn as nodes and edges, others as
     matrices; you can switch between both. The page describes what is under the mouse: for a node its block, its degrees
     and whether it is live; for an edge its weight, if known, and its birth; for a cell how many of its candidates are
-    real. Edges born and gone at the moment have their own colours.
+    real. Edges born and gone at the moment have their own colours. Nodes of graphs with cycles are ordered by their
+    distance from the inputs at the last moment.
 
     Args:
         recording: A recording, or one graph of it.
@@ -41,7 +42,7 @@ def save_page(recording: Recording | RecordedGraph, path: str | Path) -> None:
 def page(recording: Recording | RecordedGraph) -> str:
     """Return the page that :func:`save_page` writes."""
     graphs = [recording] if isinstance(recording, RecordedGraph) else list(recording.graphs.values())
-    colours = {name: getattr(style, name) for name in ("POSITIVE", "NEGATIVE", "BORN", "GONE", "LIVE", "DEAD")}
+    colours = {name: getattr(style, name) for name in ("POSITIVE", "NEGATIVE", "BORN", "GONE", "KEPT", "LIVE", "DEAD")}
     colours |= {"IMPOSSIBLE": style.IMPOSSIBLE, "FEEDBACK": style.FEEDBACK, "DENSITY": style.DENSITY}
     content = json.dumps({"colours": colours, "graphs": [_content(graph) for graph in graphs]}, separators=(",", ":"))
     template = resources.files("dnw_graph.visualize").joinpath("page.html").read_text("utf-8")
@@ -59,9 +60,7 @@ def _content(graph: RecordedGraph) -> dict[str, Any]:
     source, target = graph.pairs(edge)
     weights = [graph.weights(moment) for moment in range(len(graph))]
     largest = [None if weight is None else float(np.abs(weight).max(initial=1e-12)) for weight in weights]
-    # Roots, in 127 steps of either sign, of the moments whose weights are known.
-    known = [(weight, most) for weight, most in zip(weights, largest, strict=True) if weight is not None]
-    roots = [np.sign(weight) * np.ceil(127 * np.sqrt(np.abs(weight) / most)) for weight, most in known]
+    known = [weight for weight in weights if weight is not None]
     return {
         "name": graph.name,
         "rule": graph.rule,
@@ -81,7 +80,7 @@ def _content(graph: RecordedGraph) -> dict[str, Any]:
         "death": _base64(death, np.uint32),
         "live": _base64(np.array([graph.live(moment) for moment in range(len(graph))]), np.uint8),
         "largest": largest,
-        "weights": _base64(np.concatenate([*roots, np.empty(0)]), np.int8),
+        "weights": _base64(np.concatenate([*known, np.empty(0)]), np.float16),
     }
 
 

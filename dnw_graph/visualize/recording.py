@@ -12,7 +12,7 @@ from torch import nn
 
 from dnw_graph._compat import unwrapped
 from dnw_graph.analysis.cost import live_nodes, neural_graphs
-from dnw_graph.arguments import check, checked, require
+from dnw_graph.arguments import check, checked, require, shown
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.neural_graph import NeuralGraph
 from dnw_graph.nodes import Nodes
@@ -34,7 +34,8 @@ class Recording:
 
     For every neural graph and sparse layer it stores the edges born and gone since the previous moment, quantiles of
     |w|, the live nodes, and in graphs with up to 4,096 edges the weights. A recording takes one to two bytes for every
-    edge that is born or gone. It does not change the training.
+    edge that is born or gone; per moment, up to two bytes for every edge of a graph with up to 4,096 edges, and up to a
+    bit for every node of a neural graph. It does not change the training.
 
     Args:
         model: The model, as it is before the first step.
@@ -92,7 +93,8 @@ class Recording:
             epoch: Number of epochs so far, for titles.
 
         Raises:
-            InputError: If the step is not after the previous moment, or the recording was loaded without a model.
+            InputError: If the step is not after the previous moment, the model no longer has the recorded graphs, or
+                the recording was loaded without a model.
         """
         last = self.moments[-1].step
         require(step > last, "Recording.add: step", f"a number of steps above that of the last moment, {last}", step)
@@ -104,6 +106,7 @@ class Recording:
         if self.model is None:
             raise InputError("this recording was loaded without a model: Recording.load(path, model) continues one")
         graphs = _graphs_of(self.model)
+        _check_same(self, graphs, "the graphs of the model have changed (Recording(model) begins another recording)")
         real = {name: graph.real_index for name, graph in graphs.items()}
         live = live_nodes(unwrapped(self.model), real)
         changes = []
@@ -183,7 +186,7 @@ class Recording:
         recording.model = model
         recording._read(rest, name)
         if model is not None:
-            _check_same(recording, model, name)
+            _check_same(recording, _graphs_of(model), f"{name} is of another model")
         return recording
 
     def _read(self, rest: bytes, name: str) -> None:
@@ -267,14 +270,16 @@ def _recorded(name: str, graph: Ranking, moments: list[Moment]) -> RecordedGraph
     return RecordedGraph(name, wiring_name(type(graph.wiring)), dynamics, nodes, tuple(blocks), moments)
 
 
-def _check_same(recording: Recording, model: nn.Module, name: str) -> None:
-    given = [_recorded(each, graph, recording.moments) for each, graph in _graphs_of(model).items()]
+def _check_same(recording: Recording, graphs: dict[str, Ranking], fault: str) -> None:
+    """Refuse graphs of a model that are not those of a recording; the message begins with the fault."""
+    given = [_recorded(name, graph, recording.moments) for name, graph in graphs.items()]
     for graph, recorded in zip(given, recording.graphs.values(), strict=False):
         for attribute in ("name", "dynamics", "nodes", "candidate_blocks"):
             if (own := getattr(graph, attribute)) != (other := getattr(recorded, attribute)):
-                raise InputError(f"{name} is of another model: {attribute} is {other!r} there, {own!r} in the model")
+                there = f"{attribute} is {shown(other)} in the recording"
+                raise InputError(f"{fault}: {there}, {shown(own)} in the model")
     if len(given) != len(recording.graphs):
-        raise InputError(f"{name} has {len(recording.graphs)} graphs, the model {len(given)}")
+        raise InputError(f"{fault}: the recording has {len(recording.graphs)} graphs, the model {len(given)}")
 
 
 def _digest(content: bytes) -> bytes:

@@ -36,6 +36,8 @@ IMPOSSIBLE, FEEDBACK = "#DDDDDD", "#F6F1D5"
 DENSITY = ("#FFFFFF", "#D0D0D0", "#7A7A7A", "#303030", "#000000")
 # Edges have full colour from this quantile of |w|, so that a single large weight does not make all others pale.
 OPAQUE = 0.95
+# Opacity of LIVE for edges whose weight is zero or unknown: on white it looks like KEPT.
+NO_SIGN = 0.3
 
 
 def to_data(graph: NeuralGraph | Data, epoch: float | None = None) -> Data:
@@ -177,22 +179,30 @@ def legend_beside(ax: matplotlib.axes.Axes, lines: Sequence[tuple[str, str, Any]
     ax.legend(handles=[*handles, *nodes], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
+def full_colour(data: Data) -> float:
+    """Return the |w| from which edges have full colour."""
+    large = np.quantile(data.edge_weight.abs().float().numpy(), OPAQUE) if data.num_edges else 0.0
+    return max(float(large), 1e-12)
+
+
 def sign_colours(data: Data, edges: Int[Tensor, " edges"]) -> tuple[list[str], Tensor]:
     """Return colours for the signs of weights, and opacities for their magnitudes."""
     if data.get("edge_weight") is None:
-        return [LIVE] * len(edges), torch.full((len(edges),), 0.3)
+        return [LIVE] * len(edges), torch.full((len(edges),), NO_SIGN)
     weight = data.edge_weight[edges]
-    large = np.quantile(data.edge_weight.abs().float().numpy(), OPAQUE) if data.num_edges else 1.0
-    opacity = (weight.abs() / max(float(large), 1e-12)).sqrt().clamp(max=1.0)
-    return [POSITIVE if w > 0 else NEGATIVE for w in weight.tolist()], opacity
+    opacity = (weight.abs() / full_colour(data)).sqrt().clamp(max=1.0)
+    colours = [POSITIVE if w > 0 else NEGATIVE if w < 0 else LIVE for w in weight.tolist()]
+    return colours, torch.where(weight == 0, NO_SIGN, opacity)
 
 
 def sign_lines(data: Data) -> list[tuple[str, str, Any]]:
     """Return the legend entries of the edges: colour, label and dashes."""
     if data.get("edge_weight") is None:
         return [(KEPT, f"edges: {data.num_edges:,}", "-")]
-    positive = int((data.edge_weight > 0).sum())
-    return [
+    positive, negative = int((data.edge_weight > 0).sum()), int((data.edge_weight < 0).sum())
+    lines: list[tuple[str, str, Any]] = [
         (POSITIVE, f"edges with w > 0: {positive:,}", "-"),
-        (NEGATIVE, f"edges with w < 0: {data.num_edges - positive:,}", "-"),
+        (NEGATIVE, f"edges with w < 0: {negative:,}", "-"),
     ]
+    zero = data.num_edges - positive - negative
+    return [*lines, (KEPT, f"edges with w = 0: {zero:,}", "-")] if zero else lines

@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import shutil
+import subprocess
 from itertools import pairwise
 
 import matplotlib as mpl
@@ -16,8 +18,9 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from dnw_graph import Discrete, InputError, NeuralGraph
-from dnw_graph.visualize import Recording, animate, plot_evolution, plot_training, save_page
-from dnw_graph.visualize.style import BORN
+from dnw_graph.visualize import Recording, animate, plot_adjacency, plot_evolution, plot_training, save_page
+from dnw_graph.visualize.evolution import _Film
+from dnw_graph.visualize.style import BORN, KEPT
 
 
 def recorded(moments=5, epoch=lambda step: step / 2, **nodes):
@@ -82,13 +85,91 @@ def test_an_animation_has_a_frame_per_moment(tmp_path, nodes):
         assert min(near[1:]) > 50
 
 
-def test_a_wiring_that_shrinks_from_unknown_weights(tmp_path):
+def shrinking(blocks, *numbers):
+    """A recording of a graph that has fewer and fewer edges."""
     torch.manual_seed(0)
-    first = NeuralGraph((40, 120), num_edges=4700, name="shrinking")
-    recording = Recording(first)
-    for step, number in ((10, 200), (20, 100)):
-        first.rewire("dnw", number)
+    graph = NeuralGraph(blocks, num_edges=numbers[0], name="shrinking")
+    recording = Recording(graph)
+    for step, number in enumerate(numbers[1:], 1):
+        graph.rewire("dnw", number)
+        recording.add(10 * step)
+    return recording
+
+
+def scales(graph):
+    """Of every frame of an animation: the ends of the colours, those of the bar, its label, and the cells."""
+    film, found = _Film(graph, list(range(len(graph)))), []
+    for number in range(len(graph)):
+        film.picture(number)
+        mesh, bar = film.ax.collections[0], film.figure.axes[2]
+        bounds = mesh.get_coordinates()[0, :, 0].tolist()
+        found.append(((mesh.norm.vmin, mesh.norm.vmax), bar.get_ylim(), bar.get_ylabel(), bounds))
+    return found
+
+
+CYCLES = {"num_nodes": 9, "num_inputs": 2, "num_outputs": 2, "dynamics": Discrete(2)}
+
+
+def test_the_colour_bar_of_an_animation_is_that_of_every_frame():
+    torch.manual_seed(0)
+    graph = NeuralGraph(**CYCLES, num_edges=20)
+    recording = Recording(graph)
+    for step in (1, 2):
+        with torch.no_grad():
+            graph.candidates.weight *= 0.2 if step == 2 else 25
         recording.add(step)
+    weights = [recording["graph"].weights(moment) for moment in range(3)]
+    most = max(np.quantile(np.abs(weight), 0.95) for weight in weights)
+    assert most > 20 * np.quantile(np.abs(weights[0]), 0.95)
+    for colours, bar, label, _ in scales(recording["graph"]):
+        assert colours == bar == pytest.approx((-most, most))
+        assert label.startswith("weight of a real edge")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "numbers"), [((40, 120), (4700, 200, 100)), ((64, 192, 256), (30_000, 500))], ids=["small", "large"]
+)
+def test_frames_of_shares_have_one_scale_and_the_same_cells(blocks, numbers):
+    frames = scales(shrinking(blocks, *numbers)["shrinking"])
+    assert frames[0][0] == frames[0][1]
+    assert all(frame == frames[0] for frame in frames)
+    assert frames[0][0][0] == 0
+    assert "real share" in frames[0][2]
+
+
+def test_a_frame_counts_forward_edges_and_feedback_by_its_own_distances():
+    torch.manual_seed(0)
+    graph = NeuralGraph(num_nodes=30, num_inputs=3, num_outputs=4, num_edges=50, dynamics=Discrete(3))
+    recording = Recording(graph)
+    for step in (1, 2, 3):
+        torch.nn.init.normal_(graph.candidates.weight)
+        recording.add(step)
+    film = _Film(recording["graph"], [0, 1, 2, 3])
+    for moment in range(4):
+        film.picture(moment)
+        order, counts = film.ax.get_xlabel().split("\n")
+        assert order == "source, nodes by distance at the last moment"
+        alone = plot_adjacency(recording["graph"].to_data(moment)).get_xlabel().split("\n")
+        assert alone == ["source", counts]
+
+
+def test_zero_weights_are_grey_in_an_animation():
+    for zero in (False, True):
+        torch.manual_seed(0)
+        graph = NeuralGraph((3, 4, 2), num_edges=12, wiring="random_graph")
+        with torch.no_grad():
+            graph.candidates.weight[graph.real_index[:5]] *= not zero
+            film = _Film(Recording(graph)["graph"], [0])
+        film.picture(0)
+        labels = [text.get_text() for text in film.below.get_legend().get_texts()]
+        assert labels == ["w > 0", "w < 0", *["w = 0"] * zero, "born", "going"]
+        shades = film.ax.collections[0].get_colors()
+        on_white = [1 - shade[3] * (1 - shade[:3]) for shade in shades]
+        assert sum(np.abs(shade - to_rgb(KEPT)).max() < 0.06 for shade in on_white) == 5 * zero
+
+
+def test_a_wiring_that_shrinks_from_unknown_weights(tmp_path):
+    recording = shrinking((40, 120), 4700, 200, 100)
     only = recording["shrinking"]
     assert [only.weights(moment) is None for moment in range(3)] == [True, False, False]
     animate(only, tmp_path / "a.gif", seconds=1)
@@ -99,7 +180,7 @@ def test_a_wiring_that_shrinks_from_unknown_weights(tmp_path):
     assert content is not None
     (drawn,) = json.loads(content[1])["graphs"]
     assert [largest is None for largest in drawn["largest"]] == [True, False, False]
-    assert len(base64.b64decode(drawn["weights"])) == 200 + 100
+    assert len(decoded(drawn["weights"], np.float16)) == 200 + 100
 
 
 def test_few_frames_of_many_moments(tmp_path):
@@ -124,17 +205,105 @@ def test_a_page_holds_the_recording_and_loads_nothing(tmp_path):
     assert found["moments"] == [[m.step, m.epoch] for m in graph.moments]
     birth, death = (decoded(found[key], np.uint32) for key in ("birth", "death"))
     ends = np.stack([decoded(found[key], np.uint32) for key in ("source", "target")])
-    weights, at = decoded(found["weights"], np.int8), 0
+    weights, at = decoded(found["weights"], np.float16), 0
     live = decoded(found["live"], np.uint8).reshape(5, 15)
     for moment in range(5):
         real = (birth <= moment) & (moment < death)
         data = graph.to_data(moment)
         np.testing.assert_array_equal(ends[:, real], data.edge_index)
         np.testing.assert_array_equal(live[moment], data.live_mask)
-        roots = weights[at : at + real.sum()].astype(float)
+        np.testing.assert_array_equal(weights[at : at + real.sum()], data.edge_weight)
         at += real.sum()
-        back = np.sign(roots) * (roots / 127) ** 2 * found["largest"][moment]
-        np.testing.assert_allclose(back, data.edge_weight, atol=0.02 * found["largest"][moment])
+        assert found["largest"][moment] == data.edge_weight.abs().max()
+
+
+# What the script of a page needs of a browser. Notes are the strokes, as colour and opacity.
+BROWSER = """
+const fs = require("fs"), vm = require("vm"), elements = {}, notes = [];
+const own = {stroke() { notes.push([pen.strokeStyle, pen.globalAlpha]); }};
+const pen = new Proxy(own, {get: (_, key) => own[key] ?? (() => 0)}), box = {left: 0, top: 0, width: 1000, height: 640};
+const text = fs.readFileSync(process.argv[2], "utf8");
+const scripts = text.match(/json">(.*?)<.script>\\s*<script>(.*?)<.script>/s);
+const element = () => ({
+  style: {setProperty() {}}, clientWidth: 1000, clientHeight: 640, textContent: scripts[1],
+  add() {}, getContext: () => pen, getBoundingClientRect: () => box, replaceChildren(...all) { this.all = all; }
+});
+const document = {createElement: element, getElementById: id => elements[id] ??= element()};
+const browser = {location: {hash: ""}, devicePixelRatio: 1, addEventListener() {}, Option: class {}, document};
+Object.assign(globalThis, browser, {notes});
+vm.runInThisContext(scripts[2]);
+process.stdout.write(JSON.stringify(vm.runInThisContext(process.argv[3])));
+"""
+
+
+def in_browser(recording, directory, expression):
+    """Return the value of an expression within the page of a recording."""
+    save_page(recording, directory / "page.html")
+    (directory / "browser.js").write_text(BROWSER)
+    command = ["node", str(directory / "browser.js"), str(directory / "page.html"), expression]
+    return json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node runs the script of the page")
+
+
+@needs_node
+def test_the_page_says_the_recorded_weights_in_three_digits(tmp_path):
+    torch.manual_seed(0)
+    graph = NeuralGraph((4, 8, 3), num_edges=60)
+    with torch.no_grad():
+        graph.candidates.weight.copy_(torch.logspace(-4, 4, graph.num_candidates) * (-1) ** torch.arange(68))
+    recording = Recording(graph)
+    told = in_browser(recording, tmp_path, "present().map(edge => /, w (.*?):/.exec(tellEdge(edge))[1])")
+    found = [float(text.replace("−", "-")) for text in told]
+    np.testing.assert_allclose(found, graph.edge_weight, rtol=0.006)
+
+
+@needs_node
+@pytest.mark.parametrize("view", ["lines", "matrix"])
+def test_the_page_describes_what_is_under_the_mouse_at_every_moment(tmp_path, view):
+    recording = recorded(6)
+    place = "position(5, 1000, 640)" if view == "lines" else "[frame(1000, 640).x(2.5), frame(1000, 640).y(7.5)]"
+    expression = f"""
+      choose(0); $("view").onchange({{target: {{value: "{view}"}}}}); go(0);
+      const [x, y] = {place}, kept = [], fresh = [], note = into => into.push($("told").textContent);
+      const point = () => $("picture").onmousemove({{clientX: x, clientY: y}}), leave = $("picture").onmouseleave;
+      point();
+      for (let m = 0; m < 6; m++) {{ go(m); note(kept); }}
+      for (let m = 0; m < 6; m++) {{ leave(); go(m); note(fresh); point(); note(fresh); }}
+      [kept, fresh]"""
+    kept, fresh = in_browser(recording, tmp_path, expression)
+    assert kept == fresh[1::2]
+    assert len({*kept}) > 1
+    assert {*fresh[::2]} == {"Point at a node, an edge or a cell."}
+    graph = recording["a</script>b"]
+    for moment, text in enumerate(kept):
+        source, target = graph.pairs(graph.edges(moment))
+        if view == "lines":
+            assert f"{(target == 5).sum()} edges in, {(source == 5).sum()} out" in text
+        else:
+            assert text.startswith("edge 2 → 7") == bool(((source == 2) & (target == 7)).any()) or "gone at" in text
+
+
+@needs_node
+def test_zero_weights_are_grey_in_a_page(tmp_path):
+    graph = NeuralGraph((3, 4, 2), num_edges=12, wiring="random_graph")
+    with torch.no_grad():
+        graph.candidates.weight[graph.real_index[:5]] = 0
+    expression = """$("view").onchange({target: {value: "lines"}}); notes.length = 0; draw();
+      [notes, $("legend").all.map(row => row.textContent)]"""
+    strokes, rows = in_browser(Recording(graph), tmp_path, expression)
+    grey = [opacity for colour, opacity in strokes[:12] if colour == "#202020"]
+    assert len(grey) == 5
+    assert min(grey) >= 0.25
+    assert rows[:3] == ["w > 0", "w < 0", "w = 0"]
+
+
+@needs_node
+def test_a_page_says_whose_distances_order_the_nodes(tmp_path):
+    rows = '$("legend").all.map(row => row.textContent)'
+    assert "by distance at the last moment" in in_browser(recorded(**CYCLES), tmp_path, rows)[-1]
+    assert not any("distance" in row for row in in_browser(recorded(), tmp_path, rows))
 
 
 def test_curves_of_a_run_are_those_of_its_table(tmp_path):
@@ -143,7 +312,7 @@ def test_curves_of_a_run_are_those_of_its_table(tmp_path):
     )
     figure = plot_training(tmp_path)
     loss, accuracy, live = figure.axes
-    assert figure.get_suptitle() == f"{tmp_path.name}, 2 epochs"
+    assert figure.get_suptitle() == f"{tmp_path.name}, up to epoch 2"
     assert [ax.get_title() for ax in (loss, accuracy, live)] == ["loss", "accuracy", "live nodes"]
     assert loss.lines[0].get_xydata().tolist() == [[9, 2.5], [19, 1.5]]
     assert accuracy.lines[0].get_xydata().tolist() == [[10, 0.25], [20, 0.75]]

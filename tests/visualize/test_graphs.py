@@ -19,6 +19,7 @@ from matplotlib.patches import FancyArrowPatch
 from torch import nn
 from torch_geometric.data import Batch, Data
 from torch_geometric.utils import contains_isolated_nodes, from_networkx, to_dense_adj
+from torch_geometric.utils import to_networkx as pyg_to_networkx
 from torch_geometric.visualization import visualize_graph
 
 from dnw_graph import Discrete, InputError, NeuralGraph, sparsify
@@ -192,7 +193,23 @@ def test_large_graphs_are_drawn_with_ticks_in_the_given_axes():
 def test_all_weights_zero_can_be_drawn(graph):
     torch.nn.init.zeros_(graph.candidates.weight)
     ax = plot(graph)
-    assert (lines(ax)[0].get_colors()[:, 3] == 0).all()
+    assert (lines(ax)[0].get_colors()[:, 3] > 0.25).all()
+
+
+def test_zero_weights_are_neither_positive_nor_negative():
+    graph = NeuralGraph((3, 4, 4, 2), 24, wiring="random_graph")
+    with torch.no_grad():
+        weight = graph.candidates.weight.copy_(torch.linspace(1, 2, graph.num_candidates))
+        weight[graph.real_index[:5]] *= -1
+        weight[graph.real_index[5:12]] = 0
+    counts = ["edges with w > 0: 12", "edges with w < 0: 5", "edges with w = 0: 7"]
+    for layout in (None, nx.kamada_kawai_layout):
+        assert legend(plot(graph, layout=layout))[:3] == counts
+    colours = lines(plot(graph))[0].get_colors()
+    grey = [colour for colour in colours if np.ptp(colour[:3]) == 0]
+    assert len(grey) == 7
+    assert min(colour[3] for colour in grey) > 0.25
+    assert [text for text in legend(plot(NeuralGraph((3, 4, 2), 9))) if "= 0" in text] == []
 
 
 def test_change_is_the_difference_of_the_edge_sets(graph):
@@ -215,6 +232,23 @@ def test_change_is_the_difference_of_the_edge_sets(graph):
         for which in (old & new, old - new, new - old)
     ]
     assert [len(c.get_segments()) for c in lines(ax)] == [len(each) for each in pairs]
+
+
+def test_edges_of_a_convolution_are_positions_in_its_kernel():
+    layer = nn.Conv2d(4, 6, 3)
+    sparsify(layer, 0.3)
+    before, first = layer_data(layer, "weight"), layer.weight != 0
+    nn.init.normal_(layer.parametrizations.weight.original)
+    after, last = layer_data(layer, "weight"), layer.weight != 0
+    masks = (first & last, first & ~last, last & ~first)
+    assert legend(plot_change(before, after))[:3] == [
+        f"edges {name}: {int(mask.sum())}" for name, mask in zip(("kept", "gone", "born"), masks, strict=True)
+    ]
+    with pytest.raises(InputError, match=rf"^{before.num_edges} edges connect .* pairs of nodes.*to_multi=True"):
+        to_networkx(before)
+    assert len(pyg_to_networkx(before, to_multi=True).edges) == before.num_edges
+    arrows = [each for each in plot(before, layout=nx.kamada_kawai_layout).patches if isinstance(each, FancyArrowPatch)]
+    assert len(arrows) == before.num_edges
 
 
 def test_no_change_is_all_kept(graph):

@@ -17,7 +17,7 @@ from torch_geometric.data import Data
 from dnw_graph import CandidateEdges, Discrete, InputError, NeuralGraph, sparsify
 from dnw_graph.sparse_layers import to_data
 from dnw_graph.visualize import Recording, plot_adjacency, plot_layers
-from dnw_graph.visualize.style import FEEDBACK, NEGATIVE, POSITIVE
+from dnw_graph.visualize.style import FEEDBACK, KEPT, NEGATIVE, POSITIVE
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +66,23 @@ def test_the_weakest_real_edge_differs_from_white():
     assert positive.min() < 0.9
     assert np.argmax(negative) == np.argmax(to_rgb(NEGATIVE))
     assert np.argmax(positive) == np.argmax(to_rgb(POSITIVE))
+
+
+def test_zero_weights_are_grey():
+    graph = NeuralGraph((2, 3, 2), 12, wiring="random_graph")
+    with torch.no_grad():
+        graph.candidates.weight[graph.real_index[:4]] = 0
+    ax = plot_adjacency(graph)
+    ax.figure.canvas.draw()
+    picture = np.asarray(ax.figure.canvas.buffer_rgba())[::-1, :, :3] / 255
+    data = graph.to_data()
+    colours = {0: KEPT, 1: POSITIVE, -1: NEGATIVE}
+    for (u, v), weight in zip(data.edge_index.T.tolist(), data.edge_weight.tolist(), strict=True):
+        x, y = ax.transData.transform((u + 0.25, v + 0.25)).astype(int)
+        near = {sign: np.abs(picture[y, x] - to_rgb(colour)).max() for sign, colour in colours.items()}
+        assert (min(near, key=near.get) == 0) == (weight == 0)
+        assert weight or near[0] < 0.01
+    assert "grey: 0" in ax.figure.axes[1].get_ylabel()
 
 
 @pytest.mark.parametrize(("sizes", "even"), [((64, 192, 256), True), ((60, 171, 200), False)])

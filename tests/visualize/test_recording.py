@@ -16,7 +16,7 @@ from torch_geometric.data import Data
 
 from dnw_graph import DNW, Discrete, InputError, NeuralGraph, sparsify
 from dnw_graph.analysis.cost import live_nodes
-from dnw_graph.sparse_layers import weight_graphs
+from dnw_graph.sparse_layers import densify, weight_graphs
 from dnw_graph.visualize import QUANTILES, Recording
 from dnw_graph.visualize.recording import MAGIC
 
@@ -174,6 +174,41 @@ def test_some_steps_only():
     assert [moment.step for moment in recording.moments] == [0, 3, 6]
 
 
+def _dense_layer(model):
+    densify(model[2])
+
+
+def _another_shape(model):
+    model[0] = NeuralGraph((4, 7, 6), 20, name="body")
+
+
+def _one_more_layer(model):
+    sparsify(model[3], 0.5)
+
+
+CHANGES = {
+    _dense_layer: "has 3 graphs, the model 2",
+    _another_shape: r"nodes is .* in the recording, .* in the model",
+    _one_more_layer: "has 3 graphs, the model 4",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_graphs_than_those_recorded_are_refused(change):
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 3)
+    model = nn.Sequential(NeuralGraph((4, 5, 6), 20, name="body"), *layers)
+    sparsify(nn.Sequential(*layers[:2]), 0.5)
+    recording = Recording(model)
+    recording.add(1)
+    before = recording.to_bytes()
+    change(model)
+    with pytest.raises(InputError, match=f"the graphs of the model have changed.*begins another.*{CHANGES[change]}"):
+        recording.add(2)
+    assert recording.to_bytes() == before
+    assert Recording.from_bytes(before)["body"].to_data().num_edges == 20
+
+
 def test_training_is_the_same_with_a_recording():
     def train(record):
         model = Model()
@@ -211,6 +246,17 @@ def test_a_change_takes_two_bytes():
     assert len(recording.to_bytes()) - size < 2 * (born + gone)
     assert recording["graph"].weights(0) is None
     assert "edge_weight" not in recording["graph"].to_data()
+
+
+def test_a_moment_of_a_small_graph_takes_two_bytes_per_edge():
+    graph = NeuralGraph((64, 128, 128), 4000, wiring="random_graph")
+    recording = Recording(graph)
+    size = len(recording.to_bytes())
+    for step in range(1, 6):
+        torch.nn.init.normal_(graph.candidates.weight)
+        recording.add(step)
+    assert not recording["graph"].swaps().any()
+    assert len(recording.to_bytes()) - size < 5 * (2 * 4000 + 320 / 8 + 100)  # with a line of the header
 
 
 def test_a_file_has_no_pickle(tmp_path):
@@ -330,7 +376,7 @@ def test_what_cannot_be_is_refused(tmp_path):
     recording.save(tmp_path / "a")
     with pytest.raises(InputError, match="loaded without a model"):
         Recording.load(tmp_path / "a").add(5)
-    with pytest.raises(InputError, match=r"of another model: name is 'first' there, 'graph' in the model"):
+    with pytest.raises(InputError, match=r"of another model: name is 'first' in the recording, 'graph' in the model"):
         Recording.load(tmp_path / "a", NeuralGraph((3, 5, 6), 20))
     with pytest.raises(InputError, match="has 3 graphs, the model 1"):
         Recording.load(tmp_path / "a", NeuralGraph((3, 5, 6), 20, name="first"))
