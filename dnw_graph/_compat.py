@@ -176,7 +176,7 @@ def unwrapped_name(name: str) -> str:
 def remove_pruning(model: nn.Module) -> None:
     """Make the weights that ``torch.nn.utils.prune`` prunes plain parameters with zeros; only its hooks know them."""
     for module in model.modules():
-        for hook in list(module._forward_pre_hooks.values()):
+        for hook in forward_pre_hooks(module):
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)
 

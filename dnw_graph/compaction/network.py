@@ -220,8 +220,8 @@ def _trace(model: nn.Module) -> fx.Graph | None:
 class _TensorProxy(fx.Proxy):
     """Is taken for a tensor by a forward pass that looks at the type of its input."""
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return Tensor
 
 

@@ -300,7 +300,9 @@ def test_some_nodes_of_another_convolution_are_refused():
         function(torch.randn(4, 2, 3, 3), nodes=range(2))
 
 
-@pytest.mark.parametrize("change", [{"dilation": (2, 2)}, {"padding_mode": "reflect"}, {"groups": 1}])
+@pytest.mark.parametrize(
+    "change", [{"dilation": (2, 2)}, {"padding_mode": "reflect"}, {"groups": 1}, {"bias": torch.ones(5)}]
+)
 def test_some_nodes_of_a_changed_convolution_are_refused_and_all_are_computed(change):
     function = NormReluConv(NODES, norm="instance")
     vars(function.conv).update(change)
