@@ -125,10 +125,10 @@ class Ranking(nn.Module):
     def rewire(self, wiring: str | Wiring, num_edges: int) -> None:
         """Give the graph another wiring, or another number of edges.
 
-        The candidate weights do not change, unless the rule has its own weights
-        (:class:`~dnw_graph.wirings.FineTune`, :class:`~dnw_graph.wirings.LotteryTicket`) or sets hallucinated ones to
-        zero. ``"random_graph"`` keeps the strongest of trained weights; see :class:`~dnw_graph.RandomGraph`. Do it before ``DistributedDataParallel`` wraps the model, which makes what a rule draws, and its own
-        parameters, equal on all ranks.
+        The candidate weights do not change, unless the rule has its own weights (:class:`~dnw_graph.wirings.FineTune`,
+        :class:`~dnw_graph.wirings.LotteryTicket`) or sets hallucinated ones to zero. ``"random_graph"`` keeps the
+        strongest of trained weights; see :class:`~dnw_graph.RandomGraph`. Do it before ``DistributedDataParallel``
+        wraps the model, which makes what a rule draws, and its own parameters, equal on all ranks.
 
         Args:
             wiring: Rule that chooses the real edges; an object is copied.

@@ -24,8 +24,8 @@ class Dynamics(nn.Module):
         name: Name of the graph, for messages; set by the graph.
         recompute: Whether node functions are recomputed in the backward pass; set by the graph.
         node_dim: The dimension of an input that counts the input nodes.
-        sets_inputs: Whether the input nodes have the states that are given to them, whatever edges lead to them; except,
-            in dynamics with several steps, after the last one.
+        sets_inputs: Whether the states of the input nodes are given, whatever edges lead to them; except, in dynamics
+            with several steps, after the last one.
         in_blocks: Whether the graph is defined by blocks of nodes, rather than by numbers of nodes, inputs and outputs.
     """
 

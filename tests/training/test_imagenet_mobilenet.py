@@ -190,6 +190,7 @@ def test_configurations_are_those_of_the_paper(
     assert start("--config", str(config), "--data", "/path/to/imagenet") == 0
     options = seen[0][2]
     assert {key: getattr(options, key) for key in schedule} == schedule
+    assert options.schedule == "cosine"
     assert options.data == "/path/to/imagenet"
 
 

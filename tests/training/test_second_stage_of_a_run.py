@@ -225,7 +225,9 @@ def test_a_model_that_computes_another_function_is_refused(family: str, change: 
     ],
     ids=str,
 )
-def test_stages_may_differ_where_the_function_is_the_same(options: WiringOptions, change: dict[str, Any], tmp_path: Path):
+def test_stages_may_differ_where_the_function_is_the_same(
+    options: WiringOptions, change: dict[str, Any], tmp_path: Path
+):
     other = replace(options, wiring="fine_tune", complete=written(options, tmp_path), **change)
     with pytest.raises(InputError, match="do not fit the model"):  # The file has no weights.
         other.create(10, 16)
@@ -233,7 +235,10 @@ def test_stages_may_differ_where_the_function_is_the_same(options: WiringOptions
 
 def test_files_from_before_the_eps_was_an_option_have_that_of_then(tmp_path: Path):
     directory = written(TinyOptions(), tmp_path, without="node_norm_eps")
-    for eps, message in ((1e-5, "do not fit the model"), (1e-3, "--node-norm-eps 0.001, but .* was trained with 1e-05")):
+    for eps, message in (
+        (1e-5, "do not fit the model"),
+        (1e-3, "--node-norm-eps 0.001, but .* was trained with 1e-05"),
+    ):
         with pytest.raises(InputError, match=message):
             TinyOptions(wiring="fine_tune", complete=directory, node_norm_eps=eps).create(10, 16)
 
