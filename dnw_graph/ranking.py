@@ -127,7 +127,7 @@ class Ranking(nn.Module):
 
         The candidate weights do not change, unless the rule has its own weights (:class:`~dnw_graph.wirings.FineTune`,
         :class:`~dnw_graph.wirings.LotteryTicket`) or sets hallucinated ones to zero. ``"random_graph"`` keeps the
-        strongest of trained weights; see :class:`~dnw_graph.RandomGraph`. Do it before ``DistributedDataParallel``
+        strongest of trained weights; see :class:`~dnw_graph.RandomGraph`. Rewire before ``DistributedDataParallel``
         wraps the model, which makes what a rule draws, and its own parameters, equal on all ranks.
 
         Args:
