@@ -35,8 +35,8 @@ from dnw_graph import NeuralGraph, attach, compact, cost, load, pretrained, spar
 from dnw_graph.cli import main
 from dnw_graph.compaction import save_compact
 
-model = torch.nn.Sequential(NeuralGraph((4, 8, 4), 20), torch.nn.Flatten(), torch.nn.Linear(100, 3))
-sparsify(model[2], 0.5, "rigl")
+model = torch.nn.Sequential(NeuralGraph((4, 8, 4), 20), torch.nn.Conv2d(4, 3, 5))
+sparsify(model[1], 0.5, "rigl")
 optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
 attach(model, optimizer, 10)
 model(torch.randn(2, 4, 5, 5)).square().mean().backward()

@@ -231,6 +231,13 @@ def test_growth_is_timed_and_drawn(scripts: dict[str, ModuleType], monkeypatch: 
 def test_memory_has_a_row_for_every_formulation(
     scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
+    measured, own = scripts["memory"].kept_and_peak, []
+
+    def kept_and_peak(model: nn.Module, *args: object) -> tuple[int, int]:
+        own.extend([model.graph.candidates.weight.detach()] if isinstance(model, TinyClassifier) else [])
+        return measured(model, *args)
+
+    monkeypatch.setattr(scripts["memory"], "kept_and_peak", kept_and_peak)
     argv = ("--models", "tiny_static")
     saved = run(scripts["memory"], monkeypatch, tmp_path / "memory.json", *argv, short=SHORT[:1])
     # The reference formulation keeps I, the normalised and the sent maps of 800 nodes, and the outputs' part.
@@ -239,6 +246,8 @@ def test_memory_has_a_row_for_every_formulation(
         if row["step"].startswith("reference"):
             assert least < row["kept, MB per image"] < 2 * least
         assert row["kept, MB per image"] < row["peak, MB per image"]
+    assert len(own) == 4
+    assert all(torch.equal(weight, own[0]) for weight in own)
 
 
 def test_outputs_that_differ_are_found_out(scripts: dict[str, ModuleType]):
