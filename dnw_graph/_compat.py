@@ -56,6 +56,7 @@ __all__ = [
     "tree_leaves",
     "unwrapped",
     "unwrapped_name",
+    "unwrapped_tensor",
     "version",
 ]
 
@@ -109,6 +110,16 @@ def is_batched(tensor: Tensor) -> bool:
     Its shape is that of a single tensor, and no public function tells them apart.
     """
     return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def unwrapped_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor without the wrappers of ``torch.func.grad``, ``vjp`` and ``jvp``, which end with the transform.
+
+    The public ``torch.func.debug_unwrap`` is for debugging, and newer than the oldest PyTorch supported.
+    """
+    while torch._C._functorch.is_gradtrackingtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def as_plain_tensors() -> AbstractContextManager[None]:

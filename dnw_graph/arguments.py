@@ -147,8 +147,10 @@ def fits(x: object, like: Tensor) -> TypeGuard[Tensor]:
         return False
     if x.dtype == like.dtype:
         return True
+    if not x.is_floating_point() or torch.float64 in (x.dtype, like.dtype):  # Autocast leaves double precision alone.
+        return False
     kind = x.device.type
-    return x.is_floating_point() and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def refuse_replica(module: nn.Module) -> None:

@@ -13,7 +13,6 @@ from dnw_graph._compat import has_hooks
 from dnw_graph.arguments import checked, fits, require, wrong
 from dnw_graph.errors import InputError, unknown_name
 from dnw_graph.ops.node_function import computes_as_usual, fused_node_function, fusible, keeps_forward
-from dnw_graph.usual import keeps_methods
 
 EPS = 1e-5
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {
@@ -109,8 +108,9 @@ class NormReluConv(nn.Module):
 
     @property
     def node_wise(self) -> bool:
-        """Whether the function can be applied to some nodes only, without affecting the others."""
-        return _node_wise(self.norm) and isinstance(self.conv, NodeConv) and self.conv.node_wise
+        """Whether the function can be applied to some nodes only; not if ``forward`` or ``send`` is overridden."""
+        parts = _node_wise(self.norm) and isinstance(self.conv, NodeConv) and self.conv.node_wise
+        return parts and _keeps_methods(self)
 
     def forward(
         self, z: Float[Tensor, "batch nodes height width"], nodes: range | None = None
@@ -187,7 +187,7 @@ class NormReluConvNormRelu(NormReluConv):
 
     @property
     def node_wise(self) -> bool:
-        """Whether the function can be applied to some nodes only, without affecting the others."""
+        """Whether the function can be applied to some nodes only; not if ``forward`` or ``send`` is overridden."""
         return super().node_wise and _node_wise(self.norm2)
 
     def forward(
@@ -224,15 +224,26 @@ class ReluConvSendNorm(NormReluConv):
     @property
     def passes_on(self) -> bool:
         """Whether :meth:`pass_on` is the same as both methods: neither is overridden, replaced or has hooks."""
-        kind = type(self)
-        own = kind.forward is ReluConvSendNorm.forward and kind.send is ReluConvSendNorm.send
-        return own and keeps_methods(self) and not has_hooks(self)
+        return _keeps_methods(self) and not has_hooks(self)
 
     def pass_on(self, z: Float[Tensor, "batch nodes height width"]) -> Float[Tensor, "batch nodes h w"]:
         """Return what all nodes send next, ``send(forward(z))``, without their states in between."""
         conv = self.conv
         self._check(z, None, conv)
         return self._compute(z, self.norm, True, conv, None)
+
+
+_METHODS = tuple(
+    (kind.forward, getattr(kind, "send", None)) for kind in (NormReluConv, NormReluConvNormRelu, ReluConvSendNorm)
+)
+
+
+def _keeps_methods(function: NormReluConv) -> bool:
+    """Return whether ``forward`` and ``send`` are those of one class of this module, and of this object."""
+    bound = [getattr(function, name, None) for name in ("forward", "send")]
+    forward, send = (getattr(each, "__func__", None) for each in bound)
+    own = all(each is None or getattr(each, "__self__", None) is function for each in bound)
+    return own and any(forward is each and send is other for each, other in _METHODS)
 
 
 class Biased(nn.Module):

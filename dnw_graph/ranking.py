@@ -277,7 +277,8 @@ class Ranking(nn.Module):
         if kind == "all":
             return None
         if kind == "own":
-            return self.wiring.trained_edges(self.view(tensors))
+            index = self.wiring.trained_edges(self.view(tensors))
+            return index if torch.compiler.is_compiling() else self._checked(index, "trained edges", self.training)
         return self.wiring.choose(self.view(tensors)) if real is None else real
 
     def guarded(self, weight: Tensor) -> Tensor:
@@ -344,10 +345,14 @@ class Ranking(nn.Module):
         index = rule.choose_to_train(view) if to_train else rule.choose(view)
         if not to_train:
             rule.raise_non_finite()
+        return self._checked(index, "choice", to_train)
+
+    def _checked(self, index: Tensor, what: str, to_train: bool) -> Tensor:
+        rule = type(self.wiring)
         # Only a rule from outside this package can choose wrongly. A training step reads nothing from a device.
-        own = type(rule).__module__.startswith("dnw_graph.")
+        own = rule.__module__.startswith("dnw_graph.")
         read = not own and plain_eager() and isinstance(index, Tensor) and (index.is_cpu or not to_train)
-        what = f"{self.name}: the choice of {type(rule).__name__}"
+        what = f"{self.name}: the {what} of {rule.__name__}"
         refuse_edges(index, self.num_candidates, what, read=read, hint="mask.nonzero().flatten(), index.sort().values")
         return index
 

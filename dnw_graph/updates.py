@@ -195,12 +195,15 @@ class Updates:
 
     def _average_probes(self) -> None:
         ranks = _num_ranks()
-        if ranks == 1:
+        probes = [(each.holder.probe, each.parameter) for each in self._weights() if each.holder.probe is not None]
+        if ranks == 1 or not probes:
             return
-        for weight in self._weights():
-            probe = weight.holder.probe
-            if probe is not None:
-                probe.grad = torch.zeros_like(weight.parameter) if probe.grad is None else probe.grad.contiguous()
+        some = [probe.grad is not None for probe, _ in probes]
+        collected = torch.tensor(some, dtype=torch.long, device=probes[0][1].device)
+        dist.all_reduce(collected)
+        for (probe, parameter), ranks_with_one in zip(probes, collected.tolist(), strict=True):
+            if ranks_with_one:  # Otherwise a rule that reads the gradient refuses what is in ``.grad``.
+                probe.grad = torch.zeros_like(parameter) if probe.grad is None else probe.grad.contiguous()
                 dist.all_reduce(probe.grad)
                 probe.grad /= ranks
 

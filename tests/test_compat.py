@@ -48,6 +48,17 @@ def test_is_batched_tells_tensors_that_stand_for_several():
     assert seen == [True, True, False], "torch._C._functorch no longer tells batched tensors"
 
 
+def test_wrappers_of_torch_func_are_taken_off():
+    kept = []
+
+    def square(x):
+        kept.append(_compat.unwrapped_tensor(x))
+        return x.square()
+
+    torch.func.grad(torch.func.grad(square))(torch.tensor(3.0))
+    assert copy.deepcopy(kept) == [torch.tensor(3.0)], "torch._C._functorch no longer unwraps tensors"
+
+
 def test_dispatch_modes_see_operators_and_are_noticed():
     class Names(_compat.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -251,6 +251,15 @@ def test_inputs_of_another_shape_are_refused(shape, unchecked):
         NeuralGraph((3, 4), 2)(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("batch", [2, 20])
+@pytest.mark.parametrize(("graph_type", "type_of_x"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_autocast_does_not_mix_double_with_single_precision(graph_type, type_of_x, batch):
+    graph = NeuralGraph(SIZES, K).to(graph_type)
+    expected = f"^graph: the input must be a tensor of {str(graph_type).removeprefix('torch.')} "
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match=expected):
+        graph(torch.randn(batch, 3, 5, 5, dtype=type_of_x))
+
+
 def test_given_candidates_are_used():
     candidates = CandidateEdges.adjacent(SIZES)
     graph = NeuralGraph(SIZES, K, candidates=candidates)

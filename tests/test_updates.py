@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
 from dnw_graph import (
@@ -372,6 +373,65 @@ def test_a_round_without_a_finite_gradient_is_left_out():
     for _ in range(2):
         step(model, own)
     assert not torch.equal(model.real_index, edges)
+
+
+def by_autograd_grad(model, loss):
+    for parameter, grad in zip(model.parameters(), torch.autograd.grad(loss(), list(model.parameters())), strict=True):
+        parameter.grad = grad
+
+
+def by_torch_func(model, _):
+    named = dict(model.named_parameters())
+    grads = torch.func.grad(lambda p: functional_call(model, p, (X,)).square().sum())(named)
+    for name, parameter in named.items():
+        parameter.grad = grads[name].detach()
+
+
+GRADIENTS = {
+    "autograd.grad": by_autograd_grad,
+    "torch.func": by_torch_func,
+    "inputs": lambda model, loss: loss().backward(inputs=list(model.parameters())),
+    "loss.backward": lambda model, loss: loss().backward(),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("way", GRADIENTS)
+@pytest.mark.parametrize("kind", ["graph", "perceptron"])
+def test_a_round_refuses_gradients_that_leave_out_hallucinated_candidates(kind, way, ranks, monkeypatch):
+    monkeypatch.setattr(updates, "_num_ranks", lambda: ranks)
+    monkeypatch.setattr(updates.dist, "all_reduce", lambda tensor: tensor.mul_(ranks))
+    monkeypatch.setattr(updates.dist, "broadcast_object_list", lambda seed, **options: None)
+    model = make(kind, RigL(0.5, 2))
+    own = OPTIMISERS["sgd"](model.parameters())
+    attach(model, own, 100)
+    step(model, own)
+    before = [each.real_index for each in graphs(model)]
+    own.zero_grad()
+    GRADIENTS[way](model, lambda: model(X).square().sum())
+    if way == "loss.backward":
+        own.step()
+        assert any(not torch.equal(each.real_index, old) for each, old in zip(graphs(model), before, strict=True))
+        return
+    name = "graph" if kind == "graph" else "0.weight"
+    with pytest.raises(InputError, match=rf"^{name}: RigL needs .* all candidates, .* only loss\.backward\(\)"):
+        own.step()
+
+
+def test_a_rank_whose_images_do_not_reach_a_layer_takes_the_gradient_of_the_others(monkeypatch):
+    monkeypatch.setattr(updates, "_num_ranks", lambda: 2)
+    monkeypatch.setattr(updates.dist, "broadcast_object_list", lambda seed, **options: None)
+    model = make("graph", Probing())
+    own = OPTIMISERS["sgd"](model.parameters())
+    attach(model, own)
+    for _ in range(2):
+        step(model, own)
+    others = torch.rand(model.num_candidates, dtype=torch.float64)
+    parts = {torch.int64: torch.ones(1, dtype=torch.int64), torch.float64: others}
+    monkeypatch.setattr(updates.dist, "all_reduce", lambda tensor: tensor.add_(parts[tensor.dtype]))
+    model.candidates.weight.grad = others / 2  # as DistributedDataParallel leaves it
+    own.step()
+    assert torch.equal(model.wiring.seen[2][1], others / 2)
 
 
 def test_what_an_optimiser_does_after_the_step_of_its_base_class_is_held_back_too():

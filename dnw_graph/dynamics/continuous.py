@@ -19,7 +19,7 @@ from dnw_graph.dynamics.dormand_prince import dormand_prince
 from dnw_graph.dynamics.recompute import FrozenBuffers
 from dnw_graph.dynamics.recurrent import Recurrent
 from dnw_graph.errors import InputError, unknown_name
-from dnw_graph.ops.layout import kernels_take
+from dnw_graph.ops.layout import kernels_take, transformed
 from dnw_graph.propagation import Propagate
 from dnw_graph.propagation.propagate import autocast_dtype
 
@@ -59,7 +59,8 @@ class Continuous(Recurrent):
 
     Raises:
         InputError: If the solver is unknown, if a tolerance or the time span is invalid, if the solver yields no
-            gradient in training, or if the inputs or the solution are not finite.
+            gradient in training or does not work under a transform of ``torch.func``, or if the inputs or the solution
+            are not finite.
     """
 
     @checked
@@ -159,6 +160,14 @@ class Continuous(Recurrent):
             # torchdiffeq asserts, among other things, that its step stays above zero and its state finite.
             self._refuse_start(z)
             raise InputError(self._diverged(field.time, str(error).split(":")[0])) from error
+        except RuntimeError as error:
+            if not transformed():
+                raise
+            raise InputError(
+                f"{self.name}: {self.method} does not work under this transform of torch.func "
+                f"({str(error).split('. ')[0]}): use grad, vjp or jvp, not vmap, and a solver with fixed steps, such "
+                "as 'rk4', without adjoint"
+            ) from error
         finally:
             field.forward_done = True
         for time, state in zip(grid[1:].tolist(), states, strict=True):

@@ -94,6 +94,7 @@ class Discrete(Recurrent):
         first = x[:, 0] if self.input_mode == "sequence" else x
         if initial_states is not None:
             self._check_initial(first, initial_states)
+            propagate = propagate.suited(initial_states)
         # Until the first step is done, z holds only the states of the inputs if all others are zero.
         z = first
         states = [self._with_inputs(first, initial_states)] if return_states else []

@@ -21,9 +21,10 @@ class Recurrent(Dynamics):
     """Dynamic neural graph (Section 2.3 of the paper): states Z_v(t), initially the inputs, and zero elsewhere.
 
     The node function works on all nodes at once, inputs and outputs included, at every time. If its ``forward`` takes a
-    second argument, it is given the time. If it has a method ``send``, states pass through that before they are
-    propagated. A strided node function keeps the resolution (Figure 2 of the paper): its result lies in the upper left
-    corner of the map, zeros fill the rows below and the columns to the right.
+    second positional argument, it is given the time. An argument with a default counts too, unless its name is
+    ``nodes`` or the module is one of PyTorch or PyG. If the function has a method ``send``, states pass through that
+    before they are propagated. A strided node function keeps the resolution (Figure 2 of the paper): its result lies in
+    the upper left corner of the map, zeros fill the rows below and the columns to the right.
     """
 
     in_blocks = False
@@ -88,9 +89,14 @@ class Recurrent(Dynamics):
 
 
 def takes_time(function: nn.Module) -> bool:
-    """Return whether a node function's ``forward`` has a second argument without a default: the time."""
+    """Return whether a node function's ``forward`` takes the time, see :class:`Recurrent`."""
     parameters = inspect.signature(function.forward).parameters.values()
-    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 1
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < 2:
+        return False
+    second = positional[1]
+    library = function.forward.__module__.startswith(("torch.", "torch_geometric."))
+    return second.default is second.empty or not (library or second.name == "nodes")
 
 
 def _keep_size(result: Tensor, like: Tensor) -> Tensor:

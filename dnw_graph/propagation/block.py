@@ -24,10 +24,10 @@ class BlockPropagation(Propagation):
     Both gradients of a dense product are those of :mod:`dnw_graph.propagation.gradient`, as long as the backward pass
     of W passes its gradient to the candidates unmasked.
 
-    A NaN or infinite input of the graph spreads along real edges only, as in every propagation. The zeros of W would
-    spread it further (0 · ∞ is NaN), so such a pass goes over the edges one by one. There is no such check on a GPU
-    (the host would have to synchronise), in compiled or transformed code, and for states that overflow within the
-    graph: there, all targets of such a source become NaN.
+    A NaN or infinite input or initial state of the graph spreads along real edges only, as in every propagation. The
+    zeros of W would spread it further (0 · ∞ is NaN), so such a pass goes over the edges one by one. There is no such
+    check on a GPU (the host would have to synchronise), in compiled or transformed code, and for states that overflow
+    within the graph: there, all targets of such a source become NaN.
 
     Nodes are moved to the last dimension for the product, which costs nothing for channels-last maps. The states of a
     static graph share one buffer; each product reads the columns that it needs. The same holds for their gradients.
@@ -35,9 +35,7 @@ class BlockPropagation(Propagation):
 
     def forward(self, edges: RealEdges, x: Tensor) -> Propagate:
         """Scatter the real weights into dense blocks."""
-        if x.is_cpu and plain_eager() and not _finite(x):
-            return MessagePassingPropagation("csr")(edges, x)
-        return _Dense(edges, edges.split(transformable(edges) if transformed() else real_weights(edges)))
+        return _Dense(edges, edges.split(transformable(edges) if transformed() else real_weights(edges))).suited(x)
 
 
 class _Dense(Propagate):
@@ -45,6 +43,11 @@ class _Dense(Propagate):
 
     def product(self, number: int, z: Tensor, rows: slice, columns: slice) -> Tensor:
         return F.linear(z.movedim(1, -1), self.weights[number][rows, columns]).movedim(-1, 1)
+
+    def suited(self, z: Tensor) -> Propagate:
+        if z.is_cpu and plain_eager() and not _finite(z):
+            return MessagePassingPropagation("csr")(self.edges, z)
+        return self
 
     def start(self, feeding: Sequence[slice]) -> States:
         # If a single block feeds each, nothing needs concatenation; a compiler plans its own buffers, and a transform

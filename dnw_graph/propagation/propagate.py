@@ -157,6 +157,10 @@ class Propagate:
         """Convert the input of the graph to the memory layout that suits the product."""
         return channels_last(x)
 
+    def suited(self, z: Float[Tensor, "batch ..."]) -> Propagate:
+        """Return this product, or one that does not spread NaN and infinity in z beyond the real edges."""
+        return self
+
     def start(self, feeding: Sequence[slice]) -> States:
         """Return the states of a static graph's blocks, before any is computed.
 

@@ -98,7 +98,10 @@ class Wiring(nn.Module):
         return weight
 
     def trained_edges(self, view: View) -> Int[Tensor, " trained"]:
-        """Return the flat indices of the trained candidates, for ``trained = "own"``. Must not change state."""
+        """Return the flat indices of the trained candidates, ascending; must not change state.
+
+        Called for ``trained = "own"``.
+        """
         raise NotImplementedError
 
     def penalty(self, view: View) -> Float[Tensor, ""] | None:

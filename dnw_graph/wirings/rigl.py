@@ -19,7 +19,7 @@ class RigL(PruneAndGrow):
     and as many are grown by the largest :math:`|\langle Z_u, \partial L/\partial I_v \rangle|` among all that are not
     kept. An edge that is dropped and grown again keeps its weight and optimiser state; new ones start at zero.
     Hallucinated weights and their optimiser states are zero, and are not trained. The gradient of all candidates is
-    computed only in steps with a round.
+    computed only in steps with a round, by ``loss.backward()``; a ``.grad`` of other origin is refused there.
 
     In a step with a round, only parameters other than the candidates are updated; in the published code, none are. A
     round that would exchange no edge is skipped; its step is an ordinary one. With Adam, the first update of a

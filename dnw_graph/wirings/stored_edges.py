@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dnw_graph._compat import version
+from dnw_graph._compat import unwrapped_tensor, version
+from dnw_graph.errors import InputError
+from dnw_graph.ops.layout import transformed
 from dnw_graph.wirings.base import Wiring
 from dnw_graph.wirings.saved import edge_sum, refuse_edges, refuse_mask, refuse_spoiled
 from dnw_graph.wirings.view import View
@@ -79,7 +81,8 @@ class ConstantEdges(StoredEdges):
         Raises:
             InputError: If the buffers changed, as by averaging.
         """
-        refuse_spoiled(self.index, self.checksum, f"{view.name}: wiring.index")
+        if not torch.compiler.is_compiling():  # Compiled code cannot branch on values.
+            refuse_spoiled(self.index, self.checksum, f"{view.name}: wiring.index")
         return self.choose_to_train(view)
 
     def choose_to_train(self, view: View) -> Tensor:
@@ -120,21 +123,28 @@ class ChangingEdges(StoredEdges):
 
     def store(self, view: View, index: Int[Tensor, " edges"]) -> None:
         """Make these edges, in any order, the real ones."""
-        self.real = index.new_zeros(view.num_candidates, dtype=torch.uint8).index_fill_(0, index, 1)
-        self.checksum = edge_sum(index)
+        self.real = unwrapped_tensor(index.new_zeros(view.num_candidates, dtype=torch.uint8).index_fill_(0, index, 1))
+        self.checksum = unwrapped_tensor(edge_sum(index))
 
     def choose(self, view: View) -> Tensor:
         """Return the edges that are stored; synchronises with a device once per change.
 
         Raises:
-            InputError: In evaluation, if the buffers changed, as by averaging.
+            InputError: In evaluation, if the buffers changed, as by averaging; in an export.
         """
+        if torch.compiler.is_exporting():
+            raise InputError(
+                f"{view.name}: the edges of {type(self).__name__} change in number, so it cannot be exported: "
+                "compact(…) the model first"
+            )
         state = version(self.real), self.training
         # Inference tensors have no version.
         if self._found is None or self._found[0] is not self.real or self._found[1] != state or state[0] == -1:
             index = torch.nonzero(self.real).flatten()
             if not self.training:
                 refuse_spoiled(index, self.checksum, f"{view.name}: wiring.real")
+            if transformed():  # Its wrappers must not outlive it.
+                return index
             self._found = self.real, state, index
         return self._found[2]
 

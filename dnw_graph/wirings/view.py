@@ -113,11 +113,20 @@ class View:
         """∂L/∂w of the last step, summed over micro-batches and averaged over ranks; after a step only.
 
         For all candidates if the rule requested it (:meth:`Wiring.needs_gradient`), otherwise the content of ``.grad``.
+
+        Raises:
+            InputError: If the rule requested it, but ``.grad`` was not computed by ``loss.backward()``.
         """
         parts = []
         for weight in self.graph.weights:
             probe, like = weight.holder.probe, weight.parameter
             grad = like.grad if probe is None else probe.grad
+            if grad is None and like.grad is not None and like.grad.any():
+                raise InputError(
+                    f"{self.name}: {type(self.wiring).__name__} needs the gradient of all candidates, which only "
+                    "loss.backward() collects: call it, without inputs=…, before the step, instead of setting .grad to "
+                    "what torch.autograd.grad or torch.func returns"
+                )
             parts.append(weight.flat(torch.zeros_like(like) if grad is None else grad.view(like.shape)))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from dynamic_reference import (
     NORMS,
+    Changed,
     Timed,
     all_pairs,
     dense_adjacency,
@@ -19,6 +20,7 @@ from pairs import rest_is_slow
 from reference import relative_error
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call, grad, jvp, vmap
 from torchdiffeq import odeint
 from waits import Waits
 
@@ -566,3 +568,44 @@ def test_the_adjoint_leaves_running_statistics_alone(method):
         assert graph.dynamics.node_function.norm.num_batches_tracked == evaluations
         buffers.append(list(graph.dynamics.node_function.buffers()))
     assert all(map(torch.equal, *buffers))
+
+
+def by_torch_func(graph, transform, x):
+    """The transform of the outputs' cubes as a function of the parameters, at the parameters."""
+    p = {name: value.detach() for name, value in graph.named_parameters()}
+    return transform(lambda p, x: functional_call(graph, p, (x,)).pow(3).sum(), p, x)
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4", "implicit_adams"])
+def test_solvers_with_fixed_steps_have_gradients_of_torch_func(method, x):
+    graph = make_graph(Continuous(method))
+    named = dict(graph.named_parameters())
+    expected = torch.autograd.grad(graph(x).pow(3).sum(), list(named.values()))
+    found = by_torch_func(graph, lambda f, p, x: grad(f)(p, x), x)
+    for name, gradient in zip(named, expected, strict=True):
+        assert relative_error(found[name], gradient) < 1e-10
+    change = by_torch_func(graph, lambda f, p, x: jvp(lambda p: f(p, x), (p,), (p,)), x)[1]
+    assert relative_error(change, sum((a * b).sum() for a, b in zip(expected, named.values(), strict=True))) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("options", "transform"),
+    [
+        ({"method": "dopri5"}, lambda f, p, x: grad(f)(p, x)),
+        ({"method": "rk4", "adjoint": True}, lambda f, p, x: grad(f)(p, x)),
+        ({"method": "rk4"}, lambda f, p, x: vmap(f, (None, 0))(p, x[:, None])),
+        ({"method": "rk4"}, lambda f, p, x: vmap(grad(f), (None, 0))(p, x[:, None])),
+    ],
+)
+def test_transforms_that_a_solver_cannot_do_are_refused(options, transform, x):
+    graph = make_graph(Continuous(**options), name="ode")
+    with pytest.raises(InputError, match=f"^ode: {options['method']} does not work under this transform"):
+        by_torch_func(graph, transform, x)
+
+
+def test_errors_of_a_node_function_outside_of_a_transform_stay_as_they_are(x):
+    def fail(z):
+        raise RuntimeError("of the node function")
+
+    with pytest.raises(RuntimeError, match="of the node function"):
+        make_graph(Continuous("rk4"), Changed(fail))(x)

@@ -310,6 +310,65 @@ def test_the_cuts_change_neither_outputs_nor_gradients(cut, whole, input_mode, p
             assert relative_error(a, b) < 1e-12
 
 
+def centred(z):
+    return z - z.mean(1, keepdim=True)
+
+
+class Centred(NormReluConv):
+    def forward(self, z):
+        return centred(super().forward(z))
+
+
+class CentredParts(NormReluConv):
+    def forward(self, z, nodes=None):
+        return centred(super().forward(z, nodes))
+
+
+class SendsCentred(ReluConvSendNorm):
+    def send(self, z, nodes=None):
+        return centred(super().send(z, nodes))
+
+
+class ReceivesCentred(ReluConvSendNorm):
+    def forward(self, z, nodes=None):
+        return centred(super().forward(z, nodes))
+
+
+class AlsoSends(NormReluConv):
+    def send(self, z):
+        return centred(z)
+
+
+def conv_of_norm(p, z):
+    return plain_norm_relu_conv(p, "instance", z)
+
+
+# (what happens before sending, what happens to what is received)
+OVERRIDING = {
+    Centred: (None, lambda p, z: centred(conv_of_norm(p, z))),
+    CentredParts: (None, lambda p, z: centred(conv_of_norm(p, z))),
+    SendsCentred: (lambda p, z: centred(plain_relu_conv(p, z)), lambda p, z: plain_norm(p, "instance", z)),
+    ReceivesCentred: (plain_relu_conv, lambda p, z: centred(plain_norm(p, "instance", z))),
+    AlsoSends: (lambda p, z: centred(z), conv_of_norm),
+    NormReluConv: (None, lambda p, z: centred(conv_of_norm(p, z))),  # replaced on the object
+}
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+@pytest.mark.parametrize("function", OVERRIDING)
+def test_functions_that_mix_nodes_are_applied_to_all(function, propagation, maps):
+    graph = make_graph(Discrete(2), partial(function, norm="instance"), propagation=PROPAGATIONS[propagation])
+    own = graph.dynamics.node_functions[0]
+    if function is NormReluConv:
+        own.forward = lambda z, nodes=None: centred(NormReluConv.forward(own, z, nodes))
+    p = {name: value.detach() for name, value in own.named_parameters()}
+    send, receive = OVERRIDING[function]
+    matrix = dense_adjacency(N, PAIRS, graph.candidates.weight, K)
+    before = None if send is None else lambda z, _: send(p, z)
+    states, _, _ = plain_discrete(maps, matrix, 2, lambda z, _: receive(p, z), send=before)
+    assert relative_error(graph(maps), states[-1][:, N - OUTPUTS :]) < 1e-10
+
+
 def test_states_that_nobody_reads_are_not_made(maps, monkeypatch):
     calls, pass_on = [], ReluConvSendNorm.pass_on
     monkeypatch.setattr(ReluConvSendNorm, "pass_on", lambda self, z: (calls.append(1), pass_on(self, z))[1])

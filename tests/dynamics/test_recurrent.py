@@ -7,6 +7,7 @@ from dynamic_reference import (
     Changed,
     all_pairs,
     dense_adjacency,
+    euler,
     plain_discrete,
     plain_norm,
     plain_norm_relu_conv,
@@ -164,15 +165,35 @@ def test_functions_of_time_may_be_applied_to_some_nodes_only():
     assert relative_error(graph(x), states[-1][:, -2:]) < 1e-12
 
 
-class TwoDefaults(nn.Module):
-    def forward(self, z, t=None, *, nodes=None):
+class TimedByDefault(nn.Module):
+    def forward(self, z, t=0.0, *, scale=1.0):
+        return (scale * z + t).tanh()
+
+
+def test_a_time_with_a_default_is_given():
+    x = torch.randn(2, 3, dtype=torch.float64)
+    graph = make_graph(Discrete(3), TimedByDefault())
+    matrix = dense_adjacency(N, all_pairs(N), graph.candidates.weight, 20)
+    states, _, _ = plain_discrete(x, matrix, 3, lambda z, step: (z + step).tanh())
+    assert relative_error(graph(x), states[-1][:, -2:]) < 1e-12
+    graph = make_graph(Continuous("euler", options={"step_size": 0.25}), TimedByDefault())
+    matrix = dense_adjacency(N, all_pairs(N), graph.candidates.weight, 20)
+    start = torch.cat([x, x.new_zeros(2, N - 3)], dim=1)
+    states = euler(lambda t, z: (product(matrix, z) + t).tanh(), start, (0, 1), 4)
+    assert relative_error(graph(x), states[-1][:, -2:]) < 1e-12
+
+
+class KeywordsOnly(nn.Module):
+    def forward(self, z, *, t=0.0):
         return z
 
 
-def test_only_a_second_argument_without_default_is_time():
+def test_the_second_argument_is_time_unless_it_is_something_else():
     assert takes_time(TimedPart())
-    assert not takes_time(TwoDefaults())
+    assert takes_time(TimedByDefault())
+    assert not takes_time(KeywordsOnly())
     assert not takes_time(NormReluConv(3))
+    assert not takes_time(nn.ConvTranspose2d(3, 3, 3))  # whose second argument is the size of the output
     assert not takes_time(nn.Tanh())
     assert not takes_time(nn.Sequential(nn.Tanh()))
 

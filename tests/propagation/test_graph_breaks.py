@@ -44,3 +44,29 @@ except InputError as error:
 def test_compiled_gradients_are_those_of_eager():
     run = run_alone(PROGRAM)
     assert run.stdout.startswith("same\n" * 3 + "propagation='sparse' calls kernels that cannot be traced"), run.stderr
+
+
+IN_EVALUATION = """
+import torch
+
+from dnw_graph import InputError, NeuralGraph
+
+torch.manual_seed(0)
+values = torch.randn(20, 6, 5, 5)
+for rule, whole in (("random_graph", True), ("set", False)):
+    graph = NeuralGraph((6, 8, 4), 20, wiring=rule).eval()
+    expected = graph(values)
+    torch.testing.assert_close(torch.compile(graph, backend="eager", fullgraph=whole)(values), expected)
+    try:
+        torch.testing.assert_close(torch.export.export(graph, (values,)).module()(values), expected)
+        print("exported")
+    except InputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_graphs_that_store_their_edges_are_compiled_and_exported_or_refused_in_one_line():
+    run = run_alone(IN_EVALUATION)
+    refused = "graph: the edges of SET change in number, so it cannot be exported: compact(…) the model first"
+    assert run.stdout.splitlines() == ["exported", refused], run.stderr

@@ -51,6 +51,22 @@ def test_an_input_without_edges_is_felt_nowhere(make, propagation, training, val
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("batch", [1, 20])
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+def test_an_initial_state_without_edges_is_felt_nowhere(propagation, value, batch):
+    graph = discrete(propagation).eval()
+    x, states = torch.randn(batch, 3, 5, 6), torch.randn(batch, 10, 5, 6)
+    others = states.clone()
+    others[:, 8] = value
+    expected = graph(x, initial_states=states)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(graph(x, initial_states=others), expected)
+    others[:, 5] = value  # which leads to node 8 alone
+    found = graph(x, initial_states=others)
+    torch.testing.assert_close(found[:, [0, 2]], expected[:, [0, 2]])
+
+
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
 def test_an_input_is_felt_where_its_edges_lead(propagation, value):

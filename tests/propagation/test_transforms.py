@@ -3,6 +3,7 @@
 What it is compared with: plain backward passes, of the same graph and image by image.
 """
 
+import copy
 from functools import partial
 
 import pytest
@@ -130,3 +131,24 @@ def test_several_graphs_of_one_shape_at_once(graph, training, on_host, monkeypat
     stacked = stack_module_state(graphs)
     found = vmap(lambda p, b: functional_call(graphs[0], (p, b), (X,)))(*stacked)
     assert_close(found, torch.stack([each(X) for each in graphs]))
+
+
+WAYS = {
+    "grad": lambda graph: grad(loss_of(graph))(parameters(graph), X),
+    "jvp": lambda graph: jvp(lambda p: loss_of(graph)(p, X), (parameters(graph),), (parameters(graph),)),
+    "image by image": lambda graph: vmap(grad(loss_of(graph)), (None, 0))(parameters(graph), X[:, None]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_rule_removes_within_a_transform_is_stored_as_in_a_plain_pass(way):
+    plain, graph = (make(blocks=SIZES, wiring="l1_anneal") for _ in range(2))
+    for each in (plain, graph):
+        each.wiring.step, each.wiring.num_steps = 5, 10  # after the end of the removal
+    plain(X)
+    WAYS[way](graph)
+    expected = graph.candidates.weight.abs().topk(20).indices.sort().values
+    found = copy.deepcopy(graph)
+    assert torch.equal(found.wiring.real.nonzero().flatten(), expected)
+    assert_close(found.state_dict(), plain.state_dict())
+    assert_close(found.eval()(X), plain.eval()(X))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference import top_k
 
-from dnw_graph import InputError, NeuralGraph, NoUpdate, Wiring, create_wiring, register_wiring
+from dnw_graph import InputError, NeuralGraph, NoUpdate, Wiring, attach, create_wiring, register_wiring
 from dnw_graph.wirings import WIRINGS, wiring_name
 
 
@@ -132,6 +132,30 @@ def test_anything_but_ascending_indices_is_refused(kind, use, unchecked):
         {"update_wiring": graph.update_wiring, "real_index": lambda: graph.real_index}.get(
             use, lambda: graph(torch.rand(20, 3, 5, 5))
         )()
+
+
+class Trains(Returns):
+    trained = "own"
+
+    def choose(self, view):
+        return torch.arange(view.k)
+
+    def trained_edges(self, view):
+        return self.chosen(view.weight)
+
+
+@pytest.mark.parametrize("use", ["train", "eval", "step"])
+@pytest.mark.parametrize("kind", WRONG)
+def test_trained_edges_that_are_not_ascending_indices_are_refused(kind, use, unchecked):
+    chosen, found = WRONG[kind]
+    graph = NeuralGraph((3, 4, 2), 6, wiring=Trains(chosen), name="stage3").train(use != "eval")
+    optimizer = torch.optim.SGD(graph.parameters(), 0.1)
+    attach(graph, optimizer)
+    expected = (
+        r"^stage3: the trained edges of Trains must be an int64 vector of distinct candidates in 0 … 25, ascending; "
+    )
+    with pytest.raises(InputError, match=f"{expected}got {found}:"):
+        optimizer.step() if use == "step" else graph(torch.rand(20, 3, 5, 5))
 
 
 @pytest.mark.parametrize("edges", [[], [0], [25], [0, 25], list(range(26))])
