@@ -206,12 +206,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def convolves_as_pytorch(layer: nn.Conv2d) -> bool:
-    """Return whether the class of a convolution has PyTorch's forward pass.
+    """Return whether the forward pass of a convolution pads and convolves as PyTorch's does.
 
-    The forward pass calls a private method, which subclasses may override too.
+    It calls a private method, which a subclass may override and others may replace on the object.
     """
-    kind = type(layer)
-    return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
+    return getattr(layer._conv_forward, "__func__", None) is nn.Conv2d._conv_forward
 
 
 def has_own_hooks(module: nn.Module) -> bool:

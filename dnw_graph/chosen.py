@@ -41,7 +41,7 @@ class Chosen:
         self.derived: Any = None
         # The detached aliases keep the storage alive, so that no other storage can get the same address.
         self._chosen_for = [(weight, weight.detach(), version(weight)) for weight in tensors]
-        self._sample: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        self._sample: list[tuple[Tensor, Tensor | None, Tensor]] | None = None  # None: chosen in training.
 
     def remember(self, weights: Sequence[RankedWeight], others: Iterable[Tensor]) -> None:
         """Keep a sample of the weights.
@@ -50,6 +50,7 @@ class Chosen:
             weights: The parts of the parameters, see :class:`~dnw_graph.candidates.RankedWeight`.
             others: Other tensors that the choice depends on; they are kept whole.
         """
+        self._sample = []
         if type(self.index) is not Tensor or self.index.is_meta:
             return  # There are no values.
         real = split_index(self.index[:: 1 + self.index.numel() // REAL], weights)
@@ -64,12 +65,20 @@ class Chosen:
                 self._sample.append((row, at, _taken(row, at).detach().clone()))
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Return whether the weights are unchanged, judging by object, storage, version and the sample."""
-        return all(
-            # Inference tensors have no version, so they count as changed.
-            now is weight and alias.data_ptr() == now.data_ptr() and changes == version(now) != -1
-            for now, (weight, alias, changes) in zip(tensors, self._chosen_for, strict=True)
-        ) and (capturing() or all(torch.equal(_taken(tensor, at), before) for tensor, at, before in self._sample))
+        """Return whether the edges are of an evaluation and the weights unchanged.
+
+        It judges by object, storage, version and the sample.
+        """
+        sample = self._sample
+        return (
+            sample is not None
+            and all(
+                # Inference tensors have no version, so they count as changed.
+                now is weight and alias.data_ptr() == now.data_ptr() and changes == version(now) != -1
+                for now, (weight, alias, changes) in zip(tensors, self._chosen_for, strict=True)
+            )
+            and (capturing() or all(torch.equal(_taken(tensor, at), before) for tensor, at, before in sample))
+        )
 
 
 def _taken(tensor: Tensor, at: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,64 +28,62 @@ def can_be_partial(optimizer: Optimizer, parameter: Tensor, num_trained: int) ->
 
 
 class PartialStep:
-    """Replaces the parameters of an optimiser by vectors of some of their elements, for one step.
+    """A step on vectors of some elements of the parameters.
 
     Every element is updated as in a full step. All others keep value and optimiser state, bit for bit; state that the
-    step has created is zero there.
+    step has created is zero there. If the step raises an error, these parameters and the optimiser are unchanged.
 
     Args:
         optimizer: The optimiser.
         trained: Positions of the elements in each parameter as one vector.
+
+    Attributes:
+        stand_in: Steps in place of the optimiser, whose groups and state must not hold vectors after an error.
     """
 
     def __init__(self, optimizer: Optimizer, trained: Mapping[Tensor, Int[Tensor, " trained"]]) -> None:
         self._optimizer, self._trained = optimizer, trained
         self._vectors: dict[Tensor, Tensor] = {}
+        self.stand_in: Optimizer = object.__new__(type(optimizer))
+        vars(self.stand_in).update(vars(optimizer))
 
     def begin(self) -> None:
-        """Replace the parameters, which must have their gradients."""
+        """Take the elements, their gradients, which must be there, and their state."""
+        before = self._optimizer.state
+        states: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict, before)
         for parameter, positions in self._trained.items():
             vector = nn.Parameter(parameter.detach().view(-1).index_select(0, positions), parameter.requires_grad)
             if parameter.grad is not None:
                 vector.grad = parameter.grad.reshape(-1).index_select(0, positions)
             self._vectors[parameter] = vector
-            if parameter in self._optimizer.state:
-                state: dict[str, Any] = self._optimizer.state[parameter]
-                self._optimizer.state[vector] = {
+            if parameter in before:
+                states[vector] = {
                     name: value.reshape(-1).index_select(0, positions) if _fits(value, parameter) else value
-                    for name, value in state.items()
+                    for name, value in before[parameter].items()
                 }
-        self._exchange(self._vectors)
+        self.stand_in.state = states
+        self.stand_in.param_groups = [
+            {**group, "params": [self._vectors.get(each, each) for each in group["params"]]}
+            for group in self._optimizer.param_groups
+        ]
 
     def end(self) -> None:
-        """Write back the results of the step, and restore the optimiser's parameters."""
-        states = self.undo()
+        """Write back the results of the step."""
+        states = dict(self.stand_in.state)
         for parameter, vector in self._vectors.items():
             positions = self._trained[parameter]
             parameter.detach().view(-1).index_copy_(0, positions, vector.detach())
             if vector in states:
                 state = self._optimizer.state[parameter]
-                for name, value in states[vector].items():
+                for name, value in states.pop(vector).items():
                     if _fits(value, vector):
                         if not _fits(state.get(name), parameter):
                             state[name] = torch.zeros_like(parameter, dtype=value.dtype)
+                        state[name] = state[name].contiguous()  # A checkpoint may have had another memory format.
                         state[name].view(-1).index_copy_(0, positions, value)
                     else:
                         state[name] = value
-
-    def undo(self) -> dict[Tensor, dict[str, Any]]:
-        """Restore the optimiser's parameters, also after a step that raised an error.
-
-        Returns:
-            The states of the vectors.
-        """
-        self._exchange({vector: parameter for parameter, vector in self._vectors.items()})
-        state = self._optimizer.state
-        return {vector: state.pop(vector) for vector in self._vectors.values() if vector in state}
-
-    def _exchange(self, others: Mapping[Tensor, Tensor]) -> None:
-        for group in self._optimizer.param_groups:
-            group["params"] = [others.get(each, each) for each in group["params"]]
+        self._optimizer.state.update({each: state for each, state in states.items() if each not in self._trained})
 
 
 def _fits(value: object, like: Tensor) -> bool:

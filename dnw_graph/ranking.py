@@ -87,6 +87,11 @@ class Ranking(nn.Module):
         return self.real_index.numel()
 
     @property
+    def rule(self) -> int:
+        """Hash of the rule's name, as in the ``state_dict``, whose names must be attributes for DCP."""
+        return rule_hash(type(self.wiring))
+
+    @property
     def real_index(self) -> Int[Tensor, " edges"]:
         """Flat indices of the real edges among the candidates, ascending, for the current weights; a copy.
 
@@ -162,6 +167,8 @@ class Ranking(nn.Module):
                 f"{self.name}: num_edges = {num_edges:,} is more than the {self.num_candidates:,} candidate edges; ask "
                 "for fewer edges, or more nodes"
             )
+        if not hasattr(self, "wiring"):
+            self.origin = generator_state(self.weights[0].parameter.device)
         return self._set_up(rule, num_edges)
 
     def _set_up(self, rule: Wiring, num_edges: int) -> View:
@@ -178,8 +185,6 @@ class Ranking(nn.Module):
     def take(self, view: View) -> None:
         """Adopt a prepared rule."""
         view.write_back()
-        if not hasattr(self, "wiring"):
-            self.origin = generator_state(self.weights[0].parameter.device)
         before = getattr(self, "wiring", view.wiring)
         self.wiring = view.wiring.train(self.training)
         self._needs_steps = self.wiring.needs_steps  # Not read in a forward pass: the compiler cannot trace it.
@@ -289,7 +294,7 @@ class Ranking(nn.Module):
         Args:
             weight: A tensor through which the gradients of the weights flow.
         """
-        if not self.training or not self._needs_steps:
+        if not self._needs_steps or not self.training:
             return weight
         if torch.compiler.is_compiling():
             if self._updates is None and torch.is_grad_enabled():
@@ -363,7 +368,7 @@ class Ranking(nn.Module):
 
     def train(self, mode: bool = True) -> Ranking:
         """Switch between training and evaluation; evaluation then chooses the real edges again."""
-        if self.training and not mode:
+        if self.wiring.training and not mode:
             self._chosen = None
         super().train(mode)
         return self
@@ -371,7 +376,7 @@ class Ranking(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "num_edges"] = torch.tensor(self._num_edges)
-        destination[prefix + "rule"] = torch.tensor(rule_hash(type(self.wiring)))
+        destination[prefix + "rule"] = torch.tensor(self.rule)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         check_saved(self, state_dict, prefix)
@@ -444,7 +449,7 @@ def check_saved(graph: Ranking, state_dict: Mapping[str, Any], prefix: str) -> N
         InputError: If the number of edges or the rule differs, or the edges are invalid for this graph; see
             :meth:`~dnw_graph.wirings.Wiring.check_saved`.
     """
-    k = graph.view().k
+    k = graph._num_edges  # A view refuses weights that are sharded.
     saved_k, rule = (saved_number(state_dict, prefix + name, f"{graph.name}: {name}") for name in NUMBERS)
     if saved_k not in (None, k) and not graph.wiring.ignores_k:
         raise InputError(

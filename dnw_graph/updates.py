@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from dnw_graph.errors import InputError
 from dnw_graph.partial_step import PartialStep, can_be_partial
 from dnw_graph.ranking import Ranking, rankings
 from dnw_graph.rule_parameters import RuleParameters, own_decay, parameter_groups
-from dnw_graph.wirings import View
+from dnw_graph.wirings import View, Wiring
 from dnw_graph.wirings.view import new_seed
 
 
@@ -44,6 +44,8 @@ class Updates:
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
+            # After a step that raised an error.
+            optimizer.register_state_dict_pre_hook(self._parameters.end),
         ]
         for name, graph in graphs.items():
             graph.attached(self, name)
@@ -113,11 +115,11 @@ class Updates:
             return None
         if capturing():
             raise InputError("replaying a step in a CUDA graph calls no rule: leave the step out of the graph")
-        if self._partial is not None:  # the last step has raised an error
-            self._partial.undo()
+        self._before = {}  # The last step may have raised an error.
         self._parameters.end(optimizer)
         alone: dict[Tensor, Tensor] = {}
         for name, view in self._views(optimizer).items():
+            _refuse_frozen(view.graph)
             skips = view.wiring.skips_update(view)
             none = torch.empty(0, dtype=torch.long, device=view.graph.weights[0].parameter.device)
             trained = none if skips else self.graphs[name].trained_edges()
@@ -131,7 +133,8 @@ class Updates:
         self._partial = PartialStep(optimizer, alone) if alone else None
         if self._partial is None and not self._parameters.decays:
             return None
-        return _after_closure(lambda: self._begin(optimizer), args, kwargs)
+        stepping = optimizer if self._partial is None else self._partial.stand_in
+        return _after_closure(lambda: self._begin(optimizer), (stepping, *args[1:]), kwargs)
 
     def _begin(self, optimizer: Optimizer) -> None:
         self._parameters.begin(optimizer)
@@ -241,7 +244,7 @@ def _positions(graph: Ranking, trained: Tensor, optimizer: Optimizer) -> dict[Te
 
 def _after_closure(
     act: Callable[[], None], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Act now, or once the closure of a step has run.
 
     Args:
@@ -250,13 +253,13 @@ def _after_closure(
         kwargs: The same, by name.
 
     Returns:
-        The arguments of the step, if they change.
+        The arguments of the step.
     """
     itself, *given = args
     closure = given[0] if given else kwargs.get("closure")
     if closure is None:
         act()
-        return None
+        return args, kwargs
 
     def then_act() -> Any:
         loss = closure()
@@ -387,6 +390,7 @@ def attach_beside(
     parameters = RuleParameters(unwrapped(model), optimizer, others)
     for name, graph in graphs.items():
         _refuse_parameters(name, graph, optimizer)
+        _refuse_frozen(graph)
     seed = _common_seed(model)
     for graph in graphs.values():
         rule = graph.wiring
@@ -431,6 +435,20 @@ def _refuse_optimizer(optimizer: Optimizer) -> None:
             )
         if any(hasattr(parameter, "full_tensor") for parameter in group["params"]):
             raise InputError("a parameter is sharded, and rules rank it as a whole: use DistributedDataParallel")
+
+
+def _refuse_frozen(graph: Ranking) -> None:
+    """Refuse a rule that would exchange edges of frozen weights for others."""
+    weights: Sequence[Any] = graph.weights
+    trained = [weight for weight in weights if weight.parameter.requires_grad]
+    if type(graph.wiring).after_step is Wiring.after_step or len(trained) in (0, len(weights)):
+        return
+    frozen = next(weight for weight in weights if weight not in trained)
+    raise InputError(
+        f"{frozen.name} is frozen (requires_grad=False) but shares a ranking with {trained[0].name}, and "
+        f"{type(graph.wiring).__name__} would change it: skip it in sparsify, freeze all of them, or take another "
+        "distribution than 'global'"
+    )
 
 
 def _refuse_parameters(name: str, graph: Ranking, optimizer: Optimizer) -> None:

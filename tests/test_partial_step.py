@@ -79,6 +79,10 @@ def test_equals_steps_on_all(name, closure, distribution, count, monkeypatch):
         assert torch.equal(a == 0, b == 0)
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def test_after_an_error_the_optimizer_has_its_parameters(count):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 40))
@@ -87,18 +91,62 @@ def test_after_an_error_the_optimizer_has_its_parameters(count):
     attach(model, optimizer, 100)
     parameters = list(model.parameters())
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
     model(torch.ones(2, 24)).sum().backward()
     handle = optimizer.register_step_pre_hook(interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     handle.remove()
+    assert optimizer.param_groups[0]["params"] == parameters
+    assert optimizer.state_dict()["param_groups"][0]["params"] == [0, 1]
     before = [each.detach().clone() for each in parameters]
     optimizer.step()
     assert optimizer.param_groups[0]["params"] == parameters
     assert all(not torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+
+
+def test_gradients_can_be_reset_after_an_error():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 40))
+    sparsify(model, 0.2, SET(every=30))
+    found = []
+    for fails in (False, True):
+        each = copy.deepcopy(model)
+        optimizer = torch.optim.Adam(each.parameters(), 0.1)
+        attach(each, optimizer, 100)
+        if fails:
+            each(torch.ones(2, 24)).sum().backward()
+            with optimizer.register_step_pre_hook(interrupted), pytest.raises(KeyboardInterrupt):
+                optimizer.step()
+        optimizer.zero_grad()
+        each(torch.ones(2, 24)).square().sum().backward()
+        optimizer.step()
+        found.append(list(each.parameters()))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_state_of_another_memory_format_is_continued():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    sparsify(model, 0.1, SET(every=30))
+    before = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(before.parameters(), 0.1)
+    attach(before, optimizer, 100)
+    x = torch.randn(2, 8, 5, 5)
+    before(x).sum().backward()
+    optimizer.step()
+    state, states = copy.deepcopy(before.state_dict()), []
+    for each in (before, model):
+        each.load_state_dict(state)
+        other = torch.optim.Adam(each.parameters(), 0.1)
+        attach(each, other, 100)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        each.zero_grad()
+        each(x).square().sum().backward()
+        other.step()
+        states.append([*each.parameters(), *(state["exp_avg"] for state in other.state.values())])
+    for a, b in zip(*states, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_other_optimizers_step_on_all(count):

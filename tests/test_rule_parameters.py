@@ -207,3 +207,18 @@ def test_frozen_ones_and_those_of_other_models_are_not_added():
     own = SGD(others(model), 0.1)
     attach(nn.ModuleList([model, other]), own)
     assert own.param_groups[0]["params"] == others(model)
+
+
+def test_after_an_error_the_optimiser_is_saved_with_the_groups_that_it_was_created_with():
+    model = sparse()
+    optimiser = OPTIMISERS["sgd"](model.parameters())
+    attach(model, optimiser)
+    groups = [group["params"] for group in optimiser.state_dict()["param_groups"]]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with optimiser.register_step_pre_hook(interrupted), pytest.raises(KeyboardInterrupt):
+        step(model, optimiser)
+    assert [group["params"] for group in optimiser.state_dict()["param_groups"]] == groups
+    step(model, optimiser)

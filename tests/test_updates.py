@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
 from dnw_graph import (
+    ACDC,
     GMP,
     SET,
     InputError,
@@ -335,6 +336,27 @@ def test_layers_that_are_frozen_later_keep_weights_and_edges(rule):
     same = [torch.equal(each.real_index, edges) for each, (_, edges) in zip((frozen, other), before, strict=True)]
     assert same == [True, False]
     assert torch.equal(frozen.view().weight, before[0][0])
+
+
+@pytest.mark.parametrize("rule", [RigL(0.5, 2), SET(0.5, 2), SparseMomentum(every=2), GMP(0, 12, 2), ACDC((2, 4, 6))])
+@pytest.mark.parametrize("later", [False, True])
+def test_layers_that_share_a_ranking_are_frozen_together_or_refused(rule, later):
+    """A round would overwrite frozen weights."""
+    model = make("global", rule)
+    own = OPTIMISERS["sgd"](model.parameters())
+    if later:
+        attach(model, own, 12, steps_per_epoch=2)
+        step(model, own)
+    model[0].requires_grad_(False)
+    before = [each.detach().clone() for each in model.parameters()]
+    with pytest.raises(InputError, match=r"^0\.weight is frozen .* but shares a ranking with 2\.weight"):
+        step(model, own) if later else attach(model, own, 12, steps_per_epoch=2)
+    assert all(map(torch.equal, before, model.parameters()))
+    model.requires_grad_(False)
+    model[2].bias.requires_grad_(True)
+    attach(model, own, 12, steps_per_epoch=2)
+    step(model, own)
+    assert all(map(torch.equal, before[:-2], list(model.parameters())[:-2]))
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "global"])

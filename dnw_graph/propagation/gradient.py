@@ -16,7 +16,6 @@ buffer, the *probe*: a leaf of zeros whose own ``.grad`` accumulates it over bac
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,38 +71,6 @@ def masked_weights(
     if learning is real and probe is None:
         return weight * real
     return _ToMasked.apply(weight, real, learning, probe)
-
-
-def with_dense_gradient(
-    y: Float[Tensor, ...],
-    x: Float[Tensor, ...],
-    probe: Float[Tensor, ...],
-    gradient: Callable[[Tensor, Tensor], Tensor],
-) -> Float[Tensor, ...]:
-    """Return y, and pass the gradient of all candidates to the probe.
-
-    Args:
-        y: The product of the real edges with x.
-        x: The inputs.
-        probe: The probe.
-        gradient: Returns the gradient of all candidates from x and the gradient of y.
-    """
-    return _WithDenseGradient.apply(y, x, probe, gradient)
-
-
-class _WithDenseGradient(torch.autograd.Function):
-    """Products over real edges that also compute the gradient of all candidates."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, probe: Tensor, gradient: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        ctx.gradient = gradient
-        ctx.save_for_backward(x)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        return grads[0], None, ctx.gradient(x, grads[0]), None
 
 
 class _ToCandidates(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from dnw_graph._compat import frames_of
 from dnw_graph.arguments import checked
+from dnw_graph.candidates import split_index
 from dnw_graph.errors import InputError
 from dnw_graph.sparse_layers.access import sparse_chain, sparse_parameters
 from dnw_graph.sparse_layers.budget import DISTRIBUTIONS, edges_per_weight, kept
@@ -24,7 +26,7 @@ from dnw_graph.sparse_layers.reading import ReadWeight, name_of_candidates
 from dnw_graph.sparse_layers.state import before_loading
 from dnw_graph.sparse_layers.table import SparsityRow, SparsityTable
 from dnw_graph.sparse_layers.weight_graph import WeightGraph
-from dnw_graph.wirings import Wiring
+from dnw_graph.wirings import TargetedDropout, Wiring
 
 
 @checked
@@ -104,9 +106,28 @@ def sparsify(
     # So far the module is unchanged; from here on nothing is refused.
     for graph, view in zip(graphs, views, strict=True):
         graph.take(view)
+        _warn_of_zeros(graph)
     table = _table(module, every, graphs, reasons)
     _attach(module, graphs, sparse_kernels)
     return table
+
+
+def _warn_of_zeros(graph: WeightGraph) -> None:
+    """Warn of layers that start from zeros, if a rule takes their first weights, or none, for ever."""
+    rule = graph.wiring
+    if (rule.gradient or rule.trained) == "all" or isinstance(rule, TargetedDropout):
+        return
+    zero = [not weight.flat(weight.parameter).any() for weight in graph.weights]
+    if not any(zero):
+        return
+    for weight, is_zero, own in zip(graph.weights, zero, split_index(graph.real_index, graph.weights), strict=True):
+        if is_zero and len(own) < weight.numel and own.tolist() == list(range(len(own))):
+            what = f"the first {len(own):,}" if len(own) else "0"
+            warnings.warn(
+                f"{weight.name} is zero: {type(rule).__name__} makes {what} of its {weight.numel:,} weights real, and "
+                "the others get no gradient: initialise it before, or skip it",
+                stacklevel=4,
+            )
 
 
 def _table(

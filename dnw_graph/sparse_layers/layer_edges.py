@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_weight
 
 from dnw_graph._compat import convolves_as_pytorch
 from dnw_graph.ops import sparse_conv2d
 from dnw_graph.ops.build import kernels
 from dnw_graph.ops.layer import Turned, trained_linear, turned
 from dnw_graph.ops.layout import DTYPES, kernels_take
-from dnw_graph.propagation.gradient import with_dense_gradient
 from dnw_graph.sparse_layers.layers import LayerWeight
+from dnw_graph.usual import keeps_methods
 
 DENSEST: dict[type[nn.Module], float] = {nn.Linear: 0.1, nn.Conv2d: 0.3}
 """Largest share of real weights with which a layer computes over them alone: near or below the share at which dense and
@@ -30,13 +28,17 @@ def suits(layer: nn.Module) -> bool:
     """Return whether there are kernels for a layer.
 
     There are for ``nn.Linear``, for ``nn.Conv2d`` with zero padding given as numbers, and for subclasses that do not
-    override their forward pass.
+    override their forward pass; not where it was replaced on the object.
     """
-    if isinstance(layer, nn.Linear):
-        return type(layer).forward is nn.Linear.forward
-    if not isinstance(layer, nn.Conv2d) or not convolves_as_pytorch(layer):
-        return False
-    return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+    return keeps_methods(layer) and type(layer).forward is kind.forward and _pads_with_zeros(layer)
+
+
+def _pads_with_zeros(layer: nn.Module) -> bool:
+    """Return whether a layer is linear, or a convolution with zero padding given as numbers."""
+    if not isinstance(layer, nn.Conv2d):
+        return True
+    return convolves_as_pytorch(layer) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def pays(weight: LayerWeight, num_real: int) -> bool:
@@ -88,38 +90,25 @@ class LayerEdges:
         return turned(self.rowptr, self.columns, self.weight.shape[1])
 
     def takes(self, x: Tensor) -> bool:
-        """Return whether the sparse operation supports such inputs."""
+        """Return whether the sparse operation supports such inputs, and the layer as it is now."""
         parameter, layer = self.weight.parameter, self.weight.layer
         if not kernels_take(x) or x.dtype != parameter.dtype or torch.is_autocast_enabled("cpu"):
             return False
         if isinstance(layer, nn.Linear):
             return x.dim() > 0 and x.size(-1) == layer.in_features
-        return x.dim() == 4 and x.size(1) == self.weight.channels[0]
+        return x.dim() == 4 and x.size(1) == self.weight.channels[0] and _pads_with_zeros(layer)
 
-    def compute(self, x: Tensor, values: Float[Tensor, " edges"], bias: Tensor | None, probe: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, values: Float[Tensor, " edges"], bias: Tensor | None) -> Tensor:
         """Return the layer's outputs, with gradients of x and values over the edges alone.
 
         Args:
             x: The inputs.
             values: The values of the real weights.
             bias: The layer's bias.
-            probe: Receives the gradient of all candidates, if given.
         """
         layer = self.weight.layer
         if isinstance(layer, nn.Linear):
-            y = trained_linear(x, self.rowptr, self.columns, values, bias, lambda: self.turned)
-            return y if probe is None else with_dense_gradient(y, x, probe, _linear_gradient)
+            return trained_linear(x, self.rowptr, self.columns, values, bias, lambda: self.turned)
         assert isinstance(layer, nn.Conv2d)
         window: Any = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
-        y = sparse_conv2d(x, self.rowptr, self.columns, values, bias, kernel=layer.kernel_size, **window)
-        if probe is None:
-            return y
-        return with_dense_gradient(y, x, probe, partial(_convolution_gradient, shape=probe.shape, window=window))
-
-
-def _linear_gradient(x: Tensor, grad: Tensor) -> Tensor:
-    return grad.reshape(-1, grad.size(-1)).t() @ x.reshape(-1, x.size(-1))
-
-
-def _convolution_gradient(x: Tensor, grad: Tensor, shape: torch.Size, window: Mapping[str, Any]) -> Tensor:
-    return conv2d_weight(x, list(shape), grad, **window)
+        return sparse_conv2d(x, self.rowptr, self.columns, values, bias, kernel=layer.kernel_size, **window)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state_dict: Mapping[s
         if strange := [tuple(p.shape) for p in group["params"] if id(p) not in names]:
             raise InputError(f"the optimiser has parameters that the module lacks, with shapes {strange}")
         own = [names[id(parameter)] for parameter in group["params"]]
-        known = _dense_names(old.get("param_names") or sorted(own, key=place.__getitem__))
+        known = [_dense_name(name, place) for name in old.get("param_names") or sorted(own, key=place.__getitem__)]
         if sorted(known) != sorted(own) or len(known) != len(old["params"]):
             raise InputError(
                 f"group {number} of the optimiser has {len(own)} parameters, that of the state {len(old['params'])} or "
@@ -77,8 +77,9 @@ def dense_named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Paramete
                 yield f"{path}.{name}" if path else name, parameter
 
 
-def _dense_names(names: Sequence[str]) -> list[str]:
-    return [name.replace("parametrizations.", "").removesuffix(".original") for name in names]
+def _dense_name(name: str, known: Collection[str]) -> str:
+    """Return the name that a parameter has without sparse weights; other parametrizations keep theirs."""
+    return name if name in known else name.replace("parametrizations.", "").removesuffix(".original")
 
 
 def _check_shapes(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:

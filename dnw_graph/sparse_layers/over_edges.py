@@ -22,9 +22,12 @@ def over_edges(otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
         chain: Any = layer.parametrizations.weight  # type: ignore[union-attr]
         real: RealWeights = chain[0]
         edges = real.edges
-        if edges is None or kwargs or len(args) != 1 or len(chain) > 1 or not plain_eager() or not edges.takes(args[0]):
+        # A probe needs the gradient of all candidates, and that of its gradients.
+        if edges is None or real.probe is not None or kwargs or len(args) != 1 or len(chain) > 1:
+            return otherwise(layer, *args, **kwargs)
+        if not plain_eager() or not edges.takes(args[0]):
             return otherwise(layer, *args, **kwargs)
         bias: Any = layer.bias
-        return edges.compute(args[0], real.values_at(edges.index), bias, real.probe)
+        return edges.compute(args[0], real.values_at(edges.index), bias)
 
     return forward

@@ -41,9 +41,17 @@ class WeightGraph(Ranking):
     def __init__(self, name: str, weights: Sequence[LayerWeight]) -> None:
         super().__init__(name)
         self.weights = tuple(weights)
-        self.training = weights[0].layer.training
         self.has_parted = False
         self._edges: tuple[Tensor, object, list[Tensor | LayerEdges]] | None = None
+
+    @property
+    def training(self) -> bool:
+        """Whether any of the layers is in training mode."""
+        return any(weight.layer.training for weight in self.weights)
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """Do nothing: the layers decide."""
 
     def real_edges_per_weight(self) -> dict[LayerWeight, int]:
         """Return the number of real edges now in each of ``weights``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from dnw_graph.arguments import checked
 from dnw_graph.selection import select_top_k
 from dnw_graph.wirings.stored_edges import ConstantEdges
@@ -9,15 +11,14 @@ from dnw_graph.wirings.view import View
 
 
 class RandomGraph(ConstantEdges):
-    """The k edges of largest |initial weight|, fixed; only they get a gradient.
+    """The k edges of largest |initial weight|, ties drawn at random, fixed; only they get a gradient.
 
     Section 3 of the paper, after Xie et al. 2019 (arXiv 1904.01569). The edges are a persistent buffer: they are not a
     function of the trained weights.
 
     The edges are random because the initial weights are. Of trained weights, as of a pretrained model or of a trained
     graph after ``rewire`` or ``load_weights``, the rule keeps the strongest, which is one-shot magnitude pruning:
-    random edges need ``separate_scores=True`` there. So do weights that were drawn in half precision, many of which are
-    equal, since ties go to the lower index.
+    random edges need ``separate_scores=True`` there.
 
     Args:
         separate_scores: Draw the edges by separate random scores instead of the initial weights, so that the choice is
@@ -38,4 +39,7 @@ class RandomGraph(ConstantEdges):
     def setup(self, view: View) -> None:
         """Draw the edges of a graph."""
         scores = view.random_scores() if self.separate_scores else view.weight
-        self.store(select_top_k(scores, view.k, view.name))
+        # Ties are drawn: the first weights of a layer that starts from zeros belong to few targets.
+        generator = None if scores.is_meta else view.generator()
+        order = torch.randperm(len(scores), generator=generator, device=scores.device)
+        self.store(order[select_top_k(scores[order], view.k, view.name)].sort().values)

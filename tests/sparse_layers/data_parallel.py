@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 from sparse_model import RULES, batches, make_model, train
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -38,6 +40,22 @@ train(model, own)
 model.eval()(own[0][0])
 model.unshard()
 results["sharded"] = {name: value.detach().clone() for name, value in model.named_parameters()}
+
+model.reshard()
+scores = {"sharded": model(own[0][0])}
+loaded = sparse_model("dnw")
+fully_shard(loaded, mesh=mesh)
+scores["untrained"] = loaded.eval()(own[0][0])
+loaded.load_state_dict(model.state_dict())
+scores["loaded"] = loaded(own[0][0])
+checkpoint.save(get_model_state_dict(model), checkpoint_id=folder / "checkpoint")
+restored = sparse_model("dnw")
+fully_shard(restored, mesh=mesh)
+state = get_model_state_dict(restored)
+checkpoint.load(state, checkpoint_id=folder / "checkpoint")
+set_model_state_dict(restored, state)
+scores["restored"] = restored.eval()(own[0][0])
+results["scores"] = {name: value.detach() for name, value in scores.items()}
 
 model = sparse_model("dnw")
 for part in (model.encoder, model):

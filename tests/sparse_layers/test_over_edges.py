@@ -117,6 +117,26 @@ def test_gradients_and_edges_are_those_of_masked_layers(rule, computed):
     assert {id(both[0][each]) for each in layers} == set(map(id, computed))
 
 
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_a_round_before_an_activation_in_place(kind):
+    found = []
+    for sparse_kernels in (True, False):
+        torch.manual_seed(0)
+        layers = {
+            "linear": [nn.Linear(128, 128), nn.ReLU(inplace=True), nn.Linear(128, 10)],
+            "convolution": [nn.Conv2d(32, 32, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(32 * 4, 10)],
+        }[kind]
+        model = nn.Sequential(*layers).double()
+        sparsify(model, 0.05, RigL(every=1, until=100), sparse_kernels=sparse_kernels)
+        optimiser = torch.optim.SGD(model.parameters(), 0.1)
+        attach(model, optimiser, 100)
+        x = torch.randn(4, *((128,) if kind == "linear" else (32, 4, 4)), dtype=torch.float64)
+        gradients(model, x, torch.arange(4))
+        optimiser.step()
+        found.append([graph.real_index for graph in weight_graphs(model).values()])
+    assert all(map(torch.equal, *found))
+
+
 def test_one_dense_gradient_in_the_round_of_a_rule_that_grows_by_it():
     """The probe of RigL: all candidates beside a ``.grad`` that real ones alone have."""
     both = pair(RigL(every=1, until=100))
@@ -248,6 +268,20 @@ def test_gradients_of_gradients():
     assert_close(*found)
 
 
+def test_a_round_after_a_loss_with_gradients_in_it():
+    """The gradient that edges grow by includes that through the gradients of a penalty."""
+    found = []
+    for model in pair(RigL(every=1, until=100)):
+        attach(model, torch.optim.SGD(model.parameters(), 0.1), 100)
+        x, y = batch()
+        x.requires_grad_()
+        loss = F.cross_entropy(model(x), y)
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        (loss + 10 * grad.square().sum()).backward()
+        found.append([model[layer].parametrizations.weight[0].probe.grad for layer in SPARSE])
+    assert_close(*found)
+
+
 def test_several_gradients_at_once():
     found = []
     for model in pair():
@@ -333,6 +367,36 @@ def test_a_layer_with_a_forward_pass_of_its_own_keeps_it(computed):
     sparsify(model, 0.05, "random_graph")
     model(torch.randn(2, 64)).sum().backward()
     assert not computed
+
+
+def edge_padding(layer):
+    """Replaces the private method that pads and convolves."""
+    layer._conv_forward = lambda x, weight, bias: F.conv2d(F.pad(x, (1, 1, 1, 1), "replicate"), weight, bias)
+
+
+def other_mode(layer):
+    layer.padding_mode = "circular"
+
+
+def named_padding(layer):
+    layer.padding = "valid"
+
+
+@pytest.mark.parametrize("later", [True, False])
+@pytest.mark.parametrize("change", [edge_padding, other_mode, named_padding])
+def test_a_convolution_that_pads_in_another_way_is_computed_as_it_says(change, later):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1))
+    if not later:
+        change(model[0])
+    sparsify(model, 0.05, "random_graph")
+    if later:
+        change(model[0])
+    x = torch.randn(2, 32, 6, 6)
+    weight = model[0].weight.detach().clone()
+    padded = F.pad(x, (1, 1, 1, 1), {edge_padding: "replicate", other_mode: "circular"}.get(change, "constant"))
+    expected = F.conv2d(x if change is named_padding else padded, weight, model[0].bias)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_inputs_are_refused_as_by_the_layer_itself():

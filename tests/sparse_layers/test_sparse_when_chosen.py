@@ -195,3 +195,40 @@ def test_a_copy_of_a_part_trains():
     part, before = copy.deepcopy(model[0]), counts(model)
     assert choices(part, lambda: part(X).sum().backward()) == {(1, 0)}
     assert counts(model) == before
+
+
+@pytest.mark.parametrize("stem", [0, 2])
+def test_layers_that_share_a_ranking_train_while_one_is_in_evaluation(stem):
+    """As in fine-tuning with a frozen stem: the mode of no single layer decides."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    sparsify(model, 0.25, "targeted_dropout", distribution="global")
+    (graph,) = weight_graphs(model).values()
+    x = torch.randn(2, 16)
+    model[stem].eval()
+    used = []
+    for _ in range(2):
+        used.append(set(model(x).square().sum().backward() or graph._chosen.index.tolist()))
+    assert used[0] != used[1]  # dropped at random in every pass
+    model.eval()
+    expected = top_k(graph.candidate_weight.tolist(), 128)
+    assert graph.real_index.tolist() == expected
+    model(x)
+    assert torch.cat([model[each].weight.flatten() for each in (0, 2)]).nonzero().flatten().tolist() == expected
+    model.train()
+    model(x)
+    assert graph._chosen.index.tolist() != expected
+
+
+def test_a_stem_that_stays_in_evaluation_does_not_keep_edges_of_training():
+    class Stem(nn.Linear):
+        def train(self, mode=True):
+            return super().train(False)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Stem(16, 16), nn.Linear(16, 16))
+    sparsify(model, 0.25, "targeted_dropout", distribution="global")
+    (graph,) = weight_graphs(model).values()
+    model.train()(torch.randn(2, 16))
+    model.eval()(torch.randn(2, 16))
+    assert graph._chosen.index.tolist() == top_k(graph.candidate_weight.tolist(), 128)

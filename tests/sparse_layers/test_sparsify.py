@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torchvision.models import resnet18, resnet50
 
-from dnw_graph import InputError, LotteryTicket
+from dnw_graph import STR, InputError, LotteryTicket, TopKAST
 from dnw_graph.sparse_layers import densify, sparsify, weight_graphs
 from dnw_graph.sparse_layers.budget import kept
 
@@ -280,6 +280,33 @@ def test_the_random_state_is_left_alone():
     state = torch.get_rng_state()
     sparsify(model, 0.5)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("rule", "distribution", "number"),
+    [
+        ("no_update", "uniform", 100),
+        (TopKAST(extra=0.1), "uniform", 100),
+        (STR(-5.0), "uniform", 0),
+        ("no_update", "global", 0),
+        ("random_graph", "global", 0),
+    ],
+)
+def test_a_layer_that_can_never_leave_its_zeros_is_named(rule, distribution, number):
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
+    nn.init.zeros_(model[1].weight)
+    with pytest.warns(UserWarning, match=rf"^1\.weight is zero: .* {number} of its 400 weights .* skip it"):
+        sparsify(model, None if isinstance(rule, STR) else 0.25, rule, distribution=distribution)
+
+
+@pytest.mark.parametrize(
+    "rule", ["dnw", "random_graph", "set", "rigl", "gmp", "ac_dc", "targeted_dropout", "l1_anneal"]
+)
+def test_rules_that_can_leave_zeros_do_not_warn(rule, recwarn):
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
+    nn.init.zeros_(model[1].weight)
+    sparsify(model, 0.25, rule)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("keep", [False, True])

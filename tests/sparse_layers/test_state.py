@@ -12,7 +12,8 @@ from torch import nn
 from torchvision.models import resnet18, resnet50, vit_b_16
 from torchvision.models.vision_transformer import VisionTransformer
 
-from dnw_graph import InputError
+from dnw_graph import InputError, NeuralGraph
+from dnw_graph.ranking import rankings
 from dnw_graph.sparse_layers import dense_state_dict, densify, load_optimizer_state, sparsify, weight_graphs
 
 
@@ -73,6 +74,32 @@ def test_a_sparse_checkpoint_restores_weights_and_rule():
     assert not torch.equal(model.eval()(image), other.eval()(image))
     other.load_state_dict(saved(model.state_dict()))
     assert torch.equal(model(image), other(image))
+
+
+@pytest.mark.parametrize("wiring", ["dnw", "random_graph", "rigl", "str"])
+def test_a_distributed_checkpoint_restores_weights_and_rule(wiring, tmp_path):
+    checkpoints = pytest.importorskip("torch.distributed.checkpoint")
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        graph = NeuralGraph((8, 6, 4), 20, wiring="dnw" if wiring == "str" else wiring)
+        model = nn.ModuleList([small_vit(), graph])
+        sparsify(model[0], None if wiring == "str" else 0.3, wiring)
+        models.append(model)
+    for _, each in rankings(models[0]):
+        each.wiring.step = 3
+    checkpoints.save(get_model_state_dict(models[0]), checkpoint_id=tmp_path, no_dist=True)
+    state = get_model_state_dict(models[1])
+    checkpoints.load(state, checkpoint_id=tmp_path, no_dist=True)
+    set_model_state_dict(models[1], state)
+    found = [model.state_dict() for model in models]
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+    image = torch.randn(1, 3, 8, 8)
+    assert torch.equal(*(model[0].eval()(image) for model in models))
 
 
 def test_missing_and_unexpected_keys_are_still_found():
@@ -169,6 +196,30 @@ def test_a_plain_load_would_mix_up_the_state():
     other.load_state_dict(state)
     shapes = [other.state[p]["momentum_buffer"].shape == p.shape for p in model.parameters()]
     assert not any(shapes)
+
+
+@pytest.mark.parametrize("other", [nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm])
+def test_names_of_other_parametrizations_stay(other):
+    def make():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), other(nn.Linear(8, 4)))
+
+    def make_optimiser(model):
+        return torch.optim.SGD(model.named_parameters(), 0.1, momentum=0.9)
+
+    kept = make()
+    optimiser = make_optimiser(kept)
+    step(kept, optimiser, X, Y)
+    state, loaded = saved(optimiser.state_dict()), copy.deepcopy(kept)
+    for model in (kept, loaded):
+        sparsify(model, 0.3, skip="2")
+    new = make_optimiser(loaded)
+    load_optimizer_state(new, state, loaded)
+    for _ in range(2):
+        step(kept, optimiser, X, Y)
+        step(loaded, new, X, Y)
+    for name, value in kept.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
 
 
 def grow(model):

@@ -99,6 +99,15 @@ def test_a_model_sharded_as_a_whole_trains_as_one(two_processes):
 
 
 @pytest.mark.slow
+def test_a_sharded_model_is_saved_and_loaded(two_processes):
+    for results in two_processes:
+        scores = results["scores"]
+        assert not torch.allclose(scores["untrained"], scores["sharded"])
+        torch.testing.assert_close(scores["loaded"], scores["sharded"])
+        torch.testing.assert_close(scores["restored"], scores["sharded"])
+
+
+@pytest.mark.slow
 def test_a_model_sharded_in_parts_is_refused(two_processes):
     for results in two_processes:
         assert "encoder" in results["sharded in parts"]

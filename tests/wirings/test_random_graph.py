@@ -1,8 +1,10 @@
 import pytest
 import torch
 from reference import top_k
+from torch import nn
 
 from dnw_graph import CandidateEdges, NeuralGraph, RandomGraph
+from dnw_graph.sparse_layers import sparsify, weight_graphs
 
 X = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(1))
 
@@ -95,3 +97,26 @@ def test_setup_uses_the_candidates_of_its_graph():
     graph = NeuralGraph((3, 4, 2), 9, wiring="random_graph", candidates=candidates)
     assert graph.candidates.blocks == candidates.blocks
     assert int(graph.real_index.max()) < candidates.num_candidates
+
+
+def test_edges_among_equal_weights_are_drawn():
+    weight = torch.zeros(4, 64)
+    weight[0, :8] = 1.0
+    found = []
+    for _ in range(3):
+        model = nn.Linear(64, 4)
+        model.weight.data.copy_(weight)
+        sparsify(model, 0.5, "random_graph")
+        (graph,) = weight_graphs(model).values()
+        assert len(graph.real_index) == 128
+        assert graph.real_index[:8].tolist() == list(range(8))
+        per_target = torch.bincount(graph.real_index // 64, minlength=4)
+        assert (per_target > 16).all()  # 28 to 36 on average
+        found.append(graph.real_index.tolist())
+    assert found[0] != found[1] != found[2]
+
+
+def test_a_graph_without_values_can_be_made():
+    with torch.device("meta"):
+        graph = NeuralGraph((3, 4, 2), 9, wiring="random_graph")
+    assert graph.real_index.shape == (9,)
