@@ -267,9 +267,8 @@ class NeuralGraph(Ranking):
             flat[graph.candidates.flat_index(edges)] = weight.to(flat).flatten()
             graph.load_weights(flat)
             rule, index = graph.wiring, graph.candidates.flat_index(edges).sort().values
-            if isinstance(rule, PruneAndGrow):  # It has drawn edges of its own.
+            if isinstance(rule, PruneAndGrow):  # An edge may have weight 0.
                 rule.store(graph.view(), index)
-                graph.candidates.weight.data.copy_(flat)
             elif isinstance(rule, RandomGraph):
                 rule.store(index)
             graph.forget()

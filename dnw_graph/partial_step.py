@@ -16,14 +16,13 @@ ELEMENTWISE = (SGD, Adam, AdamW, NAdam, RAdam, RMSprop)
 LARGEST = 0.25  # Share of a parameter's elements up to which gathering them pays.
 
 
-def can_be_partial(optimizer: Optimizer, parameter: Tensor, num_trained: int) -> bool:
-    """Return whether an optimiser can step on only this many elements of a parameter, and whether that is faster."""
+def can_be_partial(optimizer: Optimizer, parameter: Tensor) -> bool:
+    """Return whether an optimiser can step on some elements of a parameter only; on a GPU that is not faster."""
     return (
         type(optimizer) in ELEMENTWISE
         and not torch.compiler.is_compiling()
         and parameter.device.type == "cpu"
         and parameter.is_contiguous()
-        and num_trained <= LARGEST * parameter.numel()
     )
 
 

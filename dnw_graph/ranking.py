@@ -153,6 +153,11 @@ class Ranking(nn.Module):
             default: k if the rule has no number of its own. Default: all candidates.
         """
         rule = make_wiring(wiring).to(self.weights[0].parameter.device)
+        if rule.trained == "real" and type(rule).choose_to_train is not Wiring.choose_to_train:
+            raise InputError(
+                f"{self.name}: {type(rule).__name__} has choose_to_train, so trained = 'real' is ambiguous: set "
+                "trained = 'own' and define trained_edges"
+            )
         own = rule.own_num_edges(View(self, rule, 0))
         if num_edges is None:
             num_edges = next(number for number in (own, default, self.num_candidates) if number is not None)
@@ -171,23 +176,23 @@ class Ranking(nn.Module):
             self.origin = generator_state(self.weights[0].parameter.device)
         return self._set_up(rule, num_edges)
 
-    def _set_up(self, rule: Wiring, num_edges: int) -> View:
+    def _set_up(self, rule: Wiring, num_edges: int, *, loaded: bool = False) -> View:
         view = View(self, rule, num_edges, copy=True)
         with torch.no_grad():
-            rule.setup(view)
+            (rule.setup_loaded if loaded else rule.setup)(view)
         return view
 
-    def set_up_anew(self) -> None:
-        """Restart the rule after the weights were replaced."""
+    def set_up_anew(self, *, loaded: bool = False) -> None:
+        """Restart the rule after the weights were redrawn, or after they were loaded."""
         self.forget()
-        self.take(self._set_up(self.wiring, self._num_edges))
+        self.take(self._set_up(self.wiring, self._num_edges, loaded=loaded))
 
     def take(self, view: View) -> None:
         """Adopt a prepared rule."""
         view.write_back()
         before = getattr(self, "wiring", view.wiring)
         self.wiring = view.wiring.train(self.training)
-        self._needs_steps = self.wiring.needs_steps  # Not read in a forward pass: the compiler cannot trace it.
+        self._needs_attach = self.wiring.needs_attach  # Not read in a forward pass: the compiler cannot trace it.
         self.wiring.step = 0
         for name in ("num_steps", "steps_per_epoch", "seed"):
             setattr(self.wiring, name, getattr(before, name))
@@ -198,8 +203,9 @@ class Ranking(nn.Module):
     def load_weights(self, state: Mapping[str, Any] | Tensor) -> None:
         """Load the candidate weights alone, from a graph with another k or another rule, for fine-tuning.
 
-        The rule is set up again for them, as when the graph was created: ``"random_graph"`` keeps the strongest of
-        them, unless it has ``separate_scores``.
+        The rule is set up again for them. SET, RigL and sparse momentum start from the k edges of largest |w| instead
+        of random ones, and set the others to zero; fine tune and lottery ticket keep their edges; ``"random_graph"``
+        keeps the strongest, unless it has ``separate_scores``.
 
         Args:
             state: The ``state_dict`` of a graph with the same candidates, or a vector ``[num_candidates]``; for sparse
@@ -219,7 +225,7 @@ class Ranking(nn.Module):
             view = self.view(copy=True)
             view.weight.copy_(flat)
             view.write_back()
-        self.set_up_anew()
+        self.set_up_anew(loaded=True)
 
     def _weights_in(self, state: Mapping[str, Any]) -> Tensor | None:
         found = state.get("candidates.weight")
@@ -287,20 +293,20 @@ class Ranking(nn.Module):
         return self.wiring.choose(self.view(tensors)) if real is None else real
 
     def guarded(self, weight: Tensor) -> Tensor:
-        """Raise an error at the second backward pass if the rule needs an attached optimiser and has none.
+        """Raise an error at the second backward pass if the rule needs an attached optimiser that it has not.
 
         A compiled model cannot count passes and raises it in the first one.
 
         Args:
             weight: A tensor through which the gradients of the weights flow.
         """
-        if not self._needs_steps or not self.training:
+        if not self._needs_attach or not self.training:
             return weight
         if torch.compiler.is_compiling():
             if self._updates is None and torch.is_grad_enabled():
                 raise self._unattached()
             return weight
-        if self.updates is not None:
+        if self.updates is not None and self.updates.steps_parameters(self.wiring):
             return weight
         weight = weight.view_as(weight)
         if weight.requires_grad:
@@ -314,9 +320,13 @@ class Ranking(nn.Module):
             raise self._unattached()
 
     def _unattached(self) -> InputError:
+        rule = self.wiring
+        why = "needs the steps of an optimiser, but none is attached"
+        if not rule.needs_steps or self.updates is not None:
+            why = "has parameters of its own, but no attached optimiser has them"
         return InputError(
-            f"{self.name}: {type(self.wiring).__name__} needs the steps of an optimiser, but none is attached: "
-            "call dnw_graph.attach(model, optimizer) before training, and again for another optimiser or a copy"
+            f"{self.name}: {type(rule).__name__} {why}: call dnw_graph.attach(model, optimizer) before training, and "
+            "again after rewire, for another optimiser or a copy"
         )
 
     @property
@@ -339,7 +349,7 @@ class Ranking(nn.Module):
         self._chosen = None
         self.wiring.forget_weights()
         if self.updates is not None:
-            self.updates.add_probes(self)  # The next step may have a round.
+            self.updates.renew(self)
 
     def forget_edges(self) -> None:
         """Choose the edges again at their next use, after a step."""

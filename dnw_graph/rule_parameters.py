@@ -35,13 +35,16 @@ class RuleParameters:
         optimizer: Its optimiser. Nothing is changed yet.
         others: Other optimisers of the model; what they have is not missing.
 
+    Attributes:
+        decays: The parameters that the optimiser, or another one, has or gets, each with its weight decay.
+
     Raises:
         InputError: If a parameter is missing and cannot be added, or the optimiser has no weight decay but a parameter
             needs one.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, others: Iterable[Optimizer] = ()) -> None:
-        self.decays = own_decay(model)
+        self.decays: dict[Tensor, float] = {}
         self._missing: list[tuple[dict[str, Any], str, Tensor]] = []
         self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._num_groups = 0
@@ -51,16 +54,21 @@ class RuleParameters:
         for _, graph in rankings(model):
             like = next((groups[each.parameter] for each in graph.weights if each.parameter in groups), None)
             for parameter in graph.wiring.parameters():
-                group = groups.get(parameter, None if parameter in elsewhere else like)
-                if group is None or not parameter.requires_grad:
+                group = groups.get(parameter)
+                missing = group is None and parameter not in elsewhere
+                if missing and (like is None or not parameter.requires_grad):
                     continue
-                name, decay = names[parameter], self.decays[parameter]
+                name, decay = names[parameter], graph.wiring.weight_decay
+                self.decays[parameter] = decay
+                group = like if missing else group
+                if group is None:
+                    continue
                 if decay and "weight_decay" not in group:
                     raise InputError(
                         f"{kind} has no weight decay, but {name} needs {decay:g}: give "
                         f"{type(graph.wiring).__name__} weight_decay=0, or use SGD or Adam"
                     )
-                if parameter not in groups:
+                if missing:
                     if isinstance(optimizer, CLOSED):
                         raise InputError(
                             f"{kind} was created without {name} and cannot add it: create it after sparsify or rewire, "

@@ -19,9 +19,9 @@ from dnw_graph._compat import backward_pass, capturing, steps_in_progress, unwra
 from dnw_graph.arguments import checked, require
 from dnw_graph.candidates import RankedWeight, split_index
 from dnw_graph.errors import InputError
-from dnw_graph.partial_step import PartialStep, can_be_partial
+from dnw_graph.partial_step import LARGEST, PartialStep, can_be_partial
 from dnw_graph.ranking import Ranking, rankings
-from dnw_graph.rule_parameters import RuleParameters, own_decay, parameter_groups
+from dnw_graph.rule_parameters import RuleParameters, parameter_groups
 from dnw_graph.wirings import View, Wiring
 from dnw_graph.wirings.view import new_seed
 
@@ -33,8 +33,11 @@ class Updates:
         graphs: The graphs whose rules need steps, by their full names.
     """
 
-    def __init__(self, graphs: dict[str, Ranking], optimizer: Optimizer, parameters: RuleParameters) -> None:
+    def __init__(
+        self, graphs: dict[str, Ranking], optimizer: Optimizer, parameters: RuleParameters, num_steps: int | None
+    ) -> None:
         self.graphs = graphs
+        self._num_steps = num_steps
         self._optimizer = weakref.ref(optimizer)
         self._stepped = False  # Whether it has, since another optimiser began a step.
         self._parameters = parameters
@@ -75,9 +78,17 @@ class Updates:
         graph.attached(self, graph.name)
         self._set_probes()
 
+    def is_of(self, optimizer: Optimizer) -> bool:
+        """Return whether this is the handle of an optimiser."""
+        return self._optimizer() is optimizer
+
+    def steps_parameters(self, rule: Wiring) -> bool:
+        """Return whether the optimiser, or another one of the model, has the parameters that a rule learns."""
+        return all(each in self._parameters.decays or not each.requires_grad for each in rule.parameters())
+
     def before_other(self, optimizer: Optimizer) -> None:
         """Note that another optimiser begins a step."""
-        if self._optimizer() is not optimizer:
+        if not self.is_of(optimizer):
             self._stepped = False
 
     def after_other(self, optimizer: Optimizer) -> None:
@@ -91,16 +102,15 @@ class Updates:
             return
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         moved = {parameter for parameter in parameters if parameter.grad is not None}
+        own = {} if attached is None else parameter_groups(attached)
         for name, graph in self.graphs.items():
-            if any(weight.parameter in moved for weight in graph.weights):
+            # If only the parameters of the rule are attached, another optimiser has the weights.
+            if any(each in moved and (graph.wiring.counts_steps or each in own) for each in graph.tensors()):
                 raise InputError(
                     f"{type(optimizer).__name__} has moved the weights of {name}, but another optimiser is attached, "
-                    f"and {type(graph.wiring).__name__} acts after its steps only: call dnw_graph.attach(model, "
+                    f"and {type(graph.wiring).__name__} needs the steps of that one: call dnw_graph.attach(model, "
                     "optimizer) for each optimiser before its first step"
                 )
-
-    def _views(self, optimizer: Optimizer) -> dict[str, View]:
-        return {name: graph.view(optimizer=optimizer) for name, graph in self.graphs.items()}
 
     def _weights(self) -> Iterator[RankedWeight]:
         for graph in self.graphs.values():
@@ -118,18 +128,17 @@ class Updates:
         self._before = {}  # The last step may have raised an error.
         self._parameters.end(optimizer)
         alone: dict[Tensor, Tensor] = {}
-        for name, view in self._views(optimizer).items():
-            _refuse_frozen(view.graph)
-            skips = view.wiring.skips_update(view)
-            none = torch.empty(0, dtype=torch.long, device=view.graph.weights[0].parameter.device)
-            trained = none if skips else self.graphs[name].trained_edges()
-            if trained is None:
+        for name, graph in self.graphs.items():
+            _refuse_frozen(graph)
+            view = graph.view(optimizer=optimizer)
+            none = torch.empty(0, dtype=torch.long, device=graph.weights[0].parameter.device)
+            trained = none if graph.wiring.skips_update(view) else graph.trained_edges()
+            if trained is None or trained.numel() == graph.num_candidates:
                 continue
-            if not skips and (parts := _positions(self.graphs[name], trained, optimizer)):
+            if parts := _positions(graph, trained, optimizer):
                 alone |= parts
-                continue
-            states = {key: value.clone() for key, value in view.state.items()}
-            self._before[name] = _Before(trained, view.weight.clone(), states)
+            else:
+                self._before[name] = _Before(trained, {key: flat.clone() for key, flat in _flats(view).items()})
         self._partial = PartialStep(optimizer, alone) if alone else None
         if self._partial is None and not self._parameters.decays:
             return None
@@ -154,11 +163,11 @@ class Updates:
         self._parameters.end(optimizer)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf.item():  # Otherwise a GradScaler made a fused optimiser skip the step.
-            for name, view in self._views(optimizer).items():
-                if name in before:
-                    before[name].restore(view)
-                    view.write_back()
-            views = self._views(optimizer)  # New ones: what was gathered hides what a rule resets for all parameters.
+            for name, remembered in before.items():
+                view = self.graphs[name].view(optimizer=optimizer)
+                remembered.restore(view)
+                view.write_back()
+            views = {name: graph.view(optimizer=optimizer) for name, graph in self.graphs.items()}
             self._average_probes()
             for graph in self.graphs.values():
                 graph.wiring.step += 1
@@ -179,10 +188,14 @@ class Updates:
         """Collect the gradients that the rules will need in the next backward passes, and no others."""
         self._remove_probes()
         for graph in self.graphs.values():
-            self.add_probes(graph)
+            self._add_probes(graph)
 
-    def add_probes(self, graph: Ranking) -> None:
-        """Collect the gradients of a graph if its rule will need them."""
+    def renew(self, graph: Ranking) -> None:
+        """Act on a graph with another rule, or with a loaded state, whose number of steps a given one replaces."""
+        graph.wiring.num_steps = self._num_steps or graph.wiring.num_steps
+        self._add_probes(graph)  # The next step may have a round.
+
+    def _add_probes(self, graph: Ranking) -> None:
         if graph.wiring.needs_gradient(graph.view()):
             for weight in graph.weights:
                 if weight.holder.probe is None and weight.parameter.requires_grad:
@@ -233,13 +246,13 @@ def _after_any(optimizer: Optimizer, *_: Any) -> None:
 
 def _positions(graph: Ranking, trained: Tensor, optimizer: Optimizer) -> dict[Tensor, Tensor] | None:
     """Return the positions of the trained candidates in each parameter, or None if it cannot step on them alone."""
-    found = {}
-    for weight, own in zip(graph.weights, split_index(trained, graph.weights), strict=True):
-        parameter = weight.parameter
-        if weight.numel != parameter.numel() or not can_be_partial(optimizer, parameter, len(own)):
-            return None
-        found[parameter] = weight.positions(own)
-    return found
+    weights = graph.weights
+    if not all(each.numel == each.parameter.numel() and can_be_partial(optimizer, each.parameter) for each in weights):
+        return None
+    parts = list(zip(weights, split_index(trained, weights), strict=True))
+    if any(len(own) > LARGEST * weight.numel for weight, own in parts):
+        return None
+    return {weight.parameter: weight.positions(own) for weight, own in parts}
 
 
 def _after_closure(
@@ -272,18 +285,21 @@ def _after_closure(
 
 @dataclass
 class _Before:
-    """Weights and optimiser state before a step, and the candidates that the step may change."""
+    """The candidates that a step may change, and weights and optimiser state before it."""
 
     trained: Tensor
-    weight: Tensor
-    state: dict[str, Tensor]
+    flats: dict[str, Tensor]
 
     def restore(self, view: View) -> None:
         """Restore untrained candidates; optimiser state that the step created is zeroed there."""
-        for name, now in {"": view.weight, **view.state}.items():
-            before = self.state.get(name) if name else self.weight
+        for name, now in _flats(view).items():
+            before = self.flats.get(name)
             restored = torch.zeros_like(now) if before is None else before
             now.copy_(restored.index_copy_(0, self.trained, now[self.trained]))
+
+
+def _flats(view: View) -> dict[str, Tensor]:
+    return {"weight": view.weight, **{f"state {name}": flat for name, flat in view.state.items()}}
 
 
 def _new_probe(parameter: Tensor) -> tuple[Tensor, list[RemovableHandle]]:
@@ -334,28 +350,32 @@ def attach(
 ) -> Updates:
     """Call the rules of a model after every step of its optimiser, with hooks; the training loop does not change.
 
-    Needed for rules that exchange or remove edges between steps (``"set"``, ``"rigl"``, …), for rules that freeze
-    candidates, and for all schedules. Call it after creating the optimiser, and before loading a checkpoint into it;
-    learning-rate schedulers may exist before. Steps that a ``torch.amp.GradScaler`` skips do not count, nor do passes
-    without a step. A copy of the optimiser has no hooks: attach it too. Register other pre-hooks of its step, such as
-    one that clips gradients, before: for rules that freeze candidates, the gradients of the others are gathered here.
+    Needed for rules that exchange or remove edges between steps (``"set"``, ``"rigl"``, …), that freeze candidates or
+    have parameters (``"str"``), and for all schedules. Call it after creating the optimiser, and before loading a
+    checkpoint into it; learning-rate schedulers may exist before. Steps that a ``torch.amp.GradScaler`` skips do not
+    count, nor do passes without a step. A copy of the optimiser has no hooks: attach it too. Register other pre-hooks
+    of its step, such as one that clips gradients, before: for rules that freeze candidates, the gradients of the others
+    are gathered here.
 
     Parameters of a rule, such as the threshold of ``"str"``, are stepped with their own weight decay. If the optimiser
     was created without them, before ``sparsify`` or ``rewire``, they are added to the group of the graph's weights; if
     they have another optimiser than the weights, attach only that one.
 
+    Attaching an optimiser again replaces its hooks. If it has the parameters of two models, attach it to both at once:
+    ``attach(nn.ModuleList([first, second]), optimizer)``.
+
     Args:
         model: The model, or a wrapper of it (data-parallel, compiled, averaged).
         optimizer: Its optimiser.
-        num_steps: Steps of the whole training, for schedules in fractions of it.
+        num_steps: Steps of the whole training, for schedules in fractions of it. Default: that of a loaded state.
         steps_per_epoch: Steps of an epoch, for rules that act once per epoch.
 
     Returns:
         A handle, which need not be kept; :meth:`Updates.remove` removes the hooks.
 
     Raises:
-        InputError: If the optimiser is not supported, or lacks a parameter, the momentum or the weight decay that a
-            rule needs.
+        InputError: If the optimiser is not supported, is attached to another model, or lacks a parameter, the momentum
+            or the weight decay that a rule needs; or if a rule needs a number of steps that is not known.
 
     Examples:
         >>> import torch
@@ -380,13 +400,24 @@ def attach_beside(
 ) -> Updates:
     """Attach one of several optimisers of a model, see :func:`attach`, to what no other one has."""
     elsewhere = {each for other in others if other is not optimizer for each in parameter_groups(other)}
+    own = parameter_groups(optimizer)
     graphs: dict[str, Ranking] = {}
     for path, graph in rankings(unwrapped(model)):
-        if graph.wiring.counts_steps and not elsewhere.issuperset(graph.tensors()):
+        rule = graph.wiring
+        # A rule that only has parameters needs the optimiser that has them; that of another model may lack them.
+        has_any = any(each in own for each in (*graph.tensors(), *rule.parameters()))
+        if (rule.counts_steps or (rule.needs_attach and has_any)) and not elsewhere.issuperset(graph.tensors()):
             name = graph.full_name_at(unwrapped_name(path))
             graphs[path if name in graphs else name] = graph
-    if graphs or own_decay(model):
+    if graphs:
         _refuse_optimizer(optimizer)
+    earlier = [each for each in _LIVING if graphs and each.is_of(optimizer)]
+    for other in earlier:
+        if other.graphs and set(other.graphs.values()).isdisjoint(graphs.values()):
+            raise InputError(
+                f"{type(optimizer).__name__} is attached to another model, with {next(iter(other.graphs))}: call "
+                "attach(nn.ModuleList([first, second]), optimizer) for both, or remove() of the earlier handle before"
+            )
     parameters = RuleParameters(unwrapped(model), optimizer, others)
     for name, graph in graphs.items():
         _refuse_parameters(name, graph, optimizer)
@@ -397,12 +428,13 @@ def attach_beside(
         rule.num_steps = num_steps or rule.num_steps
         rule.steps_per_epoch = steps_per_epoch or rule.steps_per_epoch
         rule.seed = rule.seed or seed
-        if any(each.in_fractions for each in rule.schedules):
-            _ = graph.view().num_steps  # Refused now, not at the schedule's first use.
+        rule.refuse_unknown_numbers(graph.view())
+    for updates in earlier:
+        updates.remove()
     for updates in {graph.updates for graph in graphs.values()} - {None}:
         updates.release(graphs.values())
     parameters.add_missing()
-    return Updates(graphs, optimizer, parameters)
+    return Updates(graphs, optimizer, parameters, num_steps)
 
 
 def _num_ranks() -> int:
@@ -455,7 +487,7 @@ def _refuse_parameters(name: str, graph: Ranking, optimizer: Optimizer) -> None:
     groups = parameter_groups(optimizer)
     for weight in graph.weights:
         if weight.parameter not in groups:
-            if not weight.parameter.requires_grad:
+            if not weight.parameter.requires_grad or not graph.wiring.counts_steps:
                 continue
             raise InputError(f"{name} is not among the parameters of the optimiser: give it model.parameters()")
         group = groups[weight.parameter]

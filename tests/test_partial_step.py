@@ -68,7 +68,7 @@ def test_equals_steps_on_all(name, closure, distribution, count, monkeypatch):
     found = train(model, OPTIMIZERS[name], closure)
     alone = len(count)
     if distribution == "uniform":  # otherwise one layer may come to have more than a quarter of its weights
-        assert alone == (6 if closure else 9)  # a round of RigL leaves all candidates as they are
+        assert alone == 9
     assert alone
     monkeypatch.setattr(partial_step, "ELEMENTWISE", ())
     expected = train(other, OPTIMIZERS[name], closure)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Rprop
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from dnw_graph import STR, InputError, attach, sparsify
+from dnw_graph import STR, InputError, NeuralGraph, RigL, attach, sparsify
 from dnw_graph.sparse_layers import weight_graphs
 
 X = torch.randn(16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -37,6 +37,13 @@ def thresholds(model):
     return [graph.wiring.threshold for graph in weight_graphs(model).values()]
 
 
+def unguarded(model):
+    """The same model, which trains without ``attach``."""
+    for graph in weight_graphs(model).values():
+        graph._needs_attach = False
+    return model
+
+
 def others(model):
     return [each for each in model.parameters() if each.dim()]
 
@@ -54,7 +61,7 @@ def same(model, twin):
 
 @pytest.mark.parametrize("make", OPTIMISERS.values(), ids=OPTIMISERS)
 def test_a_step_is_that_of_an_optimiser_with_a_group_for_them(make):
-    model, twin = sparse(), sparse()
+    model, twin = sparse(), unguarded(sparse())
     own = make(model.parameters())
     other = make([{"params": others(twin)}, {"params": thresholds(twin), "weight_decay": OWN}])
     attach(model, own)
@@ -190,7 +197,7 @@ def test_what_cannot_step_them_is_refused_by_name_and_stays_the_same(kind):
 
 
 def test_an_optimiser_without_decay_steps_those_that_need_none():
-    model, twin = sparse(0.0), sparse(0.0)
+    model, twin = sparse(0.0), unguarded(sparse(0.0))
     own, other = Rprop(model.parameters()), Rprop(twin.parameters())
     attach(model, own)
     for _ in range(3):
@@ -222,3 +229,87 @@ def test_after_an_error_the_optimiser_is_saved_with_the_groups_that_it_was_creat
         step(model, optimiser)
     assert [group["params"] for group in optimiser.state_dict()["param_groups"]] == groups
     step(model, optimiser)
+
+
+WITHOUT = r"STR has parameters of its own, but no attached optimiser has them: call dnw_graph\.attach"
+
+
+@pytest.mark.parametrize("first", ["optimiser", "sparsify"])
+def test_without_attach_the_second_backward_pass_raises(first):
+    model = dense()
+    if first == "sparsify":
+        sparsify(model, wiring=STR(-2.0, OWN))
+    own = SGD(model.parameters(), 0.1)
+    if first == "optimiser":
+        sparsify(model, wiring=STR(-2.0, OWN))
+    step(model, own)
+    with pytest.raises(InputError, match=WITHOUT):
+        step(model, own)
+    attach(model, own)
+    before = [each.item() for each in thresholds(model)]
+    step(model, own)
+    assert all(each.item() != old for each, old in zip(thresholds(model), before, strict=True))
+
+
+def test_a_rule_with_parameters_that_follows_an_attached_one_is_attached_anew():
+    model = NeuralGraph((6, 5, 3), 9, wiring=RigL(every=2, until=9), node_function=nn.Tanh()).double()
+    own = SGD(model.parameters(), 0.1)
+    attach(model, own)
+    step(model, own)
+    model.rewire(STR(-3.0, OWN), 9)
+    step(model, own)
+    with pytest.raises(InputError, match=WITHOUT):
+        step(model, own)
+    attach(model, own)
+    step(model, own)
+    assert model.wiring.threshold.item() != -3
+    model.load_weights(torch.randn(model.num_candidates, dtype=torch.float64))  # the same parameter
+    for _ in range(3):
+        step(model, own)
+    assert model.wiring.threshold.item() != -3
+
+
+@pytest.mark.filterwarnings("ignore:.* left the ranking of all layers")
+def test_a_layer_that_leaves_a_ranking_has_a_threshold_that_is_not_attached():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)).double()
+    sparsify(model, wiring=STR(-2.0, OWN), distribution="global")
+    own = SGD(model.parameters(), 0.1)
+    attach(model, own)
+    old = model[1]
+    model[1] = nn.Linear(6, 3).double()
+    for _ in range(3):
+        step(model, own)
+    old(X).sum().backward()
+    with pytest.raises(InputError, match=WITHOUT):
+        old(X).sum().backward()
+
+
+def test_where_weights_and_thresholds_have_two_optimisers_that_of_the_thresholds_is_attached():
+    model, twin = sparse(), sparse()
+    own = SGD(thresholds(model), 0.1), SGD(others(model), 0.1, weight_decay=0.05)
+    both = SGD([{"params": others(twin), "weight_decay": 0.05}, {"params": thresholds(twin)}], 0.1)
+    attach(model, own[0])
+    attach(twin, both)
+    for _ in range(3):
+        model.zero_grad()
+        model(X).square().sum().backward()
+        for each in own:
+            each.step()
+        step(twin, both)
+    assert same(model, twin)
+
+
+def test_an_optimiser_without_thresholds_is_refused_after_one_that_has_them():
+    model = sparse()
+    attach(model, SGD(model.parameters(), 0.1))
+    own, older = SGD(model.parameters(), 0.1), SGD(others(model), 0.1)
+    attach(model, own)
+    step(model, own)
+    with pytest.raises(InputError, match=r"SGD has moved the weights of 0\.weight, but another optimiser is attached"):
+        step(model, older)
+
+
+def test_optimisers_of_other_models_are_not_refused():
+    model = sparse()
+    other = nn.Linear(2, 2)
+    attach(nn.ModuleList([model, other]), torch.optim.LBFGS(other.parameters()))

@@ -15,6 +15,7 @@ from dnw_graph import (
     ACDC,
     GMP,
     SET,
+    STR,
     InputError,
     NeuralGraph,
     RigL,
@@ -23,6 +24,7 @@ from dnw_graph import (
     TargetedDropout,
     Wiring,
     attach,
+    partial_step,
     updates,
 )
 from dnw_graph.sparse_layers import densify, sparsify, weight_graphs
@@ -153,7 +155,7 @@ def test_the_gradient_of_all_candidates_comes_when_it_is_asked_for_and_stays_out
         twin = copy.deepcopy(model)
         for each in graphs(twin):
             each.wiring.__class__ = type("All", (Probing,), {"trained": "all", "after_step": Wiring.after_step})
-            each._needs_steps = False
+            each._needs_attach = False
         own.zero_grad()
         for x in (X, 2 * X):
             model(x).square().sum().backward()
@@ -180,7 +182,7 @@ def test_what_a_rule_writes_reaches_the_parameters_and_the_optimiser(kind, rule)
     attach(model, own)
     for each in graphs(twin):
         each.wiring.__class__ = type("Idle", (Halving,), {"after_step": Wiring.after_step})
-        each._needs_steps = False
+        each._needs_attach = False
     for _ in range(3):
         step(model, own)
         step(twin, other)
@@ -250,13 +252,67 @@ def test_layers_that_share_a_ranking_notice_a_second_backward_pass_even_if_some_
         model(x).sum().backward()
 
 
-@pytest.mark.parametrize("rule", [RigL(), GMP(), TargetedDropout(Schedule(0.5, 0.9))], ids=["rigl", "gmp", "dropout"])
+@pytest.mark.parametrize("rule", [RigL(), GMP(), TargetedDropout(Schedule(0.5, 0.9)), ACDC()])
 def test_a_schedule_in_fractions_of_an_unknown_training_is_refused_before_it(rule):
     model = NeuralGraph((6, 5, 4), 9, wiring=rule)
     own = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(InputError, match=r"does not know how many steps training has: give it to dnw_graph\.attach"):
         attach(model, own)
     attach(model, own, 10)
+
+
+@pytest.mark.parametrize("rule", [SET(), RigL(every=None, until=9), SparseMomentum()])
+def test_rounds_of_epochs_of_unknown_length_are_refused_before_training(rule):
+    model = NeuralGraph((6, 5, 4), 9, wiring=rule)
+    own = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    with pytest.raises(InputError, match=r"does not know how many steps an epoch has, its default for every=…: give"):
+        attach(model, own, 10)
+    assert model.updates is None
+    attach(model, own, 10, steps_per_epoch=2)
+
+
+@pytest.mark.parametrize("kind", ["graph", "perceptron", "global"])
+@pytest.mark.parametrize("first", ["attach", "load"])
+def test_a_number_of_steps_that_is_given_wins_over_that_of_a_loaded_state(kind, first):
+    def attached(num_steps):
+        model = make(kind, RigL())
+        own = torch.optim.SGD(model.parameters(), 0.1)
+        if num_steps is not None:
+            attach(model, own, num_steps)
+        return model, own
+
+    saved, _ = attached(1000)
+    model, own = attached(2000 if first == "attach" else None)
+    model.load_state_dict(saved.state_dict())
+    if first == "load":
+        attach(model, own, 2000)
+    assert [each.wiring.num_steps for each in graphs(model)] == [2000] * len(graphs(model))
+    other, own = attached(None)
+    other.load_state_dict(saved.state_dict())
+    attach(other, own)
+    assert {each.wiring.num_steps for each in graphs(other)} == {1000}
+
+
+@pytest.mark.parametrize("rule", [ACDC((2, 4, 6)), GMP(0, 4, 2)])
+@pytest.mark.parametrize("kind", ["graph", "global"])
+def test_nothing_is_remembered_while_all_candidates_are_trained(kind, rule, monkeypatch):
+    monkeypatch.setattr(partial_step, "ELEMENTWISE", ())  # as on a device
+    model = make(kind, rule)
+    own = OPTIMISERS["adam"](model.parameters())
+    updates, remembered = attach(model, own), []
+    own.register_step_pre_hook(lambda *_: remembered.append(len(updates._before)))
+    for _ in range(3):
+        step(model, own)
+    assert remembered == [0, 0, 1]
+
+
+def test_the_edges_of_layers_that_share_a_ranking_are_not_divided_on_a_device(monkeypatch):
+    model = make("global", RigL(every=100))
+    own = OPTIMISERS["sgd"](model.parameters())
+    attach(model, own, 200)
+    monkeypatch.setattr(partial_step, "ELEMENTWISE", ())  # as on a device
+    monkeypatch.setattr(updates, "split_index", None)  # which waits for it
+    step(model, own)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -523,6 +579,41 @@ def test_attaching_again_replaces_the_hooks():
     assert len(model.wiring.seen) == 1
     with pytest.raises(InputError, match="none is attached"):
         step(model, own)
+
+
+@pytest.mark.parametrize("rules", [("str", "str"), ("rigl", "str"), ("rigl", "rigl")])
+def test_an_optimiser_of_two_models_is_attached_once_to_both(rules):
+    def make_both():
+        torch.manual_seed(0)
+        both = nn.ModuleList(perceptron() for _ in rules)
+        for part, rule in zip(both, rules, strict=True):
+            sparsify(part, wiring=STR(-2.0, 0.5) if rule == "str" else RigL(0.5, 2))
+        return both, torch.optim.SGD(both.parameters(), 0.1, momentum=0.9, weight_decay=0.05)
+
+    def train(both, own):
+        for _ in range(5):
+            own.zero_grad()
+            sum(part(X).square().sum() for part in both).backward()
+            own.step()
+        return [*both.parameters(), *own.state_dict()["state"]]
+
+    both, own = make_both()
+    updates = attach(both[0], own, 10)
+    message = r"SGD is attached to another model, with 0\.weight: call attach\(nn\.ModuleList\(\[first, second\]\), opt"
+    with pytest.raises(InputError, match=message):
+        attach(both[1], own, 10)
+    assert all(graph.updates is updates for graph in graphs(both[0]))
+    assert all(graph.updates is None for graph in graphs(both[1]))
+    attach(both, own, 10)  # instead of the first time
+    twins, other = make_both()
+    attach(twins, other, 10)
+    for a, b in zip(train(both, own), train(twins, other), strict=True):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    updates = attach(both[0], own, 10)  # a part of it
+    with pytest.raises(InputError, match=message):
+        attach(both[1], own, 10)
+    updates.remove()
+    attach(both[1], own, 10)
 
 
 def test_attaching_a_part_again_takes_over_that_part_only():

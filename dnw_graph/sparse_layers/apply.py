@@ -45,7 +45,8 @@ def sparsify(
     attention projection becomes a graph: its entries are the candidates, k of them are real, and the others are zero in
     the forward pass. With the rule ``"dnw"`` all of them get the dense gradient. Biases, norms and everything else
     stay unchanged. The module is changed in place; its parameters stay the same objects, so you can create the
-    optimiser before or after. :func:`densify` restores plain parameters.
+    optimiser before or after; :func:`dnw_graph.attach` adds the parameters of a rule, such as the thresholds of
+    ``"str"``. :func:`densify` restores plain parameters.
 
     In training the real weights are chosen once per forward pass of the outermost module called; in evaluation when the
     weights have changed, as in :class:`~dnw_graph.NeuralGraph`. Reading a weight outside of a forward pass returns the

@@ -140,7 +140,7 @@ class WeightGraph(Ranking):
         )
         share = int(stay[index].count_nonzero()) / max(1, index.numel())
         other = WeightGraph(" and ".join(each.name for each in leaving), tuple(leaving))
-        other.wiring, other._needs_steps = copy.deepcopy(self.wiring), self._needs_steps
+        other.wiring, other._needs_attach = copy.deepcopy(self.wiring), self._needs_attach
         before = self._num_edges
         for graph, candidates, part in ((self, stay, share), (other, ~stay, 1 - share)):
             graph._num_edges = round(before * part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dnw_graph.arguments import checked, require
-from dnw_graph.wirings.schedule import moment
+from dnw_graph.wirings.schedule import MOMENT, is_moment, moment
 from dnw_graph.wirings.stored_edges import ChangingEdges
 from dnw_graph.wirings.view import View
 
@@ -25,15 +25,15 @@ class ACDC(ChangingEdges):
     with the switches t_s and n candidates. The published code counts t in epochs.
 
     Args:
-        switches: The ends of the phases, as steps or fractions of training. The first phase is dense; the number of
-            switches is odd, so that training ends with k edges. Default: the paper's for 100 epochs of ImageNet: dense
-            until epoch 10, compressed until 15, …, dense from 75 to 85, compressed to the end.
+        switches: The ends of the phases, all as steps or all as fractions of training. The first phase is dense; the
+            number of switches is odd, so that training ends with k edges. Default: the paper's for 100 epochs of
+            ImageNet: dense until epoch 10, compressed until 15, …, dense from 75 to 85, compressed to the end.
 
     Shapes:
         - ``real``: ``[num_candidates]``, uint8
 
     Raises:
-        InputError: If the switches are not ascending or their number is even.
+        InputError: If the switches are not ascending, their number is even, or one is neither a step nor a fraction.
     """
 
     trained = "real"
@@ -43,7 +43,14 @@ class ACDC(ChangingEdges):
         super().__init__()
         ascending = len(switches) % 2 == 1 and list(switches) == sorted(set(switches)) and switches[0] > 0
         require(ascending, "switches", "an odd number of ascending moments", switches)
+        require(all(map(is_moment, switches)), "switches", f"moments, each {MOMENT}", switches)
+        require(len(set(map(type, switches))) == 1, "switches", "all steps or all fractions", switches)
         self.switches = tuple(switches)
+
+    def refuse_unknown_numbers(self, view: View) -> None:
+        """Refuse switches in fractions of a training of unknown length."""
+        super().refuse_unknown_numbers(view)
+        moment(view, self.switches[0])
 
     def after_step(self, view: View) -> None:
         """Begin a phase if it is time."""

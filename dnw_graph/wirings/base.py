@@ -24,7 +24,7 @@ class Wiring(nn.Module):
     A subclass overrides :meth:`choose`, and other methods as needed. All methods get a
     :class:`~dnw_graph.wirings.View`: flat vectors in the order of the candidates. Keep state that must survive a
     checkpoint in persistent buffers; the graph's ``state_dict`` has them under ``wiring.``. Parameters of a rule are
-    trained with the others, with weight decay ``weight_decay``.
+    trained with the others, with weight decay ``weight_decay``, by the optimiser given to :func:`dnw_graph.attach`.
 
     A rule decides on three sets of candidates, which may differ: the real edges E, used by the forward pass; those
     whose gradient :math:`\langle Z_u, \partial L/\partial I_v \rangle` (line 10 of the paper's Algorithm 1) is added
@@ -38,7 +38,7 @@ class Wiring(nn.Module):
         ignores_k: Whether the rule does not depend on k, so that a state with another k may be loaded.
         decides_k: Whether the rule itself determines k, so that models leave it out.
         needs_momentum: Whether the rule needs an optimiser with momentum.
-        weight_decay: Weight decay of the rule's own parameters, applied once :func:`dnw_graph.attach` was called.
+        weight_decay: Weight decay of the rule's own parameters.
         step: Number of optimiser steps so far; counted by :func:`dnw_graph.attach` for rules that need it.
         num_steps: Number of steps of the whole training; 0 if unknown.
         steps_per_epoch: Number of steps per epoch; 0 if unknown.
@@ -76,6 +76,13 @@ class Wiring(nn.Module):
     def setup(self, view: View) -> None:
         """Initialise the rule's state, and weights if needed; called for a new rule and after weights are redrawn."""
 
+    def setup_loaded(self, view: View) -> None:
+        """Initialise the rule's state for weights that were loaded; calls :meth:`setup` by default.
+
+        A rule whose :meth:`setup` replaces weights overrides this and keeps the loaded ones.
+        """
+        self.setup(view)
+
     def choose(self, view: View) -> Int[Tensor, " edges"]:
         """Return the flat indices of the real edges, ascending. Must not change state.
 
@@ -87,9 +94,10 @@ class Wiring(nn.Module):
     def choose_to_train(self, view: View) -> Int[Tensor, " edges"]:
         """Return the flat indices of the real edges of a training step, ascending. May change state.
 
-        Called once per forward pass in training; calls :meth:`choose` by default. Activation checkpointing reuses the
-        edges of the last forward pass. So if a rule chooses randomly, do not checkpoint a graph that is called several
-        times before the backward pass.
+        Called once per forward pass in training; calls :meth:`choose` by default. A rule that overrides it cannot have
+        ``trained = "real"``, which is :meth:`choose` after the pass: it uses ``"own"``. Activation checkpointing reuses
+        the edges of the last forward pass. So if a rule chooses randomly, do not checkpoint a graph that is called
+        several times before the backward pass.
         """
         return self.choose(view)
 
@@ -140,10 +148,24 @@ class Wiring(nn.Module):
 
     @property
     def needs_steps(self) -> bool:
-        """Whether the rule needs :func:`dnw_graph.attach`: it acts after steps, freezes candidates or has schedules."""
+        """Whether the rule needs the steps of an optimiser: it acts after them, freezes candidates or has schedules."""
         own = type(self)
         acts = own.after_step is not Wiring.after_step or own.skips_update is not Wiring.skips_update
         return acts or self.trained != "all" or bool(self.schedules)
+
+    @property
+    def needs_attach(self) -> bool:
+        """Whether training needs :func:`dnw_graph.attach`: the rule needs steps, or has parameters."""
+        return self.needs_steps or next(self.parameters(), None) is not None
+
+    def refuse_unknown_numbers(self, view: View) -> None:
+        """Refuse a training of unknown length if the rule depends on it. Called by :func:`dnw_graph.attach`.
+
+        Raises:
+            InputError: If a number of steps that the rule needs is unknown.
+        """
+        if any(each.in_fractions for each in self.schedules):
+            _ = view.num_steps
 
     @property
     def schedules(self) -> list[Schedule]:

@@ -21,9 +21,11 @@ class PruneAndGrow(ChangingEdges):
     """Starts with k random edges, drawn by PyTorch's generator; hallucinated weights are zero and are not trained.
 
     After a step of a round the weakest edges are dropped, and as many grow. A subclass says by which :meth:`scores`
-    they grow; those of RigL, the gradients of all candidates, are the default.
+    they grow; those of RigL, the gradients of all candidates, are the default. No round follows the last step, if the
+    number of steps is known: edges that grow there would never be trained.
 
     Attributes:
+        grows_by_gradient: Whether :meth:`scores` reads the gradients of all candidates.
         regrown_are_new: Whether an edge that is dropped and grown in the same round also starts from zero.
         skip_update: Whether the candidates are not updated in a step with a round.
 
@@ -36,6 +38,7 @@ class PruneAndGrow(ChangingEdges):
     """
 
     trained = "real"
+    grows_by_gradient: ClassVar[bool] = True
     regrown_are_new: ClassVar[bool] = False
     skip_update = False
 
@@ -49,9 +52,20 @@ class PruneAndGrow(ChangingEdges):
         self.store(view, select_top_k(view.random_scores(), view.k, view.name))
         view.weight.mul_(self.real)
 
+    def setup_loaded(self, view: View) -> None:
+        """Keep the k edges of largest |w|, and set all other weights to zero."""
+        self.store(view, self.largest(view, view.k))
+        view.weight.mul_(self.real)
+
+    def refuse_unknown_numbers(self, view: View) -> None:
+        """Refuse rounds of epochs of unknown length, too."""
+        super().refuse_unknown_numbers(view)
+        _ = self.every or view.steps_per_epoch
+
     def is_round(self, view: View, step: int) -> bool:
         """Return whether a round follows a step, counted from 1."""
-        return step > 0 and step % (self.every or view.steps_per_epoch) == 0
+        ended = 0 < self.num_steps <= step
+        return step > 0 and not ended and step % (self.every or view.steps_per_epoch) == 0
 
     def number(self, view: View, step: int) -> int:
         """Return how many edges are dropped after a step, counted from 1."""
@@ -67,7 +81,7 @@ class PruneAndGrow(ChangingEdges):
 
     def needs_gradient(self, view: View) -> bool:
         """Return whether the next step has a round, and edges are grown by their gradient."""
-        return type(self).scores is PruneAndGrow.scores and self.number(view, view.step + 1) > 0
+        return self.grows_by_gradient and self.number(view, view.step + 1) > 0
 
     def skips_update(self, view: View) -> bool:
         """Return whether the next step has a round, if that skips the update."""

@@ -45,9 +45,7 @@ class Schedule:
     def __post_init__(self) -> None:
         check_fields(self, "{} of a schedule".format)
         for name, moment in (("begin", self.begin), ("until", self.until)):
-            possible = moment >= 0 and (isinstance(moment, int) or moment <= 1)
-            expected = "a step (an integer >= 0) or a fraction of training (0.0 … 1.0)"
-            require(possible, f"{name} of a schedule", expected, moment)
+            require(is_moment(moment), f"{name} of a schedule", MOMENT, moment)
         if type(self.begin) is type(self.until) and self.begin > self.until:
             raise InputError(f"a schedule cannot begin at {self.begin} and end earlier, at {self.until}")
         if self.shape not in tuple(SHAPES):
@@ -97,6 +95,14 @@ class Schedule:
         if step <= begin:
             return self.start
         return self.start + (self.end - self.start) * SHAPES[self.shape]((step - begin) / (until - begin))
+
+
+MOMENT = "a step (an integer >= 0) or a fraction of training (0.0 … 1.0)"
+
+
+def is_moment(value: int | float) -> bool:
+    """Return whether a number is a step or a fraction of training."""
+    return value >= 0 and (isinstance(value, int) or value <= 1)
 
 
 def moment(view: View, value: int | float) -> int:

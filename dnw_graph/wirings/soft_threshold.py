@@ -19,15 +19,14 @@ class STR(Wiring):
     .. math:: \mathrm{sign}(w) \, \mathrm{relu}(|w| - \sigma(s)),
 
     where s is learned, one per graph (in the published code one per layer), with its own weight decay, and σ is the
-    sigmoid. k cannot be set. The number of
+    sigmoid. Training needs :func:`dnw_graph.attach`, which makes the optimiser step s. k cannot be set. The number of
     edges results from training (``num_real_edges``) and can be a budget for other rules (``distribution={…}``).
     Hallucinated weights get no gradient, but weight decay acts on them. In float32 the gradient of s is exactly 0 below
     s = -104, where only its weight decay changes it. On a GPU every forward pass synchronises to count the edges.
 
     Args:
         start: s₀. Published for ResNet-50 at 90%: -3200.
-        weight_decay: Weight decay of s, which :func:`dnw_graph.attach` gives to the optimiser; without ``attach`` s has
-            the decay of its parameter group. Published: 2.25e-5.
+        weight_decay: Weight decay of s, whatever that of the other parameters is. Published: 2.25e-5.
 
     Shapes:
         - ``threshold``: scalar, s

@@ -15,8 +15,9 @@ class SET(PruneAndGrow):
 
     arXiv 1707.04780. Starts with k random edges. Every ``every`` steps the
     :math:`d = \min(\lfloor \zeta k \rfloor, n - k)` real edges of least |w| are dropped, and d others are grown at
-    random among all that are not kept. Grown edges start with weight and optimiser state zero. Hallucinated weights and
-    their optimiser states are zero, and are not trained.
+    random among all that are not kept, except after the last step of training, if ``attach`` knows their number. Grown
+    edges start with weight and optimiser state zero. Hallucinated weights and their optimiser states are zero, and are
+    not trained.
 
     The paper, and jaxpruner's ``sparse_trainers``, differ: the paper prunes positive and negative weights apart, and
     grows edges with random values. With Adam, the first update of a grown edge is about three times the learning rate.
@@ -32,6 +33,7 @@ class SET(PruneAndGrow):
         InputError: If ζ is not in 0 … 1, or ``every`` below 1.
     """
 
+    grows_by_gradient = False
     regrown_are_new = True
 
     @checked

@@ -43,7 +43,8 @@ class SparseMomentum(PruneAndGrow):
       code stops at 99% of the zero weights and distributes the excess evenly.
     - Pruning leaves at least one edge in a graph. The published code prunes less in a layer that is more than 80% dense
       and whose momentum is large; here all are pruned alike.
-    - p ends at 0, so that nothing changes after the last step. In the published code the cosine ends at 0.005.
+    - p ends at 0, and no round follows the last step of training, if ``attach`` knows their number: edges grown there
+      would have weight 0. In the published code the cosine ends at 0.005.
     - Ties go to the lower index, and fractions of an edge to the largest remainders.
     - A round follows the last step of an epoch, before the evaluation; in the published code it comes after it.
 
@@ -59,6 +60,7 @@ class SparseMomentum(PruneAndGrow):
     """
 
     trained = "all"
+    grows_by_gradient = False
     needs_momentum = True
 
     @checked

@@ -79,14 +79,10 @@ class ConstantEdges(StoredEdges):
         """Return the edges that were chosen at the start.
 
         Raises:
-            InputError: If the buffers changed, as by averaging.
+            InputError: In evaluation, if the buffers changed, as by averaging.
         """
-        if not torch.compiler.is_compiling():  # Compiled code cannot branch on values.
+        if not (self.training or torch.compiler.is_compiling()):  # Compiled code cannot branch on values.
             refuse_spoiled(self.index, self.checksum, f"{view.name}: wiring.index")
-        return self.choose_to_train(view)
-
-    def choose_to_train(self, view: View) -> Tensor:
-        """Return the edges that were chosen at the start."""
         return self.index
 
     def leave(self, stay: Bool[Tensor, " candidates"]) -> None:

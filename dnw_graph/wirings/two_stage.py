@@ -63,14 +63,17 @@ class SecondStage(ConstantEdges):
         self.known = True
         view.weight.copy_(self.start)
 
-    def choose_to_train(self, view: View) -> Tensor:
+    def setup_loaded(self, view: View) -> None:
+        """Keep the edges, those of the trained complete graph, and the loaded weights."""
+
+    def choose(self, view: View) -> Tensor:
         """Return the edges of the trained complete graph."""
         if not self.known:
             raise InputError(
                 f"{view.name}: {type(self).__name__} needs a trained complete graph: train one with wiring 'complete', "
                 "then use dnw_graph.wirings.two_stage or, in the examples, --complete DIRECTORY; or load a checkpoint"
             )
-        return self.index
+        return super().choose(view)
 
     def check_saved(self, saved: Mapping[str, Any], num_candidates: int, num_edges: int, name: str) -> None:
         """Refuse anything but k distinct ascending edges, or k unknown ones."""

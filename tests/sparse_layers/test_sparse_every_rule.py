@@ -65,7 +65,7 @@ def test_trains_and_ends_with_its_edges(name, distribution):
 def test_the_gradient_goes_to_all_weights_or_to_the_real_ones(name):
     model = make_model()
     sparsify(model, None if name == "nm" else 0.25, RULES[name])
-    attached(model, 6)
+    attached(model, 6, steps_per_epoch=2)
     seen = {}
     model[0].register_forward_hook(lambda layer, *_: seen.update(mask=layer.weight.ne(0)))
     model(X).square().sum().backward()

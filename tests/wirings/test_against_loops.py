@@ -192,6 +192,17 @@ def test_top_kast_with_none_is_no_update_without_momentum_and_decay_only():
         assert torch.equal(*pair) == same
 
 
+@pytest.mark.parametrize("rule", [SET(0.5, 6), SparseMomentum(0.5, 6), RigL(0.5, 6, 10 * STEPS)])
+def test_no_edge_is_new_after_the_last_step(rule):
+    model = make("linear", rule)
+    optimiser = make_optimiser(model, "sgd")
+    attach(model, optimiser, STEPS)
+    for number in range(STEPS):
+        step(model, optimiser, number)
+    assert STEPS % 6 == 0
+    assert graph_of(model).edge_weight.count_nonzero() == 9
+
+
 def test_what_gmp_removes_never_comes_back_and_the_counts_are_those_of_the_formula():
     model = make("graph", GMP(0.0, 0.75, 9))
     graph = graph_of(model)
@@ -342,6 +353,9 @@ def test_another_density_than_that_of_nm_is_refused():
         (lambda: ACDC(()), "switches must be an odd number of ascending moments"),
         (lambda: ACDC((0.1, 0.2)), "switches must be an odd number of ascending moments"),
         (lambda: ACDC((0.3, 0.2, 0.4)), "switches must be an odd number of ascending moments"),
+        (lambda: ACDC([10.0, 20.0, 30.0]), r"switches must be .* a fraction of training \(0\.0 … 1\.0\); got"),
+        (lambda: ACDC([0.1, 0.5, 1e3]), r"switches must be .* a fraction of training \(0\.0 … 1\.0\); got"),
+        (lambda: ACDC([0.5, 100, 300]), r"switches must be all steps or all fractions; got \[0\.5, 100, 300\]"),
         (lambda: STR(weight_decay=-1.0), "weight_decay must be 0 or more"),
         (lambda: NM(5, 4), "n must be an integer in 1 … m = 4"),
     ],

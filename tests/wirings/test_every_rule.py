@@ -303,6 +303,28 @@ def test_a_graph_continued_from_its_state_goes_on_exactly(rule, tmp_path):
     assert fresh.eval().real_index.tolist() == graph.eval().real_index.tolist()
 
 
+LOADED = {**dict.fromkeys(WIRINGS), **STATEFUL}
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_loaded_weights_stay(name):
+    graph = NeuralGraph((3, 5, 4), 11)
+    rule = name if LOADED[name] is None else LOADED[name](graph.candidates.weight.detach().clone())
+    graph.take(graph.prepare(rule, None if name == "nm" else 11))
+    edges, weight = graph.real_index, torch.randn(graph.num_candidates)
+    graph.load_weights(weight)
+    expected = weight
+    if name in ("set", "rigl", "sparse_momentum"):  # Hallucinated weights are zero, and the strongest stay.
+        real = top_k(weight.tolist(), 11)
+        assert graph.real_index.tolist() == real
+        expected = torch.zeros_like(weight).index_fill_(0, torch.tensor(real), 1) * weight
+    assert torch.equal(graph.candidates.weight, expected)
+    if name in ("fine_tune", "lottery_ticket"):
+        assert torch.equal(graph.real_index, edges)
+    graph.load_weights(graph.state_dict())
+    assert torch.equal(graph.candidates.weight, expected)
+
+
 @pytest.mark.parametrize("name", WIRINGS)
 def test_every_name_makes_its_rule_anew(name):
     first, second = create_wiring(name), create_wiring(name)

@@ -4,7 +4,17 @@ import pytest
 import torch
 from reference import top_k
 
-from dnw_graph import InputError, NeuralGraph, NoUpdate, Wiring, attach, create_wiring, register_wiring
+from dnw_graph import (
+    InputError,
+    NeuralGraph,
+    NoUpdate,
+    RandomGraph,
+    RigL,
+    Wiring,
+    attach,
+    create_wiring,
+    register_wiring,
+)
 from dnw_graph.wirings import WIRINGS, wiring_name
 
 
@@ -43,6 +53,79 @@ def test_own_rule_may_choose_fewer_edges_and_keep_state(propagation):
     (graph(torch.rand(2, 3, 5, 5)) ** 2).sum().backward()
     assert (graph.candidates.weight.grad[5:] == 0).all()
     assert graph.state_dict()["wiring.count"] == 1
+
+
+class Doubled(RigL):
+    """The same edges as those of RigL."""
+
+    def scores(self, view):
+        return super().scores(view) * 2
+
+
+def test_own_scores_may_be_a_function_of_the_gradient():
+    sets = []
+    for rule in (RigL, Doubled):
+        torch.manual_seed(0)
+        graph = NeuralGraph((3, 4, 2), 6, wiring=rule(0.5, 2, 9))
+        optimiser = torch.optim.SGD(graph.parameters(), 0.1)
+        attach(graph, optimiser)
+        sets.append([graph.real_index.tolist()])
+        for _ in range(6):
+            optimiser.zero_grad()
+            (graph(torch.rand(2, 3, 5, 5)) ** 2).sum().backward()
+            optimiser.step()
+            sets[-1].append(graph.real_index.tolist())
+    assert sets[0] == sets[1]
+    assert len({str(edges) for edges in sets[0]}) > 1
+
+
+class Wider(Wiring):
+    """Trains with one edge more than it evaluates with."""
+
+    trained = "real"
+
+    def choose(self, view):
+        return torch.arange(view.k)
+
+    def choose_to_train(self, view):
+        return torch.arange(view.k + 1)
+
+
+class WiderOwn(Wider):
+    trained = "own"
+
+    def trained_edges(self, view):
+        return self.choose_to_train(view)
+
+
+def test_a_rule_with_other_edges_in_training_says_which_are_trained():
+    message = r"graph: Wider has choose_to_train, so trained = 'real' is ambiguous: set trained = 'own' and"
+    with pytest.raises(InputError, match=message) as error:
+        NeuralGraph((3, 4, 2), 6, wiring=Wider())
+    assert "\n" not in str(error.value)
+    graph = NeuralGraph((3, 4, 2), 25, wiring=WiderOwn())
+    before = graph.candidates.weight.detach().clone()
+    optimiser = torch.optim.SGD(graph.parameters(), 0.1)
+    attach(graph, optimiser)
+    (graph(torch.rand(2, 3, 5, 5)) ** 2).sum().backward()
+    moved = graph.candidates.weight.grad.ne(0)
+    optimiser.step()
+    assert moved[25]
+    assert torch.equal(graph.candidates.weight.ne(before), moved)
+
+
+class FrozenRandomGraph(RandomGraph):
+    trained = "real"
+
+
+def test_constant_edges_may_be_all_that_is_trained():
+    graph = NeuralGraph((3, 4, 2), 6, wiring=FrozenRandomGraph())
+    before, real = graph.candidates.weight.detach().clone(), graph.real_index
+    optimiser = torch.optim.SGD(graph.parameters(), 0.1, weight_decay=0.1)
+    attach(graph, optimiser)
+    (graph(torch.rand(2, 3, 5, 5)) ** 2).sum().backward()
+    optimiser.step()
+    assert graph.candidates.weight.ne(before).nonzero().flatten().tolist() == real.tolist()
 
 
 @pytest.mark.parametrize("wiring", [None, 3, StrongestPositive])
