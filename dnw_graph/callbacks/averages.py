@@ -38,10 +38,7 @@ class Averages(EMAWeightAveraging):
         super().setup(trainer, pl_module, stage)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the model the average, with the buffers of training, which ranks may have exchanged."""
-        if self._average_model is not None:
-            for average, current in zip(self._average_model.module.buffers(), pl_module.buffers(), strict=True):
-                average.copy_(current)
+        """Give the model the average."""
         super().on_validation_epoch_start(trainer, pl_module)
         self._exchanged = True
 

@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from PIL import Image
 
 from dnw_graph.data.images import Images
@@ -68,15 +69,7 @@ def test_small_images_are_decoded_once(monkeypatch: pytest.MonkeyPatch, size: in
     images = Noise()
     options = RunOptions(data="directory", image_size=size, batch_size=2, workers=0, accelerator="cpu")
     data = DataModule(ImageData("directory", images, images, ["0", "1", "2", "3"]), options)
-
-    class Trainer:
-        accumulate_grad_batches, callbacks = 1, ()
-        global_step, global_rank, world_size = 0, 0, 1
-
-        class strategy:  # noqa: N801
-            root_device = torch.device("cpu")
-
-    data.trainer = Trainer()  # type: ignore[assignment]
+    data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     loader = data.train_dataloader()
     for _ in range(3):
         batches = list(loader)
