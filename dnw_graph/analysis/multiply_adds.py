@@ -249,7 +249,7 @@ def layer_uses(layer: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, int
     """
     if parametrize.is_parametrized(layer, "weight"):  # Reading the weight would compute it.
         parameters = layer.get_submodule("parametrizations.weight").parameters(recurse=False)
-        weight = max(parameters, key=Tensor.numel)  # weight_norm has the lengths of the rows besides.
+        weight: Tensor = max(parameters, key=Tensor.numel)  # weight_norm has the lengths of the rows besides.
     else:
         weight = cast(Tensor, layer.weight)
     uses = output[0].numel() // len(weight)

@@ -89,9 +89,12 @@ class DataModule(LightningDataModule):
             )
         steps, limit = self.steps_per_epoch, trainer.limit_train_batches
         hint = "a DataModule gives whole epochs: leave it out, and give fewer images instead"
-        if trainer.overfit_batches:
-            raise InputError(f"overfit_batches is {trainer.overfit_batches}, but {hint}")
-        if not trainer.fast_dev_run and (limit < steps if isinstance(limit, int) else limit != 1.0):
+        # Both are set by a function.
+        overfit: int | float = trainer.overfit_batches  # type: ignore[attr-defined]
+        fast: bool | int = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if overfit:
+            raise InputError(f"overfit_batches is {overfit}, but {hint}")
+        if not fast and (limit < steps if isinstance(limit, int) else limit != 1.0):
             raise InputError(f"limit_train_batches is {limit}, less than all {steps} batches, but {hint}")
         if self.batch_size % trainer.world_size:
             raise InputError(
