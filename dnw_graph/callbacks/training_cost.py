@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -104,8 +105,10 @@ class TrainingCost(Callback):
         """Add this step, for all images on all devices."""
         self._in_step = False
         self._stop_counting()
-        # Layers and graphs were called once per part of the batch.
-        images, parts = extract_batch_size(batch) * trainer.world_size, getattr(pl_module, "accumulate", 1)
+        # Layers and graphs were called once per part of the batch, of which there may be fewer than were asked for.
+        images = extract_batch_size(batch)
+        parts = math.ceil(images / math.ceil(images / getattr(pl_module, "accumulate", 1)))
+        images *= trainer.world_size
         per_image = self._layers + sum(counter.multiply_adds() for counter in self._graphs.values())
         self._others += round(images / parts * per_image)
         for layers in self._sparse.values():

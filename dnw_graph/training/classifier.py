@@ -111,15 +111,6 @@ class Classifier(LightningModule):
                 "accumulate_grad_batches at 1, without a GradientAccumulationScheduler"
             )
 
-    def on_validation_epoch_start(self) -> None:
-        """Give all ranks the buffers of the first one: each has statistics of its own, and only those are saved.
-
-        Callbacks have exchanged the weights for an average by now.
-        """
-        if self.fitting and self.trainer.world_size > 1:
-            for buffer in self.buffers():
-                torch.distributed.broadcast(buffer, 0)
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the generators, so that a resumed run draws the same numbers as an uninterrupted one."""
         torch.manual_seed(mix(self.seed, Purpose.STEP, self.global_step, self.global_rank))

@@ -88,13 +88,11 @@ class DataModule(LightningDataModule):
                 "accumulate to Classifier instead, which splits each batch"
             )
         steps, limit = self.steps_per_epoch, trainer.limit_train_batches
+        overfit, trial = trainer.overfit_batches, trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a function
         hint = "a DataModule gives whole epochs: leave it out, and give fewer images instead"
-        # Both are set by a function.
-        overfit: int | float = trainer.overfit_batches  # type: ignore[attr-defined]
-        fast: bool | int = trainer.fast_dev_run  # type: ignore[attr-defined]
         if overfit:
             raise InputError(f"overfit_batches is {overfit}, but {hint}")
-        if not fast and (limit < steps if isinstance(limit, int) else limit != 1.0):
+        if not trial and (limit < steps if isinstance(limit, int) else limit != 1.0):
             raise InputError(f"limit_train_batches is {limit}, less than all {steps} batches, but {hint}")
         if self.batch_size % trainer.world_size:
             raise InputError(

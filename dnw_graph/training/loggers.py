@@ -154,6 +154,17 @@ class Events(TensorBoardLogger):
             raise
 
 
+class Wandb(WandbLogger):
+    """Logs to Weights & Biases, and ends the run there: Lightning would log the next one of the process to it too."""
+
+    def finalize(self, status: str) -> None:
+        """End the run."""
+        import wandb
+
+        super().finalize(status)
+        wandb.finish(exit_code=int(status != "success"))
+
+
 def hosted_loggers(
     wandb: str | None, mlflow: str | None, directory: Path, section: Mapping[str, Any]
 ) -> dict[str, Logger]:
@@ -178,7 +189,7 @@ def hosted_loggers(
     then = section.get("machine", {})
     begun = {key: each for key, each in section.get("logs", {}).items() if then.get(key) == services[key]}
     if wandb is not None:
-        loggers["wandb"] = WandbLogger(name, directory, project=wandb, id=begun.get("wandb"), resume="allow")
+        loggers["wandb"] = Wandb(name, directory, project=wandb, id=begun.get("wandb"), resume="allow")
     if mlflow is not None:
         loggers["mlflow"] = MLFlowLogger("dnw_graph", run_name=name, tracking_uri=mlflow, run_id=begun.get("mlflow"))
     return loggers

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dnw_graph import InputError
-from dnw_graph.training.loggers import Events, Table
+from dnw_graph.training.loggers import Events, Table, Wandb
 
 
 def rows(directory: Path) -> list[dict[str, str]]:
@@ -104,6 +106,16 @@ def test_a_directory_that_is_gone(written: Table, tmp_path: Path):
     tmp_path.rmdir()
     with pytest.raises(InputError, match=r"cannot write .*metrics.csv \(No such file or directory\): give another"):
         written.log_metrics({"train/loss": 0.0, "epoch": 1}, 8)
+
+
+def test_a_run_in_weights_and_biases_ends_with_its_training(monkeypatch: pytest.MonkeyPatch):
+    ended: list[int] = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(finish=lambda exit_code: ended.append(exit_code)))
+    for status in ("failed", "success"):
+        logger = Wandb.__new__(Wandb)
+        logger._experiment = None
+        logger.finalize(status)
+    assert ended == [1, 0]
 
 
 def test_events_that_cannot_be_written(tmp_path: Path):

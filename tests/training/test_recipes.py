@@ -307,7 +307,7 @@ class Hosted(Logger):
         pass
 
 
-@pytest.mark.parametrize(("package", "logger"), [("wandb", "WandbLogger"), ("mlflow", "MLFlowLogger")])
+@pytest.mark.parametrize(("package", "logger"), [("wandb", "Wandb"), ("mlflow", "MLFlowLogger")])
 def test_a_resumed_run_continues_its_log_and_another_begins_its_own(
     package: str, logger: str, create: Create, small_digits: ImageData, options: Make, monkeypatch: pytest.MonkeyPatch
 ):
