@@ -123,7 +123,8 @@ def _family(words: Sequence[str]) -> tuple[Family, ModelFile | None]:
         options = read_yaml(given.config)
         model, name = options.get("model"), family_with(options)
     if model is not None and file is None:
-        name = next((name for name, each in FAMILIES.items() if model in each.names), None)
+        # Options of your own may have a field of this name.
+        name = next((known for known, each in FAMILIES.items() if model in each.names), name)
         if name is None:
             raise unknown_name("model", str(model), [known for each in FAMILIES.values() for known in each.names])
     family = FAMILIES[name or "mobilenet"]

@@ -57,7 +57,7 @@ class PartialStep:
             self._vectors[parameter] = vector
             if parameter in before:
                 states[vector] = {
-                    name: value.reshape(-1).index_select(0, positions) if _fits(value, parameter) else value
+                    name: _taken(value, positions) if _fits(value, parameter) else _copy(value)
                     for name, value in before[parameter].items()
                 }
         self.stand_in.state = states
@@ -83,6 +83,14 @@ class PartialStep:
                     else:
                         state[name] = value
         self._optimizer.state.update({each: state for each, state in states.items() if each not in self._trained})
+
+
+def _taken(value: Tensor, positions: Tensor) -> Tensor:
+    return value.reshape(-1).index_select(0, positions)
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _fits(value: object, like: Tensor) -> bool:

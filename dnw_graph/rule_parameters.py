@@ -63,7 +63,7 @@ class RuleParameters:
                 group = like if missing else group
                 if group is None:
                     continue
-                if decay and "weight_decay" not in group:
+                if decay and parameter.requires_grad and "weight_decay" not in group:
                     raise InputError(
                         f"{kind} has no weight decay, but {name} needs {decay:g}: give "
                         f"{type(graph.wiring).__name__} weight_decay=0, or use SGD or Adam"

@@ -86,6 +86,11 @@ class Updates:
         """Return whether the optimiser, or another one of the model, has the parameters that a rule learns."""
         return all(each in self._parameters.decays or not each.requires_grad for each in rule.parameters())
 
+    def has_gradients_of_all(self) -> bool:
+        """Return whether the backward passes of the step have collected gradients of all candidates of a graph."""
+        probes = (weight.holder.probe for weight in self._weights())
+        return any(probe is not None and probe.grad is not None for probe in probes)
+
     def before_other(self, optimizer: Optimizer) -> None:
         """Note that another optimiser begins a step."""
         if not self.is_of(optimizer):
@@ -105,10 +110,12 @@ class Updates:
         own = {} if attached is None else parameter_groups(attached)
         for name, graph in self.graphs.items():
             # If only the parameters of the rule are attached, another optimiser has the weights.
-            if any(each in moved and (graph.wiring.counts_steps or each in own) for each in graph.tensors()):
+            rule = graph.wiring
+            needs = [rule.counts_steps or (rule.needs_attach and each in own) for each in graph.tensors()]
+            if any(each in moved and needed for each, needed in zip(graph.tensors(), needs, strict=True)):
                 raise InputError(
                     f"{type(optimizer).__name__} has moved the weights of {name}, but another optimiser is attached, "
-                    f"and {type(graph.wiring).__name__} needs the steps of that one: call dnw_graph.attach(model, "
+                    f"and {type(rule).__name__} needs the steps of that one: call dnw_graph.attach(model, "
                     "optimizer) for each optimiser before its first step"
                 )
 
@@ -142,7 +149,7 @@ class Updates:
         self._partial = PartialStep(optimizer, alone) if alone else None
         if self._partial is None and not self._parameters.decays:
             return None
-        stepping = optimizer if self._partial is None else self._partial.stand_in
+        stepping = args[0] if self._partial is None else self._partial.stand_in
         return _after_closure(lambda: self._begin(optimizer), (stepping, *args[1:]), kwargs)
 
     def _begin(self, optimizer: Optimizer) -> None:

@@ -91,8 +91,8 @@ def read_weights(path: Path) -> Callable[[nn.Module], dict[str, Any]]:
 
 
 def _restored(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
-    state: dict[str, Any] = dict(tensors)
-    own = model.state_dict()
+    state: dict[str, Any] = {unwrapped_name(name): tensor for name, tensor in tensors.items()}
+    own = {unwrapped_name(name): name for name in model.state_dict()}
     for prefix, graph in _graphs(model):
         like = graph.candidates.weight
         try:
@@ -107,7 +107,7 @@ def _restored(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> dict[
             state[prefix + MASK] = torch.zeros(like.numel(), dtype=torch.uint8, device=index.device).index_fill(
                 0, index, 1
             )
-    return state
+    return {own.get(name, name): tensor for name, tensor in state.items()}
 
 
 def is_weights_file(path: Path) -> bool:

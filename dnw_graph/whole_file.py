@@ -37,11 +37,11 @@ def write_whole(path: Path, content: bytes | memoryview, option: str) -> None:
         target = Path(os.path.realpath(path))
         partial = Path(f"{target}.partial")
         with open(partial, "wb") as file:
-            with suppress(FileNotFoundError):
-                shutil.copymode(target, partial)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        with suppress(OSError):  # There is no file yet, or the file system has no modes.
+            shutil.copymode(target, partial)
         os.replace(partial, target)
         _sync_directory(target.parent)
     except (OSError, ValueError) as error:  # ValueError for a null character.

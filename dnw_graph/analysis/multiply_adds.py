@@ -199,6 +199,10 @@ class _Counted(Propagate):
         super().__init__(own.edges, own.weights)
         self.own, self.first_order = own, own.first_order
 
+    def suited(self, z: Tensor) -> Propagate:
+        self.own = self.own.suited(z)
+        return self
+
     def arrange(self, x: Tensor) -> Tensor:
         return self.own.arrange(x)
 

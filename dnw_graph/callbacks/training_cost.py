@@ -49,6 +49,7 @@ class TrainingCost(Callback):
         self.model = model
         self._others = 0  # the total without sparse layers in this epoch
         self._layers = 0
+        self._parts = 1  # of the batch of the step that was counted in full
         self._graphs = {name: GraphStep() for name in neural_graphs(model)}
         self._sparse: dict[WeightGraph, LayersStep] = {}
         self._in_step = False
@@ -103,16 +104,17 @@ class TrainingCost(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Sequence[Tensor], batch_idx: int
     ) -> None:
         """Add this step, for all images on all devices."""
-        self._in_step = False
+        self._in_step, counted = False, self._counts
         self._stop_counting()
-        # Layers and graphs were called once per part of the batch, of which there may be fewer than were asked for.
         images = extract_batch_size(batch)
-        parts = math.ceil(images / math.ceil(images / getattr(pl_module, "accumulate", 1)))
+        if counted:
+            # Layers and graphs were called once per part of the batch, of which there may be fewer than asked for.
+            self._parts = math.ceil(images / math.ceil(images / getattr(pl_module, "accumulate", 1)))
         images *= trainer.world_size
         per_image = self._layers + sum(counter.multiply_adds() for counter in self._graphs.values())
-        self._others += round(images / parts * per_image)
+        self._others += round(images / self._parts * per_image)
         for layers in self._sparse.values():
-            layers.add(images, parts)
+            layers.add(images, self._parts)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop counting, also within a step."""
@@ -163,6 +165,7 @@ class TrainingCost(Callback):
             "multiply_adds": self.multiply_adds,
             "epoch": self._counted_epoch,
             "layers": self._layers,
+            "parts": self._parts,
             "sparse_layers": {name: self._step(graph).uses.get(weight, (0, 0)) for name, (weight, graph) in sparse},
             "graphs": counted,
         }
@@ -171,7 +174,8 @@ class TrainingCost(Callback):
         """Restore both from a checkpoint."""
         self._others, self._sparse = state_dict["multiply_adds"], {}
         # Older checkpoints have no counts of sparse layers: the next step is counted in full.
-        self._counted_epoch = state_dict["epoch"] if "sparse_layers" in state_dict else -1
+        self._counted_epoch = state_dict["epoch"] if "parts" in state_dict else -1
+        self._parts = state_dict.get("parts", 1)
         self._layers = state_dict["layers"]
         for name, (through_edges, to_weights) in state_dict["graphs"].items():
             self._graphs[name].through_edges, self._graphs[name].to_weights = through_edges, to_weights

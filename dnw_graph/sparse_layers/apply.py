@@ -27,6 +27,7 @@ from dnw_graph.sparse_layers.state import before_loading
 from dnw_graph.sparse_layers.table import SparsityRow, SparsityTable
 from dnw_graph.sparse_layers.weight_graph import WeightGraph
 from dnw_graph.wirings import TargetedDropout, Wiring
+from dnw_graph.wirings.prune_and_grow import PruneAndGrow
 
 
 @checked
@@ -116,7 +117,7 @@ def sparsify(
 def _warn_of_zeros(graph: WeightGraph) -> None:
     """Warn of layers that start from zeros, if a rule takes their first weights, or none, for ever."""
     rule = graph.wiring
-    if (rule.gradient or rule.trained) == "all" or isinstance(rule, TargetedDropout):
+    if (rule.gradient or rule.trained) in ("all", "own") or isinstance(rule, PruneAndGrow | TargetedDropout):
         return
     zero = [not weight.flat(weight.parameter).any() for weight in graph.weights]
     if not any(zero):

@@ -112,6 +112,8 @@ class WeightGraph(Ranking):
                 training. Otherwise a weight is being read: the edges are those of evaluation, and no state changes.
             as_edges: Whether real weights may be returned as edges for layers that compute over them alone.
         """
+        if self.wiring.training != self.training:  # Another layer than the first one was switched.
+            self.wiring.train(self.training)
         if self.training and not begins_pass and not self.recomputes:
             index = self.real_index
             learning = self.learning_edges(index, tensors)

@@ -89,7 +89,7 @@ def compare(
                 return status
             _check_same(directory, words, requested, first)
         summary = json.loads(result.read_text())
-        values = {**summary, "rule": rule, "seed": seed, "held_out": summary["options"]["held_out"]}
+        values = {**summary, "rule": rule, "seed": seed, "held_out": summary["options"].get("held_out", 0)}
         rows.append({name: values[name] for name in COLUMNS})
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)

@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from dnw_graph.errors import InputError
 from dnw_graph.stopping import is_first_process
@@ -155,14 +156,25 @@ class Events(TensorBoardLogger):
 
 
 class Wandb(WandbLogger):
-    """Logs to Weights & Biases, and ends the run there: Lightning would log the next one of the process to it too."""
+    """Logs to Weights & Biases, and ends the run there: Lightning would log the next one of the process to it too.
 
+    A run that the program has begun itself goes on.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        import wandb
+
+        super().__init__(*args, **kwargs)
+        self._begins_run = wandb.run is None
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """End the run."""
         import wandb
 
         super().finalize(status)
-        wandb.finish(exit_code=int(status != "success"))
+        if self._begins_run:
+            wandb.finish(exit_code=int(status != "success"))
 
 
 def hosted_loggers(

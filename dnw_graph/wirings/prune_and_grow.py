@@ -64,8 +64,7 @@ class PruneAndGrow(ChangingEdges):
 
     def is_round(self, view: View, step: int) -> bool:
         """Return whether a round follows a step, counted from 1."""
-        ended = 0 < self.num_steps <= step
-        return step > 0 and not ended and step % (self.every or view.steps_per_epoch) == 0
+        return step > 0 and step != self.num_steps and step % (self.every or view.steps_per_epoch) == 0
 
     def number(self, view: View, step: int) -> int:
         """Return how many edges are dropped after a step, counted from 1."""

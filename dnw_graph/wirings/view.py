@@ -121,7 +121,9 @@ class View:
         for weight in self.graph.weights:
             probe, like = weight.holder.probe, weight.parameter
             grad = like.grad if probe is None else probe.grad
-            if grad is None and like.grad is not None and like.grad.any():
+            updates = self.graph.updates
+            told = grad is not None or like.grad is None or (updates is not None and updates.has_gradients_of_all())
+            if not told and like.grad.any():
                 raise InputError(
                     f"{self.name}: {type(self.wiring).__name__} needs the gradient of all candidates, which only "
                     "loss.backward() collects: call it, without inputs=…, before the step, instead of setting .grad to "

@@ -111,9 +111,9 @@ def test_a_directory_that_is_gone(written: Table, tmp_path: Path):
 def test_a_run_in_weights_and_biases_ends_with_its_training(monkeypatch: pytest.MonkeyPatch):
     ended: list[int] = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(finish=lambda exit_code: ended.append(exit_code)))
-    for status in ("failed", "success"):
+    for status, begins_run in (("failed", True), ("success", True), ("success", False)):
         logger = Wandb.__new__(Wandb)
-        logger._experiment = None
+        logger._experiment, logger._begins_run = None, begins_run
         logger.finalize(status)
     assert ended == [1, 0]
 
