@@ -117,7 +117,7 @@ def sparsify(
 def _warn_of_zeros(graph: WeightGraph) -> None:
     """Warn of layers that start from zeros, if a rule takes their first weights, or none, for ever."""
     rule = graph.wiring
-    if (rule.gradient or rule.trained) in ("all", "own") or isinstance(rule, PruneAndGrow | TargetedDropout):
+    if (rule.gradient or rule.trained) == "all" or isinstance(rule, PruneAndGrow | TargetedDropout):
         return
     zero = [not weight.flat(weight.parameter).any() for weight in graph.weights]
     if not any(zero):
@@ -127,7 +127,7 @@ def _warn_of_zeros(graph: WeightGraph) -> None:
             what = f"the first {len(own):,}" if len(own) else "0"
             warnings.warn(
                 f"{weight.name} is zero: {type(rule).__name__} makes {what} of its {weight.numel:,} weights real, and "
-                "the others get no gradient: initialise it before, or skip it",
+                "others get no gradient: initialise it before, or skip it",
                 stacklevel=4,
             )
 
