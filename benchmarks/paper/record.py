@@ -35,8 +35,9 @@ PACKAGES = ("torch", "torchvision", "lightning")
 UNSAID = {"node_norm_eps": EPS, "warmup_epochs": 0, "held_out": 0}
 # Options that may change until a run is complete: those of the machine.
 MACHINE = {option.name for option in fields(RunOptions) if not option.metadata["fixed"]} - {"data"}
-# Those among them that are recorded with the machine: batch norms see the images of one device, for instance.
-LAID_OUT = ("devices", "num_nodes", "compile")
+# Those among them that are recorded with the machine if given (batch norms see the images of one device, for instance),
+# and what holds otherwise.
+LAID_OUT = {"devices": 1, "num_nodes": 1, "compile": False}
 
 
 def write(path: Path, value: Any) -> None:

@@ -146,6 +146,8 @@ def where(results: Sequence[dict[str, Any]]) -> str:
     """Return the environment of the runs: machine, versions, commits."""
     starts = [start | {"commit": _short(start["commit"])} for result in results for start in result["starts"]]
     names = ("machine", "threads", *LAID_OUT, "python", *PACKAGES, "commit", "date")
+    given = {name for start in starts for name in start}
+    starts = [{name: value for name, value in LAID_OUT.items() if name in given} | start for start in starts]
     values = {name: sorted({str(start[name]) for start in starts if name in start}) for name in names}
     return ", ".join(f"{name} {' or '.join(found)}" for name, found in values.items() if found)
 

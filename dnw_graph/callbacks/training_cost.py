@@ -173,8 +173,8 @@ class TrainingCost(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore both from a checkpoint."""
         self._others, self._sparse = state_dict["multiply_adds"], {}
-        # Older checkpoints have no counts of sparse layers: the next step is counted in full.
-        self._counted_epoch = state_dict["epoch"] if "parts" in state_dict else -1
+        # Older checkpoints have no counts of sparse layers, or of parts: the next step is counted in full.
+        self._counted_epoch = state_dict["epoch"] if {"sparse_layers", "parts"} <= state_dict.keys() else -1
         self._parts = state_dict.get("parts", 1)
         self._layers = state_dict["layers"]
         for name, (through_edges, to_weights) in state_dict["graphs"].items():
