@@ -218,6 +218,8 @@ def test_predict_runs_exports(
         names, probabilities = zip(*expected(model, trained / path)[:2], strict=True)
         assert tuple(found[::2]) == names
         assert [float(x) for x in found[1::2]] == pytest.approx(probabilities, abs=2e-3)
+    assert main(["predict", file, "images", "--wiring", "dnw"]) == 2
+    assert capsys.readouterr().err == f"error: {file} is a program, which needs no rule: leave --wiring out\n"
     with pytest.raises(InputError, match=f"x.{ending} is an exported program, .* use dnw-graph predict"):
         load(file)
 
