@@ -129,12 +129,13 @@ def _check_callbacks(checkpoint: Mapping[str, Any], callbacks: Sequence[Callback
             like[each.state_key]["best_top1"] = float | None
         if isinstance(each, WiringMonitor):
             like[each.state_key] = {"initial": dict, "epoch_start": dict}
-        # Older checkpoints have no recording, and no counts of sparse layers.
+        # Older checkpoints have no recording, and no counts of parts and sparse layers.
         saved = given.get(each.state_key) if isinstance(given, dict) else None
         if isinstance(each, WiringRecorder) and isinstance(given, dict) and each.state_key in given:
             like[each.state_key] = {"recording": Tensor}
-        if isinstance(each, TrainingCost) and isinstance(saved, dict) and "sparse_layers" not in saved:
-            del like[each.state_key]["sparse_layers"]
+        if isinstance(each, TrainingCost) and isinstance(saved, dict):
+            for name in {"parts", "sparse_layers"} - saved.keys():
+                del like[each.state_key][name]
     match(given, like, "callbacks")
     for each in callbacks:
         if isinstance(each, WiringMonitor):

@@ -225,9 +225,10 @@ def test_what_a_version_of_pytorch_adds_or_drops_is_no_matter(directory: Path, c
     check(checkpoint)
 
 
-def test_older_checkpoints_without_counts_of_sparse_layers_will_do(directory: Path, check: Check):
+def test_older_checkpoints_without_counts_of_parts_and_sparse_layers_will_do(directory: Path, check: Check):
     checkpoint = read_checkpoint(directory / "last.ckpt")
-    del checkpoint["callbacks"]["TrainingCost"]["sparse_layers"]
+    for name in ("parts", "sparse_layers"):
+        del checkpoint["callbacks"]["TrainingCost"][name]
     check(checkpoint)
 
 
