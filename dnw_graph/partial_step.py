@@ -51,9 +51,9 @@ class PartialStep:
         before = self._optimizer.state
         states: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict, before)
         for parameter, positions in self._trained.items():
-            vector = nn.Parameter(parameter.detach().view(-1).index_select(0, positions), parameter.requires_grad)
+            vector = nn.Parameter(_taken(parameter.detach(), positions), parameter.requires_grad)
             if parameter.grad is not None:
-                vector.grad = parameter.grad.reshape(-1).index_select(0, positions)
+                vector.grad = _taken(parameter.grad, positions)
             self._vectors[parameter] = vector
             if parameter in before:
                 states[vector] = {

@@ -109,10 +109,9 @@ class Updates:
         moved = {parameter for parameter in parameters if parameter.grad is not None}
         own = {} if attached is None else parameter_groups(attached)
         for name, graph in self.graphs.items():
+            rule, tensors = graph.wiring, graph.tensors()
             # If only the parameters of the rule are attached, another optimiser has the weights.
-            rule = graph.wiring
-            needs = [rule.counts_steps or (rule.needs_attach and each in own) for each in graph.tensors()]
-            if any(each in moved and needed for each, needed in zip(graph.tensors(), needs, strict=True)):
+            if any(each in moved and (rule.counts_steps or (rule.needs_attach and each in own)) for each in tensors):
                 raise InputError(
                     f"{type(optimizer).__name__} has moved the weights of {name}, but another optimiser is attached, "
                     f"and {type(rule).__name__} needs the steps of that one: call dnw_graph.attach(model, "
@@ -479,15 +478,16 @@ def _refuse_optimizer(optimizer: Optimizer) -> None:
 def _refuse_frozen(graph: Ranking) -> None:
     """Refuse a rule that would exchange edges of frozen weights for others."""
     weights: Sequence[Any] = graph.weights
-    trained = [weight for weight in weights if weight.parameter.requires_grad]
-    if type(graph.wiring).after_step is Wiring.after_step or len(trained) in (0, len(weights)):
+    if len(weights) == 1 or type(graph.wiring).after_step is Wiring.after_step:
         return
-    frozen = next(weight for weight in weights if weight not in trained)
-    raise InputError(
-        f"{frozen.name} is frozen (requires_grad=False) but shares a ranking with {trained[0].name}, and "
-        f"{type(graph.wiring).__name__} would change it: skip it in sparsify, freeze all of them, or take another "
-        "distribution than 'global'"
-    )
+    frozen = [weight.name for weight in weights if not weight.parameter.requires_grad]
+    trained = [weight.name for weight in weights if weight.parameter.requires_grad]
+    if frozen and trained:
+        raise InputError(
+            f"{frozen[0]} is frozen (requires_grad=False) but shares a ranking with {trained[0]}, and "
+            f"{type(graph.wiring).__name__} would change it: skip it in sparsify, freeze all of them, or take another "
+            "distribution than 'global'"
+        )
 
 
 def _refuse_parameters(name: str, graph: Ranking, optimizer: Optimizer) -> None:

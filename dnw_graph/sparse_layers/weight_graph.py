@@ -114,13 +114,12 @@ class WeightGraph(Ranking):
         """
         if self.wiring.training != self.training:  # Another layer than the first one was switched.
             self.wiring.train(self.training)
-        if self.training and not begins_pass and not self.recomputes:
-            index = self.real_index
-            learning = self.learning_edges(index, tensors)
+        reads = self.training and not begins_pass and not self.recomputes
+        index = self.real_index if reads else self.real_edges(tensors)
+        learning = self.learning_edges(index, tensors)
+        if reads:
             real = self._shaped(index, tensors)
         else:
-            index = self.real_edges(tensors)
-            learning = self.learning_edges(index, tensors)
             if self._chosen is not None and self._chosen.index is index:
                 self._chosen.learning = learning
             if as_edges and index.is_cpu and learning is index:

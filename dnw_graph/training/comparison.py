@@ -115,9 +115,9 @@ def _check_same(
     now = _plain(requested(words))
     given = [name for name in now if name in had and now[name] is not None]
     check_same_run(str(path), had, now, given)
-    # The others depend on the data.
-    for name, value in had.items():
-        other, where = (value, directory) if name in given else first.setdefault(name, (value, directory))
+    data_dependent = {name: value for name, value in had.items() if name not in given}
+    for name, value in data_dependent.items():
+        other, where = first.setdefault(name, (value, directory))
         if value != other:
             raise InputError(
                 f"{origin(name)} is {shown(name, other)} in {where}, but {shown(name, value)} in {directory}: they are "

@@ -117,13 +117,13 @@ class View:
         Raises:
             InputError: If the rule requested it, but ``.grad`` was not computed by ``loss.backward()``.
         """
-        parts = []
+        parts, updates = [], self.graph.updates
         for weight in self.graph.weights:
             probe, like = weight.holder.probe, weight.parameter
             grad = like.grad if probe is None else probe.grad
-            updates = self.graph.updates
-            told = grad is not None or like.grad is None or (updates is not None and updates.has_gradients_of_all())
-            if not told and like.grad.any():
+            missing = grad is None and like.grad is not None and bool(like.grad.any())
+            # A layer that was not called has none, but others have.
+            if missing and not (updates is not None and updates.has_gradients_of_all()):
                 raise InputError(
                     f"{self.name}: {type(self.wiring).__name__} needs the gradient of all candidates, which only "
                     "loss.backward() collects: call it, without inputs=…, before the step, instead of setting .grad to "
