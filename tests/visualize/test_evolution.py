@@ -306,6 +306,13 @@ def test_a_page_says_whose_distances_order_the_nodes(tmp_path):
     assert not any("distance" in row for row in in_browser(recorded(), tmp_path, rows))
 
 
+@needs_node
+def test_the_graph_that_an_address_names_is_selected(tmp_path):
+    model = torch.nn.ModuleList([NeuralGraph((3, 4, 2), num_edges=12, name=name) for name in ("first", "second")])
+    expression = 'choose(1); [$("graph").selectedIndex, g.name]'
+    assert in_browser(Recording(model), tmp_path, expression) == [1, "second"]
+
+
 def test_curves_of_a_run_are_those_of_its_table(tmp_path):
     (tmp_path / "metrics.csv").write_text(
         "epoch,step,train/loss,val/top1,wiring/live_nodes\n0,9,2.5,,\n0,10,,0.25,0.5\n1,19,1.5,,\n1,20,,0.75,0.25\n"
