@@ -130,17 +130,17 @@ def of_table(table: Table, results: Sequence[dict[str, Any]]) -> list[dict[str, 
 
 
 def as_configured(table: Table, row: Row, result: dict[str, Any]) -> bool:
-    """Return whether a run had the data of its table and exactly the options of its row."""
+    """Return whether a run had the data of its table and the options of its row."""
     return result["data"] in table.data and not changed_options(table, row, result)
 
 
 def changed_options(table: Table, row: Row, result: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a run that differ from its row; None for those that only the row has."""
+    """Return the options of a run that differ from its row, but may not; None for those that only the row has."""
     asked, configured = _values(result["options"]), UNSAID | _values(table.configured(row))
     # What was not asked for is the example's default, which the run has noted.
     had = UNSAID | {name: value for name, value in _values(result["summary"]["options"]).items() if name in configured}
     had |= asked
-    names = sorted(had.keys() | configured.keys())
+    names = sorted((had.keys() | configured.keys()) - set(table.free))
     return {name: had.get(name) for name in names if had.get(name) != configured.get(name)}
 
 

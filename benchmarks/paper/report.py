@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from record import LAID_OUT, PACKAGES, as_configured
@@ -82,6 +82,7 @@ def _figures(table: Table, row: Row, results: Sequence[dict[str, Any]]) -> dict[
         "parameters": mean([result["summary"]["parameters"] for result in runs]),
         "multiply_adds": mean([result["summary"]["multiply_adds"] for result in runs]),
         "training_multiply_adds": total("training_multiply_adds"),
+        "options": {name: distinct(result["summary"]["options"][name] for result in runs) for name in table.free},
         "minutes": total("seconds") / 60,
         "threads": sorted({start["threads"] for result in [*runs, *stages] for start in result["starts"]}),
         **(accuracy("top5") if table.top5 else {}),
@@ -90,7 +91,8 @@ def _figures(table: Table, row: Row, results: Sequence[dict[str, Any]]) -> dict[
 
 def _markdown(table: Table, figures: Sequence[dict[str, Any]]) -> list[str]:
     header = ["model", "top-1, %", "best epoch, %", *(["top-5, %"] if table.top5 else []), "seeds", "epochs"]
-    header += ["real edges", "dead nodes", "parameters", "multiply-adds", "training", "minutes × threads"]
+    header += ["real edges", "dead nodes", "parameters", "multiply-adds", "training"]
+    header += [*(name.replace("_", " ") for name in table.free), "minutes × threads"]
     rows = [_cells(row) for row in figures]
     if any(row["paper"] for row in figures):
         header.insert(1, "paper, %")
@@ -113,8 +115,14 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['parameters']:,.0f}",
         f"{row['multiply_adds'] / 1e6:.2f} M",
         f"{row['training_multiply_adds'] / 1e12:.3g} T",
+        *row["options"].values(),
         f"{row['minutes']:.1f} × {' or '.join(map(str, row['threads']))}",
     ]
+
+
+def distinct(values: Iterable[Any]) -> str:
+    """Return different values, each once."""
+    return " or ".join(sorted({str(value) for value in values}))
 
 
 def settings(results: Sequence[dict[str, Any]]) -> str:
@@ -131,9 +139,8 @@ def settings(results: Sequence[dict[str, Any]]) -> str:
         "momentum",
         "precision",
     )
-    values = {name: sorted({str(each[name]) for each in options}) for name in shown}
+    parts = [f"{name.replace('_', ' ')} {distinct(each[name] for each in options)}" for name in shown]
     seeds = sorted({result["seed"] for result in results})
-    parts = [f"{name.replace('_', ' ')} {' or '.join(found)}" for name, found in values.items()]
     return ", ".join([*parts, f"seeds {', '.join(map(str, seeds))}"])
 
 
@@ -148,8 +155,8 @@ def where(results: Sequence[dict[str, Any]]) -> str:
     names = ("machine", "threads", *LAID_OUT, "python", *PACKAGES, "commit", "date")
     given = {name for start in starts for name in start}
     starts = [{name: value for name, value in LAID_OUT.items() if name in given} | start for start in starts]
-    values = {name: sorted({str(start[name]) for start in starts if name in start}) for name in names}
-    return ", ".join(f"{name} {' or '.join(found)}" for name, found in values.items() if found)
+    values = {name: distinct(start[name] for start in starts if name in start) for name in names}
+    return ", ".join(f"{name} {found}" for name, found in values.items() if found)
 
 
 def _short(commit: str) -> str:

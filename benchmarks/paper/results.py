@@ -31,7 +31,7 @@ import table6
 import weight_decay
 from imagenette import TABLE as IMAGENETTE
 from record import RESULTS, as_configured, changed_options, of_table, read
-from report import markdown, what, where
+from report import distinct, markdown, what, where
 from rows import DATA, ROOT, Row, Table
 
 from dnw_graph.whole_file import write_whole
@@ -124,8 +124,8 @@ def _runs(table: Table, results: Sequence[dict[str, Any]]) -> list[str]:
         return []
     options = [result["summary"]["options"] for result in results]
     shown = "train_images", "image_size", "batch_size", "schedule", "lr", "momentum", "weight_decay", "precision"
-    values = {name: " or ".join(sorted({str(each[name]) for each in options})) for name in shown}
-    data = " or ".join(sorted({what(result["data"]) for result in results}))
+    values = {name: distinct(each[name] for each in options) for name in shown if name not in table.free}
+    data = distinct(what(result["data"]) for result in results)
     shared = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
     return [f"{data}; {shared}. {where(results)}.", "", *markdown(table, table.rows, results), ""]
 

@@ -77,6 +77,7 @@ class Table:
         quick: Options of every run with ``--quick``.
         data: Names of the data that its rows are about; that of the paper first.
         options: Options of every run that differ from the files.
+        free: Options in which a run may differ from its row and still count; each has a column.
         configs: Directory of the configurations.
         seeds: Number of seeds of a complete row.
         margins: Pairs of rows; the first should be better.
@@ -91,6 +92,7 @@ class Table:
     quick: dict[str, str]
     data: tuple[str, ...] = CIFAR10
     options: dict[str, str] = field(default_factory=dict)
+    free: tuple[str, ...] = ()
     configs: Path = CONFIGS
     seeds: int = 5
     margins: tuple[tuple[str, str], ...] = ()

@@ -2,7 +2,8 @@
 
 All rows, 3 seeds each, in mixed precision with bfloat16; a step takes 0.25 (dense) to 0.33 s (Top-KAST) of one core
 (Intel Xeon with AMX; float32 0.40), a run 1.2 hours or more. --compile saves a fifth of it (DNW: 0.17 against 0.22 s on
-a core of an Intel Xeon with nothing else running):
+a core of an Intel Xeon with nothing else running). Processors without AMX need --precision 32-true: with bfloat16 a
+dense step takes several seconds there. Each row shows its precision:
 
     python benchmarks/paper/rules.py --data cifar10 --jobs 2
 
@@ -64,6 +65,7 @@ TABLE = Table(
     ),
     quick={"data": "digits", "epochs": "2", "batch_size": "64"},
     configs=Path(__file__).parent,
+    free=("precision",),
     seeds=3,
     margins=tuple(
         (f"resnet20_{rule}_{density}", f"resnet20_random_graph_{density}")

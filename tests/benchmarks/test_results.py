@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -132,6 +133,18 @@ def test_runs_of_other_data_or_options_do_not(paper: dict[str, ModuleType], othe
     assert "76.1" not in text
     # Not even in a row of several seeds, one of which is as in the paper.
     assert "76.1" not in "\n".join(lines(paper, made(), made(seed=1, **other)))
+
+
+def test_a_free_option_has_a_column(paper: dict[str, ModuleType]):
+    table = paper["table1"].TABLE
+    results = [made(precision="bf16-mixed"), made("tiny_static_dnw")]
+    assert all("76.1" not in line for line in paper["report"].table_lines(table, table.rows, results)[0])
+    free = dataclasses.replace(table, free=("precision",))
+    text, figures = paper["report"].table_lines(free, free.rows, results)
+    assert any(line.endswith("| training | precision | minutes × threads |") for line in text)
+    for start, end in (("Static (RG) | 76.1 ± 0.5", "bf16-mixed"), ("Static (DNW) | 80.9 ± 0.6", "32-true")):
+        assert any(line.startswith(f"| {start}") and f"T | {end} | 1.0 ×" in line for line in text)
+    assert [row["options"] for row in figures["rows"]] == [{"precision": "bf16-mixed"}, {"precision": "32-true"}]
 
 
 @pytest.mark.parametrize("default", [{"node_norm_eps": 1e-3}, {"warmup_epochs": 1}, {"held_out": 5000}])
