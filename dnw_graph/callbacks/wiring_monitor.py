@@ -92,15 +92,19 @@ class WiringMonitor(Callback):
         live, silent, largest = live_nodes(self.model), silent_nodes(self.model), largest_weights(self.model)
         self.swapped = sum(swapped.values())
         self.live = torch.cat(list(live.values())).float().mean().item()
+        # Metric first, then graph, would make `wiring/live_nodes` a file and a folder in a store of files.
+        of_graphs = {
+            "edges_swapped": swapped,
+            "live_nodes": {name: nodes.float().mean().item() for name, nodes in live.items()},
+            "silent_nodes": {name: nodes.float().mean().item() for name, nodes in silent.items()},
+            "largest_weight": largest,
+        }
         values: dict[str, float] = {
             "wiring/edges_swapped": self.swapped,
             "wiring/live_nodes": self.live,
             "wiring/silent_nodes": torch.cat(list(silent.values())).float().mean().item(),
             "wiring/largest_weight": max(largest.values()),
-            **{f"wiring/edges_swapped/{name}": count for name, count in swapped.items()},
-            **{f"wiring/live_nodes/{name}": nodes.float().mean().item() for name, nodes in live.items()},
-            **{f"wiring/silent_nodes/{name}": nodes.float().mean().item() for name, nodes in silent.items()},
-            **{f"wiring/largest_weight/{name}": weight for name, weight in largest.items()},
+            **{f"wiring/{graph}/{what}": value for what, each in of_graphs.items() for graph, value in each.items()},
         }
         # Directly to the loggers: Lightning writes its own epoch-end metrics only after the epoch's checkpoint, and a
         # run that stops in between would lack them.
