@@ -31,6 +31,19 @@ Buffer<T> zeros(double count) {
   return {static_cast<T *>(made), std::free};
 }
 
+// Copies a line of a map, which is too short for a call of memmove.
+template <class T>
+void copy_line(const T *from, int64_t count, T *to) {
+  using S = Simd<T>;
+  if (count < S::lanes) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+    return;
+  }
+#pragma GCC unroll 1
+  for (int64_t i = 0; i < count - S::lanes; i += S::lanes) S::store(to + i, S::load(from + i));
+  S::store(to + count - S::lanes, S::load(from + count - S::lanes));
+}
+
 // Finishes the sums of one output channel: adds a bias and another tensor, applies a ReLU.
 template <class T>
 struct Finish {
@@ -39,6 +52,7 @@ struct Finish {
 
   void write(const T *sum, int64_t count, int64_t channel, int64_t at, T *out) const {
     using S = Simd<T>;
+    if (!bias && !add && !relu_after) return copy_line(sum, count, out + at);
     const T shift = bias ? bias[channel] : T(0);
     int64_t i = 0;
     for (; i + S::lanes <= count; i += S::lanes) {
@@ -170,18 +184,24 @@ struct Planes {
     T *to = packed.get() + channel * phases() * plane + lead;
     for (int64_t py : y.phases)
       for (int64_t px : x.phases) {
+        const int64_t rows = y.values(py), columns = x.values(px);
         for (int64_t b = 0; b < images; ++b)
-          for (int64_t i = 0; i < y.values(py); ++i) {
+          for (int64_t i = 0; i < rows; ++i) {
             const T *row = in + (((first + b) * channels + channel) * y.size + i * y.stride + py) * x.size + px;
             T *place = to + (b * y.pitch + i) * x.pitch;
             if (x.stride == 1)
-              std::copy_n(row, x.values(px), place);
+              copy_line(row, columns, place);
             else
-              for (int64_t j = 0; j < x.values(px); ++j) place[j] = row[j * x.stride];
+              for (int64_t j = 0; j < columns; ++j) place[j] = row[j * x.stride];
           }
         to += plane;
       }
   }
+};
+
+// A place in the maps of planes.
+struct Cursor {
+  int64_t column, row, image;
 };
 
 // Output maps of a convolution: `channels` of them, each split into phases.
@@ -193,27 +213,40 @@ struct Written {
   T *out;
 
   int64_t phases() const { return y.phases.size() * x.phases.size(); }
-  // Writes the sums of a target (a phase of a channel), in the order of planes, starting at `at`.
-  void write(int64_t target, const Planes<T> &from, const T *sums, int64_t at, int64_t count) const {
+  // Whether the outputs of an image lie as its sums: as one line.
+  bool in_order(const Planes<T> &from) const { return from.direct && y.stride * x.stride == 1; }
+  Cursor cursor(const Planes<T> &from, int64_t at) const {
+    if (in_order(from)) return {at, 0, 0};
+    return {at % from.x.pitch, at / from.x.pitch % from.y.pitch, at / from.x.pitch / from.y.pitch};
+  }
+  // Writes sums of a target (a phase of a channel): `count` of them from `at` on, which moves on.
+  void write(int64_t target, const Planes<T> &from, const T *sums, int64_t count, Cursor &at) const {
     const int64_t channel = target / phases(), py = y.phases[target % phases() / x.phases.size()];
     const int64_t px = x.phases[target % x.phases.size()], rows = y.within(py), columns = x.within(px);
-    if (from.direct && y.stride * x.stride == 1)
-      return finish.write(sums, count, channel, (from.first * channels + channel) * rows * columns + at, out);
+    if (in_order(from)) {
+      finish.write(sums, count, channel, (from.first * channels + channel) * rows * columns + at.column, out);
+      at.column += count;
+      return;
+    }
     const int64_t pitch = from.x.pitch;
-    int64_t line = at / pitch, column = at % pitch;
-    for (int64_t done = 0; done < count; ++line, column = 0) {
-      const int64_t length = std::min(pitch - column, count - done);
-      const int64_t image = line / from.y.pitch, row = line % from.y.pitch;
-      if (row < rows && column < columns) {
-        const int64_t own = std::min(length, columns - column);
-        const int64_t first = (((from.first + image) * channels + channel) * y.size + row * y.stride + py) * x.size;
+    for (int64_t done = 0; done < count;) {
+      const int64_t length = std::min(pitch - at.column, count - done);
+      if (at.row < rows && at.column < columns) {
+        const int64_t own = std::min(length, columns - at.column);
+        const int64_t first = (((from.first + at.image) * channels + channel) * y.size + at.row * y.stride + py) * x.size;
         if (x.stride == 1)
-          finish.write(sums + done, own, channel, first + px + column, out);
+          finish.write(sums + done, own, channel, first + px + at.column, out);
         else
           for (int64_t j = 0; j < own; ++j)
-            finish.write(sums + done + j, 1, channel, first + px + (column + j) * x.stride, out);
+            finish.write(sums + done + j, 1, channel, first + px + (at.column + j) * x.stride, out);
       }
       done += length;
+      at.column += length;
+      if (at.column < pitch) continue;
+      at.column = 0;
+      if (++at.row < from.y.pitch) continue;
+      at.row = 0;
+      ++at.image;
     }
   }
 };
@@ -240,6 +273,7 @@ int convolution(
       for (int64_t t = 0; t < tiles; ++t)
         for (int64_t o = 0; o < targets; o += group) {
           const int64_t at = t * tile, width = t + 1 < tiles ? tile : features - at;
+          const Cursor start = to.cursor(from, at);
           for (int64_t v = o; v < std::min(o + group, targets); ++v) {
             if (!edges.sources_within(v, v + 1, 0, sources)) {
               wrong = true;
@@ -247,6 +281,7 @@ int convolution(
             }
             const Places<T> own = from.group(v / (targets / groups));
             T sums[REGISTERS * lanes];
+            Cursor cursor = start;
             const int64_t vectors = (width + lanes - 1) / lanes, passes = (vectors + REGISTERS - 1) / REGISTERS;
             const int64_t per_pass = (vectors + passes - 1) / passes;
             for (int64_t vector = 0; vector < vectors; vector += per_pass) {
@@ -254,7 +289,7 @@ int convolution(
               const int64_t count = std::min(n * lanes, width - begin), shift = std::max<int64_t>(lanes - count, 0);
               sum_upto<REGISTERS>(
                   n, edges, edges.rowptr[v], edges.rowptr[v + 1], own, at + begin - shift, count + shift, sums);
-              to.write(v, from, sums + shift, at + begin, std::min(count, places - at - begin));
+              to.write(v, from, sums + shift, std::min(count, places - at - begin), cursor);
             }
           }
         }

@@ -129,11 +129,9 @@ void convolution_weight_grad(
 #pragma omp for schedule(dynamic)
       for (int64_t v = 0; v < layer.outputs; ++v) {
         const T *own = grad + (first * layer.outputs + v) * maps;
-        for (int64_t line = 0; !from.direct && line < from.images * y.output; ++line) {
-          const int64_t b = line / y.output, i = line % y.output;
-          const T *values = own + (b * layer.outputs * y.output + i) * x.output;
-          std::copy_n(values, x.output, row + (b * y.pitch + i) * x.pitch);
-        }
+        for (int64_t b = 0; !from.direct && b < from.images; ++b)
+          for (int64_t i = 0; i < y.output; ++i)
+            copy_line(own + (b * layer.outputs * y.output + i) * x.output, x.output, row + (b * y.pitch + i) * x.pitch);
         add_products(
             from.direct ? own : row, length, layer.edges.columns, layer.edges.rowptr[v], layer.edges.rowptr[v + 1],
             from.group(v / (layer.outputs / layer.groups)), values_grad, static_cast<const Index *>(nullptr));
