@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class WiringMonitor(Callback):
         self.swapped = sum(swapped.values())
         self.live = torch.cat(list(live.values())).float().mean().item()
         # Metric first, then graph, would make `wiring/live_nodes` a file and a folder in a store of files.
-        of_graphs = {
+        of_graphs: dict[str, Mapping[str, float]] = {
             "edges_swapped": swapped,
             "live_nodes": {name: nodes.float().mean().item() for name, nodes in live.items()},
             "silent_nodes": {name: nodes.float().mean().item() for name, nodes in silent.items()},

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from statistics import mean
 from types import ModuleType
 from typing import Any
 
@@ -229,6 +230,21 @@ def test_the_page_is_that_of_the_records(paper: dict[str, ModuleType]):
     assert paper["results"].PAGE.read_text() == paper["results"].page(results), make
     if results:
         assert paper["results"].digest(results) in paper["results"].PICTURE.read_text(), make
+
+
+def test_the_readme_quotes_the_records(paper: dict[str, ModuleType]):
+    top1: dict[str, list[float]] = {}
+    for result in paper["record"].read(paper["record"].RESULTS):
+        top1.setdefault(result["row"], []).append(100 * result["summary"]["top1"])
+    lines = (ROOT / "README.md").read_text().splitlines()
+    for start, *rows in (
+        ("tiny static graph", "tiny_static_rg", "tiny_static_dnw"),
+        ("ResNet-20", "resnet20_random_graph_0.05", "resnet20_dnw_0.05", "resnet20_dense"),
+        ("MobileNetV1-DNW", "mobilenet_v1_rg_x0.225", "mobilenet_v1_dnw_x0.225", "mobilenet_v1_x0.25"),
+    ):
+        (line,) = (line for line in lines if line.startswith(f"| {start}"))
+        quoted = [cell.strip() for cell in line.split("|")[3:-1]]
+        assert [cell for cell in quoted if cell] == [f"{mean(top1[row]):.1f}" for row in rows]
 
 
 def test_records_kept_are_of_this_repository_alone(paper: dict[str, ModuleType]):

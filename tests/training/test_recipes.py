@@ -267,13 +267,15 @@ def test_a_compiled_run_learns_the_same(create: Create, small_digits: ImageData,
     assert tops[0].top1 == pytest.approx(tops[1].top1, abs=0.1)
 
 
-@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+@pytest.mark.parametrize(
+    ("package", "given"), [("wandb", "project"), ("mlflow", "sqlite:///{}/mlflow.db"), ("mlflow", "file:{}/mlruns")]
+)
 def test_further_logs_have_the_rows_of_the_table(
-    package: str, create: Create, small_digits: ImageData, options: Make, tmp_path: Path, monkeypatch
+    package: str, given: str, create: Create, small_digits: ImageData, options: Make, tmp_path: Path, monkeypatch
 ):
     pytest.importorskip(package)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    given = {"wandb": "project", "mlflow": f"sqlite:///{tmp_path}/mlflow.db"}[package]
+    given = given.format(tmp_path)
     chosen = options(epochs=1, **{package: given})
     run(create, {}, chosen, small_digits)
     if package == "wandb":

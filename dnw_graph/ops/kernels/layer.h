@@ -179,23 +179,25 @@ struct Planes {
     const int64_t channel = number * per_group;
     return {direct ? in + (first * channels + channel) * plane : packed.get() + channel * phases() * plane, starts.data()};
   }
-  // Packs one channel of the set, a plane for each phase; gaps stay zero.
-  void pack(int64_t channel) const {
-    T *to = packed.get() + channel * phases() * plane + lead;
-    for (int64_t py : y.phases)
-      for (int64_t px : x.phases) {
-        const int64_t rows = y.values(py), columns = x.values(px);
-        for (int64_t b = 0; b < images; ++b)
-          for (int64_t i = 0; i < rows; ++i) {
-            const T *row = in + (((first + b) * channels + channel) * y.size + i * y.stride + py) * x.size + px;
-            T *place = to + (b * y.pitch + i) * x.pitch;
-            if (x.stride == 1)
-              copy_line(row, columns, place);
-            else
-              for (int64_t j = 0; j < columns; ++j) place[j] = row[j * x.stride];
+  // Packs the set, each thread of a team its share of the channels, a plane for each phase; gaps stay zero. Images come
+  // first, so that maps are read in the order of memory.
+  void pack() const {
+    const int64_t members = omp_get_num_threads(), member = omp_get_thread_num();
+    for (int64_t b = 0; b < images; ++b)
+      for (int64_t c = channels * member / members; c < channels * (member + 1) / members; ++c) {
+        T *to = packed.get() + c * phases() * plane + lead + b * y.pitch * x.pitch;
+        for (int64_t py : y.phases)
+          for (int64_t px : x.phases) {
+            const T *row = in + (((first + b) * channels + c) * y.size + py) * x.size + px;
+            for (int64_t i = 0; i < y.values(py); ++i, row += y.stride * x.size)
+              if (x.stride == 1)
+                copy_line(row, x.values(px), to + i * x.pitch);
+              else
+                for (int64_t j = 0; j < x.values(px); ++j) to[i * x.pitch + j] = row[j * x.stride];
+            to += plane;
           }
-        to += plane;
       }
+#pragma omp barrier
   }
 };
 
@@ -266,9 +268,7 @@ int convolution(
     const int64_t tiles = (features - lanes) / tile + 1;  // The last one may be wider: no place belongs to two.
 #pragma omp parallel num_threads(team(threads, double(edges.count) * double(places)))
     {
-      if (!from.direct)
-#pragma omp for schedule(static)
-        for (int64_t c = 0; c < from.channels; ++c) from.pack(c);
+      if (!from.direct) from.pack();
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t t = 0; t < tiles; ++t)
         for (int64_t o = 0; o < targets; o += group) {

@@ -123,9 +123,7 @@ void convolution_weight_grad(
 #pragma omp parallel num_threads(members)
     {
       T *row = scratch.get() + omp_get_thread_num() * room;
-      if (!from.direct)
-#pragma omp for schedule(static)
-        for (int64_t c = 0; c < layer.inputs; ++c) from.pack(c);
+      if (!from.direct) from.pack();
 #pragma omp for schedule(dynamic)
       for (int64_t v = 0; v < layer.outputs; ++v) {
         const T *own = grad + (first * layer.outputs + v) * maps;
