@@ -189,7 +189,7 @@ def hosted_loggers(
         section: Section of this package in the checkpoint to resume; empty for a new run.
 
     Raises:
-        InputError: If the package of a service is missing.
+        InputError: If the package of a service is missing, or it refuses what was given.
     """
     loggers: dict[str, Logger] = {}
     services = {"wandb": wandb, "mlflow": mlflow}
@@ -201,10 +201,32 @@ def hosted_loggers(
     then = section.get("machine", {})
     begun = {key: each for key, each in section.get("logs", {}).items() if then.get(key) == services[key]}
     if wandb is not None:
-        loggers["wandb"] = Wandb(name, directory, project=wandb, id=begun.get("wandb"), resume="allow")
+        with _usable("wandb"):
+            loggers["wandb"] = Wandb(name, directory, project=wandb, id=begun.get("wandb"), resume="allow")
     if mlflow is not None:
-        loggers["mlflow"] = MLFlowLogger("dnw_graph", run_name=name, tracking_uri=mlflow, run_id=begun.get("mlflow"))
+        with _usable("mlflow"):
+            id_ = begun.get("mlflow")
+            loggers["mlflow"] = MLFlowLogger("dnw_graph", run_name=name, tracking_uri=mlflow, run_id=id_)
     return loggers
+
+
+def begin(loggers: Mapping[str, Any]) -> None:
+    """Begin the run at each service, before anything is trained.
+
+    Raises:
+        InputError: If a service cannot be reached, or refuses the run.
+    """
+    for service, logger in loggers.items():
+        with _usable(service):
+            _ = logger.experiment
+
+
+@contextmanager
+def _usable(service: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Each service has its own.
+        raise InputError(f"--{service} cannot be used: {error}") from error
 
 
 class StepLog(Callback):

@@ -37,7 +37,7 @@ from dnw_graph.training.checkpoints import Checkpoints
 from dnw_graph.training.classifier import Classifier
 from dnw_graph.training.data_module import DataModule
 from dnw_graph.training.hardware import check_hardware, check_step, on_gpu
-from dnw_graph.training.loggers import Events, StepLog, Table, hosted_loggers
+from dnw_graph.training.loggers import Events, StepLog, Table, begin, hosted_loggers
 from dnw_graph.training.resuming import check_resumable, check_same_run, start_from
 from dnw_graph.training.run_directory import run_directory
 from dnw_graph.training.summary import Summary, summarize, write_files
@@ -175,6 +175,7 @@ def _train(
         check_resumable(options.resume, checkpoint, trainer, callbacks, module, data.steps_per_epoch)
         known = checkpoint["callbacks"][checkpoints.state_key]["best_top1"] is not None
         _take_best(Path(options.resume).parent, checkpoints.best, known and data.images.held_out is not None)
+    begin(hosted)
     with stopping.watched(), repeatable(), lost_workers_told():
         start_ranks(trainer, directory)
         trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)

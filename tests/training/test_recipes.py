@@ -275,6 +275,7 @@ def test_further_logs_have_the_rows_of_the_table(
 ):
     pytest.importorskip(package)
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     given = given.format(tmp_path)
     chosen = options(epochs=1, **{package: given})
     run(create, {}, chosen, small_digits)
@@ -292,6 +293,7 @@ class Hosted(Logger):
     """A service that draws an id for a run, unless it is given one."""
 
     name = "hosted"
+    experiment = None
     runs: ClassVar[list[str]] = []
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -326,6 +328,35 @@ def test_a_resumed_run_continues_its_log_and_another_begins_its_own(
     first, second, resumed, elsewhere = Hosted.runs
     assert resumed == second
     assert len({first, second, elsewhere}) == 3
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize(("package", "logger"), [("wandb", "Wandb"), ("mlflow", "MLFlowLogger")])
+def test_a_service_that_refuses_a_run_is_named(
+    package: str,
+    logger: str,
+    begins: bool,
+    create: Create,
+    small_digits: ImageData,
+    options: Make,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    class Refuses(Hosted):
+        def __init__(self, *args: Any, **given: Any) -> None:
+            super().__init__(*args, **given)
+            if not begins:
+                raise RuntimeError("no such address")
+
+        @property
+        def experiment(self) -> None:
+            raise RuntimeError("no such address")
+
+    monkeypatch.setattr(f"dnw_graph.training.loggers.{logger}", Refuses)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    chosen = options(epochs=1, **{package: "here"})
+    with pytest.raises(InputError, match=f"--{package} cannot be used: no such address"):
+        run(create, {}, chosen, small_digits)
+    assert not (Path(str(chosen.output)) / "metrics.csv").exists()
 
 
 @pytest.mark.parametrize("package", ["wandb", "mlflow"])
